@@ -1,0 +1,253 @@
+"""The run folder: what a training run leaves behind, and how it goes on after it was interrupted.
+
+    config.json   every field, the command line, versions, device, git commit
+    log.txt       what was printed                     log.jsonl   one JSON object per logged step
+    last.pt       all that is needed to go on          last.prev.pt   the checkpoint before it
+    model.pt      what others load: weights and the network's keyword arguments
+
+A checkpoint is written to a temporary file, flushed, and only then renamed: last.pt -> last.prev.pt, new -> last.pt.
+Killed at any moment, the folder holds at least one whole checkpoint. The file is a zip archive whose members carry a
+CRC-32: a truncated or bit-flipped one is noticed before anything in it is used. All files are read with
+weights_only=True: nothing from a file is ever executed.
+
+No random state is stored: every random number of a loop is a function of (seed, step) (see seeds.py), so the step is
+the state. The log is cut back to the checkpoint's step on resuming, so that it reads as if nothing had happened.
+"""
+
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from tqdm import tqdm
+
+from her2.errors import UserError, atomic_write, one_line
+
+FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
+# Fields that may change between two starts of the same run, because the result does not depend on them.
+FREE_FIELDS = ("out", "workers", "cache")
+
+
+def read_json(path):
+    """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({one_line(error)}); restore or remove the file") from None
+
+
+def write_json(path, value) -> None:
+    """Indented UTF-8 JSON, written atomically; NaN and infinity are refused (they are not JSON)."""
+    atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def git_commit() -> str:
+    """The commit of this code, '+' when the working tree differs from it, or 'unknown' outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def open_run(script: str, config, device, command) -> Path:
+    """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
+
+    Returns its path. UserError: the folder holds another script's run, another configuration (the message lists
+    the difference), or files that are not a run at all.
+    """
+    folder, fields = Path(config.out), asdict(config)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
+    path = folder / "config.json"
+    if path.exists():
+        old = read_json(path)
+        if not isinstance(old, dict) or not isinstance(old.get("fields"), dict):
+            raise UserError(f"{path}: is not the configuration of a run; choose another --out")
+        if old.get("script") != script:
+            raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; choose another --out")
+        names = sorted((set(fields) | set(old["fields"])) - set(FREE_FIELDS))
+        changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
+                   if old["fields"].get(name) != fields.get(name)]
+        if changes:
+            raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
+                            "give the old values, or choose another --out")
+    elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
+        raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
+    else:
+        write_json(path, {"script": script, "fields": fields, "command": list(command), "device": str(device),
+                          "git": git_commit(), "versions": {"python": platform.python_version(),
+                                                            "torch": torch.__version__, "numpy": np.__version__,
+                                                            "pillow": PIL.__version__}})
+    return folder
+
+
+class Log:
+    """log.txt and log.jsonl of one run; a resumed run cuts both back to its checkpoint's step.
+
+    `step` is the number of finished optimiser steps that the checkpoint holds (0: a new run).
+    """
+
+    def __init__(self, folder, step: int):
+        self.text_path, self.json_path = Path(folder) / "log.txt", Path(folder) / "log.jsonl"
+        kept = [record for record in self.records() if record["step"] <= step]
+        atomic_write(self.json_path, "".join(json.dumps(record) + "\n" for record in kept))
+        if step == 0:
+            atomic_write(self.text_path, "")
+
+    def records(self) -> list:
+        """All records so far; a last line that a crash cut short is left out."""
+        if not self.json_path.exists():
+            return []
+        records = []
+        for line in self.json_path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break                       # half a line: the process died while writing it
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
+            records.append(record)
+        return records
+
+    def say(self, text: str) -> None:
+        """Print a line (above the progress bar) and keep it in log.txt."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        with open(self.text_path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def record(self, step: int, **values) -> None:
+        """Append {"step": step, ...} to log.jsonl and print it in short."""
+        values = {name: float(value) if value is not None else None for name, value in values.items()}
+        with open(self.json_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
+                                                 if value is not None))
+
+
+def check_archive(path) -> None:
+    """UserError unless `path` is a whole zip archive: every member's CRC-32 is recomputed (the standard library's)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, ValueError, NotImplementedError, RuntimeError,
+            OverflowError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); "
+                        "delete it and run the script that made it again") from None
+    if broken is not None:
+        raise UserError(f"{path}: damaged ({broken} fails its checksum); delete it and run the script that made it again")
+
+
+def load_file(path) -> dict:
+    """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else.
+
+    Official weights come in the older tar/pickle format too, which has no checksums; weights_only holds for both.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    if zipfile.is_zipfile(path) or path.suffix == ".pt":
+        check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError,
+            AssertionError, IndexError) as error:
+        raise UserError(f"{path}: cannot be loaded as plain tensors ({one_line(error)[:200]}); "
+                        "only files of tensors, lists, dicts and numbers are accepted") from None
+
+
+def save_checkpoint(folder, state: dict) -> None:
+    """Write `state` as last.pt; the one before becomes last.prev.pt once the new one is whole on the disk."""
+    folder = Path(folder)
+    last, fresh = folder / "last.pt", folder / "last.new.pt"
+    atomic_write(fresh, lambda file: torch.save({"format": FORMAT, **state}, file))
+    if last.exists():
+        os.replace(last, folder / "last.prev.pt")
+    os.replace(fresh, last)
+
+
+def load_checkpoint(folder):
+    """The state of the newest whole checkpoint, or None for a new run. Damaged ones are named and passed over."""
+    damaged = []
+    for name in ("last.pt", "last.prev.pt"):
+        path = Path(folder) / name
+        if not path.exists():
+            continue
+        try:
+            state = load_file(path)
+            check_format(path, state)
+        except UserError as error:
+            if "newer version" in str(error):
+                raise
+            print(f"warning: {one_line(error)}; trying the checkpoint before it", file=sys.stderr)
+            damaged.append(str(path))
+            continue
+        return state
+    if damaged:
+        raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; delete the run folder {folder} to start again")
+    return None
+
+
+def check_format(path, state) -> None:
+    """UserError unless `state` is one of this project's files, of a version that this code knows."""
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise UserError(f"{path}: was not written by this project; give a run folder or its model.pt")
+    if state["format"] > FORMAT:
+        raise UserError(f"{path}: written by a newer version (format {state['format']}, this code knows {FORMAT}); "
+                        "update the code")
+
+
+def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> None:
+    """model.pt: {kind, format, kwargs, state_dict, ...}. `kwargs` rebuild the network, `extra` is what its users need."""
+    state_dict = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    content = {"kind": kind, "format": FORMAT, "kwargs": kwargs, "state_dict": state_dict, **extra}
+    atomic_write(Path(folder) / "model.pt", lambda file: torch.save(content, file))
+
+
+COMMAND_FOR = {"autoencoder": "python train_ldm.py --stage autoencoder", "gan": "python train_gan.py",
+               "diffusion": "python train_ldm.py --stage diffusion", "segmenter": "python train_seg.py"}
+
+
+def load_model(path, kind: str) -> dict:
+    """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...). UserError otherwise."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run; make it with: {COMMAND_FOR[kind]} --out {path}")
+    file = path / "model.pt" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{path}: holds no model.pt (not a run, or not yet trained to its first checkpoint); "
+                        f"make it with: {COMMAND_FOR[kind]} --out {path}")
+    content = load_file(file)
+    check_format(file, content)
+    if content.get("kind") != kind or not isinstance(content.get("kwargs"), dict) \
+            or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
+                        f"make one with: {COMMAND_FOR[kind]}")
+    return content
+
+
+def build_model(cls, content: dict, path):
+    """The network of a loaded model.pt, in eval mode. UserError when its tensors do not fit `cls`."""
+    try:
+        network = cls(**content["kwargs"])
+        network.load_state_dict(content["state_dict"])
+    except (TypeError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
+        raise UserError(f"{path}: the weights do not fit {cls.__name__} ({one_line(error)[:200]}); "
+                        "it was made by another version of the code, train it again") from None
+    return network.eval()
