@@ -24,6 +24,7 @@ id and name, unless the file gives the alias another meaning.
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,7 @@ class ClassTable:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise _error(path, f"the classes are {_show(rows)}, not a list of objects")
         if not isinstance(more, dict):
-            raise _error(path, f"\"aliases\" is {_show(more)}, not an object of \"your name\": \"class name\"")
+            raise _error(path, f"\"aliases\" is {_show(more)}, not an object of alias: class name")
         classes = [_class_from_json(row, path) for row in rows]
 
         by_name = {normal_form(c.name): c.id for c in classes}
@@ -185,7 +186,7 @@ def _class_from_json(row, path) -> TissueClass:
     missing = [key for key in keys if key not in row]
     unknown = sorted(row.keys() - {*keys, "aliases"})
     if missing or unknown:
-        raise _error(path, f"class {_show(row.get('name', row))} lacks {missing}, has the unknown keys {unknown}")
+        raise _error(path, f"class {_show(row.get('name', row))} lacks {missing}, has unknown keys {unknown}")
     class_id, name, tumor, variance, color = (row[key] for key in keys)
     if isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color):
         color = list(bytes.fromhex(color[1:]))
@@ -194,7 +195,7 @@ def _class_from_json(row, path) -> TissueClass:
         ("name", isinstance(name, str), "a text"),
         ("tumor", isinstance(tumor, bool), "true or false"),
         ("variance", isinstance(variance, bool), "true or false"),
-        ("color", isinstance(color, list) and len(color) == 3 and all(_is_int(v) and 0 <= v <= 255 for v in color),
+        ("color", isinstance(color, list) and len(color) == 3 and all(v in range(256) for v in color),
          "[red, green, blue] from 0 to 255 or \"#rrggbb\""),
     ):
         if not good:
@@ -202,8 +203,8 @@ def _class_from_json(row, path) -> TissueClass:
     return TissueClass(class_id, name, tumor, variance, tuple(color))
 
 
-# PAPER: the paper names no class ids; these follow its order of the subtypes, background first. Of the aliases,
-# the first three of the background are what the authors' annotation server calls it.
+# PAPER: the paper names no class ids; these follow its order of the subtypes, background first. The first three
+# aliases of the background are names that the authors' annotation server uses for it.
 DEFAULT_ALIASES = {
     "negative": 1, "HER2 0": 1, "HER2 1+": 2, "1": 2, "HER2 2+": 3, "2": 3, "HER2 3+": 4, "3": 4,
     "DCIS": 5, "LCIS": 5, "DCIS/LCIS": 5,
@@ -220,7 +221,7 @@ DEFAULT_CLASSES = ClassTable([
 
 
 def read_text(path, remedy: str) -> str:
-    """A text file in UTF-8, with or without a byte-order mark. UserError with `remedy` where it is not that."""
+    """A text file in UTF-8, with or without a byte-order mark. UserError with `remedy` otherwise."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -234,8 +235,8 @@ def parse_json(text: str, path, remedy: str):
     def unique(pairs):
         obj = dict(pairs)
         if len(obj) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
         return obj
 
     try:
@@ -248,7 +249,7 @@ def parse_json(text: str, path, remedy: str):
 
 
 def load_classes(folder) -> ClassTable:
-    """The class table of a dataset folder: its `classes.json`, or the default. Raises UserError on a bad file."""
+    """The class table of a dataset folder: its `classes.json`, or the default. UserError on a bad file."""
     path = Path(folder) / "classes.json"
     if not path.exists():
         return DEFAULT_CLASSES
