@@ -1,0 +1,117 @@
+"""What several networks share: spectral normalisation, weight initialisation, strict loading of weights.
+
+Spectral normalisation (Miyato et al., ICLR 2018, algorithm 1) divides a weight matrix W by its largest
+singular value sigma, so that the layer cannot stretch any input by more than 1. sigma is tracked by one
+step of power iteration per training forward:
+
+    v = W^T u / |W^T u|        u = W v / |W v|        sigma = u . (W v)        weight = W / sigma
+
+No gradient flows through u and v. In eval mode the stored u and v are used as they are. The tensors carry
+the official names (weight_orig, weight_u, weight_v), so that official files load without a table.
+
+Differs from the official code (NVlabs/SPADE, which uses torch's hook): written out as a layer, so that no
+hook rewrites attributes behind the reader; sigma is computed in float32 also under autocast; `init_weights`
+ends with a few power iterations, because an untrained network in eval mode would otherwise divide by the
+product of two random directions, which may be any small number of either sign.
+
+Key: B batch, C channels, h w height and width of a feature map.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SpectralConv2d(nn.Module):
+    """A convolution whose weight is divided by its largest singular value; arguments as nn.Conv2d."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int = 0,
+                 bias: bool = True):
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        weight = torch.empty(out_channels, in_channels, kernel, kernel)
+        nn.init.kaiming_uniform_(weight, a=5 ** 0.5)                   # torch's default for convolutions
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
+        self.weight_orig = nn.Parameter(weight)
+        self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
+        self.register_buffer("weight_v", F.normalize(torch.randn(in_channels * kernel * kernel), dim=0))
+
+    @torch.no_grad()
+    def power_iteration(self, steps: int = 1) -> None:
+        """Turn weight_u and weight_v towards the singular vectors of the largest singular value."""
+        matrix = self.weight_orig.flatten(1)                                                # (out, in*k*k)
+        for _ in range(steps):
+            self.weight_v.copy_(F.normalize(matrix.t() @ self.weight_u, dim=0, eps=1e-12))
+            self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
+
+    def weight(self) -> torch.Tensor:
+        """The weight in use, (out, in, k, k). One step of power iteration when in training mode."""
+        with torch.autocast(self.weight_orig.device.type, enabled=False):
+            if self.training:
+                self.power_iteration()
+            # Clones: a second forward before the backward changes u and v in place.
+            u, v = self.weight_u.clone(), self.weight_v.clone()
+            sigma = torch.dot(u, self.weight_orig.flatten(1) @ v)
+            return self.weight_orig / sigma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.02,
+                 kind: str = "xavier") -> None:
+    """Draw every weight of `module` anew from `generator` (a CPU generator); biases become 0.
+
+    "xavier": normal with variance gain^2 * 2 / (fan_in + fan_out): SPADE's default for G, D and E, gain 0.02.
+    "normal": normal with standard deviation `gain`: the PatchGAN of the VQ autoencoder, as in pix2pix.
+    Scales of affine norms become N(1, gain), their shifts 0. Running statistics are left alone.
+    """
+    assert kind in ("xavier", "normal"), f"kind is 'xavier' or 'normal', found {kind!r}"
+
+    def normal(shape, mean, deviation):
+        return torch.randn(shape, generator=generator) * deviation + mean
+
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear, SpectralConv2d)):
+            weight = layer.weight_orig if isinstance(layer, SpectralConv2d) else layer.weight
+            fan_in, fan_out = weight[0].numel(), weight[:, 0].numel()
+            deviation = gain * (2 / (fan_in + fan_out)) ** 0.5 if kind == "xavier" else gain
+            weight.copy_(normal(weight.shape, 0.0, deviation))
+        elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)) and layer.weight is not None:
+            layer.weight.copy_(normal(layer.weight.shape, 1.0, gain))
+        else:
+            continue
+        if layer.bias is not None:
+            layer.bias.zero_()
+        if isinstance(layer, SpectralConv2d):
+            layer.power_iteration(steps=5)
+
+
+def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:
+    """Copy `state_dict` into `module`: every tensor of the module, no other, each with its exact shape.
+
+    `rename` is a sequence of (regular expression, replacement) pairs that are applied in order to every
+    name of `state_dict`, to turn official names into ours.
+    Raises ValueError that lists all missing, unexpected and misshapen tensors; nothing is copied then.
+    """
+    own = module.state_dict()
+    given, clashes = {}, []
+    for name, tensor in state_dict.items():
+        for pattern, replacement in rename:
+            name = re.sub(pattern, replacement, name)
+        if name in given:
+            clashes.append(name)
+        given[name] = tensor
+    missing = sorted(own.keys() - given.keys())
+    unexpected = sorted(given.keys() - own.keys())
+    misshapen = [f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+                 for name in sorted(own.keys() & given.keys()) if given[name].shape != own[name].shape]
+    problems = [f"{len(names)} {what}: {', '.join(names)}"
+                for what, names in (("missing", missing), ("unexpected", unexpected),
+                                    ("misshapen", misshapen), ("given twice", clashes)) if names]
+    if problems:
+        raise ValueError(f"weights do not fit {type(module).__name__}: " + "; ".join(problems))
+    module.load_state_dict(given)
