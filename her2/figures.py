@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import atomic_write
+from her2.errors import atomic_write
 
-SCALE = 2                          # supersampling per side
-INK, GREY, PALE = (38, 38, 38), (120, 120, 120), (225, 225, 225)    # text and axes / notes / grid lines
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW = (
-    (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66))
+SCALE = 2                                                           # supersampling per side
+INK, GREY, PALE = (38, 38, 38), (120, 120, 120), (225, 225, 225)    # text, axes / notes / grid lines
+BLUE, VERMILION, GREEN = (0, 114, 178), (213, 94, 0), (0, 158, 115)
+PURPLE, ORANGE, SKY = (204, 121, 167), (230, 159, 0), (86, 180, 233)
 CYCLE = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY]
 
 
@@ -82,7 +82,8 @@ class Canvas:
 
     def dot(self, x, y, radius=3.0, fill=INK, outline=None):
         x, y, radius = x * SCALE, y * SCALE, radius * SCALE
-        self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill, outline=outline, width=SCALE)
+        box = [x - radius, y - radius, x + radius, y + radius]
+        self.draw.ellipse(box, fill=fill, outline=outline, width=SCALE)
 
     def text(self, x, y, text, size=14, color=INK, anchor="la", turned=False):
         """`text` at (x, y); `anchor` as in Pillow (left/middle/right + ascender/middle/descender).
@@ -90,7 +91,7 @@ class Canvas:
         `turned` writes from bottom to top, centred on (x, y): the label of a vertical axis."""
         text = printable(text)
         if not turned:
-            self.draw.text((x * SCALE, y * SCALE), text, font=font(size), fill=color, anchor=anchor, align="center")
+            self.draw.text((x * SCALE, y * SCALE), text, color, font(size), anchor, align="center")
             return
         width, height = int(text_width(text, size) * SCALE) + 4, int(size * SCALE * 1.5)
         strip = Image.new("L", (width, height), 0)
@@ -104,7 +105,7 @@ class Canvas:
         self.pasted.append((int(round(x)), int(round(y)), image))
 
     def legend(self, entries, x, y, right, size=13, marker="line") -> float:
-        """(name, color) pairs in rows that begin at (x, y) and end before `right`; returns the y below them."""
+        """(name, color) pairs in rows from (x, y) that end before `right`; returns the y below them."""
         row, left = size * 1.6, x
         for name, color in entries:
             width = text_width(name, size) + 44
@@ -127,18 +128,19 @@ class Canvas:
 
 
 def save_png(path, image, palette=None) -> None:
-    """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W) of uint16, as PNG: whole or not at all.
+    """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W), as PNG: whole or not at all.
 
     `palette`, a flat list r, g, b, r, g, b, ..., makes a (H, W) uint8 label map one that any viewer shows in
-    colour while its stored values stay the class ids. int32 instance maps go to 16 bit; above 65535 is an error.
+    colour while its stored values stay the class ids. Instance ids go to 16 bit; above 65535 is an error.
     """
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
-        if np.issubdtype(image.dtype, np.integer) and image.dtype not in (np.uint8, np.uint16) and image.ndim == 2:
-            assert image.min() >= 0 and image.max() <= 65535, f"ids {image.min()}..{image.max()} do not fit 16 bit"
+        if image.dtype in (np.int32, np.int64, np.uint32) and image.ndim == 2:
+            low, high = image.min(), image.max()
+            assert low >= 0 and high <= 65535, f"ids {low}..{high} do not fit 16 bit"
             image = image.astype(np.uint16)
         assert image.dtype in (np.uint8, np.uint16), f"a PNG holds uint8 or uint16, found {image.dtype}"
-        assert image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3), f"no picture of shape {image.shape}"
+        assert image.ndim == 2 or image.shape[2:] == (3,), f"no picture of shape {image.shape}"
         image = Image.fromarray(np.ascontiguousarray(image))
     if palette is not None:
         assert image.mode == "L", f"a palette goes with 8-bit class ids, found mode {image.mode}"
@@ -160,8 +162,9 @@ def to_array(values) -> np.ndarray:
 def colorize(label, classes) -> np.ndarray:
     """Class ids (..., H, W), tensor or array -> their colours in the class table, (..., H, W, 3) uint8."""
     label = to_array(label)
-    assert label.min() >= 0 and label.max() < len(classes), f"class ids {label.min()}..{label.max()} of {len(classes)}"
-    return np.asarray(classes.colors, dtype=np.uint8)[label]
+    low, high = label.min(), label.max()
+    assert low >= 0 and high < len(classes), f"class ids {low}..{high} of {len(classes)} classes"
+    return classes.colors[label]
 
 
 def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
@@ -189,7 +192,7 @@ def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
     drawn = image.copy()
     drawn[rim(width + 1)] = (40, 40, 40)
     inner = rim(width)
-    drawn[inner] = np.asarray(classes.colors, dtype=np.uint8)[label[inner]]
+    drawn[inner] = classes.colors[label[inner]]
     return drawn
 
 
@@ -250,10 +253,12 @@ def class_legend(classes, tumor_only=False) -> list:
 
 
 def side_by_side(rows, classes, cell=256) -> np.ndarray:
-    """Fig. 4: rows of dicts with 'label' (H, W) and any of 'original', 'gan', 'ldm', 'inpaint' (H, W, 3) uint8."""
+    """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the four pictures (H, W, 3) uint8."""
     columns = {"label": "Label asked for", "original": "Original", "gan": "GAN", "ldm": "Diffusion",
                "inpaint": "Inpainting"}
     present = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    pictures = [[colorize(row["label"], classes) if key == "label" else row.get(key) for key in present] for row in rows]
-    return image_grid(pictures, [row.get("caption", "") for row in rows], [columns[key] for key in present],
-                      cell=cell, legend=class_legend(classes))
+    rows = [{**row, "label": colorize(row["label"], classes)} for row in rows]
+    pictures = [[row.get(key) for key in present] for row in rows]
+    captions = [row.get("caption", "") for row in rows]
+    return image_grid(pictures, captions, [columns[key] for key in present], cell=cell,
+                      legend=class_legend(classes))
