@@ -1,0 +1,117 @@
+"""The two discriminators: networks that give every region of an image a score, high for real.
+
+Neither judges an image as a whole. Both are short stacks of 4x4 convolutions whose last map has one logit
+per overlapping window ("PatchGAN", Isola et al., CVPR 2017): texture is judged, layout is left to the losses.
+
+    MultiscaleDiscriminator   of SPADE (pix2pixHD): the same stack on the image and on its half-size copy. It
+                              reads label map and image together, and returns every layer's output, because
+                              the feature matching loss compares fake and real in all of them
+    PatchGAN                  of the VQ autoencoder: one stack on the image alone
+
+Source: Wang et al., "pix2pixHD", CVPR 2018, section 3.2; Park et al., CVPR 2019, appendix A; Esser et al.,
+"Taming transformers", CVPR 2021, section 3.1. Parameter names are the official ones (NVlabs/SPADE, taming).
+Differs from the official code: nothing in the numbers. The instance norms hold no parameters in either.
+
+Key: B batch, C channels, h w size of a feature map, n = ndf, K classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from her2.blocks import SpectralConv2d, load_strict
+
+SLOPE = 0.2                                                       # of every LeakyReLU (official value)
+
+
+class ScaleDiscriminator(nn.Module):
+    """One scale: num_layers convolutions (stride 2, the last one 1), then one to the logits.
+
+    Padding is 2 for a kernel of 4, as officially, so maps grow by one pixel: 64 -> 33, 17, 9, 10, 11.
+    """
+
+    def __init__(self, in_channels: int, ndf: int, num_layers: int):
+        super().__init__()
+        self.names = [f"model{index}" for index in range(num_layers + 1)]
+        self.model0 = nn.Sequential(nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2), nn.LeakyReLU(SLOPE))
+        width = ndf
+        for index in range(1, num_layers):
+            in_width, width = width, min(2 * width, 512)
+            stride = 2 if index < num_layers - 1 else 1
+            convolution = SpectralConv2d(in_width, width, 4, stride, padding=2, bias=False)
+            setattr(self, f"model{index}", nn.Sequential(
+                nn.Sequential(convolution, nn.InstanceNorm2d(width)), nn.LeakyReLU(SLOPE)))
+        setattr(self, f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))
+
+    def forward(self, x: torch.Tensor) -> list:
+        features = []
+        for name in self.names:
+            x = getattr(self, name)(x)                     # (B, n * 1, 2, 4, 8, h/2, w/2), at last (B, 1, ..)
+            features.append(x)
+        return features
+
+
+class MultiscaleDiscriminator(nn.Module):
+    """x (B, K+3, H, W) -> per scale, full resolution first, the list of features; its last entry = logits."""
+
+    def __init__(self, in_channels: int = 9, ndf: int = 64, num_layers: int = 4, num_scales: int = 2):
+        super().__init__()
+        assert num_layers >= 2 and num_scales >= 1, f"found num_layers {num_layers}, num_scales {num_scales}"
+        self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers, num_scales=num_scales)
+        for scale in range(num_scales):
+            setattr(self, f"discriminator_{scale}", ScaleDiscriminator(in_channels, ndf, num_layers))
+
+    def forward(self, x: torch.Tensor) -> list:
+        assert x.dim() == 4 and x.shape[1] == self.config["in_channels"], \
+            f"x must be (B, {self.config['in_channels']}, H, W), found {tuple(x.shape)}"
+        features = []
+        for scale in range(self.config["num_scales"]):
+            if scale:                              # the zeros around the image do not count
+                x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)  # (B, K+3, h/2, w/2)
+            features.append(getattr(self, f"discriminator_{scale}")(x))
+        return features
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of NVlabs/SPADE (latest_net_D.pth): the same names. ValueError lists what does not fit."""
+        load_strict(self, state_dict)
+
+
+def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, fake: torch.Tensor,
+                 real: torch.Tensor):
+    """Features of fake and of real images under the same label maps -> (fake_features, real_features).
+
+    Both go through in one batch, fake first, so that one step of power iteration serves both.
+    """
+    assert fake.shape == real.shape, f"fake {tuple(fake.shape)} and real {tuple(real.shape)} differ in shape"
+    x = torch.cat([torch.cat([onehot, onehot]), torch.cat([fake, real])], dim=1)      # (2B, K+3, H, W)
+    features = discriminator(x)
+    halves = [[feature.chunk(2) for feature in scale] for scale in features]          # (B, C, h, w) each
+    return tuple([[pair[half] for pair in scale] for scale in halves] for half in (0, 1))
+
+
+class PatchGAN(nn.Module):
+    """image (B, 3, H, W) -> logits (B, 1, h, w); num_layers stride-2 convolutions with batch normalisation.
+
+    Initialise with init_weights(..., kind="normal"), as pix2pix does.
+    """
+
+    def __init__(self, in_channels: int = 3, ndf: int = 64, num_layers: int = 3):
+        super().__init__()
+        self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers)
+        layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        width = ndf
+        for index in range(1, num_layers + 1):
+            in_width, width = width, ndf * min(2 ** index, 8)
+            stride = 2 if index < num_layers else 1
+            layers += [nn.Conv2d(in_width, width, 4, stride, padding=1, bias=False),
+                       nn.BatchNorm2d(width), nn.LeakyReLU(SLOPE)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        assert image.dim() == 4 and image.shape[1] == self.config["in_channels"], \
+            f"image must be (B, {self.config['in_channels']}, H, W), found {tuple(image.shape)}"
+        return self.main(image)                                                       # (B, 1, h, w)
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of taming's NLayerDiscriminator: the same names. ValueError lists what does not fit."""
+        load_strict(self, state_dict)

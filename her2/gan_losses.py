@@ -1,0 +1,85 @@
+"""Losses of the two adversarial networks, each equation once.
+
+With D's logits on real and fake images (hinge loss; Lim & Ye 2017, used by SPADE and by the VQ autoencoder):
+
+    loss_real = mean relu(1 - logits_real)      loss_fake = mean relu(1 + logits_fake)      (discriminator)
+    loss_G    = -mean logits_fake                                                           (generator)
+
+SPADE adds, for the generator (Park et al., CVPR 2019, appendix A):
+
+    feature matching   10 / scales * sum over scales and layers of mean |D_layer(fake) - D_layer(real)|
+    KL divergence      0.05 * 1/2 sum over z of (mu^2 + exp(logvar) - 1 - logvar)
+
+Taming's autoencoder weighs its adversarial loss so that both losses pull equally hard on the last layer
+(Esser et al., CVPR 2021, eq. 7):   |d nll / d last_layer| / (|d g / d last_layer| + 1e-4)
+
+Differs from the official code in one point: NVlabs/SPADE sums the KL divergence over the batch, so that its
+weight grows with the batch size. Here the default is the mean over the batch; 0.05 with the official sum at
+batch B equals 0.05 * B with ours (0.8 at the paper's batch of 16). reduction="sum" gives the official number.
+
+"logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns: then the last entry of every scale
+counts, and the scales are averaged. Everything is summed up in float32, under autocast too.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# What each kind of adversarial loss makes of a logit x: on real and on fake images, and for the generator.
+KINDS = {
+    "hinge": {"real": lambda x: F.relu(1 - x), "fake": lambda x: F.relu(1 + x), "generator": lambda x: -x},
+    "ls": {"real": lambda x: (x - 1) ** 2, "fake": lambda x: x ** 2, "generator": lambda x: (x - 1) ** 2},
+    "original": {"real": lambda x: F.softplus(-x), "fake": F.softplus, "generator": lambda x: F.softplus(-x)},
+    "w": {"real": lambda x: -x, "fake": lambda x: x, "generator": lambda x: -x},
+}
+
+
+def adversarial_loss(logits, role: str, kind: str = "hinge") -> torch.Tensor:
+    """The loss () of `role`: the discriminator on "real" or "fake" images, or the "generator" on fake ones.
+
+    kind: "hinge" (the default everywhere), or the other choices of the official code: "ls" least squares,
+    "original" cross-entropy (not saturating), "w" Wasserstein without its penalty.
+    """
+    assert kind in KINDS and role in KINDS[kind], \
+        f"found kind {kind!r}, role {role!r}; kinds are {list(KINDS)}"
+    maps = [logits] if torch.is_tensor(logits) else [scale[-1] for scale in logits]
+    return torch.stack([KINDS[kind][role](x.float()).mean() for x in maps]).mean()
+
+
+def hinge_discriminator(logits_real, logits_fake):
+    """-> (loss_real, loss_fake), to be added (SPADE) or averaged (VQ autoencoder)."""
+    return adversarial_loss(logits_real, "real"), adversarial_loss(logits_fake, "fake")
+
+
+def hinge_generator(logits_fake) -> torch.Tensor:
+    """-mean logits: no margin for the generator, its gradient never vanishes."""
+    return adversarial_loss(logits_fake, "generator")
+
+
+def feature_matching(fake_features: list, real_features: list, weight: float = 10.0) -> torch.Tensor:
+    """L1 distance between D's features of fake and real, all layers but the logits; no gradient into real."""
+    assert [len(scale) for scale in fake_features] == [len(scale) for scale in real_features], \
+        f"fake has {list(map(len, fake_features))} features per scale, real {list(map(len, real_features))}"
+    distances = [F.l1_loss(fake.float(), real.detach().float())
+                 for fake_scale, real_scale in zip(fake_features, real_features)
+                 for fake, real in zip(fake_scale[:-1], real_scale[:-1])]
+    return weight / len(fake_features) * torch.stack(distances).sum()
+
+
+def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)), (B, z_dim) each: summed over z; over B "mean" or official "sum"."""
+    assert reduction in ("mean", "sum"), f"reduction is 'mean' or 'sum', found {reduction!r}"
+    mu, logvar = mu.float(), logvar.float()
+    kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(dim=1)                                 # (B,)
+    return kl.mean() if reduction == "mean" else kl.sum()
+
+
+def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+    """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4."""
+    nll_gradient = torch.autograd.grad(nll, last_layer, retain_graph=True)[0].float()
+    g_gradient = torch.autograd.grad(g, last_layer, retain_graph=True)[0].float()
+    return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+def saturated_share(image: torch.Tensor) -> torch.Tensor:
+    """Share of pixel values with |x| > 0.98. Plain white background, the known collapse, drives it to 1."""
+    return (image.detach().abs() > 0.98).float().mean()

@@ -1,0 +1,241 @@
+"""SPADE: an image generator that is told at every scale which tissue belongs where.
+
+A usual conditional generator sees the label map once, at its input, and the normalisation layers then wash
+it out: a patch of one single class normalises to the same values whatever the class is. SPADE takes the
+label out of the input and lets it set the scale and shift of every normalisation, pixel by pixel:
+
+    h = relu(conv(onehot, resized to x))     gamma = conv(h)     beta = conv(h)
+    SPADE(x) = norm(x) * (1 + gamma) + beta                                        (eq. 1, 2 of Park et al.)
+
+norm has no parameters of its own: batch or instance normalisation. The generator starts from a linear map of
+a latent vector z and doubles the size five times; each residual block in between is normalised in this way.
+z comes from an encoder of a real image (a variational autoencoder: mean mu, log-variance logvar), so that it
+carries what the mask does not say, such as the stain:
+
+    z = mu + exp(logvar / 2) * noise                     at synthesis z ~ N(0, I): masks alone are enough
+
+Source: Park et al., "Semantic image synthesis with spatially-adaptive normalization", CVPR 2019, sections 3
+and appendix A (layers), appendix "VAE". The HER2 paper, section 3, uses it with the VAE encoder.
+
+Differs from the official code (NVlabs/SPADE):
+- Any height and width divisible by `stride` (32) works, also after training: the latent grid, fixed by the
+  training size, is resized (nearest) to the image's. The official grid fits one size only.
+- The encoder follows the training size (officially images are always resized to 256 x 256, and an encoder for
+  smaller crops cannot be built) and has z_dim outputs (officially 256 whatever z_dim is).
+- Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
+  num_batches_tracked, which the official one never advances.
+- Batch norm at test time. The training images were normalised with the statistics of their own batch, the
+  synthesised ones are with running averages, as officially: an image must depend on its mask and its z only,
+  not on which others share the batch. The averages are wrong in two ways, though: they belong to the weights
+  of the last steps, not to averaged (EMA) weights, and to z from the encoder, not from N(0, I).
+  `recalibrate_norm` measures them anew, with the weights that are saved and z as in synthesis.
+- `hidden`, the width of h above, is an argument (officially 128): with a small ngf it dominates the cost.
+
+Key: B batch, K classes, C channels, h w size of a feature map, H W of the image, g = 2^5 (stride), n = ngf.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from her2.blocks import SpectralConv2d, load_strict
+
+SLOPE = 0.2                                   # of every LeakyReLU outside the SPADE layers (official value)
+UPSAMPLINGS = {"normal": 5, "more": 6, "most": 7}      # how often the latent grid is doubled
+
+
+class SPADENorm(nn.Module):
+    """Normalise x without parameters, then scale and shift every pixel by what the label map says there."""
+
+    def __init__(self, channels: int, num_classes: int, norm: str = "batch", hidden: int = 128):
+        super().__init__()
+        assert norm in ("batch", "instance"), f"norm is 'batch' or 'instance', found {norm!r}"
+        layer = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
+        self.param_free_norm = layer(channels, affine=False)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(num_classes, hidden, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.mlp_beta = nn.Conv2d(hidden, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
+        """x (B, C, h, w); onehot (B, K, any, any) is resized to x -> (B, C, h, w)."""
+        onehot = F.interpolate(onehot, size=x.shape[2:], mode="nearest")              # (B, K, h, w)
+        h = self.mlp_shared(onehot)                                                   # (B, hidden, h, w)
+        gamma, beta = self.mlp_gamma(h), self.mlp_beta(h)                             # (B, C, h, w)
+        return self.param_free_norm(x) * (1 + gamma) + beta                           # (B, C, h, w)
+
+
+class SPADEResBlock(nn.Module):
+    """x + conv(conv(x)), each convolution after SPADE and LeakyReLU; 1x1 shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_classes: int, norm: str = "batch",
+                 hidden: int = 128):
+        super().__init__()
+        middle = min(in_channels, out_channels)
+        self.conv_0 = SpectralConv2d(in_channels, middle, 3, padding=1)
+        self.conv_1 = SpectralConv2d(middle, out_channels, 3, padding=1)
+        self.norm_0 = SPADENorm(in_channels, num_classes, norm, hidden)
+        self.norm_1 = SPADENorm(middle, num_classes, norm, hidden)
+        self.shortcut = in_channels != out_channels
+        if self.shortcut:
+            self.conv_s = SpectralConv2d(in_channels, out_channels, 1, bias=False)
+            self.norm_s = SPADENorm(in_channels, num_classes, norm, hidden)
+
+    def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
+        skip = self.conv_s(self.norm_s(x, onehot)) if self.shortcut else x            # (B, C', h, w)
+        x = self.conv_0(F.leaky_relu(self.norm_0(x, onehot), SLOPE))                  # (B, min, h, w)
+        x = self.conv_1(F.leaky_relu(self.norm_1(x, onehot), SLOPE))                  # (B, C', h, w)
+        return skip + x                                                               # (B, C', h, w)
+
+
+class SPADEGenerator(nn.Module):
+    """onehot (B, K, H, W) and z (B, z_dim) -> image (B, 3, H, W) in [-1, 1]; H, W divisible by `stride`.
+
+    size        the training patch, one int or (height, width): fixes the grid of the first linear layer
+    use_vae     False: no z; the start is a convolution of the downsampled label map, the image is a function
+                of the mask alone
+    upsampling  "normal" doubles five times (stride 32), "more" six, "most" seven with one more block
+    """
+
+    def __init__(self, num_classes: int = 6, ngf: int = 64, z_dim: int = 256, size=512, norm: str = "batch",
+                 use_vae: bool = True, upsampling: str = "normal", hidden: int = 128):
+        super().__init__()
+        assert upsampling in UPSAMPLINGS, f"upsampling is one of {list(UPSAMPLINGS)}, found {upsampling!r}"
+        size = [size, size] if isinstance(size, int) else list(size)
+        self.config = dict(num_classes=num_classes, ngf=ngf, z_dim=z_dim, size=size, norm=norm,
+                           use_vae=use_vae, upsampling=upsampling, hidden=hidden)
+        self.stride = 2 ** UPSAMPLINGS[upsampling]
+        assert all(s > 0 and s % self.stride == 0 for s in size), \
+            f"the training size must be divisible by {self.stride} ('{upsampling}' upsampling), found {size}"
+        self.grid = [s // self.stride for s in size]
+
+        def block(in_width, out_width):
+            return SPADEResBlock(in_width, out_width, num_classes, norm, hidden)
+
+        if use_vae:
+            self.fc = nn.Linear(z_dim, 16 * ngf * self.grid[0] * self.grid[1])
+        else:
+            self.fc = nn.Conv2d(num_classes, 16 * ngf, 3, padding=1)
+        self.head_0 = block(16 * ngf, 16 * ngf)
+        self.G_middle_0 = block(16 * ngf, 16 * ngf)
+        self.G_middle_1 = block(16 * ngf, 16 * ngf)
+        self.up_0 = block(16 * ngf, 8 * ngf)
+        self.up_1 = block(8 * ngf, 4 * ngf)
+        self.up_2 = block(4 * ngf, 2 * ngf)
+        self.up_3 = block(2 * ngf, ngf)
+        if upsampling == "most":
+            self.up_4 = block(ngf, ngf // 2)
+        self.conv_img = nn.Conv2d(ngf // 2 if upsampling == "most" else ngf, 3, 3, padding=1)
+
+    def start(self, onehot: torch.Tensor, z) -> torch.Tensor:
+        """The coarsest feature map, (B, 16n, H/g, W/g)."""
+        grid = [s // self.stride for s in onehot.shape[2:]]
+        if not self.config["use_vae"]:
+            return self.fc(F.interpolate(onehot, size=grid, mode="nearest"))          # (B, 16n, H/g, W/g)
+        if z is None or z.shape != (len(onehot), self.config["z_dim"]):
+            found = None if z is None else tuple(z.shape)
+            raise ValueError(f"z must be ({len(onehot)}, {self.config['z_dim']}), found {found}: "
+                             "draw it from N(0, I), or encode an image")
+        x = self.fc(z).unflatten(1, (-1, *self.grid))                                 # (B, 16n, grid)
+        return x if grid == self.grid else F.interpolate(x, size=grid, mode="nearest")  # (B, 16n, H/g, W/g)
+
+    def forward(self, onehot: torch.Tensor, z=None) -> torch.Tensor:
+        assert onehot.dim() == 4 and onehot.shape[1] == self.config["num_classes"], \
+            f"onehot must be (B, {self.config['num_classes']}, H, W), found {tuple(onehot.shape)}"
+        assert all(s > 0 and s % self.stride == 0 for s in onehot.shape[2:]), \
+            f"height and width must be divisible by {self.stride}, found {tuple(onehot.shape[2:])}"
+
+        def double(x):
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+
+        x = self.start(onehot, z)                                                     # (B, 16n, H/g, W/g)
+        x = double(self.head_0(x, onehot))                                            # (B, 16n, 2H/g, ..)
+        x = self.G_middle_0(x, onehot)
+        if self.stride > 32:
+            x = double(x)
+        x = double(self.G_middle_1(x, onehot))                                        # (B, 16n, 4H/g, ..)
+        x = double(self.up_0(x, onehot))                                              # (B, 8n, 8H/g, ..)
+        x = double(self.up_1(x, onehot))                                              # (B, 4n, 16H/g, ..)
+        x = double(self.up_2(x, onehot))                                              # (B, 2n, H, W)
+        x = self.up_3(x, onehot)                                                      # (B, n, H, W)
+        if self.stride > 64:
+            x = self.up_4(double(x), onehot)                                          # (B, n/2, H, W)
+        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE)))                      # (B, 3, H, W)
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of NVlabs/SPADE (latest_net_G.pth): the same names. ValueError lists what does not fit."""
+        load_strict(self, state_dict)
+
+
+class VAEEncoder(nn.Module):
+    """image (B, 3, any, any) in [-1, 1] -> mu, logvar (B, z_dim) of q(z | image).
+
+    3x3 convolutions of stride 2 with spectral and instance normalisation, down to 4x4, then two linear maps.
+    `size` is the training patch: images are resized (bilinear) to the largest power of two that is neither
+    above it nor above 256, so 256 at paper scale (official value) and no resizing for patches of 64 or 128.
+    """
+
+    def __init__(self, ngf: int = 64, z_dim: int = 256, size: int = 256):
+        super().__init__()
+        assert size >= 8, f"the encoder needs patches of at least 8 pixels, found size {size}"
+        self.config = dict(ngf=ngf, z_dim=z_dim, size=size)
+        levels = int(math.log2(min(size, 256))) - 2
+        self.side = 4 * 2 ** levels
+        widths = [3] + [ngf * min(2 ** level, 8) for level in range(levels)]            # 1, 2, 4, 8, 8, 8
+        self.layers = [f"layer{level + 1}" for level in range(levels)]
+        for name, in_width, out_width in zip(self.layers, widths, widths[1:]):
+            convolution = SpectralConv2d(in_width, out_width, 3, stride=2, padding=1, bias=False)
+            setattr(self, name, nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
+        self.fc_mu = nn.Linear(widths[-1] * 16, z_dim)
+        self.fc_var = nn.Linear(widths[-1] * 16, z_dim)
+
+    def forward(self, image: torch.Tensor):
+        assert image.dim() == 4 and image.shape[1] == 3, \
+            f"image must be (B, 3, H, W), found {tuple(image.shape)}"
+        x = image
+        if image.shape[2:] != (self.side, self.side):
+            x = F.interpolate(image, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        for name in self.layers:
+            x = F.leaky_relu(getattr(self, name)(x), SLOPE)                           # (B, C, h/2, w/2)
+        x = x.flatten(1)                                                              # (B, 8n*4*4)
+        return self.fc_mu(x).float(), self.fc_var(x).float()                          # (B, z_dim) twice
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of NVlabs/SPADE (latest_net_E.pth): the same names. ValueError lists what does not fit."""
+        load_strict(self, state_dict)
+
+
+def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """z ~ N(mu, exp(logvar)) with gradients into mu and logvar; noise ~ N(0, I); all (B, z_dim)."""
+    assert mu.shape == logvar.shape == noise.shape, \
+        f"mu, logvar and noise must have one shape, found {[tuple(t.shape) for t in (mu, logvar, noise)]}"
+    return mu + torch.exp(0.5 * logvar) * noise
+
+
+@torch.no_grad()
+def recalibrate_norm(generator: SPADEGenerator, batches) -> None:
+    """Fit what the generator tracks, batch-norm statistics and singular vectors, to its present weights.
+
+    batches: an iterable of (onehot, z), z ~ N(0, I) as in synthesis, as many as give steady averages (tens):
+    the statistics become the plain average over them. Parameters and train/eval mode stay as they are.
+    """
+    was_training = generator.training
+    generator.eval()                                       # spectral normalisation: no step per forward
+    norms = [layer for layer in generator.modules() if isinstance(layer, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for layer in generator.modules():
+        if isinstance(layer, SpectralConv2d):
+            layer.power_iteration(steps=10)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None                               # torch: cumulative average instead of exponential
+        norm.train()
+    count = 0
+    for onehot, z in batches:
+        generator(onehot, z)
+        count += 1
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    generator.train(was_training)
+    assert count or not norms, "recalibrate_norm needs at least one batch: statistics were reset"
