@@ -203,8 +203,8 @@ def _class_from_json(row, path) -> TissueClass:
     return TissueClass(class_id, name, tumor, variance, tuple(color))
 
 
-# PAPER: the paper names no class ids; these follow its order of the subtypes, background first. Hard Negative,
-# Necrosis and To Verify are what the authors' annotation server calls background.
+# PAPER: the paper names no class ids; these follow its order of the subtypes, background first.
+# Hard Negative, Necrosis and To Verify are what the authors' annotation server calls background.
 DEFAULT_ALIASES = {
     "negative": 1, "HER2 0": 1, "HER2 1+": 2, "1": 2, "HER2 2+": 3, "2": 3, "HER2 3+": 4, "3": 4,
     "DCIS": 5, "LCIS": 5, "DCIS/LCIS": 5,

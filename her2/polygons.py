@@ -51,7 +51,7 @@ def _edges(rings):
 
 
 def _centres_left(edges, rows):
-    """(C,) float: ceil(x - 1/2), exactly; x is where edges[k] (C, 4) meets the centre line of rows[k] (C,)."""
+    """(C,) float: ceil(x - 1/2), exactly; x is where edges[k] (C, 4) meets the centres of rows[k] (C,)."""
     x1, y1, x2, y2 = edges.T
     with np.errstate(over="ignore", invalid="ignore"):
         x = x1 + (rows + 0.5 - y1) / (y2 - y1) * (x2 - x1) - 0.5
@@ -77,7 +77,7 @@ def _centres_left(edges, rows):
 
 
 def _flips(rings, height, width):
-    """Where the mask changes: slices (rows, columns) of the image that hold the polygon, (F,) sorted positions.
+    """Where the mask changes: slices (rows, columns) of the image around the polygon, (F,) sorted positions.
 
     Positions count along rows of w + 1, column w standing for all that lies right of the box; every row has
     an even number of them. They are all that is kept of a polygon until it is painted: not its area.
@@ -114,7 +114,7 @@ def _fill(rows, columns, flips):
 def rasterize(rings, height: int, width: int) -> np.ndarray:
     """The pixels of one polygon: bool (height, width).
 
-    `rings` is a list of (n, 2) arrays of x, y in pixels, closed or not (a repeated first vertex does no harm).
+    `rings` is a list of (n, 2) arrays of x, y in pixels, closed or not (a repeated first one is harmless).
     What lies outside the image is cut off; rings of fewer than three points hold no pixel.
     """
     mask = np.zeros((height, width), bool)
@@ -124,7 +124,7 @@ def rasterize(rings, height: int, width: int) -> np.ndarray:
 
 
 def polygon_area(rings) -> float:
-    """Square pixels of a polygon, uncut: the first ring less its holes, the others. Directions do not matter."""
+    """Square pixels of a polygon, uncut: the first ring less its holes, the others. Either direction."""
     outer, *holes = [abs(_signed_area(ring)) for ring in _as_arrays(rings)] or [0.0]
     return max(0.0, outer - sum(holes))
 
@@ -138,9 +138,9 @@ def paint(polygons, class_ids, height: int, width: int, larger_first: bool = Tru
     """Polygons to pixels: (label uint8, instance int32), both (height, width).
 
     `polygons` is a list of lists of rings, `class_ids` their classes. A pixel of several polygons belongs to
-    the one painted last: larger ones are painted first, equal ones in input order, so that an island drawn inside
-    a nest stays visible; larger_first=False paints in input order. The instance of polygon k is k + 1, and 0
-    where the label is 0: a polygon of the background cuts a hole.
+    the one painted last: larger ones are painted first, equal ones in input order, so that an island drawn
+    inside a nest stays visible; larger_first=False paints in input order. The instance of polygon k is k + 1,
+    and 0 where the label is 0: a polygon of the background cuts a hole.
     """
     # PAPER: EXACT has no holes, and the paper does not say how nested polygons were read; this order is ours.
     assert len(polygons) == len(class_ids), f"{len(polygons)} polygons but {len(class_ids)} class ids"
@@ -194,7 +194,7 @@ def connected_components(label: np.ndarray) -> np.ndarray:
     row, start = np.divmod(at[tissue], width)
     end = start + length[tissue]                                         # exclusive
     # A run of the row above touches run r when its end >= start[r] and its start <= end[r]. Runs of a row
-    # do not overlap, so those are consecutive: keys that rise through the whole image find the first and last.
+    # do not overlap, so those are consecutive: keys that rise through the image find the first and last.
     stride = width + 1
     low = np.searchsorted(row * stride + end, (row - 1) * stride + start, side="left")
     high = np.searchsorted(row * stride + start, (row - 1) * stride + end, side="right")
