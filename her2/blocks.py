@@ -96,6 +96,7 @@ def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:
     `rename` is a sequence of (regular expression, replacement) pairs that are applied in order to every
     name of `state_dict`, to turn official names into ours.
     Raises ValueError that lists all missing, unexpected and misshapen tensors; nothing is copied then.
+    A module on the meta device has no memory to copy into: it takes over the given tensors themselves.
     """
     own = module.state_dict()
     given, clashes = {}, []
@@ -107,11 +108,13 @@ def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:
         given[name] = tensor
     missing = sorted(own.keys() - given.keys())
     unexpected = sorted(given.keys() - own.keys())
-    misshapen = [f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
-                 for name in sorted(own.keys() & given.keys()) if given[name].shape != own[name].shape]
+    shapes = {name: tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
+              for name, tensor in given.items()}
+    misshapen = [f"{name} {shapes[name]} instead of {tuple(own[name].shape)}"
+                 for name in sorted(own.keys() & given.keys()) if shapes[name] != tuple(own[name].shape)]
     problems = [f"{len(names)} {what}: {', '.join(names)}"
                 for what, names in (("missing", missing), ("unexpected", unexpected),
                                     ("misshapen", misshapen), ("given twice", clashes)) if names]
     if problems:
         raise ValueError(f"weights do not fit {type(module).__name__}: " + "; ".join(problems))
-    module.load_state_dict(given)
+    module.load_state_dict(given, assign=any(tensor.is_meta for tensor in own.values()))

@@ -113,5 +113,12 @@ class PatchGAN(nn.Module):
         return self.main(image)                                                       # (B, 1, h, w)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of taming's NLayerDiscriminator: the same names. ValueError lists what does not fit."""
+        """Weights of taming's NLayerDiscriminator (same names), alone or in the checkpoint of an autoencoder.
+
+        ValueError lists what does not fit.
+        """
+        inside = "loss.discriminator."
+        if any(name.startswith(inside) for name in state_dict):
+            state_dict = {name.removeprefix(inside): state_dict[name] for name in state_dict
+                          if name.startswith(inside)}
         load_strict(self, state_dict)

@@ -69,7 +69,8 @@ def spade_encoder(meta, sd, inp, out, out64, tolerance):
 
 
 def build_discriminator(opt: dict, sd: dict) -> MultiscaleDiscriminator:
-    discriminator = MultiscaleDiscriminator(sd["discriminator_0.model0.0.weight"].shape[1], opt.get("ndf", 64),
+    in_channels = sd["discriminator_0.model0.0.weight"].shape[1]
+    discriminator = MultiscaleDiscriminator(in_channels, opt.get("ndf", 64),
                                             opt.get("n_layers_D", 4), opt.get("num_D", 2))
     discriminator.load_official_state_dict(sd)
     return discriminator
