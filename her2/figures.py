@@ -85,6 +85,11 @@ class Canvas:
         box = [x - radius, y - radius, x + radius, y + radius]
         self.draw.ellipse(box, fill=fill, outline=outline, width=SCALE)
 
+    def diamond(self, x, y, radius=4.5, fill=INK, outline=INK):
+        corners = [(x - radius, y), (x, y - radius), (x + radius, y), (x, y + radius)]
+        corners = [(a * SCALE, b * SCALE) for a, b in corners]
+        self.draw.polygon(corners, fill=fill, outline=outline, width=SCALE)
+
     def text(self, x, y, text, size=14, color=INK, anchor="la", turned=False):
         """`text` at (x, y); `anchor` as in Pillow (left/middle/right + ascender/middle/descender).
 

@@ -157,10 +157,14 @@ def column(records, key) -> tuple:
 def draw_curves(records, panels, x_label="optimiser steps", width=620, height=330) -> np.ndarray:
     """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns.
 
-    A series without a record is left out, a panel without a series stays out altogether.
+    A panel is a `Panel` or, in short, a list of keys. A series without a record is left out, a panel without
+    a series too.
     """
     prepared = []
     for panel in panels:
+        if not isinstance(panel, Panel):
+            names = {key.replace("_", " "): key for key in panel}
+            panel = Panel(next(iter(names)) if len(names) == 1 else "", names)
         curves = [(name, *column(records, key)) for name, key in panel.series.items()]
         curves = [curve for curve in curves if np.isfinite(curve[2]).any()]
         found = {name: column(records, key)[1] if isinstance(key, str) else np.array([float(key)])
