@@ -1,0 +1,115 @@
+"""Losses of the segmentation network: soft Dice, generalised Dice, and their sum with cross-entropy.
+
+With prob = softmax(logits), g = one-hot target, and sums over the pixels of the whole batch, per class k
+
+    I_k = sum prob_k g_k        P_k = sum prob_k        V_k = sum g_k  (the class's volume)
+
+    soft Dice            1 - mean_k (2 I_k + eps) / (P_k + V_k + eps)                     k = tumor only
+    generalised Dice     1 - (2 sum_k w_k I_k + eps) / (sum_k w_k (P_k + V_k) + eps)      k = every class,
+                         w_k = 1 / V_k^2                    (Sudre et al., DLMIA 2017, [20] of the paper)
+    total                dice_weight * Dice + ce_weight * cross-entropy                   (paper, section 2.3)
+
+PAPER: [20] is the generalised Dice, while the authors' public code of 2024 sums soft Dice over the batch, without
+background, eps 0.01. Soft Dice is our default, generalised the alternative. The weights are not given: 0.5 each.
+
+Why sums over the batch: a patch without tumor has no Dice of its own. Its term would be 1 whatever the network
+does short of exact zeros, and a few such patches would drown the rest. Where nothing is there and nothing is
+predicted, eps / eps = 1: the loss is 0.
+
+Differs from the official code (MONAI's GeneralizedDiceLoss), on purpose; each argument named here brings its
+numbers back (tests/parity_segmentation.py):
+  absent="largest"   a class without a pixel gets the largest weight of the others there. Ours: weight 0, because
+                     its w is infinite and any finite stand-in lets it dominate.
+  relative=False     the weights 1 / V^2 shrink with the square of the patch size while eps = 1e-5 stays: for a batch
+                     of 16 patches of 512 px the weighted sums are about 1e-6, so eps alone decides and the loss is
+                     near 0 whatever is predicted. Ours divides all w by the largest (Sudre's ratio does not
+                     change), which makes the loss independent of the number of pixels.
+
+Everything is float32, under autocast too: a half-precision sum over 4 million pixels stops counting at 2048.
+
+Key: B batch, K classes, H W image size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def class_sums(logits: torch.Tensor, target: torch.Tensor, batch: bool = True, squared: bool = False):
+    """I, P, V of the module's docstring: (1, K) each, or (B, K) with batch=False. `squared`: sums of squares in P."""
+    assert logits.ndim == 4 and target.shape == (logits.shape[0], *logits.shape[2:]), \
+        f"logits (B, K, H, W) and target (B, H, W), found {tuple(logits.shape)} and {tuple(target.shape)}"
+    prob = logits.float().softmax(dim=1).flatten(2)                               # (B, K, H*W)
+    index = target.long().flatten(1).unsqueeze(1)                                 # (B, 1, H*W)
+    onehot = torch.zeros_like(prob).scatter_(1, index, 1.0)                       # (B, K, H*W)
+    sums = [(prob * onehot).sum(2), (prob * prob if squared else prob).sum(2), onehot.sum(2)]
+    return [s.sum(0, keepdim=True) if batch else s for s in sums]
+
+
+def dice_scores(logits, target, batch: bool = True, eps: float = 0.01, squared: bool = False,
+                jaccard: bool = False) -> torch.Tensor:
+    """(2 I + eps) / (P + V + eps) per class: (1, K), or (B, K) with batch=False.
+
+    `squared` has p^2 in P (Milletari et al., 2016); `jaccard` divides by the union instead: I / (P + V - I).
+    eps = 0 is allowed: nothing by nothing is 0 then.
+    """
+    intersection, predicted, volume = class_sums(logits, target, batch, squared)
+    whole = predicted + volume
+    if jaccard:
+        whole = 2 * (whole - intersection)
+    return (2 * intersection + eps) / (whole + eps).clamp_min(1e-7)
+
+
+def soft_dice_loss(logits, target, include_background: bool = False, **options) -> torch.Tensor:
+    """1 - mean over the classes (and images, with batch=False) of `dice_scores`, whose options it takes."""
+    return 1 - dice_scores(logits, target, **options)[:, 0 if include_background else 1:].mean()
+
+
+def generalised_dice_loss(logits, target, include_background: bool = True, batch: bool = True, eps: float = 1e-5,
+                          weighting: str = "square", absent: str = "zero", relative: bool = True) -> torch.Tensor:
+    """Sudre's generalised Dice loss. weighting: "square" 1/V^2, "simple" 1/V, "uniform" 1.
+
+    Keep the background: a batch without tumor has no other class, and without it would give no gradient at all.
+    """
+    assert weighting in ("square", "simple", "uniform"), f"weighting {weighting!r}"
+    assert absent in ("zero", "largest"), f"absent {absent!r}"
+    first = 0 if include_background else 1
+    intersection, predicted, volume = (s[:, first:] for s in class_sums(logits, target, batch))
+    power = {"square": 2, "simple": 1, "uniform": 0}[weighting]
+    present = volume > 0
+    weight = volume.clamp_min(1) ** -power                                        # (1 or B, K)
+    if power > 0:  # 1 / 0: the weight of an absent class has to come from somewhere else
+        stand_in = (weight * present).amax(dim=1, keepdim=True) if absent == "largest" else 0.0
+        weight = torch.where(present, weight, stand_in)
+    if relative:
+        weight = weight / weight.amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    numerator = 2 * (weight * intersection).sum(1) + eps
+    denominator = (weight * (predicted + volume)).sum(1) + eps
+    return (1 - numerator / denominator).mean()
+
+
+def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 0.5, ce_weight: float = 0.5,
+                       class_weight=None, label_smoothing: float = 0.0):
+    """The training loss. Returns (loss, {"dice": tensor, "ce": tensor}): the parts detached, unweighted, for the log.
+
+    logits (B, K, H, W); target (B, H, W) ids 0..K-1: for the paper's network 0 background, 1 tumor.
+    `class_weight` (K,) and `label_smoothing` are those of torch's cross_entropy.
+    """
+    assert dice in ("soft", "generalised"), f"dice is 'soft' or 'generalised', found {dice!r}"
+    dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(logits, target)
+    ce = F.cross_entropy(logits.float(), target.long(), weight=class_weight, label_smoothing=label_smoothing)
+    return dice_weight * dice_loss + ce_weight * ce, {"dice": dice_loss.detach(), "ce": ce.detach()}
+
+
+@torch.no_grad()
+def constant_prediction_loss(target: torch.Tensor, prior=None, num_classes: int = 2, **options) -> float:
+    """The loss of a network that predicts nothing: at every pixel the same probabilities `prior`.
+
+    prior: (K,) class frequencies, by default those of `target`. A training loss that stays here has learned
+    nothing from the pixels. For two classes, tumor share s: cross-entropy = -s ln s - (1-s) ln(1-s), soft
+    Dice loss = 1 - s. `options` are those of `dice_cross_entropy`.
+    """
+    if prior is None:
+        prior = torch.bincount(target.flatten().long(), minlength=num_classes) / target.numel()
+    prior = torch.as_tensor(prior, dtype=torch.float32, device=target.device)
+    logits = prior.clamp_min(1e-7).log().view(1, -1, 1, 1).expand(target.shape[0], -1, *target.shape[1:])
+    return float(dice_cross_entropy(logits, target, **options)[0])

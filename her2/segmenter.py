@@ -1,0 +1,276 @@
+"""The segmentation network: a U-Net whose contracting half is a ResNet-34, and inference on whole ROIs.
+
+A ResNet-34 without its classifier halves the image five times and keeps the feature map of every scale. The
+decoder goes back up: double the resolution (nearest), append the encoder's map of that scale (the skip), two
+3x3 convolutions. The last doubling reaches the image's own resolution, where the encoder has no map. A 3x3
+convolution gives two logits per pixel, background and tumor:
+
+    features  f_0 = x, f_1 (1/2, w), f_2 (1/4, w), f_3 (1/8, 2w), f_4 (1/16, 4w), f_5 (1/32, 8w),  w = width = 64
+    y_0 = f_5        y_i = block_i(concat(up2(y_{i-1}), f_{5-i})), i = 1..4        y_5 = block_5(up2(y_4))
+    logits = conv3x3(y_5)
+
+Source: paper, section 2.3 (U-Net [17] with a ResNet-34 [18] backbone pre-trained on ImageNet [19]); the layout
+is that of segmentation-models-pytorch's Unet("resnet34"), whose files load, as do torchvision's resnet34 files
+(encoder). Names of parameters are the official ones: `encoder.` + torchvision's, `decoder.blocks.<i>.conv<1|2>`.
+
+Differs from the official code: images come in [-1, 1] and the ImageNet normalisation is part of the network (the
+official one leaves it to the data pipeline, where it is easily forgotten; `forward_normalised` skips it); the
+width is free; the initialisation is one rule for encoder and decoder (see `he_init`).
+
+Key: B batch, K classes, H W image size, h w size of a feature map, c channels, w width.
+"""
+
+import hashlib
+import math
+import socket
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from her2.blocks import load_strict
+from her2.errors import UserError, one_line
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: what every torchvision ResNet was trained with
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"  # the name ends in its SHA-256's start
+STRIDE = 32                            # five halvings: sizes and tile positions are multiples of it
+BLOCKS = (3, 4, 6, 3)                  # residual blocks per stage: what makes a ResNet a ResNet-34 (He et al., table 1)
+
+
+class ResidualBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))): He et al., CVPR 2016, figure 2; torchvision's BasicBlock."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = None
+        if stride > 1:  # as deep as in torchvision: only where the shape changes
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                                            nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+class ResNet34Encoder(nn.Module):
+    """ResNet-34 without pooling and classifier; parameters named as torchvision's. `width` 64 is the official size."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.channels = [3, width, width, 2 * width, 4 * width, 8 * width]
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for stage, depth in enumerate(BLOCKS, start=1):
+            c_in, c_out = self.channels[stage], self.channels[stage + 1]
+            blocks = [ResidualBlock(c_in if i == 0 else c_out, c_out, 2 if i == 0 and stage > 1 else 1)
+                      for i in range(depth)]
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x: ImageNet-normalised image. Returns the six maps f_0 .. f_5 of the module's docstring."""
+        f1 = F.relu(self.bn1(self.conv1(x)))                        # (B, w, H/2, W/2)
+        f2 = self.layer1(F.max_pool2d(f1, 3, stride=2, padding=1))  # (B, w, H/4, W/4)
+        f3 = self.layer2(f2)                                        # (B, 2w, H/8, W/8)
+        f4 = self.layer3(f3)                                        # (B, 4w, H/16, W/16)
+        f5 = self.layer4(f4)                                        # (B, 8w, H/32, W/32)
+        return [x, f1, f2, f3, f4, f5]
+
+
+def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+class DecoderBlock(nn.Module):
+    """Double the resolution, append the skip if there is one, two 3x3 convolutions."""
+
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = conv_bn_relu(in_channels + skip_channels, out_channels)
+        self.conv2 = conv_bn_relu(out_channels, out_channels)
+
+    def forward(self, y: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+        y = F.interpolate(y, scale_factor=2, mode="nearest")        # (B, c_in, 2h, 2w)
+        if skip is not None:
+            y = torch.cat([y, skip], dim=1)                         # (B, c_in + c_skip, 2h, 2w)
+        return self.conv2(self.conv1(y))                            # (B, c_out, 2h, 2w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels, decoder_channels):
+        super().__init__()
+        inputs = [channels[5], *decoder_channels[:-1]]
+        skips = [*channels[4:0:-1], 0]
+        self.blocks = nn.ModuleList(map(DecoderBlock, inputs, skips, decoder_channels))
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        y = features[5]                                             # (B, 8w, H/32, W/32)
+        for block, skip in zip(self.blocks, [*features[4:0:-1], None]):
+            y = block(y, skip)                                      # (B, c, 2h, 2w)
+        return y                                                    # (B, c, H, W)
+
+
+class UNet(nn.Module):
+    """image (B, 3, H, W) in [-1, 1], H and W divisible by 32 -> logits (B, num_classes, H, W).
+
+    `width` 64 is the official size (24,436,514 parameters); 16 or 32 train on a CPU. `decoder_channels` defaults
+    to the official (256, 128, 64, 32, 16) scaled by width / 64, at least 16 each.
+    """
+
+    def __init__(self, num_classes: int = 2, width: int = 64, decoder_channels=None):
+        super().__init__()
+        if decoder_channels is None:
+            decoder_channels = [max(16, c * width // 64) for c in (256, 128, 64, 32, 16)]
+        if len(decoder_channels) != 5:
+            raise ValueError(f"decoder_channels has one entry per doubling, 5; found {decoder_channels}")
+        self.config = {"num_classes": num_classes, "width": width, "decoder_channels": list(decoder_channels)}
+        self.encoder = ResNet34Encoder(width)
+        self.decoder = Decoder(self.encoder.channels, decoder_channels)
+        self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], num_classes, 3, padding=1))
+        # Not in the state_dict: constants, and the official files do not have them.
+        mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        he_init(self)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        assert image.ndim == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
+        return self.forward_normalised(image * self.scale + self.shift)  # ((image + 1) / 2 - mean) / std
+
+    def forward_normalised(self, x: torch.Tensor) -> torch.Tensor:
+        """The same from an image that is ImageNet-normalised already: what the official network takes."""
+        if x.shape[2] % STRIDE or x.shape[3] % STRIDE:
+            raise ValueError(f"height and width must be divisible by {STRIDE}, found {tuple(x.shape[2:])}; "
+                             "predict_roi takes any size")
+        features = self.encoder(x)
+        return self.segmentation_head(self.decoder(features))       # (B, K, H, W)
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder; fc is dropped).
+
+        Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded then. Only
+        the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none, and the
+        counters have no effect at a fixed momentum.
+        """
+        given = dict(state_dict)
+        whole = any(name.startswith("encoder.") for name in given)
+        target = self if whole else self.encoder
+        if not whole:
+            given = {name: tensor for name, tensor in given.items() if name not in ("fc.weight", "fc.bias")}
+        if not any(name.endswith("num_batches_tracked") for name in given):
+            given.update({name: tensor for name, tensor in target.state_dict().items()
+                          if name.endswith("num_batches_tracked")})
+        load_strict(target, given)
+
+
+def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """He initialisation (fan-out, ReLU gain) for every convolution; batch norms start as the identity.
+
+    The logits start at zero: the first loss is ln 2 in every seed, whatever the other weights are.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+    nn.init.zeros_(model.segmentation_head[0].weight)
+    nn.init.zeros_(model.segmentation_head[0].bias)
+
+
+def encoder_weights(choice: str) -> Path | None:
+    """The file that `--encoder-weights CHOICE` asks for; its tensors go to `UNet.load_official_state_dict`.
+
+    "none": None. "imagenet": torchvision's resnet34 in torch hub's cache, downloaded if it is not there, and
+    checked against the hash in its name. Anything else is the path of a file. Raises UserError.
+    """
+    if choice == "none":
+        return None
+    if choice != "imagenet":
+        if not Path(choice).is_file():
+            raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of torchvision's "
+                            "resnet34 or of smp's Unet")
+        return Path(choice)
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rsplit("/", 1)[1]
+    expected = path.stem.split("-")[1]
+    if not path.is_file():
+        patience = socket.getdefaulttimeout()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(20)  # torch.hub itself would wait for minutes where packets are dropped
+            torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=expected)
+        except (OSError, RuntimeError, ValueError) as error:  # no network, a wrong hash, a broken proxy setting
+            raise UserError(f"{path}: not there, and the download failed ({one_line(error)}); get {IMAGENET_URL} on a "
+                            "machine with a network and put it there, or give the file itself as "
+                            "--encoder-weights FILE, or do without: --encoder-weights none") from error
+        finally:
+            socket.setdefaulttimeout(patience)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()[:len(expected)]
+    if found != expected:
+        raise UserError(f"{path}: its SHA-256 starts with {found} instead of {expected}, so it is damaged; delete it "
+                        "and run the same command again")
+    return path
+
+
+def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Cut one axis into tiles: (size of a tile, [(start of the tile, start of the kept part, its end), ...]).
+
+    Tiles start at multiples of 32, so that a network with five halvings sees every pixel on the same grid as in
+    one pass over the whole image. Neighbours share at least `overlap` pixels and are cut in the middle of what
+    they share: the kept parts are disjoint and cover [0, length). The last tile may reach beyond `length`.
+    """
+    padded = math.ceil(length / STRIDE) * STRIDE
+    tile = min(tile, padded)
+    step = (tile - overlap) // STRIDE * STRIDE
+    starts = [*range(0, padded - tile, step), padded - tile] if tile < padded else [0]
+    cuts = [0, *((left + tile + right) // 2 for left, right in zip(starts, starts[1:])), length]
+    return tile, [(start, cuts[i], min(cuts[i + 1], length)) for i, start in enumerate(starts)]
+
+
+def reflected(length: int, stop: int) -> torch.Tensor:
+    """Indices 0..stop-1 folded into [0, length) as in a mirror: 0 1 2 2 1 0 0 1 ... for length 3."""
+    index = torch.arange(stop) % (2 * length)
+    return torch.where(index < length, index, 2 * length - 1 - index)
+
+
+@torch.no_grad()
+def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap: int = 128, batch_size: int = 4,
+                device=None) -> torch.Tensor:
+    """Tumor probability of every pixel of an ROI of any size: (3, H, W) -> (H, W) float32 in [0, 1] on the CPU.
+
+    `image` is float in [-1, 1] or uint8 (a view of a memory-mapped file is fine: only tiles are copied). The
+    network sees overlapping tiles of which only the centres are kept, so each pixel is predicted once and no seam
+    shows; where an ROI is no multiple of 32 its right and bottom are continued by reflection. `tile` is a multiple of
+    32, 0 <= overlap <= tile - 32. `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be in eval mode.
+    """
+    if model.training:
+        raise ValueError("predict_roi needs model.eval(): batch statistics would make tiles depend on each other")
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image is (3, H, W), found {tuple(image.shape)}")
+    if tile < STRIDE or tile % STRIDE or not 0 <= overlap <= tile - STRIDE:
+        raise ValueError(f"tile must be a multiple of {STRIDE} and overlap 0 .. tile - {STRIDE}, "
+                         f"found tile {tile}, overlap {overlap}")
+    _, height, width = image.shape
+    tile_h, spans_y = tile_spans(height, tile, overlap)
+    tile_w, spans_x = tile_spans(width, tile, overlap)
+    rows = reflected(height, spans_y[-1][0] + tile_h)
+    columns = reflected(width, spans_x[-1][0] + tile_w)
+
+    prob = torch.empty(height, width)
+    jobs = [(span_y, span_x) for span_y in spans_y for span_x in spans_x]
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first:first + batch_size]
+        tiles = torch.stack([image[:, rows[y:y + tile_h, None], columns[x:x + tile_w]]
+                             for (y, _, _), (x, _, _) in batch]).to(device)                 # (B, 3, h, w)
+        if tiles.dtype == torch.uint8:
+            tiles = tiles.float() / 127.5 - 1
+        logits = model(tiles.contiguous(memory_format=torch.channels_last))                 # (B, K, h, w)
+        tumor = logits.float().softmax(dim=1)[:, 1:].sum(dim=1).cpu()                       # (B, h, w)
+        for ((y, top, bottom), (x, left, right)), part in zip(batch, tumor):
+            prob[top:bottom, left:right] = part[top - y:bottom - y, left - x:right - x]
+    return prob

@@ -1,0 +1,145 @@
+"""Segmentation against segmentation-models-pytorch, MONAI, scikit-learn, torchmetrics, scipy: same inputs, same numbers.
+
+Ours differs from some of them on purpose (her2/losses.py says why); an argument, or where theirs is a quirk a
+line in here, brings back the official number. tests/test_losses.py shows ours beside it.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from golden_reader import gradient_outputs, probe, probes
+
+from her2.frechet import feature_statistics, frechet_distance, kernel_distance
+from her2.losses import class_sums, dice_cross_entropy, dice_scores, generalised_dice_loss, soft_dice_loss
+from her2.metrics import class_scores, confusion_matrix, normalise
+from her2.segmenter import UNet
+
+MONAI_EPS = 1e-5  # its smooth_nr and smooth_dr
+
+
+def smp_unet(meta, sd, inp, out, out64, tolerance):
+    """segmentation-models-pytorch's Unet("resnet34"): x is normalised already, the loss is plain cross-entropy."""
+    width = sd["encoder.conv1.weight"].shape[0]
+    decoder = [sd[f"decoder.blocks.{i}.conv1.0.weight"].shape[0] for i in range(5)]
+    model = UNet(len(sd["segmentation_head.0.bias"]), width, decoder)
+    model.load_official_state_dict(sd)
+
+    model.eval()
+    with torch.no_grad():
+        features = model.encoder(inp["x"])
+        decoded = model.decoder(features)
+        ours = {"eval/y": model.forward_normalised(inp["x"]),
+                "eval/feature_probes": np.stack([probe(f, i) for i, f in enumerate(features)]),
+                "eval/decoder_probes": probe(decoded, 0)[None]}
+    for i, feature in enumerate(features):  # of large maps only the first channels are recorded
+        recorded = out.get(f"eval/f{i}")
+        ours[f"eval/f{i}"] = feature if recorded is None else feature[:, :recorded.shape[1]]
+
+    model.train()
+    logits = model.forward_normalised(inp["x"])
+    loss = dice_cross_entropy(logits, inp["target"], dice_weight=0.0, ce_weight=1.0)[0]
+    loss.backward()
+    buffers = [(name, b) for name, b in model.named_buffers() if name in sd]  # without scale and shift
+    names, rows = probes(dict(buffers))
+    return {**ours, "train/y": logits.detach(), "train/ce": loss.detach(),
+            "train/buf_names": np.array(names), "train/buf_probes": rows,
+            **gradient_outputs("train/", {name: p.grad for name, p in model.named_parameters()})}
+
+
+def one_loss(name, logits, target):
+    """The recorded loss `name`, such as "monai_gdl/bg1/batch0/square", by our functions."""
+    kind, *options = name.split("/")
+    flags = {option[:-1]: option[-1] == "1" for option in options if option[-1] in "01"}
+    classes = logits.shape[1]
+    if kind == "monai_gdl":
+        return generalised_dice_loss(logits, target, flags["bg"], flags["batch"], MONAI_EPS, weighting=options[-1],
+                                     absent="largest", relative=False)
+    if kind == "monai_dice":
+        return soft_dice_loss(logits, target, flags["bg"], batch=flags["batch"], eps=MONAI_EPS, squared=flags["sq"])
+    if kind == "monai_dice_jaccard":
+        return soft_dice_loss(logits, target, True, batch=False, eps=MONAI_EPS, jaccard=True)
+    if kind == "monai_dicece":
+        ce = dice_cross_entropy(logits, target, dice_weight=0.0, ce_weight=1.0)[0]
+        return ce + soft_dice_loss(logits, target, True, batch=False, eps=MONAI_EPS)
+    if kind.endswith("_ignore255"):  # rows 0 and 1 of every image: an ignored pixel is a pixel left out
+        return one_loss({"ce_ignore255": "ce", "smp_dice_ignore255": "smp_dice/smooth0"}[kind],
+                        logits[:, :, 2:], target[:, 2:])
+    if kind == "smp_dice":
+        # smp sums over the batch; classes absent from the truth lose their loss but still count in the mean. Its
+        # Dice is a Tversky score with 1/2, 1/2, so that `smooth` is added to I and to (P + V) / 2: eps = 2 smooth.
+        score = dice_scores(logits, target, eps=2.0 * (options[0] == "smooth1"))[0]          # (K,)
+        loss = -score.clamp_min(1e-7).log() if options[0] == "log" else 1 - score
+        loss = loss * (class_sums(logits, target)[2][0] > 0)
+        return loss[1] if options[0] == "class1" else loss.mean()
+    options = {"ce": {}, "ce_weighted": {"class_weight": torch.arange(1.0, classes + 1)},
+               "ce_ls0.1": {"label_smoothing": 0.1}}[kind]
+    return dice_cross_entropy(logits, target, dice_weight=0.0, ce_weight=1.0, **options)[0]
+
+
+def seg_losses(meta, sd, inp, out, out64, tolerance):
+    ours = {}
+    for case in meta["config"]["cases"]:
+        logits, target = inp[f"{case}/logits"].requires_grad_(), inp[f"{case}/target"]
+        for name in [key.split("/", 1)[1] for key in out if key.startswith(f"{case}/") and not key.endswith("/grad")]:
+            loss = one_loss(name, logits, target)
+            ours[f"{case}/{name}"] = loss.detach()
+            ours[f"{case}/{name}/grad"] = torch.autograd.grad(loss, logits)[0]
+    return ours
+
+
+def metrics(meta, sd, inp, out, out64, tolerance):
+    ours, classes = {}, meta["config"]["C"]
+    for case in meta["config"]["cases"]:
+        pred, target = inp[f"{case}/pred"], inp[f"{case}/target"]
+        counts = confusion_matrix(pred, target, classes)
+        table = {"cm": counts, "cm_true": normalise(counts, "truth"), "cm_pred": normalise(counts, "prediction"),
+                 "cm_all": normalise(counts, "all")}
+        ours.update({f"{case}/{library}/{key}": value for key, value in table.items() for library in ("sk", "tm")})
+        for empty in (0, 1, np.nan):
+            scores = class_scores(counts, empty)
+            ours.update({f"{case}/sk/{key}_zd{empty}": value for key, value in scores.items()})
+        ours[f"{case}/sk/iou_zdnan"] = np.zeros(0)  # scikit-learn refuses NaN there, and nothing was recorded
+
+        images = [confusion_matrix(p, t, classes) for p, t in zip(pred, target)]
+        assert (sum(images) == counts).all()
+        for first in (0, 1):  # with and without class 0
+            each = {key: np.stack([class_scores(c)[key] for c in images])[:, first:] for key in ("dice", "iou")}
+            pooled = class_scores(counts)["dice"][None, first:]
+            both = {"dice_samplewise": each["dice"], "dice_macro_samplewise": mean_of_present(each["dice"]),
+                    "dice_global": pooled, "dice_macro_global": mean_of_present(pooled),
+                    "gdice": torchmetrics_gdice(images, first), "miou": np.nan_to_num(each["iou"], nan=-1.0)}
+            ours.update({f"{case}/tm/{key}_bg{1 - first}": value for key, value in both.items()})
+    return ours
+
+
+def mean_of_present(scores):
+    """Mean over the classes that are not NaN; NaN where there is none."""
+    present = ~np.isnan(scores)
+    total = np.where(present, scores, 0).sum(1)
+    return np.where(present.any(1), total / present.sum(1).clip(min=1), np.nan)
+
+
+def torchmetrics_gdice(images, first):
+    """torchmetrics' generalised Dice score per image, with its quirk: it gives an absent class the largest weight
+    of a class over all images, and takes the classes in the wrong order where there are several images."""
+    hit = np.stack([c.diagonal() for c in images])[:, first:].astype(float)                    # (B, K)
+    truth, predicted = (np.stack([c.sum(axis) for c in images])[:, first:] for axis in (1, 0))
+    weight = np.where(truth > 0, 1.0 / np.maximum(truth, 1) ** 2, 0.0)
+    stand_in = np.repeat(weight.max(0), len(images)).reshape(weight.shape)  # np.tile would be the right order
+    weight = np.where(truth > 0, weight, stand_in)
+    numerator, denominator = (2 * weight * hit).sum(1), (weight * (truth + predicted)).sum(1)
+    return np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1), 0.0)
+
+
+def frechet(meta, sd, inp, out, out64, tolerance):
+    ours = {}
+    for case in meta["config"]["cases"]:
+        a, b = inp[f"{case}/a"], inp[f"{case}/b"]
+        distance = frechet_distance(*feature_statistics(a), *feature_statistics(b))
+        ours.update({f"{case}/fid_{formula}": np.float64(distance) for formula in ("sqrtm", "eigvals", "eigh")})
+        ours[f"{case}/kid_unbiased"] = np.float64(kernel_distance(a, b))
+    return ours
+
+
+RUNNERS = {"smp_unet": smp_unet, "seg_losses": seg_losses, "metrics": metrics, "frechet": frechet}
+NETWORKS = {"smp_unet"}
