@@ -1,0 +1,141 @@
+"""The pixels of one region of interest, with class and instance ids, from whatever format they come in.
+
+    image (H, W, 3) uint8        label (H, W) uint8 class ids        instance (H, W) int32, 0 = none
+
+An instance is what the paper calls a tumor tissue instance (section 2.1): a group of cells of one subtype,
+drawn as one polygon. It is the unit of relabelling, so two rules hold for every image, whatever its format:
+instance != 0 exactly where label != 0, and an instance has one class.
+
+`read_roi` decodes; `open_roi` gives the memory-mapped copy of the same (see `tiles`), made on first use.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from her2.annotations import read_annotations, transform_polygons
+from her2.classes import ClassTable
+from her2.errors import UserError
+from her2.images import read_image, read_instances, read_mask
+from her2.polygons import connected_components, paint
+from her2.slides import ROI
+from her2.tiles import VERSION, Tile, ensure_tile, open_tile, tile_arrays
+
+
+def read_roi(roi: ROI, classes: ClassTable):
+    """Decode one region: image (H, W, 3) uint8, label (H, W) uint8, instance (H, W) int32."""
+    image = read_image(roi.image)
+    if image.shape[:2] != (roi.height, roi.width):
+        raise UserError(f"{roi.image}: changed while it was used; start again")
+    if roi.mask is not None:
+        label, instance = _read_mask_and_instances(roi, classes)
+    else:
+        label, instance = paint(*_read_polygons(roi, classes), roi.height, roi.width)
+    return image, label, instance
+
+
+def _read_polygons(roi, classes):
+    """(polygons in image coordinates as lists of rings, their class ids)."""
+    if roi.annotations is None:
+        return [], []
+    polygons, _ = read_annotations(roi.annotations)
+    ids, unknown = [], Counter()
+    for polygon in polygons:
+        try:
+            ids.append(classes.id_of(polygon.name))
+        except KeyError:
+            unknown[polygon.name] += 1
+    if unknown:
+        seen = ", ".join(f"{name!r} ({count} polygons)" for name, count in unknown.most_common(5))
+        alias = json.dumps({"aliases": {next(iter(unknown)): classes.names[-1]}})
+        raise UserError(f"{roi.annotations}: unknown class {seen}; known are {', '.join(classes.names)}: say "
+                        f"which one is meant by an alias in classes.json in the dataset folder, such as {alias}")
+    rings = [polygon.rings for polygon in transform_polygons(polygons, roi.x, roi.y, roi.downsample)]
+    if rings:
+        low = np.array([np.concatenate(polygon).min(axis=0) for polygon in rings])     # (polygons, 2)
+        high = np.array([np.concatenate(polygon).max(axis=0) for polygon in rings])
+        if not ((high > 0) & (low < (roi.width, roi.height))).all(axis=1).any():
+            (x0, y0), (x1, y1) = low.min(axis=0), high.max(axis=0)
+            raise UserError(f"{roi.annotations}: all {len(rings)} polygons lie outside the {roi.width} x "
+                            f"{roi.height} image (x {x0:.6g} to {x1:.6g}, y {y0:.6g} to {y1:.6g}); set x, y and "
+                            "downsample in slides.csv, or empty the annotations cell if there is no tumor")
+    return rings, ids
+
+
+def _read_mask_and_instances(roi, classes):
+    """(label uint8, instance int32) of a region with a mask, checked against table, image and each other."""
+    label = read_mask(roi.mask)
+    _check_size(roi.mask, label, roi)
+    ids = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256)).tolist()
+    unknown = [i for i in ids if i >= len(classes)]
+    table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
+    if unknown == [255] and set(ids) <= {0, 255}:
+        raise UserError(f"{roi.mask}: holds only 0 and 255, a black-and-white picture; write the class id into "
+                        f"each pixel ({table})")
+    if unknown:
+        raise UserError(f"{roi.mask}: ids {', '.join(map(str, unknown[:8]))} are not in the class table ({table}); "
+                        "correct the mask or add the classes in classes.json")
+    if roi.instances is None:
+        return label, connected_components(label)
+    instance = read_instances(roi.instances)
+    _check_size(roi.instances, instance, roi)
+    stray = int(((instance != 0) != (label != 0)).sum())
+    if stray:
+        raise UserError(f"{roi.instances}: {stray} pixels where only one of instances and mask is background "
+                        "(0); number exactly the pixels that have a class, or leave the instances cell empty")
+    return label, instance
+
+
+def _check_size(path, pixels, roi):
+    if pixels.shape != (roi.height, roi.width):
+        raise UserError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but its image {roi.name} has "
+                        f"{roi.width} x {roi.height}; export both at the same size")
+
+
+def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """The tile of one region in the folder `cache`, made if it is not there yet.
+
+    Its name is a hash of all that its content depends on. The labels' files are small and enter with their
+    content; the image enters with its place, size, time and last bytes (which in a PNG hold a checksum of all
+    its pixels).
+    """
+    def build():
+        image, label, instance = read_roi(roi, classes)
+        try:
+            return tile_arrays(image, label, instance, len(classes))
+        except ValueError as error:
+            ids = error.args[0]
+            raise UserError(f"{roi.instances}: instance {ids[0]} ({len(ids)} in all) spans two classes of the mask; "
+                            "give each class its own instances, or leave the instances cell empty") from error
+
+    status = roi.image.stat()
+    with open(roi.image, "rb") as file:
+        file.seek(max(0, status.st_size - 4096))
+        tail = file.read()
+    labels = [path.read_bytes() if path else b"" for path in (roi.annotations, roi.mask, roi.instances)]
+    text = json.dumps([VERSION, str(roi.image.resolve()), status.st_size, status.st_mtime_ns, roi.x, roi.y,
+                       roi.downsample, classes.to_json(), [len(content) for content in labels]])
+    key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
+    return ensure_tile(Path(cache) / f"{roi.image.stem[:60]}-{key}.tile", build)
+
+
+def tile_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
+    """`tile_file` for many regions, with a progress bar when it takes longer than a moment."""
+    return [tile_file(roi, classes, cache) for roi in tqdm(rois, desc="reading regions", unit="ROI", delay=3)]
+
+
+def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> Tile:
+    """The memory-mapped region; decoded only on first use. See `tiles` for what it holds and costs."""
+    return open_tile(tile_file(roi, classes, cache))
+
+
+def class_pixels(rois: list[ROI], classes: ClassTable, cache="cache") -> dict:
+    """{class id: pixels} over all of `rois`."""
+    totals = np.zeros(len(classes), np.int64)
+    for path in tile_files(rois, classes, cache):
+        totals += open_tile(path).row_counts.sum(axis=1)
+    return dict(enumerate(totals.tolist()))

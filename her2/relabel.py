@@ -1,0 +1,46 @@
+"""New subtypes for the tumor instances of a patch: the masks from which synthetic images are made.
+
+The paper (section 2.2) takes a real patch and gives every tumor tissue instance a subtype drawn at random,
+so that the synthetic dataset as a whole is balanced:
+
+    new_label[instance == i] = new(i),   new(i) ~ U(relabel_class_ids)   for every tumor instance i
+
+The background keeps its label. The draw is per instance, never per pixel or connected region, so two touching
+instances get subtypes of their own and neither swallows the other: `instance` itself does not change.
+
+Dimension letters: H, W patch.
+"""
+
+import torch
+
+
+def relabel(label: torch.Tensor, instance: torch.Tensor, classes, generator: torch.Generator,
+            relabel_class_ids=None):
+    """(new_label, mapping): label (H, W) class ids and instance (H, W) ids -> new_label (H, W), and {id: (old, new)}.
+
+    `classes` is the class table; `relabel_class_ids` narrows the subtypes to draw from. The result depends on the
+    inputs and the generator's state alone: instances draw in the order of their ids.
+    """
+    assert label.ndim == 2 and label.shape == instance.shape, f"{tuple(label.shape)} and {tuple(instance.shape)}"
+    # PAPER: "a new, randomly selected subtype label": all five subtypes, LCIS/DCIS among them, for every tumor
+    # instance; the old subtype may be drawn again, else the balance would depend on what the patch held before.
+    choices = list(classes.tumor_ids if relabel_class_ids is None else relabel_class_ids)
+    assert choices and set(choices) <= set(classes.tumor_ids), f"{choices} are not tumor classes"
+    new_label, mapping = label.clone(), {}
+    for i in torch.unique(instance).tolist():
+        pixels = instance == i                                                         # (H, W)
+        old = int(label[pixels][0])
+        assert (label[pixels] == old).all(), f"instance {i} has more than one class"
+        if old in classes.tumor_ids:
+            new = choices[int(torch.randint(len(choices), (), generator=generator))]
+            new_label[pixels] = new
+            mapping[i] = (old, new)
+    return new_label, mapping
+
+
+def repaint_mask(instance: torch.Tensor, mapping: dict) -> torch.Tensor:
+    """The pixels that inpainting regenerates: bool (H, W), True on every instance of `mapping`."""
+    # PAPER: inpainting "modifies the tumor tissue instances". An instance that drew its old subtype is repainted
+    # like the others: one rule, and no real tumor is left in a synthetic image for its label to be learned from.
+    ids = torch.tensor(sorted(mapping), dtype=instance.dtype, device=instance.device)
+    return torch.isin(instance, ids)                                                   # (H, W)
