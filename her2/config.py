@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
 def field_help(cls) -> dict:
     """{field: its trailing comment}, read from the source of the dataclass. Comment lines below belong to it too."""
     texts, name = {}, None
-    for line in inspect.getsource(cls).splitlines():
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    for line in "\n".join(inspect.getsource(base) for base in bases).splitlines():
         match = re.match(r"\s+(\w+)\s*:[^#]*=[^#]*#\s*(.*)", line)
         more = re.match(r"\s+#\s*(.*)", line)
         if match:

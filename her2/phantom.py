@@ -155,6 +155,11 @@ def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True
     return out
 
 
+def default_phantom(preset: str) -> Path:
+    """The phantom that scripts take when no --data is given: data/phantom-PRESET, made on first use with seed 0."""
+    return make_phantom(Path("data") / f"phantom-{preset}", preset)
+
+
 def _found(out: Path, settings: dict) -> bool:
     """Is the phantom of these settings complete in `out`? UserError when something else is there."""
     path = out / "phantom.json"

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from her2.errors import UserError
-from her2.run import write_json
+from her2 import run
+from her2.errors import UserError, one_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -74,10 +75,52 @@ class EMA:
         self.updates = state["updates"]
 
 
-def set_learning_rate(optimizer, lr: float, step: int, warmup: int) -> None:
-    """Linear warm-up over the first `warmup` steps (step counts from 0), then constant."""
+def set_learning_rate(optimizer, lr: float, step: int, warmup: int, steps: int, schedule: str) -> None:
+    """Linear warm-up over the first `warmup` steps, then constant, or half a cosine that reaches 0 at `steps`.
+
+    step counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch size or devices.
+    """
+    factor = min(1.0, (step + 1) / max(warmup, 1))
+    if schedule == "cosine" and step >= warmup:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
     for group in optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (step + 1) / max(warmup, 1))
+        group["lr"] = lr * factor
+
+
+def load_official(network, content, path) -> None:
+    """Official weights into `network`; a Lightning checkpoint's "state_dict" is found inside. UserError when they misfit."""
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise UserError(f"{path}: holds no tensors by name; give a state_dict, or a checkpoint with one inside")
+    try:
+        network.load_official_state_dict(state_dict)
+    except ValueError as error:
+        raise UserError(f"{path}: {one_line(error)}; check that the file belongs to this network and these sizes") from None
+
+
+def refuse_leak(content: dict, dataset, path) -> None:
+    """UserError when the model in `content` was trained on slides that are val or test in `dataset` now."""
+    now = dataset.slides()
+    leaked = sorted(slide for slide, split in content["split"].items()
+                    if split == "train" and now.get(slide, "train") != "train")
+    if leaked:
+        raise UserError(f"{path}: was trained on {', '.join(leaked[:5])}, which {dataset.root} holds for "
+                        "validation or test; train it on this dataset with this --split-seed")
+
+
+def frozen_loss(cls, path: str, device):
+    """A perceptual loss `cls` with the weights in the file `path`, or None for no path. UserError when they misfit."""
+    if not path:
+        return None
+    try:
+        return cls(run.load_file(path)).to(device)
+    except ValueError as error:
+        raise UserError(f"{path}: {one_line(error)}; check that the file belongs to {cls.__name__}") from None
+
+
+def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
+    """label (B, H, W) of class ids -> (B, K, H, W) float on `device`."""
+    return F.one_hot(label.to(device), num_classes).movedim(-1, 1).float()
 
 
 def peak_memory(device: torch.device):
@@ -115,7 +158,7 @@ def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dic
                 value = float(parameter.grad.detach().abs().nan_to_num(nan=math.inf).max())
                 largest[f"{network_name}.{name}"] = value
     worst = max(largest, key=largest.get, default=None)
-    write_json(Path(folder) / "diagnosis.json", {
+    run.write_json(Path(folder) / "diagnosis.json", {
         "step": step, "not_finite": broken, "losses": {name: repr(float(value)) for name, value in losses.items()},
         "grad_norms": {name: repr(float(value)) for name, value in norms.items()},
         "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}, "batch": list(names)})

@@ -1,0 +1,319 @@
+"""Make a synthetic dataset: real label maps, relabelled to balanced subtypes, painted by a generative model (Fig. 3).
+
+    python generate.py                                              latent diffusion, runs/ldm: data/synth-ldm
+    python generate.py --method gan --model runs/gan --data D --out data/synth-gan --ratio 1.0
+    python generate.py --method inpaint --model runs/ldm --data D --out data/synth-inpaint
+
+Image i of the set: a training patch is drawn, every tumor instance in it gets a subtype drawn uniformly, and
+
+    gan       G(onehot, z), z ~ N(0, I)
+    ldm       noise -> DDIM, conditioned on the new label -> decoder
+    inpaint   the same, but only tumor is regenerated: the background keeps its pixels, bit for bit
+
+The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says for every image
+where it came from. Each image has random numbers of its own, so the set does not depend on where a run was interrupted.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from her2 import config as configuration
+from her2 import figures, inpainting, run, training
+from her2.autoencoder import VQAutoencoder
+from her2.dataset import load_dataset, write_split
+from her2.denoiser import LatentDenoiser
+from her2.diffusion import Schedule
+from her2.errors import UserError, atomic_write, command
+from her2.phantom import default_phantom
+from her2.relabel import relabel, repaint_mask
+from her2.sampling import PatchSampler
+from her2.samplers import image_noise, sample
+from her2.seeds import generator, hashed_seed, numpy_generator
+from her2.spade import SPADEGenerator
+
+
+@dataclass
+class Config:
+    data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
+    out: str = ""                   # folder of the synthetic dataset; empty: data/synth-METHOD
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for a few minutes of CPU, a small study, the paper
+    seed: int = 0                   # decides the patches, the new subtypes and the noise
+    split_seed: int = 0             # decides the split of slides when slides.csv has none
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    method: Literal["gan", "ldm", "inpaint"] = "ldm"    # which generative model paints the images
+    model: str = ""                 # its run folder; empty: runs/gan, or runs/ldm for ldm and inpaint
+    ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once (1.0 = +100 %)
+    count: int = 0                  # number of images; 0: from --ratio
+    batch: int = 16                 # images at a time; changes nothing but speed and memory
+    patch: int = 64                 # side of an image in pixels
+    sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
+    relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
+    relabel_classes: str = ""       # names of the classes to draw from, comma-separated; empty: all tumor classes
+    steps: int = 50                 # denoising steps S, 1 to T
+    sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect on it)
+    spacing: Literal["trailing", "leading"] = "trailing"  # which of the T timesteps are used; leading: the official
+    eta: float = 1.0                # noise that DDIM adds back, 0 = deterministic
+    guidance: float = 1.0           # classifier-free guidance; 1 = plain conditional sampling
+    dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
+    blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams; 0 keeps the
+                                    # background bit for bit
+    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, so that the
+                                    # old staining cannot leak through the encoder's receptive field
+    cache: str = "cache"            # folder for the decoded images
+
+
+# PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the patches are
+# drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
+PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
+
+
+def main(argv):
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
+    config.out = config.out or f"data/synth-{config.method}"
+    config.model = config.model or ("runs/gan" if config.method == "gan" else "runs/ldm")
+    device = training.pick_device(config.device)
+    precision = training.Precision(device, config.amp)
+
+    # ---- model ------------------------------------------------------------------------------------------------
+    content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion")
+    if config.method == "gan":
+        painter = SpadePainter(content, config, device)
+    else:
+        painter = DiffusionPainter(content, config, device)
+    if config.patch % painter.multiple:
+        raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
+
+    # ---- data: training slides only -----------------------------------------------------------------------------
+    config.data = config.data or str(default_phantom(config.preset))
+    dataset = load_dataset(config.data, seed=config.split_seed)
+    classes = dataset.classes
+    training.refuse_leak(content, dataset, config.model)
+    if content["classes"] != classes.to_json():
+        raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
+                        "use the dataset that it was trained on")
+    allowed = relabel_ids(config.relabel_classes, classes)
+    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
+                           cache=config.cache)
+    count = config.count or round(config.ratio * sampler.num_patches)
+    if count < 1:
+        raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; give a larger one")
+
+    folder = run.open_run("generate.py", config, device, ["generate.py", *argv])
+    manifest = Manifest(folder / "manifest.jsonl")
+    checkpoint = hashlib.sha256(model_file(config.model).read_bytes()).hexdigest()[:16]
+    done = manifest.finished(folder, checkpoint)
+    if len(done) >= count and (folder / "slides.csv").exists():
+        print(f"{folder}: complete ({count} images); nothing to do")
+        return 0
+    write_split(folder / "split.json", dataset)
+
+    # ---- paint ------------------------------------------------------------------------------------------------
+    for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False):
+        ids = range(first, min(first + config.batch, count))
+        missing = [i for i in ids if i not in done]
+        if not missing:
+            continue
+        # The whole batch is computed again even when part of it is there: the rounding of a convolution may depend
+        # on the batch it is in, and the same command shall give the same files.
+        patches = [draw_patch(sampler, config.seed, i) for i in ids]
+        image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
+        instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
+        relabelled = [relabel(patch["label"], patch["instance"], classes, generator(config.seed, "relabel", i), allowed)
+                      if config.relabel else keep(patch) for i, patch in zip(ids, patches)]
+        label = torch.stack([new for new, _ in relabelled])                             # (B, H, W)
+        repaint = torch.stack([repaint_mask(inst, mapping) for inst, (_, mapping) in zip(instance, relabelled)])
+        seeds = [hashed_seed(config.seed, "image", i) for i in ids]
+        with torch.no_grad(), precision.autocast():
+            painted = painter.paint(image, training.one_hot(label, len(classes), device), repaint, seeds)
+        painted = painted.float().cpu()
+        for k, i in enumerate(ids):
+            if i in missing:
+                name = f"{i:06d}.png"
+                figures.save_png(folder / "images" / name, figures.to_uint8(painted[k]))
+                figures.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8), palette=classes.palette())
+                figures.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
+                manifest.append({
+                    "image": f"images/{name}", "source_image": patches[k]["name"], "source_slide": patches[k]["slide"],
+                    "x": patches[k]["x"], "y": patches[k]["y"],
+                    "instances": {str(j): [old, new] for j, (old, new) in relabelled[k][1].items()},
+                    "seed": seeds[k], "checkpoint": checkpoint})
+
+    records = manifest.write_ordered()
+    write_classes(folder, dataset)
+    preview(folder, records[:8], dataset)
+    write_slides(folder, records)                   # last: a folder with slides.csv is complete
+    print(f"done: {folder}, {count} images; next: python train_seg.py --synthetic {folder} --ratio {config.ratio}")
+    return 0
+
+
+class SpadePainter:
+    """paint(image, onehot, repaint, seeds) -> (B, 3, H, W) in [-1, 1] by the GAN; the real image is not looked at."""
+
+    def __init__(self, content, config, device):
+        self.network = run.build_model(SPADEGenerator, content, config.model).to(device, memory_format=torch.channels_last)
+        self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
+
+    def paint(self, image, onehot, repaint, seeds):
+        z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in seeds])
+        return self.network(onehot, z.to(self.device))
+
+
+class DiffusionPainter:
+    """The same by latent diffusion: whole images, or only the tumor of `image` (config.method == "inpaint")."""
+
+    def __init__(self, content, config, device):
+        parts = (run.build_model(VQAutoencoder, content["autoencoder"], config.model),
+                 run.build_model(LatentDenoiser, content, config.model))
+        self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last) for part in parts)
+        self.schedule = Schedule(**content["schedule"]).to(device)
+        if config.steps > self.schedule.T:
+            raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, give at most that")
+        self.config, self.device = config, device
+        self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
+
+    def paint(self, image, onehot, repaint, seeds):
+        config, factor = self.config, self.autoencoder.factor
+        known, repaint_latent = None, None
+        if config.method == "inpaint":
+            region = inpainting.dilate(repaint, config.blend)                           # (B, H, W)
+            source = inpainting.erase(image, region) if config.erase else image
+            known = self.denoiser.scale(self.autoencoder.encode(
+                source.to(self.device, memory_format=torch.channels_last)).float())     # (B, C, h, w)
+            repaint_latent = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
+        side = config.patch // factor
+        noise = image_noise(seeds, (self.denoiser.config["z_channels"], side, side), self.device)
+        predict = self.denoiser.predictor(self.denoiser.label_code(onehot), config.guidance)
+        x0 = sample(predict, self.schedule, noise, steps=config.steps, eta=config.eta, sampler=config.sampler,
+                    spacing=config.spacing, known=known, repaint=repaint_latent)        # (B, C, h, w)
+        painted = self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1).cpu()
+        if config.method == "inpaint":
+            painted = inpainting.paste(image, painted, region)
+        return painted
+
+
+class Manifest:
+    """manifest.jsonl: one line per finished image, appended when its files are on the disk."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def finished(self, folder, checkpoint) -> set:
+        """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
+
+        A last line cut short by a crash is dropped, so that appending goes on after a whole line.
+        """
+        self.records = {}
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if record["checkpoint"] != checkpoint:
+                    raise UserError(f"{folder}: holds images of another checkpoint ({record['checkpoint']}, the model is "
+                                    f"now {checkpoint}); delete the folder or choose another --out")
+                name = Path(record["image"]).name
+                if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
+                    self.records[int(Path(name).stem)] = record
+            self.write_ordered()
+        return set(self.records)
+
+    def append(self, record) -> None:
+        self.records[int(Path(record["image"]).stem)] = record
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_ordered(self) -> list:
+        """The file again, in the order of the images; returns the records in that order."""
+        ordered = [self.records[i] for i in sorted(self.records)]
+        atomic_write(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered))
+        return ordered
+
+
+def draw_patch(sampler, seed, i) -> dict:
+    """Source patch i: tensors image, label, instance (ids renumbered 1..n inside the patch), and where it came from."""
+    which, y, x = sampler.place(numpy_generator(seed, "source", i))
+    image, label, instance = sampler.window(which, y, x)
+    ids = instance.unique()
+    instance = torch.searchsorted(ids[ids > 0], instance).add(1).where(instance > 0, 0).int()
+    roi = sampler.rois[which]
+    return {"image": image, "label": label, "instance": instance, "name": roi.name, "slide": roi.slide, "x": x, "y": y}
+
+
+def keep(patch):
+    """--no-relabel: the real label, every instance mapped to its own class."""
+    mapping = {}
+    for j in patch["instance"].unique().tolist():
+        if j:
+            old = int(patch["label"][patch["instance"] == j][0])
+            mapping[j] = (old, old)
+    return patch["label"], mapping
+
+
+def relabel_ids(names: str, classes):
+    """Class ids of `--relabel-classes A,B`; None for all tumor classes."""
+    if not names:
+        return None
+    ids = []
+    for name in names.split(","):
+        try:
+            ids.append(classes.id_of(name))
+        except KeyError:
+            ids.append(None)
+        if ids[-1] not in classes.tumor_ids:
+            raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; the tumor classes are "
+                            + ", ".join(classes.names[k] for k in classes.tumor_ids))
+    return ids
+
+
+def model_file(path) -> Path:
+    """The model.pt of a run folder, or the file itself."""
+    path = Path(path)
+    return path / "model.pt" if path.is_dir() else path
+
+
+def write_slides(folder, records) -> None:
+    """slides.csv of the synthetic set; the slide of an image is the slide of its source."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", "mask", "instances", "slide", "split"])
+    for record in records:
+        name = Path(record["image"]).name
+        table.writerow([record["image"], f"masks/{name}", f"instances/{name}", record["source_slide"], "train"])
+    atomic_write(folder / "slides.csv", text.getvalue())
+
+
+def write_classes(folder, dataset) -> None:
+    """classes.json as in the source dataset, when it has one."""
+    source = dataset.root / "classes.json"
+    if source.exists():
+        atomic_write(folder / "classes.json", source.read_bytes())
+
+
+def preview(folder, records, dataset) -> None:
+    """preview.png: new labels, source patches and generated images of the first records."""
+    rows = [[], []]
+    for record in records:
+        name = Path(record["image"]).name
+        with figures.Image.open(folder / "masks" / name) as mask, figures.Image.open(folder / "images" / name) as image:
+            rows[0].append(figures.colorize(np.array(mask), dataset.classes))
+            rows[1].append(np.array(image))
+    figures.save_png(folder / "preview.png", figures.image_grid(
+        rows, row_captions=["new label", "generated"], legend=figures.class_legend(dataset.classes, tumor_only=True)))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,223 @@
+"""Train the segmentation network: a U-Net with a ResNet-34 encoder, background against tumor (paper, section 2.3).
+
+    python train_seg.py                                             the phantom, subtype-sampled: runs/seg
+    python train_seg.py --data D --sampling tumor --out runs/seg-tumor
+    python train_seg.py --data D --synthetic data/synth --ratio 1.0 --out runs/seg-ldm-100
+
+One step: draw a batch of patches (real ones around tumor pixels, synthetic ones mixed in at `ratio`), reduce the class
+ids to background/tumor, and minimise
+
+    loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy
+
+with Adam. The number of optimiser steps is the same whatever the ratio is, so configurations are comparable.
+The subtypes are used for sampling and for the evaluation only: the network never sees them.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from her2 import config as configuration
+from her2 import figures, plots, run, training
+from her2.autoencoder import VQAutoencoder
+from her2.dataset import check_synthetic, load_dataset, load_synthetic, write_split
+from her2.errors import UserError, command
+from her2.losses import constant_prediction_loss, dice_cross_entropy
+from her2.metrics import ProbabilityHistogram
+from her2.phantom import default_phantom
+from her2.sampling import MixedSampler, PatchSampler, iterate_rois, loader
+from her2.segmenter import UNet, encoder_weights, predict_roi
+
+
+@dataclass
+class Config:
+    data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
+    out: str = "runs/seg"           # run folder; the same command again goes on where it stopped
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for a few minutes of CPU, a small study, the paper
+    seed: int = 0                   # decides the initial weights, the batches and the augmentation
+    split_seed: int = 0             # decides the split of slides when slides.csv has none
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    steps: int = 240                # optimiser steps
+    batch: int = 16                 # patches per step
+    lr: float = 1e-3                # step size that Adam sees; never rescaled
+    schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
+    warmup: int = 30                # steps over which the learning rate rises linearly from 0
+    clip: float = 1.0               # largest L2 norm of the gradient
+    patch: int = 64                 # side of a patch in pixels, divisible by 32
+    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: on any tumor pixel,
+                                    # on a subtype drawn uniformly (the paper's two baselines), or anywhere
+    synthetic: str = ""             # folder made by generate.py; empty: real patches only
+    ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic
+    reconstruct: str = ""           # autoencoder run: pass every batch through it (what the autoencoder alone costs)
+    encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), or a file
+    init: str = ""                  # official weights to start from: torchvision ResNet-34 or smp Unet-ResNet-34 file
+    width: int = 16                 # channels of the first encoder stage; 64 is the real ResNet-34
+    dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
+    dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
+    jitter: float = 1.0             # strength of the stain augmentation, 0 = off
+    log_every: int = 20             # steps between two lines of the log
+    save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
+    workers: int = 0                # processes that read patches ahead
+    cache: str = "cache"            # folder for the decoded images
+
+
+# PAPER: learning rate 1e-6 with batch 16 are the printed numbers, for ImageNet weights and (unprinted) many steps;
+# from random weights they learn nothing in the steps of `tiny` and `small`, whose rates are measured.
+PRESETS = {
+    "tiny": {},
+    "small": dict(steps=1500, patch=128, width=24, warmup=100, save_every=500, log_every=50),
+    "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000, save_every=2000,
+                  log_every=100, encoder_weights="imagenet", workers=8),
+}
+
+
+def main(argv):
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
+    if config.patch % 32:
+        raise UserError(f"--patch: found {config.patch}; the network halves five times, give a multiple of 32")
+    if config.init and config.encoder_weights != "none":
+        raise UserError("--init and --encoder-weights both name initial weights; give one of them")
+    if config.reconstruct and config.synthetic:
+        raise UserError("--reconstruct is a control on real patches; leave --synthetic out")
+    device = training.pick_device(config.device)
+    precision = training.Precision(device, config.amp)
+
+    # ---- data -------------------------------------------------------------------------------------------------
+    config.data = config.data or str(default_phantom(config.preset))
+    dataset = load_dataset(config.data, seed=config.split_seed)
+    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
+                           cache=config.cache)
+    if config.synthetic:
+        synthetic = load_synthetic(config.synthetic)
+        check_synthetic(synthetic, dataset)         # no image made from a val or test slide
+        sampler = MixedSampler(sampler, synthetic, config.ratio)
+    is_tumor = torch.zeros(len(dataset.classes), dtype=torch.long)
+    is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
+
+    # ---- network, optimiser -----------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)                  # initial weights only: batches have generators of their own
+    network = UNet(num_classes=2, width=config.width)
+    initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
+    if initial:
+        training.load_official(network, run.load_file(initial), initial)
+    autoencoder = None
+    if config.reconstruct:
+        content = run.load_model(config.reconstruct, "autoencoder")
+        training.refuse_leak(content, dataset, config.reconstruct)
+        autoencoder = run.build_model(VQAutoencoder, content, config.reconstruct).requires_grad_(False).to(device)
+
+    folder = run.open_run("train_seg.py", config, device, ["train_seg.py", *argv])
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
+    scaler = precision.scaler()
+    step = 0
+    state = run.load_checkpoint(folder)
+    if state is not None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        step = state["step"]
+    if step >= config.steps:
+        print(f"{folder}: complete ({step} steps); nothing to do")
+        return 0
+    log = run.Log(folder, step)
+    write_split(folder / "split.json", dataset)
+
+    # ---- what is normal ---------------------------------------------------------------------------------------
+    fixed = sampler.batch(0, config.batch)          # always the same patches: pictures comparable across steps
+    nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice, dice_weight=config.dice_weight,
+                                       ce_weight=1 - config.dice_weight)
+    if step == 0:
+        parameters = sum(p.numel() for p in network.parameters())
+        log.say(f"U-Net, {parameters:,} parameters, {device}, {precision}; {sampler.num_patches} patches tile the "
+                f"training ROIs once; a network that predicts the same everywhere has a loss of {nothing:.3f}")
+    else:
+        log.say(f"going on from step {step}")
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+    clock, images = time.perf_counter(), 0
+    network.train()
+    batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
+                     pin_memory=device.type == "cuda")
+    for batch in tqdm(batches, initial=step, total=config.steps, desc="segmentation", leave=False):
+        image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
+        target = is_tumor[batch["label"]].to(device, non_blocking=True)
+
+        if autoencoder is not None:
+            with torch.no_grad(), precision.autocast():
+                image = autoencoder.decode(autoencoder.encode(image)).float().clamp(-1, 1)
+        with precision.autocast():
+            logits = network(image)                                                     # (B, 2, H, W)
+            loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight, 1 - config.dice_weight)
+
+        training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps, config.schedule)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = training.grad_norm(network.parameters(), config.clip)
+        training.stop_if_diverged(folder, step, {"loss": float(loss)}, {"grad_norm": norm}, {"network": network},
+                                  batch["names"], scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        step, images = step + 1, images + len(image)
+
+        if step % config.log_every == 0 or step == config.steps:
+            seconds = time.perf_counter() - clock
+            log.record(step, loss=loss, predicts_nothing=nothing, dice_loss=parts["dice"], cross_entropy=parts["ce"],
+                       grad_norm=norm, lr=optimizer.param_groups[0]["lr"], samples_per_s=images / seconds,
+                       memory_mib=training.peak_memory(device))
+            clock, images = time.perf_counter(), 0
+        if step % config.save_every == 0 or step == config.steps:
+            network.eval()
+            val = validate(network, dataset, config, precision, device)
+            log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
+                f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
+            sample_picture(folder, step, network, fixed, dataset.classes, precision, device)
+            records = log.records()
+            plots.curves_png(folder / "curves.png", records, [
+                plots.Panel("loss", {"loss": "loss"}, reference={"predicts nothing": nothing}),
+                plots.Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
+                plots.Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)])
+            if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
+                log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network that predicts "
+                        "nothing; try a longer --warmup, a lower --lr or more --steps")
+            run.save_model(folder, "segmenter", network.config, network.state_dict(), step=step,
+                           classes=dataset.classes.to_json(), split=dataset.slides())
+            run.save_checkpoint(folder, {"step": step, "network": network.state_dict(), "scaler": scaler.state_dict(),
+                                         "optimizer": optimizer.state_dict()})
+            network.train()
+            clock, images = time.perf_counter(), 0
+    print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
+    return 0
+
+
+def validate(network, dataset, config, precision, device) -> dict:
+    """Metrics on the whole ROIs of the validation slides at threshold 0.5; nothing is chosen by them during training."""
+    histogram = ProbabilityHistogram(dataset.classes)
+    for _, image, label, _ in iterate_rois(dataset, "val", cache=config.cache):
+        with precision.autocast():
+            prob = predict_roi(network, image[0], tile=max(256, config.patch), overlap=64, device=device)
+        histogram.add(prob, label[0])
+    return histogram.report()
+
+
+@torch.no_grad()
+def sample_picture(folder, step, network, fixed, classes, precision, device) -> None:
+    """samples/: eight fixed patches with their label and the predicted tumor probability."""
+    image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
+    with precision.autocast():
+        prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
+    grey = (prob * 255).round().byte()[..., None].expand(-1, -1, -1, 3).numpy()
+    rows = [[figures.to_uint8(x) for x in fixed["image"][:8]],
+            [figures.colorize(y, classes) for y in fixed["label"][:8]], list(grey)]
+    figures.save_png(Path(folder) / "samples" / f"step{step:06d}.png",
+                     figures.image_grid(rows, row_captions=["image", "label", "probability"]))
+
+
+if __name__ == "__main__":
+    command(main)
