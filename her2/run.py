@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def check_archive(path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, ValueError, NotImplementedError, RuntimeError,
-            OverflowError, UnicodeDecodeError) as error:
+            OverflowError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); "
                         "delete it and run the script that made it again") from None
     if broken is not None:
@@ -196,11 +197,14 @@ def load_checkpoint(folder):
             if "newer version" in str(error):
                 raise
             print(f"warning: {one_line(error)}; trying the checkpoint before it", file=sys.stderr)
-            damaged.append(str(path))
+            # Out of the way, or the next save would put it in the place of the whole one.
+            os.replace(path, path.with_suffix(".damaged"))
+            damaged.append(str(path.with_suffix(".damaged")))
             continue
         return state
     if damaged:
-        raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; delete the run folder {folder} to start again")
+        raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; "
+                        f"delete the run folder {folder} to start again")
     return None
 
 

@@ -1,0 +1,207 @@
+"""Run folder, checkpoints, configuration, EMA: what must hold when a process dies or a file is damaged."""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+from her2 import config as configuration
+from her2 import run, training
+from her2.errors import UserError, atomic_write
+
+
+@dataclass
+class Config:
+    out: str = ""                   # run folder
+    preset: Literal["tiny", "big"] = "tiny"  # sizes,
+                                    # on two lines
+    steps: int = 5                  # optimiser steps
+    lr: float = 0.1                 # step size
+    flips: bool = True              # mirror
+
+
+PRESETS = {"tiny": {}, "big": dict(steps=50, lr=0.01)}
+
+
+def parse(*argv):
+    return configuration.parse(Config, PRESETS, argv, "Text.", "prog")
+
+
+def test_dataclass_then_preset_then_flag():
+    assert parse() == Config()
+    assert parse("--preset", "big").steps == 50
+    assert parse("--preset", "big", "--steps", "7", "--no-flips") == Config(preset="big", steps=7, lr=0.01, flips=False)
+
+
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--steps", "many"], ["--lr", "nan"], ["--lr", "-1"],
+                                  ["--preset", "huge"], ["--unknown", "1"], ["--step", "1"], ["stray"]])
+def test_bad_flags_are_one_line(argv):
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert "\n" not in str(error.value) and len(str(error.value)) > 10
+
+
+def test_every_field_has_its_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "sizes, on two lines" in text and "optimiser steps [big: 50]" in text and "--no-flips" in text
+    assert set(configuration.field_help(Config)) == set(vars(Config()))
+
+
+def test_preset_with_an_unknown_key_is_a_defect():
+    with pytest.raises(AssertionError, match="stepz"):
+        configuration.build(Config, {"tiny": {"stepz": 1}}, {})
+
+
+def test_run_folder_belongs_to_one_configuration(tmp_path):
+    folder = run.open_run("a.py", Config(out=str(tmp_path / "r")), "cpu", ["a.py"])
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert written["fields"]["steps"] == 5 and written["versions"]["torch"] == torch.__version__
+    run.open_run("a.py", Config(out=str(tmp_path / "r")), "cpu", ["a.py"])
+    with pytest.raises(UserError, match=r"steps: 5 -> 6"):
+        run.open_run("a.py", Config(out=str(tmp_path / "r"), steps=6), "cpu", ["a.py"])
+    with pytest.raises(UserError, match="holds a run of a.py, not of b.py"):
+        run.open_run("b.py", Config(out=str(tmp_path / "r")), "cpu", ["b.py"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match="not empty"):
+        run.open_run("a.py", Config(out=str(tmp_path / "other")), "cpu", ["a.py"])
+
+
+def state_of(step):
+    return {"step": step, "weight": torch.full((300,), float(step)), "list": [1, {"a": None}]}
+
+
+def test_checkpoint_survives_a_death_between_the_two_renames(tmp_path):
+    run.save_checkpoint(tmp_path, state_of(1))
+    run.save_checkpoint(tmp_path, state_of(2))
+    assert run.load_checkpoint(tmp_path)["step"] == 2
+    (tmp_path / "last.pt").unlink()                     # killed after last -> prev, before new -> last
+    assert run.load_checkpoint(tmp_path)["step"] == 1
+    assert run.load_checkpoint(tmp_path / "nothing here") is None
+
+
+def test_truncated_checkpoint_falls_back(tmp_path, capsys):
+    run.save_checkpoint(tmp_path, state_of(1))
+    run.save_checkpoint(tmp_path, state_of(2))
+    whole = (tmp_path / "last.pt").read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "last.pt").write_bytes(whole[:length])
+        assert run.load_checkpoint(tmp_path)["step"] == 1
+        assert "last.pt" in capsys.readouterr().err
+    assert not (tmp_path / "last.pt").exists()          # moved aside
+    (tmp_path / "last.prev.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        run.load_checkpoint(tmp_path)
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    run.save_checkpoint(tmp_path, state_of(1))
+    run.save_checkpoint(tmp_path, state_of(2))
+    whole, rng, noticed = (tmp_path / "last.pt").read_bytes(), random.Random(0), 0
+    # The one before stays whole throughout: a damaged last.pt is moved aside, never over it.
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        (tmp_path / "last.pt").write_bytes(damaged)
+        state = run.load_checkpoint(tmp_path)
+        assert state["step"] in (1, 2)
+        assert torch.equal(state["weight"], state_of(state["step"])["weight"]) and state["list"] == [1, {"a": None}]
+        noticed += state["step"] == 1
+    assert noticed > 30                                 # the flips in the tensor's 1200 bytes alone are that many
+
+
+def test_newer_format_and_other_files_are_refused(tmp_path):
+    atomic_write(tmp_path / "model.pt", lambda f: torch.save({"format": run.FORMAT + 1, "kind": "gan"}, f))
+    with pytest.raises(UserError, match="newer version"):
+        run.load_model(tmp_path, "gan")
+    run.save_model(tmp_path, "segmenter", {}, {"w": torch.ones(1)})
+    with pytest.raises(UserError, match="'segmenter', needed is 'gan'"):
+        run.load_model(tmp_path, "gan")
+    (tmp_path / "model.pt").write_bytes(b"\x80\x04not a model")
+    with pytest.raises(UserError, match="damaged"):
+        run.load_model(tmp_path, "gan")
+    with pytest.raises(UserError, match="train_gan.py"):
+        run.load_model(tmp_path / "absent", "gan")
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code from a file was run')",))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    atomic_write(tmp_path / "model.pt", lambda f: torch.save({"format": 1, "x": Evil()}, f))
+    with pytest.raises(UserError, match="plain tensors"):
+        run.load_file(tmp_path / "model.pt")
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    atomic_write(tmp_path / "a.txt", "old")
+
+    def breaks(file):
+        file.write(b"half of the n")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        atomic_write(tmp_path / "a.txt", breaks)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old"
+
+
+def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = run.Log(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.record(step, loss=1 / step, missing=None)
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 40, "lo')                  # killed while writing
+    assert [r["step"] for r in run.Log(tmp_path, 20).records()] == [10, 20]
+    assert run.Log(tmp_path, 20).records()[0] == {"step": 10, "loss": 0.1, "missing": None}
+
+
+def test_ema_closed_form():
+    """Constant weights p after start p0: the mean is p + (p0 - p) * product of the decays d_n = min(d, (1+n)/(10+n))."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(net.weight, 5.0)
+    ema = training.EMA(net, 0.3)
+    torch.nn.init.constant_(net.weight, 2.0)
+    for _ in range(6):
+        ema.update(net)
+    product = math.prod(min(0.3, (1 + n) / (10 + n)) for n in range(1, 7))
+    assert float(ema.module.weight) == pytest.approx(2 + 3 * product, rel=1e-6)
+
+
+def test_learning_rate_warms_up_then_follows_the_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+
+    def rate(step, schedule):
+        training.set_learning_rate(optimizer, 2.0, step, 10, 110, schedule)
+        return optimizer.param_groups[0]["lr"]
+
+    assert [rate(s, "constant") for s in (0, 4, 9, 10, 109)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
+    assert [rate(s, "cosine") for s in (4, 10, 60, 110)] == pytest.approx([1.0, 2.0, 1.0, 0.0], abs=1e-9)
+
+
+def test_divergence_stops_the_run_with_a_diagnosis(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": 2.0}, {"net": net}, ["a.png"])
+    net.bias.grad[1] = math.nan
+    with pytest.raises(UserError, match="grad_norm not finite at step 3"):
+        training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.nan}, {"net": net}, ["a.png"])
+    told = json.loads((tmp_path / "diagnosis.json").read_text(encoding="utf-8"))
+    assert told["largest_gradient"]["parameter"] == "net.bias" and told["batch"] == ["a.png"] and told["step"] == 3
+
+
+def test_infinite_gradients_are_the_scalers_business_under_fp16(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], scaler)
+    with pytest.raises(UserError, match="loss not finite"):
+        training.stop_if_diverged(tmp_path, 3, {"loss": math.inf}, {"grad_norm": math.inf}, {}, [], scaler)
