@@ -163,7 +163,9 @@ def load_file(path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    if zipfile.is_zipfile(path) or path.suffix == ".pt":
+    with open(path, "rb") as file:
+        archive = file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt")
+    if archive:
         check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
