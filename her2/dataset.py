@@ -1,8 +1,8 @@
 """A dataset folder: its class table, its regions, and which split each of them belongs to.
 
 `load_dataset` reads slides.csv, classes.json and the images' headers, and decides the split; pixels are the
-business of `regions` and `sampling`. Runs that are compared must share their split, so it depends on a seed of
-its own and is written into every run folder (`write_split`).
+business of `regions` and `sampling`. Runs that are compared must share their split, so it depends on a seed
+of its own and is written into every run folder (`write_split`).
 
 A synthetic dataset is the same kind of folder with `manifest.jsonl`, one JSON object per image:
 
@@ -61,14 +61,14 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
     if split is not None:
         unknown = sorted(set(scores) - set(split))
         if unknown:
-            problems.append(f"{path}: slide {unknown[0]!r} is not in the split of the other run, so the data have "
-                            "changed since; train again, or add a split column")
+            problems.append(f"{path}: slide {unknown[0]!r} is not in the split of the other run, so the data "
+                            "have changed since; train again, or add a split column")
         return split
     if (root / "manifest.jsonl").exists():
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
-        problems.append(f"{path}: {len(scores)} slides cannot be split into train, val and test; add slides, or a "
-                        "split column")
+        problems.append(f"{path}: {len(scores)} slides cannot be split into train, val and test; add slides, "
+                        "or a split column")
         return {}
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)
@@ -77,21 +77,21 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
 def load_dataset(root, seed: int = 0, require=SPLITS, split=None) -> Dataset:
     """The dataset in the folder `root`, headers checked, nothing decoded. UserError names the first problem.
 
-    `seed` draws the split where slides.csv has none (it is not the seed of a training run); `split` is another
-    run's `read_split` and takes its place. The splits in `require` must hold an image each.
+    `seed` draws the split where slides.csv has none (it is not the seed of a training run); `split` is
+    another run's `read_split` and takes its place. The splits in `require` must hold an image each.
     """
     dataset, problems = inspect_dataset(root, seed, split)
     problems += [] if problems else empty_splits(dataset, require)
     if problems:
-        more = f" ({len(problems) - 1} more problems: python -m her2.data {root})" if len(problems) > 1 else ""
-        raise UserError(problems[0] + more)
+        more = f" (and {len(problems) - 1} more problems: python -m her2.data {root} lists them all)"
+        raise UserError(problems[0] + (more if len(problems) > 1 else ""))
     return dataset
 
 
 def empty_splits(dataset: Dataset, require=SPLITS) -> list[str]:
     """One problem per split of `require` that holds no image."""
-    return [f"{dataset.root / 'slides.csv'}: no image in the split {name!r}; give it a slide in the split column, "
-            "or empty that column to have the slides split 60/20/20"
+    return [f"{dataset.root / 'slides.csv'}: no image in the split {name!r}; give it a slide in the split "
+            "column, or empty that column to have the slides split 60/20/20"
             for name in require if not dataset.split(name)]
 
 
@@ -115,12 +115,13 @@ def load_synthetic(folder) -> Dataset:
     path = Path(folder) / "manifest.jsonl"
     dataset = load_dataset(folder, require=("train",))
     if not path.is_file():
-        raise UserError(f"{path}: no such file, so nothing tells which slides the images come from; use a folder "
-                        "that generate.py has completed")
+        raise UserError(f"{path}: no such file, so nothing tells which slides the images come from; use a "
+                        "folder that generate.py has completed")
     held_out = [roi for roi in dataset.rois if roi.split != "train"]
     if held_out:
         raise UserError(f"{Path(folder) / 'slides.csv'}: {held_out[0].name} is in the split "
-                        f"{held_out[0].split!r}; synthetic images are for training only, remove the split column")
+                        f"{held_out[0].split!r}; synthetic images are for training only, remove the split "
+                        "column")
     return dataset
 
 
@@ -147,8 +148,8 @@ def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
     if path.exists():
         for slide, split in read_split(path).items():
             if split == "train" and slides.get(slide, "train") != "train":
-                raise UserError(f"{path}: the generating network was trained on slide {slide}, a {slides[slide]} "
-                                f"slide of {real.root}; train it again with the same split")
+                raise UserError(f"{path}: the generating network was trained on slide {slide}, a "
+                                f"{slides[slide]} slide of {real.root}; train it again with the same split")
 
 
 def _read_manifest(path, remedy) -> dict:
@@ -160,7 +161,7 @@ def _read_manifest(path, remedy) -> dict:
             values = [entry.get(key) for key in ("image", "source_image", "source_slide")] \
                 if isinstance(entry, dict) else [None]
             if not all(isinstance(value, str) for value in values):
-                raise UserError(f"{path}: line {number} has no \"image\", \"source_image\" and \"source_slide\"; "
-                                f"{remedy}")
+                raise UserError(f"{path}: line {number} has no \"image\", \"source_image\" and "
+                                f"\"source_slide\"; {remedy}")
             entries[values[0]] = tuple(values[1:])
     return entries

@@ -22,11 +22,12 @@ from her2.errors import UserError, one_line
 
 # A region of 1.5 mm at 0.242 um/px (the paper's) has 38 M pixels; decoding takes 3 bytes for each.
 MAX_PIXELS = 20000 * 20000
+MAX_INSTANCE = 2**24 - 1  # tables by instance id stay small
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+ORIENTATION = 0x0112  # EXIF 2.3, table 4; 1 = upright
 # What Pillow's decoders raise on damaged files, found by feeding them mutations of valid ones.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
-          AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
-          Image.DecompressionBombWarning)
+          AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error)
 
 # Pillow's own limit stands below ours and is only a guess at what a user wants to open.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -40,7 +41,7 @@ def read_size(path) -> tuple[int, int]:
 
 
 def read_image(path) -> np.ndarray:
-    """The pixels of a PNG, JPEG or TIFF as uint8 (H, W, 3). UserError for everything that is not 8-bit RGB."""
+    """The pixels of a PNG, JPEG or TIFF as uint8 (H, W, 3). UserError for all that is not 8-bit RGB."""
     with _open(path, ENDINGS) as picture:
         _check_colour(path, picture)
         return _pixels(path, picture)
@@ -51,10 +52,11 @@ def read_mask(path) -> np.ndarray:
     remedy = "save it as an 8-bit PNG whose grey value (or palette index) is the class id"
     with _open(path, {".png": "PNG"}, remedy) as picture:
         if picture.mode in ("RGB", "RGBA", "LA", "PA", "CMYK"):
-            raise UserError(f"{path}: a colour picture ({picture.mode}) where a mask of class ids belongs; {remedy}")
+            raise UserError(f"{path}: a colour picture ({picture.mode}) where a mask belongs; {remedy}")
         # A grey PNG of 2 or 4 bits is stretched to 0..255 by the decoder; palette indices never are.
         if picture.mode not in ("L", "P") or picture.mode == "L" and _bits(path, picture) != 8:
-            raise UserError(f"{path}: {_bits(path, picture)}-bit grey values where 8-bit class ids belong; {remedy}")
+            raise UserError(f"{path}: {_bits(path, picture)}-bit values where 8-bit class ids belong; "
+                            f"{remedy}")
         return _pixels(path, picture)
 
 
@@ -64,10 +66,11 @@ def read_instances(path) -> np.ndarray:
     with _open(path, {key: value for key, value in ENDINGS.items() if value != "JPEG"}, remedy) as picture:
         # Pillow calls 16-bit grey "I;16" or, before version 11, "I" in a PNG.
         if not picture.mode.startswith("I") or _bits(path, picture) not in (16, 32):
-            raise UserError(f"{path}: {_bits(path, picture)}-bit {picture.mode} where instance ids belong; {remedy}")
+            raise UserError(f"{path}: pixels of kind {picture.mode} where instance ids belong; {remedy}")
         ids = _pixels(path, picture).astype(np.int64)
-    if ids.min() < 0 or ids.max() >= 2**31:
-        raise UserError(f"{path}: instance ids from {ids.min()} to {ids.max()}; {remedy}")
+    if ids.min() < 0 or ids.max() > MAX_INSTANCE:
+        raise UserError(f"{path}: instance ids from {ids.min()} to {ids.max()}; number them 1, 2, 3, ... (up "
+                        f"to {MAX_INSTANCE}), 0 = background")
     return ids.astype(np.int32)
 
 
@@ -82,25 +85,38 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
         if path.stat().st_size == 0:
             raise UserError(f"{path}: an empty file (0 bytes); copy it again")
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the others are about metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(path, formats=sorted(set(ENDINGS.values())))
             kind = "JPEG" if picture.format == "MPO" else picture.format
             frames = getattr(picture, "n_frames", 1)
-            orientation = picture.getexif().get(0x0112, 1)
+            # A PNG may carry the tag behind its pixels: `_pixels` asks again.
+            early = picture.format != "PNG" or "exif" in picture.info
+            orientation = picture.getexif().get(ORIENTATION, 1) if early else 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: more than {MAX_PIXELS // 10**6} million pixels; cut it into regions") from error
+        raise UserError(f"{path}: above the limit of {MAX_PIXELS // 10**6} million pixels "
+                        f"({one_line(error)[:60]}); cut it into regions") from error
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{path}: not a readable PNG, JPEG or TIFF; {remedy}") from error
     except DAMAGE as error:
         raise UserError(f"{path}: {_reason(error)}; copy the file again, or {remedy}") from error
-    if kind != wanted:
-        raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
-    if frames != 1:
-        raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant by itself")
-    if orientation not in (0, 1):
-        raise UserError(f"{path}: the EXIF tag says that the picture is to be turned (orientation {orientation}), so "
-                        "pixels and annotations may disagree; turn the pixels and save it without the tag")
+    try:
+        if kind != wanted:
+            raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
+        if frames != 1:
+            raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant by "
+                            "itself")
+        _check_upright(path, orientation)
+    except UserError:
+        picture.close()
+        raise
     return picture
+
+
+def _check_upright(path, orientation):
+    if orientation not in (0, 1):
+        raise UserError(f"{path}: the EXIF tag asks viewers to turn the picture (orientation {orientation}), "
+                        "so pixels and annotations may disagree; turn the pixels and save it without the tag")
 
 
 def _check_colour(path, picture):
@@ -133,8 +149,10 @@ def _pixels(path, picture) -> np.ndarray:
     try:
         if picture.format == "PNG":
             with Image.open(path, formats=["PNG"]) as again:
-                again.verify()  # checksums of all chunks; it leaves the picture unusable, so on a second handle
-        return np.array(picture)
+                again.verify()  # the checksums; a verified picture cannot be decoded, hence a second handle
+        pixels = np.array(picture)
+        _check_upright(path, picture.getexif().get(ORIENTATION, 1))
+        return pixels
     except MemoryError as error:
         raise UserError(f"{path}: {picture.width} x {picture.height} pixels do not fit into memory; "
                         "cut it into regions") from error

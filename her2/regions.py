@@ -53,7 +53,8 @@ def _read_polygons(roi, classes):
         seen = ", ".join(f"{name!r} ({count} polygons)" for name, count in unknown.most_common(5))
         alias = json.dumps({"aliases": {next(iter(unknown)): classes.names[-1]}})
         raise UserError(f"{roi.annotations}: unknown class {seen}; known are {', '.join(classes.names)}: say "
-                        f"which one is meant by an alias in classes.json in the dataset folder, such as {alias}")
+                        "which one is meant by an alias in classes.json in the dataset folder, such as "
+                        f"{alias}")
     rings = [polygon.rings for polygon in transform_polygons(polygons, roi.x, roi.y, roi.downsample)]
     if rings:
         low = np.array([np.concatenate(polygon).min(axis=0) for polygon in rings])     # (polygons, 2)
@@ -61,8 +62,9 @@ def _read_polygons(roi, classes):
         if not ((high > 0) & (low < (roi.width, roi.height))).all(axis=1).any():
             (x0, y0), (x1, y1) = low.min(axis=0), high.max(axis=0)
             raise UserError(f"{roi.annotations}: all {len(rings)} polygons lie outside the {roi.width} x "
-                            f"{roi.height} image (x {x0:.6g} to {x1:.6g}, y {y0:.6g} to {y1:.6g}); set x, y and "
-                            "downsample in slides.csv, or empty the annotations cell if there is no tumor")
+                            f"{roi.height} image (x {x0:.6g} to {x1:.6g}, y {y0:.6g} to {y1:.6g}); set x, y "
+                            "and downsample in slides.csv, or empty the annotations cell if there is no "
+                            "tumor")
     return rings, ids
 
 
@@ -74,11 +76,11 @@ def _read_mask_and_instances(roi, classes):
     unknown = [i for i in ids if i >= len(classes)]
     table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
     if unknown == [255] and set(ids) <= {0, 255}:
-        raise UserError(f"{roi.mask}: holds only 0 and 255, a black-and-white picture; write the class id into "
-                        f"each pixel ({table})")
+        raise UserError(f"{roi.mask}: holds only 0 and 255, a black-and-white picture; write the class id "
+                        f"into each pixel ({table})")
     if unknown:
-        raise UserError(f"{roi.mask}: ids {', '.join(map(str, unknown[:8]))} are not in the class table ({table}); "
-                        "correct the mask or add the classes in classes.json")
+        raise UserError(f"{roi.mask}: ids {', '.join(map(str, unknown[:8]))} are not in the class table "
+                        f"({table}); correct the mask or add the classes in classes.json")
     if roi.instances is None:
         return label, connected_components(label)
     instance = read_instances(roi.instances)
@@ -109,8 +111,9 @@ def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
             return tile_arrays(image, label, instance, len(classes))
         except ValueError as error:
             ids = error.args[0]
-            raise UserError(f"{roi.instances}: instance {ids[0]} ({len(ids)} in all) spans two classes of the mask; "
-                            "give each class its own instances, or leave the instances cell empty") from error
+            raise UserError(f"{roi.instances}: instance {ids[0]} ({len(ids)} in all) spans two classes of "
+                            "the mask; give each class its own instances, or leave the instances cell "
+                            "empty") from error
 
     status = roi.image.stat()
     with open(roi.image, "rb") as file:

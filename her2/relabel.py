@@ -16,14 +16,16 @@ import torch
 
 def relabel(label: torch.Tensor, instance: torch.Tensor, classes, generator: torch.Generator,
             relabel_class_ids=None):
-    """(new_label, mapping): label (H, W) class ids and instance (H, W) ids -> new_label (H, W), and {id: (old, new)}.
+    """Draw a subtype for every tumor instance of a patch.
 
-    `classes` is the class table; `relabel_class_ids` narrows the subtypes to draw from. The result depends on the
-    inputs and the generator's state alone: instances draw in the order of their ids.
+    label (H, W) class ids and instance (H, W) ids -> new_label (H, W) and {instance id: (old, new)}.
+    `classes` is the class table; `relabel_class_ids` narrows the subtypes to draw from. The result depends
+    on the inputs and the generator's state alone: instances draw in the order of their ids.
     """
-    assert label.ndim == 2 and label.shape == instance.shape, f"{tuple(label.shape)} and {tuple(instance.shape)}"
-    # PAPER: "a new, randomly selected subtype label": all five subtypes, LCIS/DCIS among them, for every tumor
-    # instance; the old subtype may be drawn again, else the balance would depend on what the patch held before.
+    assert label.ndim == 2 and label.shape == instance.shape, f"{tuple(label.shape)}, {tuple(instance.shape)}"
+    # PAPER: "a new, randomly selected subtype label": all five subtypes, LCIS/DCIS among them, for every
+    # tumor instance; the old subtype may be drawn again, else the balance would depend on what the patch
+    # held before.
     choices = list(classes.tumor_ids if relabel_class_ids is None else relabel_class_ids)
     assert choices and set(choices) <= set(classes.tumor_ids), f"{choices} are not tumor classes"
     new_label, mapping = label.clone(), {}
@@ -40,7 +42,8 @@ def relabel(label: torch.Tensor, instance: torch.Tensor, classes, generator: tor
 
 def repaint_mask(instance: torch.Tensor, mapping: dict) -> torch.Tensor:
     """The pixels that inpainting regenerates: bool (H, W), True on every instance of `mapping`."""
-    # PAPER: inpainting "modifies the tumor tissue instances". An instance that drew its old subtype is repainted
-    # like the others: one rule, and no real tumor is left in a synthetic image for its label to be learned from.
+    # PAPER: inpainting "modifies the tumor tissue instances". An instance that drew its old subtype is
+    # repainted like the others: one rule, and no real tumor is left in a synthetic image for its label to
+    # be learned from.
     ids = torch.tensor(sorted(mapping), dtype=instance.dtype, device=instance.device)
     return torch.isin(instance, ids)                                                   # (H, W)

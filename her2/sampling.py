@@ -9,12 +9,12 @@ How a patch is chosen decides what a network learns (section 3 of the paper comp
 The patch is centred on the pixel, moved by up to a quarter of its side (else the network would learn that
 the centre is always tumor) and pushed back inside the region.
 
-Sample `index` of the batch of `step` is a function of (seed, step, index) alone. A run that is interrupted, or
-split over processes, therefore sees the same patches as one that is not.
+Sample `index` of the batch of `step` is a function of (seed, step, index) alone. A run that is interrupted,
+or split over processes, therefore sees the same patches as one that is not.
 
-Synthetic images join as the paper adds them (+ 50 % ... + 400 %): a training set of `num_patches` real patches,
-the number that tile the training regions once, and the first ratio * num_patches synthetic images; training
-draws uniformly from both together, so a sample is real with probability 1 / (1 + ratio).
+Synthetic images join as the paper adds them (+ 50 % ... + 400 %): the training set is `num_patches` real
+patches, as many as tile the training regions once, and the first ratio * num_patches synthetic images.
+Training draws uniformly from both together, so a sample is real with probability 1 / (1 + ratio).
 
 Dimension letters: B batch, P side of the patch, H, W region.
 """
@@ -37,26 +37,27 @@ SAMPLINGS = ("tumor", "subtype", "uniform")
 
 
 def to_tensors(image, label, instance):
-    """Arrays of one window -> image (3, H, W) float32 in [-1, 1], label (H, W) int64, instance (H, W) int32."""
+    """One window -> image (3, H, W) float32 in [-1, 1], label (H, W) int64, instance (H, W) int32."""
     image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)             # (3, H, W) uint8
     return (image.float().div(127.5).sub(1).contiguous(), torch.from_numpy(label).long(),
             torch.from_numpy(instance).int())
 
 
 def dihedral(tensor: torch.Tensor, k: int) -> torch.Tensor:
-    """One of the 8 flips and right-angle rotations, on the last two axes: k % 4 quarter turns, then k // 4 flips."""
+    """One of the 8 flips and rotations, on the last two axes: k % 4 quarter turns, then k // 4 flips."""
     assert k in range(8), f"k is {k}, expected 0..7"
     tensor = torch.rot90(tensor, k % 4, (-2, -1))
     return tensor.flip(-1) if k >= 4 else tensor
 
 
 def dihedral_inverse(k: int) -> int:
-    """The transform that undoes `dihedral(., k)`: a flip undoes itself, a turn is undone by the opposite one."""
+    """The transform that undoes `dihedral(., k)`."""
+    # A turn is undone by the opposite one; a turn and a flip together are a reflection, which undoes itself.
     return k if k >= 4 else -k % 4
 
 
 def tiling(height: int, width: int, patch: int) -> list[tuple[int, int]]:
-    """Corners (y, x) of the fewest patches that cover height x width; the last row and column are moved inside."""
+    """Corners (y, x) of the fewest patches that cover height x width; the last ones are moved inside."""
     assert height >= patch <= width, f"a patch of {patch} does not fit into {height} x {width}"
     def starts(n):
         return [min(i * patch, n - patch) for i in range(math.ceil(n / patch))]
@@ -72,16 +73,17 @@ def patches_that_tile(rois, patch: int) -> int:
 def _check_patch(rois, patch, where):
     small = [roi for roi in rois if min(roi.height, roi.width) < patch]
     if small:
-        raise UserError(f"{where}: {small[0].name} has {small[0].width} x {small[0].height} pixels, less than a patch of "
-                        f"{patch}; use a smaller --patch or larger images ({len(small)} images are too small)")
+        raise UserError(f"{where}: {small[0].name} has {small[0].width} x {small[0].height} pixels, less "
+                        f"than a patch of {patch}; use a smaller --patch or larger images ({len(small)} "
+                        "images are too small)")
 
 
 class PatchSampler:
     """Random patches of one split of a real dataset. UserError where no patch can be drawn.
 
-    flips: augment with the 8 flips and rotations, the same for image, label and instance.
-    stain: strength of the stain jitter of the image, 1 = mild, 0 = off (for generative models, which are to learn
-    the stain as it is).
+    flips   augment with the 8 flips and rotations, the same for image, label and instance
+    stain   strength of the stain jitter of the image: 1 = mild, 0 = off (generative models are to learn the
+            stain as it is)
     """
 
     def __init__(self, dataset: Dataset, split: str, patch: int, sampling: str = "subtype", seed: int = 0,
@@ -90,7 +92,8 @@ class PatchSampler:
         self.rois, self.patch, self.sampling, self.seed = dataset.split(split), patch, sampling, seed
         self.flips, self.stain = flips, stain
         if not self.rois:
-            raise UserError(f"{dataset.root / 'slides.csv'}: no image in the split {split!r}; add a slide to it")
+            raise UserError(f"{dataset.root / 'slides.csv'}: no image in the split {split!r}; add a slide to "
+                            "it")
         _check_patch(self.rois, patch, dataset.root)
         self.num_patches = patches_that_tile(self.rois, patch)
         self.files = tile_files(self.rois, dataset.classes, cache)
@@ -98,33 +101,32 @@ class PatchSampler:
         counts = {c: np.array([open_tile(file).count([c]) for file in self.files]) for c in tumor}
         self.present = [c for c in tumor if counts[c].any()]
         if sampling != "uniform" and not self.present:
-            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images or use another split")
+            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images or use "
+                            "another split")
         if sampling == "subtype" and len(self.present) < len(tumor):
             absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
-            print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other subtypes are sampled "
-                  "uniformly", file=sys.stderr)
-        # Groups of classes whose pixels are drawn from alike, and the running sum of their pixels over regions.
-        # PAPER: "uniformly across all tumor subtypes": all five, LCIS/DCIS is one of them.
-        self.groups = [tuple([c]) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
-        self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups if group]
-        self.positions = np.cumsum([(roi.height - patch + 1) * (roi.width - patch + 1) for roi in self.rois])
-        self.areas = np.cumsum([roi.height * roi.width for roi in self.rois])
+            print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other subtypes "
+                  "are sampled uniformly", file=sys.stderr)
+        # Groups of classes whose pixels are drawn from alike; per group the running sum over regions of
+        # what is drawn from (pixels of its classes, or all pixels). PAPER: "uniformly across all tumor
+        # subtypes": all five, LCIS/DCIS is one of them.
+        self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
+        self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups]
+        if sampling == "uniform":
+            self.groups, self.ends = [None], [np.cumsum([roi.height * roi.width for roi in self.rois])]
 
     def place(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """(index of the region, y, x) of a random patch."""
-        if self.sampling == "uniform":
-            which = int(np.searchsorted(self.areas, rng.integers(self.areas[-1]), side="right"))
-            roi = self.rois[which]
-            return which, int(rng.integers(roi.height - self.patch + 1)), int(rng.integers(roi.width - self.patch + 1))
         k = int(rng.integers(len(self.groups)))
         rank = int(rng.integers(self.ends[k][-1]))
         which = int(np.searchsorted(self.ends[k], rank, side="right"))
+        roi, p = self.rois[which], self.patch
+        if self.sampling == "uniform":
+            return which, int(rng.integers(roi.height - p + 1)), int(rng.integers(roi.width - p + 1))
         before = int(self.ends[k][which - 1]) if which else 0
         centre = open_tile(self.files[which]).pixel(self.groups[k], rank - before)
-        jitter = rng.integers(-(self.patch // 4), self.patch // 4 + 1, size=2)
-        limits = self.rois[which].height - self.patch, self.rois[which].width - self.patch
-        y, x = (min(max(int(c + j) - self.patch // 2, 0), limit) for c, j, limit in zip(centre, jitter, limits))
-        return which, y, x
+        y, x = np.array(centre) - p // 2 + rng.integers(-(p // 4), p // 4 + 1, size=2)
+        return which, int(np.clip(y, 0, roi.height - p)), int(np.clip(x, 0, roi.width - p))
 
     def draw(self, rng: np.random.Generator):
         """(image (3, P, P), label (P, P), instance (P, P), name) of a random patch, not augmented."""
@@ -136,8 +138,8 @@ class PatchSampler:
         return to_tensors(*open_tile(self.files[which]).window(y, x, self.patch, self.patch))
 
     def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
-        """Samples start..stop-1 of the batch of `step`: image, label, instance and names (see `make_batch`)."""
-        return make_batch(self, self, step, range(batch_size)[start:stop])
+        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
+        return make_batch(self, step, range(batch_size)[start:stop])
 
 
 class MixedSampler:
@@ -148,12 +150,13 @@ class MixedSampler:
 
     def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
         assert ratio > 0, f"ratio is {ratio}, it must be positive; without synthetic images use PatchSampler"
-        self.real, self.ratio = real, ratio
-        self.patch, self.num_patches = real.patch, real.num_patches
+        self.real, self.ratio, self.patch, self.num_patches = real, ratio, real.patch, real.num_patches
+        self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
         wanted = max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
-            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs {wanted}; make more: "
-                            f"python generate.py --out {synthetic.root} --ratio {ratio:g}")
+            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs "
+                            f"{wanted}; make more: python generate.py --out {synthetic.root} --ratio "
+                            f"{ratio:g}")
         self.rois = synthetic.rois[:wanted]
         _check_patch(self.rois, real.patch, synthetic.root)
         self.files = tile_files(self.rois, synthetic.classes, cache)
@@ -168,23 +171,24 @@ class MixedSampler:
         return *to_tensors(*tile.window(y, x, self.patch, self.patch)), self.rois[which].name
 
     def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
-        """Samples start..stop-1 of the batch of `step`: image, label, instance and names (see `make_batch`)."""
-        return make_batch(self, self.real, step, range(batch_size)[start:stop])
+        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
+        return make_batch(self, step, range(batch_size)[start:stop])
 
 
-def make_batch(sampler, settings: PatchSampler, step: int, indices) -> dict:
+def make_batch(sampler, step: int, indices) -> dict:
     """Draw and augment the samples `indices` of the batch of `step`.
 
-    Returns image (B, 3, P, P) float32 in [-1, 1], label (B, P, P) int64, instance (B, P, P) int32, names: list.
+    Returns a dict of image (B, 3, P, P) float32 in [-1, 1], label (B, P, P) int64, instance (B, P, P) int32
+    and names, a list of B texts that say where each sample comes from.
     """
     images, labels, instances, names = [], [], [], []
     for index in indices:
-        rng = numpy_generator(settings.seed, "patch", step, index)
+        rng = numpy_generator(sampler.seed, "patch", step, index)
         image, label, instance, name = sampler.draw(rng)
-        k = int(rng.integers(8)) if settings.flips else 0
-        if settings.stain > 0:
-            image = stain_jitter(image[None], generator(settings.seed, "stain", step, index),
-                                 scale=0.1 * settings.stain, shift=0.01 * settings.stain)[0]
+        k = int(rng.integers(8)) if sampler.flips else 0
+        if sampler.stain > 0:
+            image = stain_jitter(image[None], generator(sampler.seed, "stain", step, index),
+                                 scale=0.1 * sampler.stain, shift=0.01 * sampler.stain)[0]
         images.append(dihedral(image, k))
         labels.append(dihedral(label, k))
         instances.append(dihedral(instance, k))
@@ -194,7 +198,7 @@ def make_batch(sampler, settings: PatchSampler, step: int, indices) -> dict:
 
 
 class _Steps(torch.utils.data.Dataset):
-    """The batches of steps first..last-1 as a map-style dataset, so that worker processes can make them ahead."""
+    """The batches of steps first..last-1 as a map-style dataset, for worker processes."""
 
     def __init__(self, sampler, first, last, arguments):
         self.sampler, self.first, self.last, self.arguments = sampler, first, last, arguments
@@ -206,18 +210,18 @@ class _Steps(torch.utils.data.Dataset):
         return self.sampler.batch(self.first + k, *self.arguments)
 
 
-def loader(sampler, first_step: int, last_step: int, batch_size: int, start: int = 0, stop=None, workers: int = 0,
-           pin_memory: bool = False) -> DataLoader:
-    """An iterable over the batches of steps first_step..last_step-1, in order, made ahead by `workers` processes."""
+def loader(sampler, first_step: int, last_step: int, batch_size: int, start: int = 0, stop=None,
+           workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """An iterable over the batches of steps first_step..last_step-1, in order; `workers` make them ahead."""
     steps = _Steps(sampler, first_step, last_step, (batch_size, start, stop))
-    # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would make
-    # other random numbers depend on how often a run was resumed. No batch uses it.
-    return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
-                      multiprocessing_context="spawn" if workers else None)
+    # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
+    # make other random numbers depend on how often a run was resumed. No batch uses it.
+    return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory,
+                      generator=torch.Generator(), multiprocessing_context="spawn" if workers else None)
 
 
 def iterate_rois(dataset: Dataset, split: str, cache="cache"):
-    """The regions of a split, whole: (roi, image (1, 3, H, W), label (1, H, W), instance (1, H, W)), one at a time."""
+    """The regions of a split, whole, one at a time: (roi, image, label, instance) with a batch axis of 1."""
     for roi in dataset.split(split):
         tile = open_roi(roi, dataset.classes, cache)
         image, label, instance = to_tensors(*tile.window(0, 0, tile.height, tile.width))

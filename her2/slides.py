@@ -66,7 +66,8 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     problems, notes = [], []
     unknown = [name for name in header if name not in COLUMNS]
     if unknown:
-        notes.append(f"{path}: columns {', '.join(map(repr, unknown))} are not used; known are {', '.join(COLUMNS)}")
+        notes.append(f"{path}: columns {', '.join(map(repr, unknown))} are not used; known are "
+                     f"{', '.join(COLUMNS)}")
     base = Path(os.path.realpath(root))
     rois, seen = [], {}
     for line, row in rows:
@@ -89,8 +90,8 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     problems += [f"{path}: {problem}" for problem in _slide_problems(rois)]
     bare = [roi.name for roi in rois if roi.annotations is None and roi.mask is None]
     if bare:
-        notes.append(f"{path}: {len(bare)} images have neither annotations nor mask and count as tissue without "
-                     f"tumor: {', '.join(bare[:3])}{' ...' if len(bare) > 3 else ''}")
+        notes.append(f"{path}: {len(bare)} images have neither annotations nor mask and count as tissue "
+                     f"without tumor: {', '.join(bare[:3])}{' ...' if len(bare) > 3 else ''}")
     return rois, problems, notes
 
 
@@ -99,7 +100,8 @@ def _read_table(path) -> tuple[list[str], list]:
     text = read_text(path, "save the table as CSV with the encoding UTF-8")
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        lines = [(number, cells) for number, cells in lines if any(cells)]
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV table ({one_line(error)}); save it again as CSV") from error
     if not lines:
@@ -109,9 +111,9 @@ def _read_table(path) -> tuple[list[str], list]:
     missing = [name for name in ("image", "slide") if name not in header]
     if missing:
         separator = next((s for s in (";", "\t") if s in header[0]), None)
-        hint = f"the cells are separated by {separator!r}: save the table with commas" if separator else INDEX_REMEDY
-        raise UserError(f"{path}: no column {' and no column '.join(map(repr, missing))} in the first line, which "
-                        f"has {one_line(header)[:120]}; {hint}")
+        hint = f"its cells are separated by {separator!r}: save it with commas" if separator else INDEX_REMEDY
+        raise UserError(f"{path}: no column {' and no column '.join(map(repr, missing))} in the first line, "
+                        f"which has {one_line(header)[:120]}; {hint}")
     if "annotations" not in header and "mask" not in header:
         raise UserError(f"{path}: neither a column 'annotations' nor a column 'mask'; add one of them")
     twice = [name for name, count in Counter(header).items() if count > 1]
@@ -145,7 +147,8 @@ def _read_row(base, root, row, problems):
         if not math.isfinite(numbers[column]) or abs(numbers[column]) > 1e9:
             problems.append(f"{column} is {row[column]!r}; write a number, with a decimal point")
     if numbers["downsample"] <= 0:
-        problems.append(f"downsample is {row['downsample']!r}; it is the annotation's pixels per image pixel, above 0")
+        problems.append(f"downsample is {row['downsample']!r}; it is the annotation's pixels per image "
+                        "pixel, above 0")
     if not row["slide"]:
         problems.append("the slide cell is empty; write the id of the slide or patient")
     split = row.get("split", "").lower()
@@ -153,8 +156,9 @@ def _read_row(base, root, row, problems):
         problems.append(f"split is {row['split']!r}; write {', '.join(SPLITS)}, or leave the column empty")
     if problems:
         return None
-    return ROI(name=PurePosixPath(row["image"].replace("\\", "/")).as_posix(), height=0, width=0, split=split,
-               slide=row["slide"], score=row.get("score", ""), **{key: files.get(key) for key in FILES}, **numbers)
+    files = {column: files.get(column) for column in FILES}
+    return ROI(name=files["image"].relative_to(root).as_posix(), **files, **numbers, slide=row["slide"],
+               score=row.get("score", ""), split=split, height=0, width=0)
 
 
 def _path_inside(base, root, column, text, problems):
@@ -162,14 +166,16 @@ def _path_inside(base, root, column, text, problems):
     text = text.replace("\\", "/")
     parts = PurePosixPath(text)
     if parts.is_absolute() or PureWindowsPath(text).drive or ".." in parts.parts:
-        problems.append(f"{column} {text!r} is not a path inside the dataset folder; write it relative to slides.csv")
+        problems.append(f"{column} {text!r} is not a path inside the dataset folder; write it relative to "
+                        "slides.csv")
         return None
     path = root / parts
     if not os.path.isfile(path):
         problems.append(f"{column} {text!r}: no such file in {root}; correct the path or remove the line")
         return None
     if not Path(os.path.realpath(path)).is_relative_to(base):
-        problems.append(f"{column} {text!r} is a link that leaves the dataset folder; put the file itself there")
+        problems.append(f"{column} {text!r} is a link that leaves the dataset folder; put the file itself "
+                        "there")
         return None
     return path
 
@@ -181,9 +187,11 @@ def _slide_problems(rois) -> list[str]:
         splits = sorted({roi.split for roi in rois if roi.slide == slide and roi.split})
         scores = sorted({roi.score for roi in rois if roi.slide == slide})
         if len(splits) > 1:
-            problems.append(f"slide {slide!r} is in {' and '.join(splits)}; all images of a slide belong to one split")
+            problems.append(f"slide {slide!r} is in {' and '.join(splits)}; all images of a slide belong to "
+                            "one split")
         if len(scores) > 1:
-            problems.append(f"slide {slide!r} has the scores {', '.join(map(repr, scores))}; write the same in each row")
+            problems.append(f"slide {slide!r} has the scores {', '.join(map(repr, scores))}; write the same "
+                            "in each row")
     without = [roi.name for roi in rois if not roi.split]
     if 0 < len(without) < len(rois):
         problems.append(f"{len(without)} rows have no split ({without[0]} is the first), others have one; "

@@ -15,8 +15,8 @@ exactly uniformly from the pixels of a class without a list of them: the rank of
 running sum over rows, and only the one row that holds it is read (`pixel`).
 
 Cost on disk: 4 bytes per pixel up to 255 instances in a region, 5 up to 65,535: 154 MB for 6200 x 6200.
-The files can be deleted at any time. They are written beside and renamed, so a crash leaves no half one;
-a file of the wrong length or shape is thrown away and made again.
+The files can be deleted whenever no program runs. They are written beside and renamed, so a crash leaves no
+half one; a file of the wrong length or shape is thrown away and made again.
 
 Dimension letters: H, W region; h, w window; K classes; N largest instance id.
 """
@@ -38,10 +38,12 @@ class Tile:
     """The mapped arrays of one region; see the module's docstring for their shapes. Never write to them."""
 
     def __init__(self, class_of, row_counts, instance, image):
-        if not (image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and instance.dtype.kind == "u"
-                and instance.shape == image.shape[:2] and class_of.ndim == 1 and class_of.dtype == np.uint8
-                and row_counts.ndim == 2 and row_counts.shape[1] == len(image)
-                and (row_counts.sum(axis=0) == image.shape[1]).all()):
+        height, width = image.shape[:2]
+        whole = (image.shape == (height, width, 3) and instance.shape == (height, width)
+                 and class_of.ndim == 1 and row_counts.shape[1:] == (height,)
+                 and (row_counts.sum(axis=0) == width).all()
+                 and image.dtype == class_of.dtype == np.uint8 and instance.dtype.kind == "u")
+        if not whole:
             raise ValueError(f"arrays do not belong together: image {image.shape}, instance {instance.shape}")
         self.class_of, self.row_counts, self.instance, self.image = class_of, row_counts, instance, image
 
