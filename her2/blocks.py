@@ -10,14 +10,16 @@ No gradient flows through u and v. In eval mode the stored u and v are used as t
 the official names (weight_orig, weight_u, weight_v), so that official files load without a table.
 
 Differs from the official code (NVlabs/SPADE, which uses torch's hook): written out as a layer, so that no
-hook rewrites attributes behind the reader; sigma is computed in float32 also under autocast; `init_weights`
-ends with a few power iterations, because an untrained network in eval mode would otherwise divide by the
-product of two random directions, which may be any small number of either sign.
+hook rewrites attributes behind the reader; products are taken element by element and then summed, because
+autocast would turn a matrix product into half precision; `init_weights` ends with a few power iterations,
+because an untrained network in eval mode would otherwise divide by what two random directions happen to
+give, which may be any small number of either sign.
 
 Key: B batch, C channels, h w height and width of a feature map.
 """
 
 import re
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -43,18 +45,16 @@ class SpectralConv2d(nn.Module):
         """Turn weight_u and weight_v towards the singular vectors of the largest singular value."""
         matrix = self.weight_orig.flatten(1)                                                # (out, in*k*k)
         for _ in range(steps):
-            self.weight_v.copy_(F.normalize(matrix.t() @ self.weight_u, dim=0, eps=1e-12))
-            self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
+            self.weight_v.copy_(F.normalize((matrix * self.weight_u[:, None]).sum(0), dim=0, eps=1e-12))
+            self.weight_u.copy_(F.normalize((matrix * self.weight_v).sum(1), dim=0, eps=1e-12))
 
     def weight(self) -> torch.Tensor:
         """The weight in use, (out, in, k, k). One step of power iteration when in training mode."""
-        with torch.autocast(self.weight_orig.device.type, enabled=False):
-            if self.training:
-                self.power_iteration()
-            # Clones: a second forward before the backward changes u and v in place.
-            u, v = self.weight_u.clone(), self.weight_v.clone()
-            sigma = torch.dot(u, self.weight_orig.flatten(1) @ v)
-            return self.weight_orig / sigma
+        if self.training:
+            self.power_iteration()
+        # outer() is a copy: a second forward before the backward changes u and v in place.
+        sigma = (self.weight_orig.flatten(1) * self.weight_u.outer(self.weight_v)).sum()
+        return self.weight_orig / sigma
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
@@ -88,6 +88,19 @@ def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.
             layer.bias.zero_()
         if isinstance(layer, SpectralConv2d):
             layer.power_iteration(steps=5)
+
+
+@contextmanager
+def frozen(module: nn.Module):
+    """`with frozen(discriminator):` around the forward of a G step: gradients pass through, D keeps none."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:

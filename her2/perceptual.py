@@ -6,8 +6,7 @@
                 mean over the image, sum over five layers: part of the VQ autoencoder's reconstruction loss
 
 Neither network is trained here and neither is worth anything without its weights, so both are off unless
-the user gives a file; none is downloaded. Without weights a network lives on torch's meta device and cannot
-be run.
+the user gives a file; none is downloaded. Until then a network lives on torch's meta device, without memory.
 
     VGG19Loss   torchvision's vgg19 (vgg19-dcbb9e9d.pth)
     LPIPS       a checkpoint of a CompVis autoencoder that holds loss.perceptual_loss.*, or torchvision's
@@ -61,6 +60,7 @@ class FrozenVGG(nn.Module):
     def activations(self, x: torch.Tensor) -> list:
         """The five features of x (B, 3, H, W), each (B, C, h, w)."""
         assert x.dim() == 4 and x.shape[1] == 3, f"images must be (B, 3, H, W), found {tuple(x.shape)}"
+        assert not self.features[0].weight.is_meta, f"{type(self).__name__} has no weights: load them first"
         found = []
         for index, layer in enumerate(self.features):
             x = layer(x)
