@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from her2.annotations import read_annotations, transform_polygons
+from her2.annotations import place_polygons, polygon_classes, read_annotations
 from her2.classes import ClassTable
 from her2.errors import UserError
 from her2.images import read_image, read_instances, read_mask
@@ -34,38 +34,22 @@ def read_roi(roi: ROI, classes: ClassTable):
     if roi.mask is not None:
         label, instance = _read_mask_and_instances(roi, classes)
     else:
-        label, instance = paint(*_read_polygons(roi, classes), roi.height, roi.width)
+        polygons, class_ids, _ = read_polygons(roi, classes)
+        label, instance = paint(polygons, class_ids, roi.height, roi.width)
     return image, label, instance
 
 
-def _read_polygons(roi, classes):
-    """(polygons in image coordinates as lists of rings, their class ids)."""
+def read_polygons(roi: ROI, classes: ClassTable):
+    """The annotations of one region: (polygons, class ids, how many annotations were left out by kind).
+
+    A polygon is a list of rings in pixels of the region's image.
+    """
     if roi.annotations is None:
-        return [], []
-    polygons, _ = read_annotations(roi.annotations)
-    ids, unknown = [], Counter()
-    for polygon in polygons:
-        try:
-            ids.append(classes.id_of(polygon.name))
-        except KeyError:
-            unknown[polygon.name] += 1
-    if unknown:
-        seen = ", ".join(f"{name!r} ({count} polygons)" for name, count in unknown.most_common(5))
-        alias = json.dumps({"aliases": {next(iter(unknown)): classes.names[-1]}})
-        raise UserError(f"{roi.annotations}: unknown class {seen}; known are {', '.join(classes.names)}: say "
-                        "which one is meant by an alias in classes.json in the dataset folder, such as "
-                        f"{alias}")
-    rings = [polygon.rings for polygon in transform_polygons(polygons, roi.x, roi.y, roi.downsample)]
-    if rings:
-        low = np.array([np.concatenate(polygon).min(axis=0) for polygon in rings])     # (polygons, 2)
-        high = np.array([np.concatenate(polygon).max(axis=0) for polygon in rings])
-        if not ((high > 0) & (low < (roi.width, roi.height))).all(axis=1).any():
-            (x0, y0), (x1, y1) = low.min(axis=0), high.max(axis=0)
-            raise UserError(f"{roi.annotations}: all {len(rings)} polygons lie outside the {roi.width} x "
-                            f"{roi.height} image (x {x0:.6g} to {x1:.6g}, y {y0:.6g} to {y1:.6g}); set x, y "
-                            "and downsample in slides.csv, or empty the annotations cell if there is no "
-                            "tumor")
-    return rings, ids
+        return [], [], Counter()
+    found, skipped = read_annotations(roi.annotations, image=roi.image)
+    place = roi.x, roi.y, roi.downsample
+    polygons, outside = place_polygons(found, roi.annotations, roi.height, roi.width, *place)
+    return [p.rings for p in polygons], polygon_classes(polygons, classes, roi.annotations), skipped + outside
 
 
 def _read_mask_and_instances(roi, classes):
@@ -89,6 +73,12 @@ def _read_mask_and_instances(roi, classes):
     if stray:
         raise UserError(f"{roi.instances}: {stray} pixels where only one of instances and mask is background "
                         "(0); number exactly the pixels that have a class, or leave the instances cell empty")
+    class_of = np.zeros(instance.max() + 1, np.uint8)
+    class_of[instance] = label
+    torn = np.unique(instance[class_of[instance] != label])
+    if len(torn):
+        raise UserError(f"{roi.instances}: instance {torn[0]} ({len(torn)} in all) spans two classes of the "
+                        "mask; give each class its own instances, or leave the instances cell empty")
     return label, instance
 
 
@@ -105,16 +95,6 @@ def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
     content; the image enters with its place, size, time and last bytes (which in a PNG hold a checksum of all
     its pixels).
     """
-    def build():
-        image, label, instance = read_roi(roi, classes)
-        try:
-            return tile_arrays(image, label, instance, len(classes))
-        except ValueError as error:
-            ids = error.args[0]
-            raise UserError(f"{roi.instances}: instance {ids[0]} ({len(ids)} in all) spans two classes of "
-                            "the mask; give each class its own instances, or leave the instances cell "
-                            "empty") from error
-
     status = roi.image.stat()
     with open(roi.image, "rb") as file:
         file.seek(max(0, status.st_size - 4096))
@@ -123,7 +103,8 @@ def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
     text = json.dumps([VERSION, str(roi.image.resolve()), status.st_size, status.st_mtime_ns, roi.x, roi.y,
                        roi.downsample, classes.to_json(), [len(content) for content in labels]])
     key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
-    return ensure_tile(Path(cache) / f"{roi.image.stem[:60]}-{key}.tile", build)
+    return ensure_tile(Path(cache) / f"{roi.image.stem[:60]}-{key}.tile",
+                       lambda: tile_arrays(*read_roi(roi, classes), len(classes)))
 
 
 def tile_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
