@@ -222,3 +222,45 @@ def _union(n, a, b):
         a, b = root[a], root[b]
         a, b = a[a != b], b[a != b]
     return root
+
+
+def outlines(mask: np.ndarray) -> list:
+    """The way back: polygons (lists of rings, the outer one first) that hold exactly the pixels of a mask.
+
+    `mask` is bool (H, W); there is one polygon per 8-connected component. Rings run along pixel borders with
+    the inside on the right hand; only corners are kept. Directions d are clockwise: right, down, left, up.
+    """
+    height, width = mask.shape
+    padded = np.pad(mask, 1)
+    steps = []
+    for d, (dy, dx) in enumerate(((-1, 0), (0, 1), (1, 0), (0, -1))):         # the neighbour on the left
+        outside = ~padded[1 + dy:height + 1 + dy, 1 + dx:width + 1 + dx]
+        j, i = np.nonzero(mask & outside)                                     # the pixel on the right hand
+        start = (j + (d in (2, 3))) * (width + 1) + i + (d in (1, 2))         # the corner where it begins
+        steps.append(np.stack([start * 4 + d, j, i], axis=1))
+    steps = np.concatenate(steps)
+    keys, j, i = steps[np.argsort(steps[:, 0])].T
+    if len(keys) == 0:
+        return []
+
+    corner, d = np.divmod(keys, 4)
+    end = corner + np.array([1, width + 1, -1, -width - 1])[d]
+    following = np.zeros(len(keys), np.int64)
+    for turn in (1, 0, 3):   # right, straight, left: left wins where two pixels meet in a corner
+        at = np.searchsorted(keys, end * 4 + (d + turn) % 4).clip(max=len(keys) - 1)
+        there = keys[at] == end * 4 + (d + turn) % 4
+        following[there] = at[there]
+
+    component, following = connected_components(mask)[j, i], following.tolist()
+    rings, seen = {}, np.zeros(len(keys), bool)
+    for first in range(len(keys)):
+        ring, k = [], first
+        while not seen[k]:
+            seen[k] = True
+            ring.append(k)
+            k = following[k]
+        if ring:
+            bend = np.array(ring)[d[ring] != d[np.roll(ring, 1)]]
+            y, x = np.divmod(corner[bend], width + 1)
+            rings.setdefault(component[first], []).append(np.stack([x, y], axis=1).astype(np.float64))
+    return [sorted(part, key=_signed_area, reverse=True) for part in rings.values()]  # holes are negative
