@@ -16,9 +16,9 @@ import numpy as np
 
 from her2.textures import ramp
 
-MEMBRANE = np.array([0.0, 0.36, 0.62, 1.55])
-COMPLETE = np.array([0.0, 0.45, 0.85, 1.0])
-CYTOPLASM = np.array([0.02, 0.055, 0.09, 0.38])
+MEMBRANE = np.array([0.0, 0.40, 0.74, 1.9])
+COMPLETE = np.array([0.0, 0.38, 0.85, 1.0])
+CYTOPLASM = np.array([0.02, 0.095, 0.11, 0.48])
 
 CELL = np.dtype([(name, np.float32) for name in (
     "x", "y", "reach", "stretch", "angle",            # body: its centre, cap, elongation and direction
@@ -28,8 +28,8 @@ CELL = np.dtype([(name, np.float32) for name in (
     "wall")])                                         # haematoxylin of the cell border
 
 # kind: pitch, jitter, nucleus radius and its spread, elongation, nuclear stain factor, cytoplasm factor, wall
-EPITHELIUM = {"tumor":       (12.6, 0.34, 3.95, 0.13, 0.16, 1.00, 1.0, 0.05),
-              "dcis":        (12.0, 0.32, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
+EPITHELIUM = {"tumor":       (12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
+              "dcis":        (12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
               "duct":        (9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
               "acinus":      (10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06),
               "histiocytes": (14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04),
@@ -47,6 +47,16 @@ def hexagons(x, y, radius, pitch, jitter, rng) -> np.ndarray:
     return points @ turn + (x, y)
 
 
+def _apart(points, least: float) -> np.ndarray:
+    """Points (n, 2) pushed off those nearer than `least`, twice, half of the way each: nuclei do not fuse."""
+    for _ in range(2):
+        away = points[:, None] - points[None]                                           # (n, n, 2)
+        gap = np.maximum(np.hypot(away[..., 0], away[..., 1]), 1e-3)
+        push = np.where((gap < least) & (gap > 1e-3), (least - gap) / gap * 0.25, 0)
+        points = points + (push[..., None] * away).sum(axis=1)
+    return points
+
+
 def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     """Cells (CELL records) of one site, and the nuclei of the flat cells around it."""
     pitch, jitter, radius, spread, elongation, stain, cytoplasm, wall = EPITHELIUM[site.kind]
@@ -55,10 +65,10 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     if site.kind in ("duct", "acinus", "dcis"):
         for k in range({"duct": 1 + int(rng.random() < 0.4), "acinus": site.layers, "dcis": 1}[site.kind]):
             layers.append(star.ring((k + 0.55) * pitch * 0.95, pitch * 0.82, rng))
-    core = 1.5 * pitch if site.kind == "dcis" else 0.34 * pitch
+    core = 1.5 * pitch if site.kind == "dcis" else 0.3 * pitch
     if site.kind in ("tumor", "dcis", "histiocytes", "fat"):
         points = hexagons(site.x, site.y, star.reach, pitch, jitter, rng)
-        points = points[star.distance(*points.T) < -core]
+        points = _apart(points[star.distance(*points.T) < -core], 0.86 * pitch)
         layers.append(np.column_stack([points, rng.uniform(0, np.pi, len(points))]))
     points = np.concatenate(layers)
     keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)
@@ -70,8 +80,8 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     normal = lambda sd: np.exp(sd * rng.standard_normal(n))  # noqa: E731
     cells = np.zeros(n, CELL)
     cells["x"], cells["y"], cells["angle"] = points.T
-    cells["reach"] = pitch * 0.66 * normal(0.05)
-    cells["stretch"] = np.minimum(normal(0.10), 1.3)
+    cells["reach"] = pitch * 0.86 * normal(0.07)
+    cells["stretch"] = np.clip(normal(0.15), 0.7, 1.4)
     cells["nx"], cells["ny"] = (points[:, :2] + rng.normal(0, 0.09 * pitch, (n, 2))).T
     cells["radius"] = radius * style.nucleus_size * np.exp(0.07 * rng.standard_normal()) * normal(spread)
     cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * elongation)
@@ -81,7 +91,7 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     cells["wall"] = wall
     if site.kind == "fat":
         return cells, np.zeros(0, CELL)
-    cells["brown"] = style.breath * normal(0.35) * (0.7 if site.kind in ("duct", "acinus") else 1.0)
+    cells["brown"] = style.breath * normal(0.35) * np.exp(0.3 * rng.standard_normal())
     if site.subtype >= 0:
         _stain(cells, site.subtype, rng)
         cells["open"] = np.clip(rng.normal(rng.uniform(0.3, 0.8), 0.2, n), 0, 1)
@@ -99,7 +109,8 @@ def _stain(cells, subtype: int, rng) -> None:
     wave = rng.normal(0, 1 / 28, (2, 3))   # three plane waves, 28 um / 2 pi: patches of a few cells
     patch = sum(np.cos(cells["x"] * wave[0, k] * 2 + cells["y"] * wave[1, k] * 2 + rng.uniform(0, 6.3))
                 for k in range(3))
-    strength = nest * np.exp(np.array([0, 0.42, 0.34, 0.16])[subtype] * patch * 0.8 + 0.2 * rng.standard_normal(n))
+    uneven = (0.0, 0.34, 0.27, 0.13)[subtype] * patch + 0.2 * rng.standard_normal(n)
+    strength = nest * np.exp(uneven)
     cells["membrane"] = MEMBRANE[subtype] * strength
     cells["complete"] = COMPLETE[subtype] + 0.10 * patch * (subtype in (1, 2))
     cells["brown"] += CYTOPLASM[subtype] * strength
@@ -155,25 +166,27 @@ def site_cells(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
         return cells, nuclei
     if site.kind == "lymphocytes":
         points = hexagons(site.x, site.y, site.star.reach, 7.4, 0.5, rng)
-        inside = -site.star.distance(*points.T) / (0.6 * site.radius)  # dense in the middle, ragged at the rim
+        # Dense in the middle, ragged at the rim.
+        inside = -site.star.distance(*points.T) / (0.6 * site.radius)
         return empty, round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)
     if site.kind == "vessel":
         return empty, spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
     raise ValueError(f"unknown kind of site {site.kind!r}")
 
 
-def stroma_nuclei(distance, angle, axis, patchy, style, rng) -> np.ndarray:
+def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarray:
     """Fibroblasts and single lymphocytes wherever no site lies.
 
-    distance, angle: coarse maps (n, n) of the distance to the next site and the direction of the fibres;
-    axis: (n,) their coordinates; patchy: (n, n) field that makes the stroma cellular in places.
+    distance, angle, tissue: coarse maps (n, n) of the distance to the next site, the direction of the fibres
+    and how much of them there is (nuclei do not float in glass); axis: (n,) their coordinates;
+    patchy: (n, n) field that makes the stroma cellular in places.
     """
     middle, half = (axis[0] + axis[-1]) / 2, (axis[-1] - axis[0]) / 2
     points = hexagons(middle, middle, 1.45 * half, 13.0, 0.62, rng)
     points = points[(np.abs(points - middle) < half).all(axis=1)]
     column, row = np.rint((points - axis[0]) / (axis[1] - axis[0])).astype(int).T
     density = 0.34 + 0.20 * patchy[row, column]
-    keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density)
+    keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density * ramp(tissue[row, column] - 0.6, 0.3))
     points, row, column = points[keep], row[keep], column[keep]
     lymph = rng.random(len(points)) < 0.06 + 0.16 * style.lymph * ramp(patchy[row, column] - 0.8, 0.5)
     fibres = spindles(np.column_stack([points, angle[row, column]])[~lymph], style, rng)

@@ -21,7 +21,7 @@ import numpy as np
 from her2.seeds import numpy_generator
 from her2.stains import DAB, HAEMATOXYLIN, compose, stain_matrix
 from her2.textures import ramp
-from her2.tissue import FAR, MAP_STEP, MARGIN, Scene, flow_coordinates
+from her2.tissue import FAR, MAP_STEP, MARGIN, Scene, fibres
 
 TILE = 512
 FINEST = 0.5   # um per sample at most: membranes are about 1.5 um wide
@@ -35,7 +35,8 @@ def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
         for left in range(0, size, TILE):
             height, width = min(TILE, size - top), min(TILE, size - left)
             rng = numpy_generator(*key, "sensor", top, left)
-            image[top:top + height, left:left + width] = _tile(scene, um_per_px, top, left, height, width, rng)
+            tile = _tile(scene, um_per_px, top, left, height, width, rng)
+            image[top:top + height, left:left + width] = tile
     return image
 
 
@@ -78,30 +79,34 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
 
     first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)
     cell = scene.cells[first] if len(scene.cells) else np.zeros(1, scene.cells.dtype)[first]
-    free = cell["reach"] - d1                      # distance to the cell's own cap
+    distance = _coarse(scene, scene.distance, x, y).astype(np.float32)                  # (h, w) to the next site
+    # A body ends where its cap or the outline of its site does, whichever comes first.
+    free = np.minimum(cell["reach"] - d1, 1.0 + 0.9 * patchy - distance)
     body = ramp(free, 0.5)                                                              # (h, w) in 0..1
     border = np.minimum((d2 - d1) / 2, np.maximum(free, 0))
     nucleus, nucleus_dye = _nuclei(scene, x, y, ys, xs, fine, grain)
 
-    tissue, stroma, stroma_dab = _stroma(scene, ys, xs, x, y, patchy, grain)
-    inside = body * (1 - nucleus)
+    tissue, stroma, stroma_dab = _stroma(scene, ys, xs, x, y, distance, patchy, grain)
+    coin = _coin(first, second)
     bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)
-    present = _coin(first, second)
-    present = ramp(cell["complete"] + 0.16 * patchy + 0.16 * grain - present, 0.12)
-    clumps = np.exp(0.38 * fine + 0.30 * grain - 0.1)
-    dab = body * cell["membrane"] * bell * present * clumps * (1 - 0.6 * nucleus)
-    dab = dab + inside * cell["brown"] * np.exp(0.30 * fine + 0.32 * grain + 0.2 * patchy - 0.12)
-    dab = dab + nucleus * body * cell["brown"] * 0.35 + (1 - body) * stroma_dab
-    haematoxylin = (1 - body) * (1 - nucleus) * stroma + nucleus_dye
-    haematoxylin = haematoxylin + inside * (cell["cytoplasm"] * (1 + 0.28 * grain + 0.2 * fine) + cell["wall"] * bell)
-    dab = dab + style.rim * bell * body * (cell["membrane"] > 0) * ramp(0.35 - tissue, 0.3) * ramp(1.2 - free, 0.8)
-    dab = dab + _smears(scene, x, y, ys, xs, fine)
-    return (np.maximum(haematoxylin, 0) * style.haematoxylin, np.maximum(dab, 0) * style.dab)
+    # Some neighbours have come apart: a slit of glass between them.
+    slit = np.exp(-(border / 0.55) ** 2) * (coin * 7 % 1 < 0.10 * style.retraction) * ramp(patchy, 0.8)
+    body = body * (1 - 0.9 * slit)
+    inside = body * (1 - nucleus)
+    present = ramp(cell["complete"] + 0.16 * patchy + 0.16 * grain - coin, 0.12)
+    membrane = cell["membrane"] * bell * present * np.exp(0.38 * fine + 0.30 * grain - 0.1)
+    brown = cell["brown"] * np.exp(0.30 * fine + 0.32 * grain + 0.2 * patchy - 0.12)
+    settled = style.rim * (cell["membrane"] > 0) * ramp(0.35 - tissue, 0.3) * ramp(1.5 - free, 1.0)
+    dab = body * membrane * (1 - 0.6 * nucleus) + (inside + 0.35 * nucleus * body) * brown + body * settled
+    dab = dab + (1 - body) * stroma_dab + _smears(scene, x, y, ys, xs, fine)
+    plasma = cell["cytoplasm"] * (1 + 0.28 * grain + 0.2 * fine) + cell["wall"] * bell
+    haematoxylin = (1 - body) * (1 - nucleus) * stroma + inside * plasma + nucleus_dye
+    return np.maximum(haematoxylin, 0) * style.haematoxylin, np.maximum(dab, 0) * style.dab
 
 
 def _window(ys, xs, y, x, reach) -> tuple[slice, slice]:
     """The part of a tile within `reach` of a point."""
-    return (slice(*np.searchsorted(ys, (y - reach, y + reach))), slice(*np.searchsorted(xs, (x - reach, x + reach))))
+    return tuple(slice(*np.searchsorted(axis, (c - reach, c + reach))) for axis, c in ((ys, y), (xs, x)))
 
 
 def _near(points_x, points_y, ys, xs, reach) -> np.ndarray:
@@ -154,11 +159,13 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
             u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
             rho = np.hypot(u / long, v / short)
             alpha = ramp((1 - rho) * short, 0.45)
-            # An open nucleus has a dark rim, a pale middle with clumps and one or two nucleoli; a dense one is even.
-            profile = 1 + c["open"] * (0.42 * ramp(rho - 0.78, 0.2) - 0.22) + (0.12 + 0.22 * c["open"]) * grain[w]
+            # An open nucleus has a dark rim, a pale middle with clumps and one or two nucleoli.
+            profile = 1 + c["open"] * (0.42 * ramp(rho - 0.78, 0.2) - 0.22)
+            profile = profile + (0.12 + 0.22 * c["open"]) * grain[w]
             for turn in (0.3, 0.62)[:1 + k % 2]:
                 spot = np.array([np.cos(k * 2.4 + turn * 9), np.sin(k * 2.4 + turn * 9)]) * turn * short
-                profile = profile + c["open"] * 0.75 * np.exp(-((u - spot[0]) ** 2 + (v - spot[1]) ** 2) / 0.7)
+                nucleolus = np.exp(-((u - spot[0]) ** 2 + (v - spot[1]) ** 2) / 0.7)
+                profile = profile + 0.75 * c["open"] * nucleolus
             stain = alpha * c["nucleus"] * np.maximum(profile + 0.10 * fine[w], 0.25)
             dye[w] = np.maximum(dye[w], stain)
             cover[w] = np.maximum(cover[w], alpha)
@@ -174,36 +181,27 @@ def _coarse(scene, grid, x, y) -> np.ndarray:
             + (grid[i0 + 1, j0] * (1 - fj) + grid[i0 + 1, j0 + 1] * fj) * fi)
 
 
-def _stroma(scene, ys, xs, x, y, patchy, grain):
+def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     """What lies outside the cells: (how much tissue there is, its haematoxylin, its DAB), (h, w) each."""
     noise, style = scene.noise, scene.style
-    distance = _coarse(scene, scene.distance, x, y).astype(np.float32)
-    owner = scene.owner[np.rint((y + MARGIN) / MAP_STEP).astype(int), np.rint((x + MARGIN) / MAP_STEP).astype(int)]
-    sites = scene.sites
-    attributes = np.array([(s.cleft, *s.fill, s.kind in ("fat", "duct", "vessel", "dcis", "tumor", "acinus"), s.debris)
-                           for s in sites] + [(0, 0, 0, 0, 0)], np.float32)[owner]       # (h, w, 5)
-    cleft, fill_h, fill_d, hollow, debris = np.moveaxis(attributes, -1, 0)
+    owner = scene.owner[_cell_of(y), _cell_of(x)]                                       # (h, w), -1 = none
+    hollow = ("fat", "duct", "vessel", "dcis", "tumor", "acinus")
+    table = np.array([(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites] + [(0,) * 5], np.float32)
+    cleft, fill_h, fill_d, hollow, debris = np.moveaxis(table[owner], -1, 0)            # (h, w) each
 
-    along, across = flow_coordinates(noise, style, ys, xs)
-    free = noise["fibre"].at(across + 1.5 * grain, along, 2.4, 34.0) + 0.6 * noise["loose"].at(across, along, 6.0, 60.0)
-    around = noise["fibre"].at(distance, (x + y) + 40 * owner, 2.2, 40.0)
-    ring = ramp(16 - distance, 8)
-    streaks = free * (1 - ring) + 1.1 * around * ring                                   # (h, w) fibres
-    slow = noise["slow"].tile(ys, xs, 38.0)
-    gaps = ramp(0.55 * streaks + 0.9 * slow + 0.35 * patchy + 1.15 - style.loose, 0.35)  # 1 where fibres are
-    gaps = gaps * ramp(distance - cleft * ramp(slow + 0.3, 0.6), 0.6) ** (cleft > 0)
-    if scene.edge:
-        ex, ey, angle = scene.edge
-        beyond = (x - ex) * np.cos(angle) + (y - ey) * np.sin(angle) + 9 * patchy
-        gaps = gaps * ramp(-beyond, 2.0)
-    dye = style.stroma * (1 + 0.30 * style.fibre * streaks + 0.14 * grain + 0.25 * slow)
-    stroma = gaps * np.maximum(dye, 0.02)
+    streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)
+    tissue = tissue * ramp(distance - cleft * ramp(patchy + 0.4, 0.7), 0.6) ** (cleft > 0)
+    dye = style.stroma * (1 + 0.42 * style.fibre * streaks + 0.16 * grain + 0.15 * patchy)
     within = ramp(-distance, 0.7) * hollow
-    tissue = gaps * (1 - within) + within * np.minimum(1, (fill_h + fill_d) * 4)
     texture = np.maximum(1 + (0.25 + 0.6 * debris) * grain + 0.3 * patchy * debris, 0)
-    haematoxylin = stroma * (1 - within) + within * fill_h * texture
-    dab = gaps * (1 - within) * 0.25 * style.breath + within * fill_d * texture
-    return tissue, haematoxylin, dab
+    haematoxylin = tissue * np.maximum(dye, 0.02) * (1 - within) + within * fill_h * texture
+    dab = tissue * (1 - within) * 0.25 * style.breath + within * fill_d * texture
+    return tissue * (1 - within), haematoxylin, dab
+
+
+def _cell_of(position) -> np.ndarray:
+    """Index into the coarse maps."""
+    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)
 
 
 def _smears(scene, x, y, ys, xs, fine) -> np.ndarray:
@@ -212,5 +210,6 @@ def _smears(scene, x, y, ys, xs, fine) -> np.ndarray:
     for sx, sy, radius, amount, granular in scene.smears:
         w = _window(ys, xs, sy, sx, 2.2 * radius)
         spread = np.exp(-((x[w] - sx) ** 2 + (y[w] - sy) ** 2) / (0.6 * radius) ** 2)
-        dab[w] += amount * spread * (2.2 * ramp(fine[w] - 1.1, 0.3) if granular else 0.35 * np.exp(0.4 * fine[w]))
+        texture = 2.2 * ramp(fine[w] - 1.1, 0.3) if granular else 0.35 * np.exp(0.4 * fine[w])
+        dab[w] += amount * spread * texture
     return dab

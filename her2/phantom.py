@@ -39,8 +39,8 @@ SUBTYPE_CLASS = (1, 2, 3, 4)   # class ids of the subtypes 0..3
 IN_SITU_CLASS = 5
 
 # Shares of the subtypes on a slide of score 0, 1+, 2+, 3+, and how much of the area is tumor there.
-MIX = ((0.62, 0.28, 0.10, 0.00), (0.06, 0.70, 0.20, 0.04), (0.02, 0.12, 0.68, 0.18), (0.01, 0.03, 0.13, 0.83))
-TUMOR_SHARE = (0.16, 0.26, 0.34, 0.50)
+MIX = ((0.62, 0.28, 0.10, 0.00), (0.06, 0.70, 0.20, 0.04), (0.02, 0.12, 0.68, 0.18), (0.01, 0.03, 0.10, 0.86))
+TUMOR_SHARE = (0.09, 0.20, 0.28, 0.62)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def scene_of(preset: Preset, seed: int, slide: int, roi: int):
     rng = numpy_generator(seed, "layout", slide, roi)
     extent = preset.size * preset.um_per_px
     scene = lay_out(style, MIX[score], TUMOR_SHARE[score], extent, rng, first=score,
-                    duct=(slide // 4 + slide + roi) % 2 == 0)
+                    duct=(slide // 4 + slide + roi) % 4 == 0)
     polygons = []
     for site in scene.sites:
         if site.kind not in ("tumor", "dcis"):

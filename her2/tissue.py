@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from her2.cells import CELL, site_cells, stroma_nuclei
-from her2.textures import Noise, Star, squeeze, wobbly_radii
+from her2.textures import Noise, Star, ramp, squeeze, wobbly_radii
 
 MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its border cuts through nests
 MAP_STEP = 2.0     # grid of the coarse maps
@@ -27,7 +27,7 @@ FAR = 60.0         # the distance map ends here
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
 
 # kind: number per mm^2, radius from and to, wobble, spread of the aspect, gap to the neighbours
-KINDS = {"tumor":       (0, 24, 80, 0.15, 0.36, 8),   "dcis": (0, 38, 62, 0.04, 0.08, 14),
+KINDS = {"tumor":       (0, 24, 95, 0.17, 0.40, 7),   "dcis": (0, 38, 62, 0.04, 0.08, 14),
          "duct":        (11, 15, 32, 0.07, 0.20, 12), "lobule": (8, 30, 52, 0.10, 0.20, 10),
          "histiocytes": (4, 20, 42, 0.18, 0.30, 6),   "lymphocytes": (7, 14, 36, 0.22, 0.40, 6),
          "fat":         (6, 40, 75, 0.12, 0.30, 4),   "vessel": (12, 7, 14, 0.08, 0.30, 8)}
@@ -39,7 +39,7 @@ class Style:
     differences between slides: twice as wide, false positives on unseen slides drowned them."""
     haematoxylin: float       # strength of the two stains (the thickness of the section scales both)
     dab: float
-    hue: np.ndarray           # (2, 3) added to the two stain vectors
+    hue: np.ndarray           # (2, 3) added to the two stain vectors: another batch of dye, another scanner
     glass: np.ndarray         # (3,) colour of clear glass, 0..1
     blur: float               # standard deviation of the optics
     noise: float              # of the sensor, 0..1
@@ -63,12 +63,13 @@ def draw_style(rng: np.random.Generator) -> Style:
     thickness = np.exp(0.06 * normal())
     return Style(
         haematoxylin=thickness * np.exp(0.13 * normal()), dab=thickness * np.exp(0.13 * normal()),
-        hue=0.022 * normal((2, 3)), glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),
-        blur=uniform(0.30, 0.70), noise=uniform(0.006, 0.018),
-        breath=float(np.clip(0.05 + 0.03 * normal(), 0.005, 0.14)),
-        stroma=0.13 * np.exp(0.22 * normal()), cytoplasm=0.085 * np.exp(0.22 * normal()),
-        nucleus_size=np.exp(0.05 * normal()), nucleus_stain=0.46 * np.exp(0.11 * normal()),
-        fibre=np.exp(0.25 * normal()), loose=uniform(-0.6, 0.5), fat=uniform(0, 1), lymph=uniform(0, 1),
+        hue=0.018 * normal((2, 3)) 
+        + uniform(0, 0.08) * np.array([[1, -1, 0], [0, 0, 0]]) + uniform(0, 0.05) * np.array([[0, 0, 0], [-1, -0.6, 0.6]]), glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),
+        blur=uniform(0.25, 0.60), noise=uniform(0.006, 0.018),
+        breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),
+        stroma=0.125 * np.exp(0.22 * normal()), cytoplasm=0.075 * np.exp(0.22 * normal()),
+        nucleus_size=np.exp(0.05 * normal()), nucleus_stain=0.43 * np.exp(0.11 * normal()),
+        fibre=np.exp(0.25 * normal()), loose=uniform(-0.4, 0.7), fat=uniform(0, 1), lymph=uniform(0, 1),
         retraction=uniform(0.15, 0.7), rim=max(0.0, 0.3 * normal()), flow=uniform(0, np.pi))
 
 
@@ -101,7 +102,7 @@ class Scene:
     noise: dict               # name of FIELDS -> Noise
 
 
-def lay_out(style: Style, mix, tumor_share: float, size: float, rng, first: int = 0, duct: bool = False) -> Scene:
+def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, duct: bool = False) -> Scene:
     """One ROI of `size` x `size` um.
 
     mix: (4,) shares of the subtypes; tumor_share: of the area; first: subtype of the first nest, so that
@@ -119,8 +120,9 @@ def lay_out(style: Style, mix, tumor_share: float, size: float, rng, first: int 
     axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
     distance, owner = _distance_map(sites, axis)
     angle = fibre_angle(noise, style, distance, axis)
+    _, tissue = fibres(noise, style, edge, axis, axis, distance, owner)
     filled = [site_cells(site, style, rng) for site in sites]
-    stroma = stroma_nuclei(distance, angle, axis, noise["patchy"].tile(axis, axis, 45.0), style, rng)
+    stroma = stroma_nuclei(distance, angle, tissue, axis, noise["patchy"].tile(axis, axis, 45.0), style, rng)
     smears = np.zeros((rng.poisson(10 * (size / 1000) ** 2 + 0.4), 5))
     for row in smears:
         granular = rng.random() < 0.5
@@ -145,12 +147,13 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
             nests = others[others[:, 3] == 1]
             if kind == "tumor" and len(nests) and not inside and rng.random() < 0.65:
                 near, angle = nests[rng.integers(len(nests))], rng.uniform(0, 2 * np.pi)
-                x, y = near[:2] + (near[2] + radius) * rng.uniform(0.85, 1.05) * np.array([np.cos(angle), np.sin(angle)])
+                away = (near[2] + radius) * rng.uniform(0.85, 1.05)
+                x, y = near[0] + away * np.cos(angle), near[1] + away * np.sin(angle)
             if edge and (x - edge[0]) * np.cos(edge[2]) + (y - edge[1]) * np.sin(edge[2]) > -0.8 * radius:
                 continue
             if not (low <= x <= high and low <= y <= high):
                 continue
-            close = 0.84 if kind == "tumor" else 1.0
+            close = 0.80 if kind == "tumor" else 1.0
             room = np.hypot(others[:, 0] - x, others[:, 1] - y) - close * (others[:, 2] + radius)
             if room.min(initial=1) > 0:
                 sites.append(Site(kind, x, y, radius, subtype))
@@ -168,9 +171,10 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
 
     if duct:
         put("dcis", radius_of("dcis"), subtype_of(), inside=True)
-    covered[first] += np.pi * put("tumor", min(radius_of("tumor") * 1.3, 0.3 * size), first, inside=True) ** 2
+    radius = min(radius_of("tumor") * 1.3, np.sqrt(wanted / np.pi) * 0.85, 0.3 * size)
+    covered[first] += np.pi * put("tumor", radius, first, inside=True) ** 2
     failures = 0
-    while covered.sum() < wanted and failures < 6:
+    while covered.sum() < wanted and failures < 10:
         kind = "dcis" if rng.random() < 0.06 else "tumor"
         subtype = subtype_of()
         radius = put(kind, radius_of(kind), subtype)
@@ -244,7 +248,8 @@ def _distance_map(sites, axis) -> tuple[np.ndarray, np.ndarray]:
 
 def flow_coordinates(noise, style, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     """(along, across) the fibres on the grid ys x xs: a straight direction, bent by slow noise."""
-    bend = 26 * noise["slow"].tile(ys, xs, 90.0) + 7 * noise["patchy"].tile(ys, xs, 30.0)
+    bend = (30 * noise["slow"].tile(ys, xs, 100.0) + 10 * noise["patchy"].tile(ys, xs, 37.0)
+            + 3.0 * noise["loose"].tile(ys, xs, 14.0))
     cosine, sine = np.cos(style.flow), np.sin(style.flow)
     return xs[None] * cosine + ys[:, None] * sine, ys[:, None] * cosine - xs[None] * sine + bend
 
@@ -254,3 +259,26 @@ def fibre_angle(noise, style, distance, axis) -> np.ndarray:
     _, across = flow_coordinates(noise, style, axis, axis)
     gradient_y, gradient_x = np.gradient(np.where(distance < 14, distance, across))
     return np.arctan2(gradient_y, gradient_x) + np.pi / 2
+
+
+def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray]:
+    """(streaks, tissue) on the grid ys x xs: the texture of the fibres (mean 0) and where there are any (0..1).
+
+    Streaks are noise stretched along the flow, and around a site along its outline; where they and slower
+    noise are low, or beyond the edge of the section, glass shows.
+    """
+    along, across = flow_coordinates(noise, style, ys, xs)
+    free = (0.8 * noise["fibre"].at(across, along, 1.9, 20.0) + 0.6 * noise["loose"].at(across, along, 5.0, 55.0)
+            + 0.35 * noise["grain"].at(across, along, 0.9, 14.0))
+    x_plus_y = xs[None] + ys[:, None]
+    around = (0.9 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 36.0)
+              + 0.5 * noise["loose"].at(distance, x_plus_y + 40 * owner, 4.5, 60.0))
+    ring = ramp(13 - distance, 7)
+    streaks = free * (1 - ring) + around * ring                                         # (h, w)
+    slow = noise["slow"].tile(ys, xs, 34.0) + 0.45 * noise["patchy"].tile(ys, xs, 14.0)
+    tissue = ramp(0.42 * streaks + 0.85 * slow + 1.25 + 0.5 * ring - style.loose, 0.4)
+    if edge:
+        x, y, angle = edge
+        beyond = (xs[None] - x) * np.cos(angle) + (ys[:, None] - y) * np.sin(angle)
+        tissue = tissue * ramp(-beyond - 9 * noise["patchy"].tile(ys, xs, 14.0), 1.5)
+    return streaks, tissue
