@@ -4,7 +4,7 @@ import re
 
 import torch
 import torch.nn.functional as F
-from golden_reader import gradient_outputs, module_outputs, probes
+from golden_reader import gradient_outputs, later_overwritten, module_outputs, probes
 
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN, discriminate
 from her2.gan_losses import (KINDS, adversarial_loss, feature_matching, hinge_discriminator, hinge_generator,
@@ -165,6 +165,8 @@ def spade_step(meta, sd, inp, out, out64, tolerance):
         if step == 0:
             gradients = {name: p.grad for name, p in discriminator.named_parameters()}
             ours.update(gradient_outputs("step0/D/", gradients))
+            if later_overwritten(out, "step0/D/"):           # then views of ours go the same way
+                ours.update({f"step0/D/grad/{name}": gradient for name, gradient in gradients.items()})
         adam_d.step()
         ours.update({f"loss{step}/{name}": value.detach() for name, value in losses.items()})
 

@@ -1,7 +1,7 @@
 """Every component agrees with its reference implementation, number for number.
 
 Runs over tests/golden/ (a compact selection that travels with the project) and over the complete set if there
-is one: the folder named by $HER2_GOLDEN_DIR, or ../shared/golden. Each file says in meta['runner'] what it is.
+is one: the folder named by $HER2_GOLDEN_DIR, or ../shared/golden. meta['runner'] says what a file records;
 tests/parity_*.py hold the functions that compute the same with our code, in RUNNERS:
 
     name -> function(meta, sd, inp, out, out64, tolerance) -> {output name: our value}

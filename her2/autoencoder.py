@@ -1,0 +1,254 @@
+"""VQ autoencoder: an image to a small map of latent vectors and back (vq-f4, vq-f8 of latent-diffusion).
+
+    z      = quant_conv(Encoder(image))              (B, D, H/f, W/f): what the diffusion model works on
+    z_q    = the nearest codes of z                  (see quantizer.py)
+    image' = Decoder(post_quant_conv(z_q))
+    loss   = |image - image'| + vq_loss (+ LPIPS) + adversarial term      (composed in train_ldm.py)
+
+Encoder and decoder are convolutional ResNets (GroupNorm, swish) that halve or double the size once per
+level but the last, with self-attention at the lowest resolution. Source: Esser et al., Taming Transformers,
+CVPR 2021, table 7; Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022,
+table 8. Module names are the official ones, so that official weights load without a table.
+
+Differs from the official code (latent-diffusion): GroupNorm takes fewer than 32 groups when a layer is too
+narrow for 32, so that small models can be built; attention is the fused kernel (at 512 px the official
+one holds 16384 x 16384 scores per image); levels with attention are given as indices, because "resolution 32
+of 256" means another thing at every image size.
+
+PAPER: "the vq-f4 configuration, which compressed the input by a factor of eight" contradicts itself: vq-f4
+halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.
+
+Key: B batch, C channels, D latent channels, H W image size, h w size of a feature map, f factor.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from her2.quantizer import Codebook
+
+# models/first_stage_models/vq-f4 and vq-f8; level 3 of vq-f8 is its "attn_resolutions: [32]" of 256 pixels.
+VQ_F4 = dict(factor=4, ch=128, ch_mult=(1, 2, 4), num_res_blocks=2, z_channels=3, num_codes=8192)
+VQ_F8 = dict(factor=8, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, num_codes=16384,
+             attention_levels=(3,))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or of the largest power of two that divides the channels. eps as official."""
+    groups = 32
+    while channels % groups:
+        groups //= 2
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))                                # (B, out, h, w)
+        y = self.conv2(F.silu(self.norm2(y)))                                # (B, out, h, w)
+        return self.nin_shortcut(x) + y
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over all places of a feature map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)                                                     # (B, C, h, w)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1)          # (B, 1, hw, C)
+                   for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)                          # softmax(q k' / sqrt(C)) v
+        y = y.squeeze(1).transpose(1, 2).reshape(x.shape)                    # (B, C, h, w)
+        return x + self.proj_out(y)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                             # (B, C, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where asked, then a change of size."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool,
+                 downsample: bool = False, upsample: bool = False):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(in_channels if i == 0 else out_channels, out_channels)
+                                   for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(out_channels) for _ in range(blocks if attention else 0))
+        self.downsample = Downsample(out_channels) if downsample else nn.Identity()
+        self.upsample = Upsample(out_channels) if upsample else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)                                                     # (B, out, h, w)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.upsample(self.downsample(x))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = Attention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels):
+        super().__init__()
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0][0], 3, padding=1)
+        self.down = nn.ModuleList(Level(*widths[i], num_res_blocks, i in attention_levels,
+                                        downsample=i < last) for i in range(len(widths)))
+        top = widths[last][1]
+        self.mid = Middle(top)
+        self.norm_out = group_norm(top)
+        self.conv_out = nn.Conv2d(top, z_channels, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(image)                                              # (B, ch, H, W)
+        for level in self.down:
+            x = level(x)                                                     # (B, C, h, w)
+        x = self.mid(x)                                                      # (B, C, H/f, W/f)
+        return self.conv_out(F.silu(self.norm_out(x)))                       # (B, D, H/f, W/f)
+
+
+class Decoder(nn.Module):
+    """The encoder mirrored, with one residual block more per level; up.0 is the finest resolution."""
+
+    def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels):
+        super().__init__()
+        top, finest = widths[-1][1], widths[0][1]
+        self.conv_in = nn.Conv2d(z_channels, top, 3, padding=1)
+        self.mid = Middle(top)
+        above = [out for _, out in widths[1:]] + [top]             # what arrives from the coarser level
+        self.up = nn.ModuleList(Level(above[i], widths[i][1], num_res_blocks + 1, i in attention_levels,
+                                      upsample=i > 0) for i in range(len(widths)))
+        self.norm_out = group_norm(finest)
+        self.conv_out = nn.Conv2d(finest, 3, 3, padding=1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        x = self.mid(self.conv_in(z))                                        # (B, C, H/f, W/f)
+        for level in reversed(self.up):
+            x = level(x)                                                     # (B, C, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))                       # (B, 3, H, W)
+
+
+class VQAutoencoder(nn.Module):
+    """Encoder, codebook and decoder. Images are (B, 3, H, W) in [-1, 1], H and W multiples of `factor`.
+
+    factor            2 ** (levels - 1): follows from ch_mult, given to be checked against it
+    ch, ch_mult       the width of level i is ch * ch_mult[i]
+    z_channels        latent channels of encoder and decoder; embed_dim: width D of a code (default: the same)
+    attention_levels  levels (0 = finest) with attention after every residual block
+
+    `quantize(z)` gives z_q (straight-through), indices (B, h, w) and the loss of quantisation.
+    """
+
+    def __init__(self, factor: int = 4, ch: int = 128, ch_mult=(1, 2, 4), num_res_blocks: int = 2,
+                 z_channels: int = 3, num_codes: int = 8192, attention_levels=(), beta: float = 0.25,
+                 embed_dim: int = None):
+        super().__init__()
+        embed_dim = embed_dim or z_channels
+        ch_mult, attention_levels = tuple(ch_mult), tuple(attention_levels)
+        if factor != 2 ** (len(ch_mult) - 1):
+            raise ValueError(f"factor {factor} does not fit the {len(ch_mult)} levels of ch_mult {ch_mult}: "
+                             f"they make a factor of {2 ** (len(ch_mult) - 1)}")
+        self.config = dict(factor=factor, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, beta=beta,
+                           z_channels=z_channels, num_codes=num_codes, attention_levels=attention_levels,
+                           embed_dim=embed_dim)
+        self.factor = factor
+        ends = [ch] + [ch * multiple for multiple in ch_mult]
+        widths = list(zip(ends, ends[1:]))                         # (in, out) of every level of the encoder
+        self.encoder = Encoder(widths, num_res_blocks, z_channels, attention_levels)
+        self.decoder = Decoder(widths, num_res_blocks, z_channels, attention_levels)
+        self.quantize = Codebook(num_codes, embed_dim, beta)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """The latent before quantisation (B, D, H/f, W/f): what the diffusion model works on."""
+        height, width = image.shape[-2:]
+        assert image.dim() == 4 and image.shape[1] == 3, f"image {tuple(image.shape)} should be (B, 3, H, W)"
+        assert height % self.factor == 0 and width % self.factor == 0, \
+            f"image size {height} x {width} should be a multiple of {self.factor}"
+        return self.quant_conv(self.encoder(image))                          # (B, D, h, w)
+
+    def decode_quantized(self, z_q: torch.Tensor) -> torch.Tensor:
+        """Codes (B, D, h, w) -> image (B, 3, H, W), about [-1, 1] but not clamped."""
+        return self.decoder(self.post_quant_conv(z_q))                       # (B, 3, H, W)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latent (B, D, h, w) -> image: quantised first, as official; no gradient passes to the codes."""
+        z_q, _, _ = self.quantize(z)                                         # (B, D, h, w)
+        return self.decode_quantized(z_q)                                    # (B, 3, H, W)
+
+    def forward(self, image: torch.Tensor):
+        """-> reconstruction (B, 3, H, W), z, z_q (B, D, h, w), indices (B, h, w), vq_loss (scalar)."""
+        z = self.encode(image)                                               # (B, D, h, w)
+        z_q, indices, loss = self.quantize(z)
+        return self.decode_quantized(z_q), z, z_q, indices, loss
+
+    @property
+    def last_layer(self) -> torch.Tensor:
+        """The weight at which the adaptive weight of the adversarial loss compares gradients."""
+        return self.decoder.conv_out.weight
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of a first stage of latent-diffusion: on its own (its `loss.*` networks are left out), or
+        as `first_stage_model.*` of a whole checkpoint (whose other parts are left out).
+
+        Raises ValueError that lists every missing, unexpected and misshapen tensor.
+        """
+        prefix, others = "first_stage_model.", ("model.", "model_ema.", "cond_stage_model.")
+        if any(name.startswith(prefix) for name in state_dict):
+            # Names without a dot are the buffers of the noise schedule.
+            own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
+                   if "." in name and not name.startswith(others)}
+        else:
+            own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("loss.")}
+        try:
+            self.load_state_dict(own, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"not the weights of this autoencoder: {error}") from None
+
+
+def psnr(reconstruction: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB per image, (B,). Images (B, 3, H, W) in [-1, 1]; clamped to it."""
+    assert reconstruction.shape == image.shape, f"shapes differ: {reconstruction.shape}, {image.shape}"
+    error = (reconstruction.float().clamp(-1, 1) - image.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))                      # the peak is 2, squared 4

@@ -1,0 +1,302 @@
+"""The denoiser: a U-Net that looks at a noisy latent, the time and the label map, and names the noise.
+
+    code   = LabelCode(onehot)                   one-hot label map shrunk to the latent's size
+    output = Denoiser(concat(xt, code), t)       eps or v, see diffusion.py
+
+The U-Net is that of Dhariwal and Nichol (Diffusion Models Beat GANs, NeurIPS 2021) as latent-diffusion uses
+it for semantic synthesis (models/ldm/semantic_synthesis256): three resolutions of 128 x (1, 4, 8) channels,
+two residual blocks each, the time added inside every block. Module names are the official ones. Its list of
+attention resolutions [32, 16, 8] means downsampling factors, and there are only 1, 2 and 4: attention sits in
+the middle alone. Kept as it is.
+
+Differs from the official code (latent-diffusion): LatentDenoiser owns the label code with the U-Net, so that
+the moving average covers both (officially the U-Net alone: sampling then pairs averaged weights with a label
+code they were never trained with); the scale of the latents is stored with the weights (officially measured
+on the first batch and lost on resuming); no gradient checkpointing; narrow layers take fewer groups than 32.
+
+PAPER: guidance is not mentioned. A dropped label (classifier-free guidance, Ho and Salimans 2022) is a code
+of zeros: the label conv has no bias, so zero says nothing, and nothing need be learned for it.
+
+Key: B batch, K classes, C channels, D latent channels, H W image size, h w latent size, E time embedding.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from her2.blocks import load_strict
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or of the largest power of two that divides the channels. eps as official."""
+    groups = 32
+    while channels % groups:
+        groups //= 2
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with weights and bias 0: each residual branch begins as a zero, the output too."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def time_embedding(t: torch.Tensor, dim: int, ddpm: bool = False) -> torch.Tensor:
+    """t (B,) -> (B, dim): cos and sin of t at dim/2 frequencies from 1 down to about 1/10000.
+
+    Official openaimodel.py: [cos, sin], frequency i is 10000^(-i/half). `ddpm`: the other convention, of
+    Ho et al. 2020 and of the official model.py: [sin, cos], 10000^(-i/(half-1)).
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    # float32 in the official order of operations: at t = 999 a rounding of 1e-7 turns an angle by 1e-4.
+    exponents = steps * -(math.log(10000.0) / (half - 1)) if ddpm else -math.log(10000.0) * steps / half
+    frequencies = torch.exp(exponents)                                       # (half,)
+    angles = t[:, None].float() * frequencies[None]                          # (B, half)
+    waves = [angles.sin(), angles.cos()] if ddpm else [angles.cos(), angles.sin()]
+    return F.pad(torch.cat(waves, dim=1), (0, dim % 2))                      # (B, dim); odd: 0 at the end
+
+
+class LabelCode(nn.Module):
+    """One-hot labels to a code of the latent's size: halved `stages` times (bilinear halving averages 2 x 2
+    pixels: the code sees the share of every class in each cell), then a learned 1x1 conv."""
+
+    def __init__(self, num_classes: int, out_channels: int = 3, stages: int = 2):
+        super().__init__()
+        self.stages = stages
+        self.channel_mapper = nn.Conv2d(num_classes, out_channels, 1, bias=False)
+
+    def forward(self, onehot: torch.Tensor) -> torch.Tensor:
+        x = onehot                                                           # (B, K, H, W)
+        for _ in range(self.stages):
+            x = F.interpolate(x, scale_factor=0.5, mode="bilinear")          # (B, K, H/2, W/2)
+        return self.channel_mapper(x)                                        # (B, out, h, w)
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of latent-diffusion's SpatialRescaler. ValueError when they do not fit."""
+        load_strict(self, state_dict)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the time embedding added in between."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
+        super().__init__()
+        # The Identity stands where the official dropout (of 0) is: it keeps the numbers in the names.
+        self.in_layers = nn.Sequential(group_norm(in_channels), nn.SiLU(),
+                                       nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+        self.out_layers = nn.Sequential(group_norm(out_channels), nn.SiLU(), nn.Identity(),
+                                        zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        y = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]       # (B, out, h, w)
+        return self.skip_connection(x) + self.out_layers(y)                  # (B, out, h, w)
+
+
+class Attention(nn.Module):
+    """Self-attention over all places; channels of q, k, v lie head by head (the official legacy order)."""
+
+    def __init__(self, channels: int, num_heads: int):
+        super().__init__()
+        assert channels % num_heads == 0, f"{channels} channels cannot be split into {num_heads} heads"
+        self.num_heads = num_heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(2)                                                  # (B, C, hw)
+        qkv = self.qkv(self.norm(flat)).unflatten(1, (self.num_heads, 3, -1))  # (B, heads, 3, c, hw)
+        q, k, v = qkv.transpose(3, 4).unbind(2)                              # (B, heads, hw, c)
+        y = F.scaled_dot_product_attention(q, k, v)                          # (B, heads, hw, c)
+        y = y.transpose(2, 3).reshape(flat.shape)                            # (B, C, hw)
+        return (flat + self.proj_out(y)).reshape(x.shape)                    # (B, C, h, w)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x)                                                    # (B, C, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))   # (B, C, 2h, 2w)
+
+
+class Stage(nn.ModuleList):
+    """Layers in a row; the residual blocks among them get the time embedding."""
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class Denoiser(nn.Module):
+    """U-Net: x (B, in_channels, h, w), t (B,) -> (B, out_channels, h, w).
+
+    h and w must be multiples of 2 ** (levels - 1). attention_factors: downsampling factors at which the
+    residual blocks are followed by attention; the official ones match no level of the official U-Net.
+    """
+
+    def __init__(self, in_channels: int = 6, out_channels: int = 3, model_channels: int = 128,
+                 channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8,
+                 attention_factors=(32, 16, 8)):
+        super().__init__()
+        self.in_channels, self.model_channels, self.levels = in_channels, model_channels, len(channel_mult)
+        emb_dim = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(),
+                                        nn.Linear(emb_dim, emb_dim))
+
+        def blocks(channels, out, level):
+            attention = [Attention(out, num_heads)] if 2 ** level in attention_factors else []
+            return [ResBlock(channels, out, emb_dim), *attention]
+
+        widths = [multiple * model_channels for multiple in channel_mult]
+        channels = model_channels
+        skips = [channels]                                 # widths of what the way up will concatenate
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, channels, 3, padding=1)])])
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(Stage(blocks(channels, width, level)))
+                channels = width
+                skips.append(channels)
+            if level < self.levels - 1:
+                self.input_blocks.append(Stage([Downsample(channels)]))
+                skips.append(channels)
+        self.middle_block = Stage([ResBlock(channels, channels, emb_dim), Attention(channels, num_heads),
+                                   ResBlock(channels, channels, emb_dim)])
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(num_res_blocks + 1):
+                layers = blocks(channels + skips.pop(), width, level)
+                channels = width
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(Stage(layers))
+        self.out = nn.Sequential(group_norm(channels), nn.SiLU(),
+                                 zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 4 and x.shape[1] == self.in_channels, \
+            f"x {tuple(x.shape)} should be (B, {self.in_channels}, h, w)"
+        assert all(size % 2 ** (self.levels - 1) == 0 for size in x.shape[2:]), \
+            f"latent size {tuple(x.shape[2:])} should be a multiple of {2 ** (self.levels - 1)}"
+        emb = self.time_embed(time_embedding(t, self.model_channels))        # (B, E)
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, emb)                                                # (B, C, h, w)
+            skips.append(x)
+        x = self.middle_block(x, emb)                                        # (B, C, h/4, w/4)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], dim=1), emb)               # (B, C, h, w)
+        return self.out(x)                                                   # (B, out, h, w)
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of latent-diffusion's UNetModel (names without prefix). ValueError when they do not fit."""
+        load_strict(self, state_dict)
+
+
+def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance: away from what the network says without a label; scale 1 is `cond`."""
+    return uncond + scale * (cond - uncond)
+
+
+class LatentDenoiser(nn.Module):
+    """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
+
+    stages is log2 of the autoencoder's factor; code_channels defaults to z_channels, as official.
+    latent_scale (a buffer, 1 / standard deviation of the latents) is NaN until `set_latent_scale`; loading
+    weights whose scale is not a positive number raises ValueError.
+    """
+
+    def __init__(self, num_classes: int = 6, z_channels: int = 3, model_channels: int = 128,
+                 channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8, stages: int = 2,
+                 code_channels: int = None):
+        super().__init__()
+        code_channels = code_channels or z_channels
+        self.config = dict(num_classes=num_classes, z_channels=z_channels, model_channels=model_channels,
+                           channel_mult=tuple(channel_mult), num_res_blocks=num_res_blocks,
+                           num_heads=num_heads, stages=stages, code_channels=code_channels)
+        self.code_channels = code_channels
+        self.label_code = LabelCode(num_classes, code_channels, stages)
+        self.unet = Denoiser(z_channels + code_channels, z_channels, model_channels, channel_mult,
+                             num_res_blocks, num_heads)
+        self.register_buffer("latent_scale", torch.tensor(float("nan")))
+        self.register_load_state_dict_post_hook(lambda module, _: module.check_latent_scale())
+
+    def check_latent_scale(self) -> None:
+        scale = self.latent_scale.item()
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"latent_scale is {scale}, should be a positive number: it was never set")
+
+    def set_latent_scale(self, std: float) -> None:
+        """std: standard deviation of the autoencoder's latents over many batches."""
+        self.latent_scale.fill_(1.0 / float(std))
+        self.check_latent_scale()
+
+    def scale(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents of the autoencoder -> x0 of about unit variance."""
+        return z * self.latent_scale
+
+    def unscale(self, x0: torch.Tensor) -> torch.Tensor:
+        """x0 -> latents that the autoencoder decodes."""
+        return x0 / self.latent_scale
+
+    def forward(self, xt: torch.Tensor, t: torch.Tensor, code: torch.Tensor = None) -> torch.Tensor:
+        """xt (B, D, h, w), t (B,), code (B, code_channels, h, w) or None (no label) -> (B, D, h, w)."""
+        if code is None:
+            code = xt.new_zeros(len(xt), self.code_channels, *xt.shape[2:])
+        return self.unet(torch.cat([xt, code.to(xt.dtype)], dim=1), t)       # (B, D, h, w)
+
+    @staticmethod
+    def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+        """`code` with the images where `dropped` (B,) is True set to the code of no label."""
+        return code.masked_fill(dropped[:, None, None, None], 0.0)
+
+    def predictor(self, code: torch.Tensor, guidance: float = 1.0):
+        """-> function(xt, t) for the samplers. guidance 1: plain conditional; else two answers per image."""
+        def conditional(xt, t):
+            return self(xt, t, code)
+
+        def with_guidance(xt, t):
+            both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w)
+            cond, uncond = self(xt.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+            return guided(cond, uncond, guidance)
+
+        return conditional if guidance == 1.0 else with_guidance
+
+    def load_official_state_dict(self, state_dict: dict, ema: bool = True) -> None:
+        """U-Net, label conv and scale out of a latent-diffusion checkpoint; its other parts are left out.
+
+        ema: take the averaged U-Net (model_ema.*, names without dots) where there is one; the official one
+        does not cover the label conv. ValueError lists every missing, unexpected and misshapen tensor.
+        """
+        flat = {"diffusion_model" + name.replace(".", ""): "unet." + name for name in self.unet.state_dict()}
+        averaged = ema and any(name.startswith("model_ema.diffusion_model") for name in state_dict)
+        given = {"latent_scale": state_dict.get("scale_factor", torch.tensor(1.0)).reshape(())}
+        for name, tensor in state_dict.items():
+            part, _, rest = name.partition(".")
+            if part == "cond_stage_model":
+                given["label_code." + rest] = tensor
+            elif part == "model" and not averaged:
+                given["unet." + rest.removeprefix("diffusion_model.")] = tensor
+            elif part == "model_ema" and averaged and rest not in ("decay", "num_updates"):
+                given[flat.get(rest, name)] = tensor
+            elif rest and part not in ("model", "model_ema", "first_stage_model"):
+                given[name] = tensor             # belongs to nothing (the schedule has no dots): an error
+        load_strict(self, given)

@@ -1,0 +1,157 @@
+"""The mathematics of diffusion: noise schedule, forward process, posterior, targets, losses. No network.
+
+    xt  = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps                     eps ~ N(0, I)        (1)
+    x0  = (xt - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)                                      (2)
+    q(x_{t-1} | xt, x0) = N(mean, variance)                                                         (3)
+    mean     = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x0
+             + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) xt
+    variance = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
+    v   = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0                                          (4)
+
+with alpha_t = 1 - beta_t and alpha_bar_t the product of the alphas up to t; t counts from 0, and alpha_bar
+before the first is 1. Sources: (1) to (3) Ho et al., DDPM, NeurIPS 2020, eq. 4, 6, 7; (4) Salimans and Ho,
+Progressive Distillation, ICLR 2022, appendix D. The schedule is latent-diffusion's "linear", linear in
+sqrt(beta), from 0.0015 to 0.0205 (models/ldm/semantic_synthesis256; other official configs end at 0.0195).
+
+Differs from the official code: tables stay in float64 until a value is used (officially float32 buffers);
+v-prediction and the zero terminal signal-to-noise ratio are additions, one argument each. With the official
+schedule the last alpha_bar is 1e-4: training never shows pure noise while sampling begins with it, and images
+of extreme brightness (white glass) come out too grey (Lin et al., WACV 2024, section 3.1).
+
+Key: B batch, C latent channels, h w latent height and width, T number of noise levels.
+"""
+
+import math
+
+import torch
+
+
+class Schedule:
+    """Tables over t = 0 .. T-1 (float64) and what follows from them. Latents (B, C, h, w), t (B,) int64.
+
+    parametrisation    what the network puts out: "eps" or "v"
+    zero_terminal_snr  the last level is pure noise; needs "v", because eq. 2 divides by 0 there (ValueError)
+    """
+
+    def __init__(self, T: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0205,
+                 zero_terminal_snr: bool = False, parametrisation: str = "eps"):
+        if T < 2 or not 0 < linear_start <= linear_end < 1:
+            raise ValueError(f"no schedule has T {T} and beta from {linear_start} to {linear_end}")
+        if parametrisation not in ("eps", "v"):
+            raise ValueError(f"parametrisation is 'eps' or 'v', found {parametrisation!r}")
+        if zero_terminal_snr and parametrisation == "eps":
+            raise ValueError("zero_terminal_snr needs parametrisation 'v': with 'eps', x0 is 0 / 0")
+        self.config = dict(T=T, linear_start=linear_start, linear_end=linear_end,
+                           zero_terminal_snr=zero_terminal_snr, parametrisation=parametrisation)
+        self.T, self.parametrisation = T, parametrisation
+        beta = torch.linspace(linear_start ** 0.5, linear_end ** 0.5, T, dtype=torch.float64) ** 2
+        alpha_bar = torch.cumprod(1 - beta, dim=0)
+        if zero_terminal_snr:
+            root = alpha_bar.sqrt()                        # Lin et al., algorithm 1: shift, then scale back
+            alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        self.alpha_bar, self.alpha_bar_before = alpha_bar, before
+        self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta
+        self.beta = 1 - self.alpha if zero_terminal_snr else beta
+        self.posterior_variance = self.beta * (1 - before) / (1 - alpha_bar)
+        self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)
+        self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)
+
+    def to(self, device) -> "Schedule":
+        """Move the tables; returns self."""
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, name, value.to(device))
+        return self
+
+    def at(self, table: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Entries of a table for a batch, (B, 1, 1, 1), in x's precision but no less than float32."""
+        assert t.shape == x.shape[:1], f"t {tuple(t.shape)} should be ({len(x)},)"
+        values = table[t].to(torch.promote_types(x.dtype, torch.float32))
+        return values.view(-1, *[1] * (x.dim() - 1))
+
+    def roots(self, t: torch.Tensor, x: torch.Tensor):
+        """sqrt(alpha_bar), sqrt(1 - alpha_bar): shares of signal and noise at t, each (B, 1, 1, 1)."""
+        return self.at(self.alpha_bar.sqrt(), t, x), self.at((1 - self.alpha_bar).sqrt(), t, x)
+
+    def q_sample(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """Eq. 1: x0 noised to level t."""
+        assert x0.shape == eps.shape, f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} differ in shape"
+        signal, noise = self.roots(t, x0)
+        return signal * x0 + noise * eps                                     # (B, C, h, w)
+
+    def q_mean_variance(self, x0: torch.Tensor, t: torch.Tensor):
+        """Mean (B, C, h, w), variance and its logarithm (B, 1, 1, 1) of q(xt | x0)."""
+        variance = 1 - self.alpha_bar
+        return self.roots(t, x0)[0] * x0, self.at(variance, t, x0), self.at(variance.log(), t, x0)
+
+    def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network should put out for xt: eps, or v by eq. 4."""
+        if self.parametrisation == "eps":
+            return eps
+        signal, noise = self.roots(t, x0)
+        return signal * eps - noise * x0                                     # (B, C, h, w)
+
+    def x0_and_eps(self, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor):
+        """The network's output read as x0 and eps: eq. 2, or eq. 1 and 4 solved together."""
+        assert output.shape == xt.shape, f"output {tuple(output.shape)} and xt {tuple(xt.shape)} differ"
+        if self.parametrisation == "eps":
+            to_x0 = self.at((1 / self.alpha_bar).sqrt(), t, xt)
+            to_eps = self.at((1 / self.alpha_bar - 1).sqrt(), t, xt)
+            return to_x0 * xt - to_eps * output, output
+        signal, noise = self.roots(t, xt)
+        return signal * xt - noise * output, signal * output + noise * xt    # (B, C, h, w) each
+
+    def eps_from_x0(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Eq. 1 solved for eps."""
+        signal, noise = self.roots(t, xt)
+        return (xt - signal * x0) / noise                                    # (B, C, h, w)
+
+    def posterior(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor):
+        """Eq. 3: mean (B, C, h, w), variance and its logarithm (B, 1, 1, 1) of q(x_{t-1} | xt, x0).
+
+        At t = 0 the variance is 0; its logarithm is cut off at 1e-20, as official.
+        """
+        mean = self.at(self.posterior_x0, t, xt) * x0 + self.at(self.posterior_xt, t, xt) * xt
+        log_variance = self.posterior_variance.clamp(min=1e-20).log()
+        return mean, self.at(self.posterior_variance, t, xt), self.at(log_variance, t, xt)
+
+    def vlb_weight(self, dtype=torch.float64) -> torch.Tensor:
+        """(T,) weights that turn the L2 loss on eps into the variational bound; officially only logged.
+
+        At t = 0, where the posterior has no width, the weight of t = 1 stands. float32 repeats the official
+        rounding, which loses four digits in 1 - alpha_bar.
+        """
+        beta, variance, alpha, alpha_bar = (table.to(dtype) for table in (
+            self.beta, self.posterior_variance, self.alpha, self.alpha_bar))
+        weight = beta ** 2 / (2 * variance * alpha * (1 - alpha_bar))
+        return torch.cat([weight[1:2], weight[1:]])
+
+
+def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1") -> torch.Tensor:
+    """Mean absolute ("l1", as official) or squared ("l2") error per image: (B,) float32."""
+    assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
+    assert output.shape == target.shape, f"output {tuple(output.shape)}, target {tuple(target.shape)}"
+    error = (output.float() - target.float()).flatten(1)                     # (B, C*h*w)
+    return (error.abs() if kind == "l1" else error.square()).mean(1)
+
+
+def loss_of_zero_output(kind: str = "l1") -> float:
+    """What a network that always says 0 scores on eps: E|eps| = sqrt(2 / pi), or E eps^2 = 1.
+
+    A loss that stays here means that nothing is learned. For v the same numbers hold as far as x0 is
+    Gaussian of unit variance, which `latent_scale` sees to.
+    """
+    assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
+    return math.sqrt(2 / math.pi) if kind == "l1" else 1.0
+
+
+def quartile_sums(loss: torch.Tensor, t: torch.Tensor, T: int):
+    """Losses (B,) by quarter of the noise levels: sums and counts, (4,) float64, to be added up over steps.
+
+    The quarters differ by an order of magnitude: their common mean hides which of them improves.
+    """
+    assert loss.shape == t.shape, f"loss {tuple(loss.shape)} and t {tuple(t.shape)} differ in shape"
+    quarter = t * 4 // T
+    counts = torch.bincount(quarter, minlength=4).double()
+    return torch.bincount(quarter, weights=loss.detach().double(), minlength=4), counts

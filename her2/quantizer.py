@@ -1,0 +1,115 @@
+"""Vector quantisation: a latent vector is replaced by the nearest of K learned codes.
+
+    indices = argmin_k |z - codes_k|^2                 e = codes[indices]
+    vq_loss = |sg[z] - e|^2 + beta |z - sg[e]|^2       (means over all elements; sg = stop gradient)
+    z_q     = z + sg[e - z]                            straight-through: forward e, backward the identity
+
+The first term of the loss pulls the codes to the latents, the second (weight beta) commits the encoder to
+its codes. Source: van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017, eq. 1 to 3.
+
+Differs from the official code (taming-transformers, VectorQuantizer2, as latent-diffusion calls it):
+- the official default puts beta on the first term, the codebook's ("legacy"); with beta = 0.25 the codes then
+  follow the encoder four times more slowly. Here beta is on the commitment; `legacy=True` reproduces it.
+- distances are computed in chunks (16 images of 512 px at factor 4 and K = 8192 make an 8 GiB matrix) and in
+  float32 also under autocast (bfloat16 mistakes neighbouring codes for each other).
+- codes that stay unused can be restarted at latents of the data.
+
+Key: B batch, D width of a code, K number of codes, h w latent height and width, N = B h w.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHUNK = 2 ** 24                     # distances held at once: 64 MiB of float32
+
+
+def vq_loss(z: torch.Tensor, e: torch.Tensor, beta: float = 0.25, legacy: bool = False) -> torch.Tensor:
+    """Codebook plus commitment term, a float32 scalar. z latents, e their codes, any equal shape.
+
+    `e` must be the looked-up codes themselves, not the straight-through z_q: through that one, the
+    codebook would get no gradient at all. The value does not depend on `legacy`, the gradients do.
+    """
+    assert z.shape == e.shape, f"z {tuple(z.shape)} and e {tuple(e.shape)} differ in shape"
+    z, e = z.float(), e.float()
+    codebook, commitment = F.mse_loss(e, z.detach()), F.mse_loss(z, e.detach())
+    return commitment + beta * codebook if legacy else codebook + beta * commitment
+
+
+class Codebook(nn.Module):
+    """K learned codes of width D; the parameter is `embedding.weight` (K, D), as in official files."""
+
+    def __init__(self, num_codes: int, dim: int, beta: float = 0.25):
+        super().__init__()
+        self.beta = beta
+        assert num_codes >= 1 and dim >= 1, f"a codebook needs codes, found {num_codes} of width {dim}"
+        self.embedding = nn.Embedding(num_codes, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.embedding.weight
+
+    @torch.no_grad()
+    def nearest(self, z: torch.Tensor) -> torch.Tensor:
+        """Index of the nearest code of every latent vector; the lowest index wins a tie."""
+        assert z.dim() == 4 and z.shape[1] == self.weight.shape[1], \
+            f"z {tuple(z.shape)} should be (B, {self.weight.shape[1]}, h, w)"
+        with torch.autocast(z.device.type, enabled=False):
+            codes = self.weight.float()                                              # (K, D)
+            rows = z.permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).float()         # (N, D)
+            squares = (codes ** 2).sum(1)                                            # (K,)
+            # |z - e|^2 without |z|^2, which is the same for all codes and only costs precision.
+            nearest = [torch.addmm(squares, chunk, codes.t(), alpha=-2).argmin(1)    # (n, K) -> (n,)
+                       for chunk in rows.split(max(1, CHUNK // len(codes)))]
+        return torch.cat(nearest).view(z.shape[0], *z.shape[2:])                     # (B, h, w)
+
+    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codes of the indices (B, h, w), as latents."""
+        return self.embedding(indices).permute(0, 3, 1, 2)                           # (B, D, h, w)
+
+    def forward(self, z: torch.Tensor, legacy: bool = False):
+        """z (B, D, h, w) -> z_q (straight-through), indices (B, h, w), loss (scalar)."""
+        indices = self.nearest(z)                                                    # (B, h, w)
+        e = self.lookup(indices)                                                     # (B, D, h, w)
+        loss = vq_loss(z, e, self.beta, legacy)
+        return z + (e - z).detach(), indices, loss
+
+
+def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """How often each code occurs in `indices` (any shape): (K,) int64. Add the counts of many batches up."""
+    return torch.bincount(indices.flatten(), minlength=num_codes)
+
+
+def code_statistics(counts: torch.Tensor):
+    """-> (perplexity, number of codes used): exp of the entropy of the codes' frequencies, at most K."""
+    frequency = counts.double() / counts.sum().clamp(min=1)
+    perplexity = torch.exp(-(frequency * torch.log(frequency + 1e-10)).sum())
+    return perplexity.item(), int((counts > 0).sum())
+
+
+@torch.no_grad()
+def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z_sample: torch.Tensor,
+                       generator: torch.Generator, optimizer=None) -> int:
+    """Move every code whose `usage` (K,) is 0 to a randomly drawn latent of the data; returns how many.
+
+    z_sample: latents (B, D, h, w), or vectors (N, D). `generator` is a CPU generator: the same restart on
+    every device. Adam's moments of the moved rows are cleared when `optimizer` is given: they belong to the
+    old place. (Restarting is ours: Jukebox, Dhariwal et al. 2020, appendix A.1, does the same.)
+    """
+    weight = codebook.weight
+    assert usage.shape == weight.shape[:1], f"usage {tuple(usage.shape)} should be ({len(weight)},)"
+    vectors = z_sample.movedim(1, -1).reshape(-1, weight.shape[1])                   # (N, D)
+    dead = (usage.to(weight.device) == 0).nonzero().flatten()
+    count = len(dead)
+    if count == 0:
+        return 0
+    # Without replacement where the sample is large enough: two codes at one place would stay one code.
+    order = [torch.randperm(len(vectors), generator=generator) for _ in range(-(-count // len(vectors)))]
+    chosen = torch.cat(order)[:count].to(vectors.device)
+    weight[dead] = vectors[chosen].to(weight.dtype)
+    state = optimizer.state.get(weight, {}) if optimizer is not None else {}
+    for moment in state.values():
+        if torch.is_tensor(moment) and moment.shape == weight.shape:
+            moment[dead] = 0
+    return count
