@@ -97,8 +97,8 @@ def read_exact_rest(obj, found, image=None):
                 found.add([exact_vector(vector)], name, found.new_id(row.get("id"), number))
                 sources.add(show(source))
     if len(sources - {"None"}) > 1:
-        raise UserError(f"{found.path}: holds annotations of images {', '.join(sorted(sources)[:5])}, without "
-                        "their names; export one file per image")
+        raise UserError(f"{found.path}: annotations of several images ({', '.join(sorted(sources)[:5])}) "
+                        "without their names; export one file per image")
 
 
 def qupath_class(properties) -> str:

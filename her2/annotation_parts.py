@@ -120,6 +120,6 @@ def choose_image(names: dict, image, path):
         keys = [key for key, name in names.items() if form(plain(name)) == form(wanted)]
         if len(keys) == 1:
             return keys[0]
-    raise UserError(f"{path}: holds annotations of {len(names)} images ({show(list(names.values()))}), and "
-                    f"{wanted.name or 'the image'} is not exactly one of them; give it the same name, or export "
-                    "one file per image")
+    raise UserError(f"{path}: annotations of {len(names)} images ({show(list(names.values()))}), and "
+                    f"{wanted.name or 'the image'} is not exactly one of them; give it the same name, or "
+                    "export one file per image")

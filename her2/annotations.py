@@ -76,8 +76,8 @@ def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: f
     """The polygons in pixels of an image of this size, without those that lie outside, which are counted.
 
     Annotations of an image that is not moved or scaled are its own: one outside is a mistake (x and y
-    swapped, or coordinates of the slide). A crop of a slide (x, y, downsample given) leaves annotations of the
-    slide outside, but where it leaves all of them the numbers are wrong. Both mistakes are a UserError.
+    swapped, or coordinates of the slide). A crop of a slide (x, y, downsample given) leaves annotations of
+    the slide outside, but where it leaves all of them the numbers are wrong. Both mistakes are a UserError.
     """
     placed = transform_polygons(polygons, x, y, downsample)
     kept = [p for p in placed if touches(p, height, width)]
@@ -86,8 +86,8 @@ def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: f
         low, high = outside[0].rings[0].min(axis=0), outside[0].rings[0].max(axis=0)
         first = f"annotation {outside[0].source_id}: x {low[0]:g} to {high[0]:g}, y {low[1]:g} to {high[1]:g}"
         raise UserError(
-            f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} pixels "
-            f"({first}); correct the image's x, y, downsample in slides.csv (now {x:g}, {y:g}, {downsample:g})")
+            f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} "
+            f"pixels ({first}); correct x, y, downsample in slides.csv (now {x:g}, {y:g}, {downsample:g})")
     return kept, Counter({"outside the image": len(outside)} if outside else {})
 
 
@@ -108,11 +108,11 @@ def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:
             unknown.append(name)
     if unknown:
         where = next(p.source_id for p in polygons if p.name in unknown)
-        alias = json.dumps({"aliases": {unknown[0]: classes.names[0]}})
+        alias = json.dumps({"aliases": {unknown[0]: classes.names[0]}}, ensure_ascii=False)
         raise UserError(one_line(
             f"{path}: unknown class {_listed(unknown)} (annotation {where}); names seen: {_listed(names)}; "
-            f"names known: {_listed([*classes.names, *classes.aliases])}; rename it in the annotation program, or "
-            f"add an alias for the class that it means to classes.json beside slides.csv, such as {alias}"))
+            f"names known: {_listed([*classes.names, *classes.aliases])}; rename it where it was drawn, "
+            f"or add an alias for the class that it means to classes.json beside slides.csv: {alias}"))
     return [known[p.name] for p in polygons]
 
 

@@ -131,9 +131,10 @@ class ClassTable:
         """The table in `obj` (see the module's docstring for the forms). `path` names it in the UserError."""
         if isinstance(obj, dict) and not {"classes", "aliases"} & obj.keys():
             raise _error(path, f"found an object with neither \"classes\" nor \"aliases\": {_show(obj)}")
-        rows, more = (obj.get("classes"), obj.get("aliases", {})) if isinstance(obj, dict) else (obj, {})
-        if rows is None:
-            rows = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]
+        if not isinstance(obj, dict):
+            obj = {"classes": obj}
+        default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]
+        rows, more = obj.get("classes", default), obj.get("aliases", {})
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise _error(path, f"the classes are {_show(rows)}, not a list of objects")
         if not isinstance(more, dict):
@@ -195,7 +196,7 @@ def _class_from_json(row, path) -> TissueClass:
         ("name", isinstance(name, str), "a text"),
         ("tumor", isinstance(tumor, bool), "true or false"),
         ("variance", isinstance(variance, bool), "true or false"),
-        ("color", isinstance(color, list) and len(color) == 3 and all(v in range(256) for v in color),
+        ("color", isinstance(color, list) and [_is_int(v) and 0 <= v <= 255 for v in color] == [True] * 3,
          "[red, green, blue] from 0 to 255 or \"#rrggbb\""),
     ):
         if not good:
