@@ -40,7 +40,7 @@ IN_SITU_CLASS = 5
 
 # Shares of the subtypes on a slide of score 0, 1+, 2+, 3+, and how much of the area is tumor there.
 MIX = ((0.62, 0.28, 0.10, 0.00), (0.06, 0.70, 0.20, 0.04), (0.02, 0.12, 0.68, 0.18), (0.01, 0.03, 0.10, 0.86))
-TUMOR_SHARE = (0.09, 0.20, 0.28, 0.62)
+TUMOR_SHARE = (0.08, 0.16, 0.26, 0.70)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from her2.textures import Noise, Star, ramp, squeeze, wobbly_radii
 MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its border cuts through nests
 MAP_STEP = 2.0     # grid of the coarse maps
 FAR = 60.0         # the distance map ends here
+SMALLEST_NEST = 15.0   # mean radius; what neighbours squeeze below it disappears
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
 
 # kind: number per mm^2, radius from and to, wobble, spread of the aspect, gap to the neighbours
@@ -116,6 +117,7 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
         edge = (size / 2 + np.cos(angle) * offset, size / 2 + np.sin(angle) * offset, angle)
     sites = _place(style, np.asarray(mix, float), tumor_share, size, rng, first, duct, edge)
     _outline(sites, style, rng)
+    sites = [s for s in sites if s.kind != "tumor" or s.star.radii.mean() > SMALLEST_NEST]
     sites = [part for site in sites for part in (_acini(site, rng) if site.kind == "lobule" else [site])]
     axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
     distance, owner = _distance_map(sites, axis)
@@ -175,7 +177,7 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
     covered[first] += np.pi * put("tumor", radius, first, inside=True) ** 2
     failures = 0
     while covered.sum() < wanted and failures < 10:
-        kind = "dcis" if rng.random() < 0.06 else "tumor"
+        kind = "dcis" if rng.random() < 0.09 else "tumor"
         subtype = subtype_of()
         radius = put(kind, radius_of(kind), subtype)
         failures += radius == 0
