@@ -13,6 +13,7 @@ SPADE adds, for the generator (Park et al., CVPR 2019, appendix A):
 Taming's autoencoder weighs its adversarial loss so that both losses pull equally hard on the last layer
 (Esser et al., CVPR 2021, eq. 7):   |d nll / d last_layer| / (|d g / d last_layer| + 1e-4)
 
+PAPER: the HER2 paper gives no weights; these are the official ones.
 Differs from the official code in one point: NVlabs/SPADE sums the KL divergence over the batch, so that its
 weight grows with the batch size. Here the default is the mean over the batch; 0.05 with the official sum at
 batch B equals 0.05 * B with ours (0.8 at the paper's batch of 16). reduction="sum" gives the official number.

