@@ -80,7 +80,7 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     normal = lambda sd: np.exp(sd * rng.standard_normal(n))  # noqa: E731
     cells = np.zeros(n, CELL)
     cells["x"], cells["y"], cells["angle"] = points.T
-    cells["reach"] = pitch * 0.86 * normal(0.07)
+    cells["reach"] = pitch * (1.5 if site.kind == "fat" else 0.86) * normal(0.07)
     cells["stretch"] = np.clip(normal(0.15), 0.7, 1.4)
     cells["nx"], cells["ny"] = (points[:, :2] + rng.normal(0, 0.09 * pitch, (n, 2))).T
     cells["radius"] = radius * style.nucleus_size * np.exp(0.07 * rng.standard_normal()) * normal(spread)

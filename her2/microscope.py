@@ -90,7 +90,7 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     coin = _coin(first, second)
     bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)
     # Some neighbours have come apart: a slit of glass between them.
-    slit = np.exp(-(border / 0.55) ** 2) * (coin * 7 % 1 < 0.10 * style.retraction) * ramp(patchy, 0.8)
+    slit = np.exp(-(border / 0.55) ** 2) * (coin * 7 % 1 < 0.35 * style.retraction) * ramp(patchy, 0.8)
     body = body * (1 - 0.9 * slit)
     inside = body * (1 - nucleus)
     present = ramp(cell["complete"] + 0.16 * patchy + 0.16 * grain - coin, 0.12)
@@ -191,7 +191,7 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
 
     streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)
     tissue = tissue * ramp(distance - cleft * ramp(patchy + 0.4, 0.7), 0.6) ** (cleft > 0)
-    dye = style.stroma * (1 + 0.42 * style.fibre * streaks + 0.16 * grain + 0.15 * patchy)
+    dye = style.stroma * (1 + 0.33 * style.fibre * streaks + 0.18 * grain + 0.20 * patchy)
     within = ramp(-distance, 0.7) * hollow
     texture = np.maximum(1 + (0.25 + 0.6 * debris) * grain + 0.3 * patchy * debris, 0)
     haematoxylin = tissue * np.maximum(dye, 0.02) * (1 - within) + within * fill_h * texture

@@ -25,6 +25,8 @@ MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its bor
 MAP_STEP = 2.0     # grid of the coarse maps
 FAR = 60.0         # the distance map ends here
 SMALLEST_NEST = 15.0   # mean radius; what neighbours squeeze below it disappears
+TOWARDS_BLUE = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+TOWARDS_YELLOW = np.array([[0.0, 0.0, 0.0], [-0.5, -1.0, 0.4]])
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
 
 # kind: number per mm^2, radius from and to, wobble, spread of the aspect, gap to the neighbours
@@ -64,12 +66,13 @@ def draw_style(rng: np.random.Generator) -> Style:
     thickness = np.exp(0.06 * normal())
     return Style(
         haematoxylin=thickness * np.exp(0.13 * normal()), dab=thickness * np.exp(0.13 * normal()),
-        hue=0.018 * normal((2, 3)) 
-        + uniform(0, 0.08) * np.array([[1, -1, 0], [0, 0, 0]]) + uniform(0, 0.05) * np.array([[0, 0, 0], [-1, -0.6, 0.6]]), glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),
+        # Photographed dyes are bluer and yellower than the published vectors, by an amount of its own each.
+        hue=0.015 * normal((2, 3)) + uniform(0.02, 0.10) * TOWARDS_BLUE + uniform(0.02, 0.13) * TOWARDS_YELLOW,
+        glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),
         blur=uniform(0.25, 0.60), noise=uniform(0.006, 0.018),
         breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),
-        stroma=0.125 * np.exp(0.22 * normal()), cytoplasm=0.075 * np.exp(0.22 * normal()),
-        nucleus_size=np.exp(0.05 * normal()), nucleus_stain=0.43 * np.exp(0.11 * normal()),
+        stroma=0.115 * np.exp(0.22 * normal()), cytoplasm=0.075 * np.exp(0.22 * normal()),
+        nucleus_size=np.exp(0.05 * normal()), nucleus_stain=0.41 * np.exp(0.11 * normal()),
         fibre=np.exp(0.25 * normal()), loose=uniform(-0.4, 0.7), fat=uniform(0, 1), lymph=uniform(0, 1),
         retraction=uniform(0.15, 0.7), rim=max(0.0, 0.3 * normal()), flow=uniform(0, np.pi))
 
@@ -270,12 +273,12 @@ def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.
     noise are low, or beyond the edge of the section, glass shows.
     """
     along, across = flow_coordinates(noise, style, ys, xs)
-    free = (0.8 * noise["fibre"].at(across, along, 1.9, 20.0) + 0.6 * noise["loose"].at(across, along, 5.0, 55.0)
+    free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0) + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)
             + 0.35 * noise["grain"].at(across, along, 0.9, 14.0))
     x_plus_y = xs[None] + ys[:, None]
-    around = (0.9 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 36.0)
-              + 0.5 * noise["loose"].at(distance, x_plus_y + 40 * owner, 4.5, 60.0))
-    ring = ramp(13 - distance, 7)
+    around = (0.6 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 30.0)
+              + 0.4 * noise["loose"].at(distance, x_plus_y + 40 * owner, 4.5, 60.0))
+    ring = ramp(10 - distance, 6)
     streaks = free * (1 - ring) + around * ring                                         # (h, w)
     slow = noise["slow"].tile(ys, xs, 34.0) + 0.45 * noise["patchy"].tile(ys, xs, 14.0)
     tissue = ramp(0.42 * streaks + 0.85 * slow + 1.25 + 0.5 * ring - style.loose, 0.4)
