@@ -30,17 +30,17 @@ def draw_box(axes, x, values, color, with_mean=True):
         canvas.text(x, axes.y(mean) + (-8 if above else 8), text, 11, anchor="md" if above else "ma")
         return
     middle, half = (x - 6, 9) if with_mean else (x, 12)
+    low, first, median, third, high = np.percentile(values, [0, 25, 50, 75, 100])
+    canvas.rectangle(middle - half, axes.y(third), middle + half, axes.y(first), tint(color, 0.25))
     if len(values) > 12:
         shown = values[np.linspace(0, len(values) - 1, min(len(values), 150)).round().astype(int)]
         for i, value in enumerate(shown):       # golden-ratio spread: even, and the same in every run
             offset = ((i * 0.618034) % 1 - 0.5) * 1.7 * half
-            canvas.dot(middle + offset, axes.y(value), 1.2, tint(color, 0.45))
-    low, first, median, third, high = np.percentile(values, [0, 25, 50, 75, 100])
+            canvas.dot(middle + offset, axes.y(value), 1.2, tint(color, 0.6))
     for end, side in ((low, first), (high, third)):
         canvas.line([(middle, axes.y(side)), (middle, axes.y(end))], INK, 1)
         canvas.line([(middle - half / 2, axes.y(end)), (middle + half / 2, axes.y(end))], INK, 1)
-    fill = None if len(values) > 12 else tint(color, 0.35)
-    canvas.rectangle(middle - half, axes.y(third), middle + half, axes.y(first), fill, color, 1.6)
+    canvas.rectangle(middle - half, axes.y(third), middle + half, axes.y(first), None, color, 1.6)
     canvas.line([(middle - half, axes.y(median)), (middle + half, axes.y(median))], INK, 2)
     if len(values) <= 12:
         for value in values:
@@ -178,7 +178,8 @@ def confusion_matrices(matrices, classes) -> np.ndarray:
                 canvas.rectangle(x, y, x + cell, y + row, tint(BLUE, 0.03 + 0.9 * value), GREY, 0.8)
                 ink = (255, 255, 255) if value > 0.7 else INK
                 middle, spread = y + row / 2, np.nan if deviation is None else deviation[class_id][j]
-                canvas.text(x + cell / 2, middle - (7 if np.isfinite(spread) else 0), f"{value:.2f}", 17, ink, "mm")
                 if np.isfinite(spread):
                     canvas.text(x + cell / 2, middle + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
+                    middle -= 7
+                canvas.text(x + cell / 2, middle, f"{value:.2f}", 17, ink, "mm")
     return canvas.array()

@@ -21,7 +21,8 @@ def nice_ticks(low, high, count=5) -> list:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
     assert math.isfinite(low) and math.isfinite(high) and low <= high, f"range {low} to {high}"
     if low == high:
-        low, high = low - max(abs(low) * 0.1, 0.05), high + max(abs(high) * 0.1, 0.05)
+        room = max(abs(low) * 0.1, 0.05)
+        low, high = max(low - room, 0.0) if low >= 0 else low - room, high + room
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / rough)))

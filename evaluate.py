@@ -1,0 +1,348 @@
+"""Evaluate segmentation runs: one table, the paper's figures, and what synthetic images changed.
+
+    python evaluate.py                                              runs/seg alone: runs/report
+    python evaluate.py runs/seg* --out runs/report
+    python evaluate.py runs/seg* --synthetic data/synth-gan data/synth-ldm data/synth-inpaint
+
+Every run predicts the whole val and test ROIs. Pixels are counted per true subtype and predicted probability,
+so that each figure, at any threshold, follows from counts; these are kept in the run's metrics.json and not
+computed again while model, data and settings stay the same. Runs are grouped by configuration and seed.
+
+    results.json    every figure of every run, also at the false-positive rate of the subtype-sampled baseline
+    report.md       tables (mean and standard deviation over seeds, change against the baseline) and figures
+    fig2.png fig5.png fig6.png, and with --synthetic fig4.png staining.png
+"""
+
+import glob
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from her2 import charts, figures, report, run, staining, training
+from her2 import config as configuration
+from her2.classes import ClassTable, parse_json, read_text
+from her2.dataset import check_synthetic, load_dataset, load_synthetic, read_split
+from her2.errors import UserError, atomic_write, command
+from her2.metrics import ProbabilityHistogram
+from her2.regions import class_pixels, open_roi, tile_file
+from her2.seeds import hashed_seed
+from her2.segmenter import UNet, predict_roi
+
+
+@dataclass
+class Config:
+    data: str = ""                  # dataset folder; empty: the one that the runs were trained on
+    out: str = "runs/report"        # folder of the report
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
+    seed: int = 0                   # which examples Fig. 4 shows
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    batch: int = 4                  # tiles at a time; changes nothing but speed and memory
+    tile: int = 256                 # side of the tiles in which an ROI is predicted, divisible by 32
+    overlap: int = 64               # pixels that neighbouring tiles share; only their centres are kept
+    cache: str = "cache"            # folder for the decoded images
+
+
+PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
+NEEDED = ("data", "seed", "steps", "sampling", "synthetic", "ratio", "reconstruct")     # fields of a run
+COLORS = {report.REAL: figures.GREY, "GAN": figures.ORANGE, "diffusion": figures.BLUE,
+          "inpainting": figures.GREEN, report.RECONSTRUCTED: figures.PURPLE}
+
+
+def main(argv):
+    config, folders, synthetic_folders = parse(argv)
+    device = training.pick_device(config.device)
+    precision = training.Precision(device, config.amp)
+
+    # ---- runs and data -------------------------------------------------------------------------------------
+    runs = [read_run(folder) for folder in folders]
+    dataset = shared_dataset(runs, folders, config)
+    notes = report.check_comparable(runs)
+    synthetic = read_synthetic(synthetic_folders, dataset)
+
+    # ---- predict -------------------------------------------------------------------------------------------
+    key = {"data": fingerprint(dataset, config.cache), "tile": config.tile, "overlap": config.overlap,
+           "precision": str(precision)}
+    for one in runs:
+        key["model"] = file_hash(Path(one.folder) / "model.pt")
+        if not read_metrics(one, key, dataset):
+            predict(one, dataset, config, device, precision)
+            write_metrics(one, key)
+        found = sum(one.test.values()).report()
+        if found["dice"] < 0.05 or (found["fpr"] or 0) > 0.95:
+            called = "tumor" if found["fpr"] else "background"
+            notes.append(f"{one.folder} calls nearly everything {called}: its training failed or was too "
+                         "short, look at its curves.png")
+
+    # ---- report --------------------------------------------------------------------------------------------
+    out = Path(config.out)
+    results = report.collect(runs)
+    pictures = draw_results(out, results, dataset, config)
+    if synthetic:
+        figures.save_png(out / "fig4.png", examples(synthetic, dataset, config))
+        pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
+                         "the original is the patch whose label was changed. One row per subtype asked for."))
+        sources = {report.REAL: dataset.split("train"),
+                   **{report.METHODS[method]: images.rois for method, (images, _) in synthetic.items()}}
+        densities = staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
+        results["staining"] = staining.summary(densities, dataset.classes)
+        draw_staining(out / "staining.png", densities, dataset.classes)
+        pictures.append(("staining.png", "DAB optical density of single instances by the subtype asked for, "
+                         "beside the real instances of the training slides."))
+    run.write_json(out / "results.json", results)
+    atomic_write(out / "report.md", report.page(results, str(dataset.root), notes, pictures))
+
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    print(report.plain(report.result_table(results)))
+    if len(results["configs"]) > 1:
+        print(f"\nchange against {report.BASELINE}, at threshold 0.5 and at its false-positive rate")
+        print(report.plain(report.change_table(results)))
+    print(f"\ndone: {out / 'report.md'}, {out / 'results.json'}")
+    return 0
+
+
+def parse(argv):
+    """(configuration, run folders, synthetic folders) of the command line."""
+    parser = configuration.Parser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("runs", nargs="*", default=["runs/seg"], metavar="RUN",
+                        help="run folders of train_seg.py [runs/seg]")
+    parser.add_argument("--synthetic", nargs="+", default=[], metavar="DIR",
+                        help="folders made by generate.py, for Fig. 4 and the comparison of staining")
+    configuration.add_fields(parser, Config, PRESETS)
+    given = vars(parser.parse_args(argv))
+    names, synthetic = given.pop("runs"), given.pop("synthetic")
+    config = configuration.build(Config, PRESETS, given)
+    if config.tile % 32 or config.tile < 32 or config.overlap > config.tile - 32:
+        raise UserError(f"--tile {config.tile} --overlap {config.overlap}: give a tile that is a multiple of "
+                        "32 and an overlap of at most tile - 32")
+    folders = {}
+    for name in names:          # not every shell replaces runs/seg*; a folder named twice counts once
+        for path in sorted(glob.glob(name)) if glob.has_magic(name) else [name]:
+            folders.setdefault(Path(path).resolve(), Path(path))
+    if not folders:
+        raise UserError(f"{' '.join(names)}: no such run; make one with: python train_seg.py")
+    return config, list(folders.values()), synthetic
+
+
+# ---- runs and data -----------------------------------------------------------------------------------------
+
+def read_run(folder) -> report.Run:
+    """A finished run of train_seg.py, not yet evaluated."""
+    if not (folder / "model.pt").exists():
+        run.load_model(folder, "segmenter")         # says what is missing and which command makes it
+    content = run.read_json(folder / "config.json")
+    fields = content.get("fields") if isinstance(content, dict) else None
+    if not isinstance(fields, dict) or content.get("script") != "train_seg.py":
+        found = content.get("script") if isinstance(content, dict) else "no known script"
+        raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
+    missing = [name for name in NEEDED if name not in fields]
+    if missing:
+        raise UserError(f"{folder / 'config.json'}: no field {', '.join(missing)}; it was made by another "
+                        "version of the code, train again")
+    method = synthetic_method(fields["synthetic"]) if fields["synthetic"] else ""
+    return report.Run(str(folder), fields, method, {}, {})
+
+
+def synthetic_method(folder) -> str:
+    """'gan', 'ldm' or 'inpaint': how generate.py made the images in `folder`."""
+    content = run.read_json(Path(folder) / "config.json")
+    fields = content.get("fields") if isinstance(content, dict) else None
+    method = fields.get("method") if isinstance(fields, dict) else None
+    if method not in report.METHODS:
+        raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
+    return method
+
+
+def shared_dataset(runs, folders, config):
+    """The dataset of all runs. UserError when they were trained on different data or splits of them."""
+    first = runs[0]
+    for other in runs[1:]:
+        if not config.data and Path(other.fields["data"]).resolve() != Path(first.fields["data"]).resolve():
+            raise UserError(f"{first.folder} and {other.folder}: trained on different data "
+                            f"({first.fields['data']} and {other.fields['data']}); evaluate them apart, or "
+                            "give --data")
+    splits = [read_split(folder / "split.json") for folder in folders]
+    dataset = load_dataset(config.data or first.fields["data"], split=splits[0])
+    for one, split in zip(runs, splits):
+        for slide, part in dataset.slides().items():
+            if split.get(slide, part) != part:
+                raise UserError(f"{one.folder}: slide {slide} was a {split[slide]} slide in training, and is "
+                                f"a {part} slide of {dataset.root}; evaluate runs of one split only")
+    return dataset
+
+
+def file_hash(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(dataset, cache) -> str:
+    """A hash of all that the val and test ROIs consist of (the names of their cache files are hashes)."""
+    parts = [[roi.name, roi.slide, split, tile_file(roi, dataset.classes, cache).name]
+             for split in ("val", "test") for roi in dataset.split(split)]
+    return hashlib.sha256(json.dumps([parts, dataset.classes.to_json()]).encode("utf-8")).hexdigest()
+
+
+# ---- prediction --------------------------------------------------------------------------------------------
+
+def predict(one, dataset, config, device, precision) -> None:
+    """Fill one.val and one.test: {slide: ProbabilityHistogram} over the whole ROIs."""
+    content = run.load_model(one.folder, "segmenter")
+    if content.get("step", 0) < one.fields["steps"]:
+        raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "
+                        "give its command again to finish it (it stands in its config.json), or leave it out")
+    if ClassTable.from_json(content.get("classes"), one.folder) != dataset.classes:
+        raise UserError(f"{one.folder}: was trained with another class table than that of {dataset.root}; "
+                        "use the dataset that it was trained on")
+    network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
+    jobs = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
+            for roi in dataset.split(split)]
+    for roi, found in tqdm(jobs, desc=Path(one.folder).name, unit="ROI", leave=False):
+        tile = open_roi(roi, dataset.classes, config.cache)
+        image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
+        image = torch.from_numpy(image).permute(2, 0, 1)                            # (3, H, W)
+        with precision.autocast():
+            prob = predict_roi(network, image, config.tile, config.overlap, config.batch, device)    # (H, W)
+        found.setdefault(roi.slide, ProbabilityHistogram(dataset.classes)).add(prob, label)
+
+
+def write_metrics(one, key) -> None:
+    """metrics.json: the figures on test, then what they were computed from; one line per entry."""
+    content = {"figures": sum(one.test.values()).report(), "key": key,
+               "val": {slide: part.to_json() for slide, part in one.val.items()},
+               "test": {slide: part.to_json() for slide, part in one.test.items()}}
+    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
+    atomic_write(Path(one.folder) / "metrics.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_metrics(one, key, dataset) -> bool:
+    """Take val and test from metrics.json when it was computed from the same model, data and settings."""
+    path = Path(one.folder) / "metrics.json"
+    if not path.exists():
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] != key:
+            return False
+        one.val, one.test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes)
+                              for slide, part in content[split].items()} for split in ("val", "test"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"note: {path}: damaged ({error}), computed again", file=sys.stderr)
+        return False
+    return True
+
+
+# ---- figures -----------------------------------------------------------------------------------------------
+
+def draw_results(out, results, dataset, config) -> list:
+    """fig2, fig5 and fig6 into `out`; returns [(file name, caption), ...] in the order of the report."""
+    baseline = next((c for c in results["configs"] if c["name"] == report.BASELINE), None)
+    panels = []
+    for key, label, digits in (("dice", "tumor Dice", 3), ("subtype_variance", "subtype variance", 4)):
+        mean = report.mean_sd(report.figures_of(baseline, key)) if baseline else None
+        panels.append((label, report.box_groups(results, key),
+                       (mean[0], f"{report.BASELINE} {mean[0]:.{digits}f}") if mean else None))
+    series = {name for _, boxes in panels[0][1] for name, _ in boxes}
+    colors = {name: color for name, color in COLORS.items() if name in series}
+    figures.save_png(out / "fig5.png", charts.box_plots(panels, colors))
+
+    matrices = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *report.row_normalised(c))
+                for c in report.figure_pair(results)]
+    figures.save_png(out / "fig6.png", charts.confusion_matrices(matrices, dataset.classes))
+
+    parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
+    areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
+    figures.save_png(out / "fig2.png", charts.distribution(areas, dataset.classes))
+    return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split. "
+             f"{charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean of the "
+             "baseline."),
+            ("fig6.png", "Fig. 6 of the paper: confusion matrices on the test split at threshold 0.5, rows "
+             "divided by their sum, mean over the runs."),
+            ("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area.")]
+
+
+def read_synthetic(folders, dataset) -> dict:
+    """{method: (synthetic Dataset, {image name: line of its manifest})}, one folder per method."""
+    found = {}
+    for folder in folders:
+        method = synthetic_method(folder)
+        if method in found:
+            raise UserError(f"{found[method][0].root} and {folder}: both are made by --method {method}; give "
+                            "one folder per method")
+        synthetic = load_synthetic(folder)
+        check_synthetic(synthetic, dataset)
+        if synthetic.classes != dataset.classes:
+            raise UserError(f"{folder}: has another class table than {dataset.root}; make it again with "
+                            f"python generate.py --data {dataset.root}")
+        path = synthetic.root / "manifest.jsonl"
+        lines = [parse_json(line, path, "make the images again with generate.py")
+                 for line in read_text(path, "").splitlines() if line.strip()]
+        found[method] = (synthetic, {line["image"]: line for line in lines})
+    return {method: found[method] for method in report.METHODS if method in found}
+
+
+def source_of(entry) -> tuple:
+    """What two synthetic images share when they were painted on the same relabelled patch."""
+    instances = json.dumps(entry.get("instances"), sort_keys=True)
+    return entry["source_image"], entry.get("x"), entry.get("y"), instances
+
+
+def examples(synthetic, dataset, config) -> np.ndarray:
+    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it.
+
+    Of 100 patches that one is taken that comes nearest to being half of this subtype and a third background:
+    where all is tumor, nobody sees whether the outlines of the label are obeyed.
+    """
+    def content(roi):
+        tile = open_roi(roi, dataset.classes, config.cache)
+        return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
+
+    by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
+                 for method, (images, entries) in synthetic.items()}
+    first = next(iter(by_source.values()))
+    common = [source for source in first if all(source in rois for rois in by_source.values())]
+    sources = sorted(common or first, key=lambda source: hashed_seed(config.seed, "fig4", repr(source)))[:100]
+    labels = {source: content(first[source])[1] for source in sources}
+    originals, rows = {roi.name: roi for roi in dataset.rois}, []
+    for k in dataset.classes.tumor_ids:
+        shares = {source: (min((label == k).mean(), 1 / 2) + min((label == 0).mean(), 1 / 3))
+                  for source, label in labels.items() if (label == k).any()}
+        if not shares:
+            continue
+        source = max(shares, key=shares.get)
+        label, (name, x, y, _) = labels.pop(source), source
+        tile = open_roi(originals[name], dataset.classes, config.cache)
+        height, width = label.shape
+        if not (isinstance(x, int) and isinstance(y, int)
+                and 0 <= x <= tile.width - width and 0 <= y <= tile.height - height):
+            raise UserError(f"{images.root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
+                            "make the images again with generate.py")
+        rows.append({"caption": dataset.classes.names[k], "label": label,
+                     "original": tile.window(y, x, height, width)[0]})
+        rows[-1].update({method: content(rois[source])[0] for method, rois in by_source.items()
+                         if source in rois})
+    return figures.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)
+
+
+def draw_staining(path, densities, classes) -> None:
+    groups = [(classes.names[k], [(source, found[k]) for source, found in densities.items()])
+              for k in classes.tumor_ids]
+    figures.save_png(path, charts.box_plots(
+        [("DAB optical density", groups, None)], {source: COLORS[source] for source in densities},
+        note="dots: instances, box: quartiles and median, whiskers: minimum and maximum", with_mean=False,
+        height=360))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,274 @@
+"""From counted pixels of many segmentation runs to one table: what synthetic images change, and by how much.
+
+A configuration is a way to train (`subtype`, `ldm-100`, ...), a run is one configuration with one seed. Each
+run brings a histogram of probabilities per slide (`metrics.ProbabilityHistogram`), for val and for test:
+
+    figures   = sum(test).report(0.5)                                          Dice, recalls, variance, ...
+    matched   = sum(test).report(t),   t: fpr of sum(val) at t = fpr of the baseline's sum(val) at 0.5
+    mean, sd  = over the seeds of a configuration (sd with n - 1)
+    change    = mean over the common seeds of (run - baseline run of the same seed)
+
+The baseline is `subtype`. `matched` answers whether a gain is more than a shift of the operating point:
+synthetic images make a network call more pixels tumor, which alone raises recalls and lowers their variance.
+
+PAPER: Fig. 6 shows "the best-performing experiment", chosen on the test set. That was +100 % diffusion, so
+`figure_pair` takes this one whatever the results are: nothing is chosen by a test result.
+What does not exist (the recall of an absent subtype, a match without a baseline) is None: null in
+results.json, "n/a" in the tables.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from her2 import staining
+from her2.errors import UserError
+from her2.metrics import matched
+
+BASELINE = "subtype"
+METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in the paper's order
+REAL, RECONSTRUCTED = "real", "reconstructed"
+# Fields in which runs of one comparison differ on purpose, or that do not change the result.
+FREE = {"out", "seed", "sampling", "synthetic", "ratio", "reconstruct", "workers", "cache", "device", "amp",
+        "log_every", "save_every", "data"}
+
+
+def configuration_name(fields: dict, method: str = "") -> str:
+    """`tumor`, `subtype`, `uniform`, `gan-100`, `reconstructed`, ...: the configuration of a run.
+
+    `method` is that of the synthetic folder ('' without one). Synthetic images and reconstructions go with
+    subtype sampling; with another one its name is appended, so that different things never share a name.
+    """
+    if fields.get("reconstruct"):
+        name = RECONSTRUCTED
+    elif fields.get("synthetic"):
+        name = f"{method}-{round(100 * fields['ratio'])}"
+    else:
+        return fields["sampling"]
+    return name if fields["sampling"] == BASELINE else f"{name}-{fields['sampling']}"
+
+
+@dataclass
+class Run:
+    """One evaluated segmentation run; `val` and `test` are {slide: ProbabilityHistogram}."""
+
+    folder: str
+    fields: dict            # of its config.json
+    method: str             # 'gan', 'ldm', 'inpaint', or '' without synthetic images
+    val: dict
+    test: dict
+
+    @property
+    def name(self) -> str:
+        return configuration_name(self.fields, self.method)
+
+    @property
+    def seed(self) -> int:
+        return self.fields["seed"]
+
+
+def order(name: str) -> tuple:
+    """Sort key of configurations: the baselines, the methods by ratio, anything else."""
+    first = ["tumor", BASELINE, "uniform"]
+    if name in first:
+        return 0, first.index(name), 0, name
+    method, ratio = (name.split("-") + [""])[:2]
+    if method in METHODS and ratio.isdigit():
+        return 1, int(ratio), list(METHODS).index(method), name
+    return 2, 0, 0, name
+
+
+def check_comparable(runs) -> list:
+    """One warning per training field in which the runs differ. UserError when two are the same experiment."""
+    seen = {}
+    for run in runs:
+        other = seen.setdefault((run.name, run.seed), run)
+        if other is not run:
+            raise UserError(f"{run.folder} and {other.folder}: both are configuration {run.name!r} with seed "
+                            f"{run.seed}; leave one of them out")
+    notes = []
+    for field in sorted({field for run in runs for field in run.fields} - FREE):
+        found = sorted({repr(run.fields.get(field)) for run in runs})
+        if len(found) > 1:
+            notes.append(f"the runs differ in {field} ({', '.join(found)}): their figures are not comparable")
+    return notes
+
+
+def collect(runs) -> dict:
+    """results.json: {"configs": [{"name", "method", "ratio", "sampling", "runs"}]}, in a fixed order."""
+    baselines = {run.seed: sum(run.val.values()).report()["fpr"] for run in runs if run.name == BASELINE}
+    configs = []
+    for name in sorted({run.name for run in runs}, key=order):
+        members = sorted((run for run in runs if run.name == name), key=lambda run: run.seed)
+        fields = members[0].fields
+        configs.append({
+            "name": name,
+            "method": members[0].method or (RECONSTRUCTED if fields.get("reconstruct") else REAL),
+            "ratio": float(fields["ratio"]) if fields.get("synthetic") else 0.0,
+            "sampling": fields["sampling"],
+            "runs": [run_record(run, baselines.get(run.seed)) for run in members]})
+    return {"baseline": BASELINE, "threshold": 0.5, "configs": configs}
+
+
+def run_record(run, baseline_fpr) -> dict:
+    """One run's entry in results.json; `baseline_fpr` on val, None without a baseline of this seed."""
+    val, test = sum(run.val.values()), sum(run.test.values())
+    record = {"seed": run.seed, **test.report(), "matched": matched(val, test, baseline_fpr),
+              "folder": run.folder, "val": val.report(),
+              "slides": {slide: part.report() for slide, part in run.test.items()}}
+    if record["matched"] is not None:
+        threshold = val.threshold_at_fpr(baseline_fpr)
+        record["matched"].update(threshold=threshold, precision=test.report(threshold)["precision"])
+    return record
+
+
+def figure_of(record: dict, *path):
+    """A figure of a run: ("dice",), ("recall", "3+"), ("matched", "fpr"); None where there is none."""
+    for key in path:
+        record = None if record is None else record[key]
+    return record
+
+
+def figures_of(config: dict, *path) -> list:
+    """The figure of each run of a configuration."""
+    return [figure_of(record, *path) for record in config["runs"]]
+
+
+def mean_sd(numbers):
+    """(mean, standard deviation or None for a single number) of those that are not None; None for none."""
+    numbers = [number for number in numbers if number is not None]
+    if not numbers:
+        return None
+    return float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+
+
+def change(config: dict, baseline: dict, path, baseline_path=None):
+    """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline).
+
+    `baseline_path` where the baseline's figure is another one. None without a common seed that has both; the
+    sd of a single seed and the percentage of a baseline of 0 are None.
+    """
+    base = {record["seed"]: figure_of(record, *(baseline_path or path)) for record in baseline["runs"]}
+    pairs = [(figure_of(record, *path), base.get(record["seed"])) for record in config["runs"]]
+    pairs = [(new, old) for new, old in pairs if new is not None and old is not None]
+    if not pairs:
+        return None
+    mean, deviation = mean_sd([new - old for new, old in pairs])
+    reference = float(np.mean([old for _, old in pairs]))
+    return mean, deviation, 100 * mean / reference if reference else None
+
+
+def spread(numbers, digits=3) -> str:
+    """"0.833 +- 0.004", "0.833" for one number, "n/a" for none."""
+    found = mean_sd(numbers)
+    if found is None:
+        return "n/a"
+    return f"{found[0]:.{digits}f}" + (f" \u00b1 {found[1]:.{digits}f}" if found[1] is not None else "")
+
+
+def change_text(found, digits=3) -> str:
+    """"+0.021 +- 0.003 (+2.5 %)" of what `change` returns."""
+    if found is None:
+        return "n/a"
+    mean, deviation, percent = found
+    text = f"{mean:+.{digits}f}" + (f" \u00b1 {deviation:.{digits}f}" if deviation is not None else "")
+    return text + (f" ({percent:+.1f} %)" if percent is not None else "")
+
+
+MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3))       # key, digits shown
+
+
+def result_table(results: dict, *prefix) -> list:
+    """Rows of texts, header first: mean +- sd per configuration; prefix "matched" for the matched figures."""
+    subtypes = list(results["configs"][0]["runs"][0]["recall"])
+    rows = [["configuration", "runs", "Dice", "subtype variance", "precision", "FPR",
+             *(f"recall {name}" for name in subtypes)]]
+    for config in results["configs"]:
+        rows.append([config["name"], str(len(config["runs"])),
+                     *(spread(figures_of(config, *prefix, key), digits) for key, digits in MEASURES),
+                     *(spread(figures_of(config, *prefix, "recall", name)) for name in subtypes)])
+    return rows
+
+
+def change_table(results: dict) -> list:
+    """Rows of texts, header first: change of Dice and variance against the baseline, at 0.5 and matched."""
+    baseline = next((config for config in results["configs"] if config["name"] == BASELINE), None)
+    rows = [["configuration", "Dice", "subtype variance", "Dice, matched", "subtype variance, matched"]]
+    for config in results["configs"]:
+        if config is not baseline:
+            row = [config["name"]]
+            for prefix in ((), ("matched",)):
+                for key, digits in MEASURES[:2]:
+                    found = change(config, baseline, (*prefix, key), (key,)) if baseline else None
+                    row.append(change_text(found, digits))
+            rows.append(row)
+    return rows
+
+
+def plain(rows) -> str:
+    """A table for the terminal, columns aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown(rows) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def page(results: dict, data: str, notes, figures) -> str:
+    """report.md. `notes` are warnings, one line each; `figures` [(file name, caption), ...]."""
+    configs = results["configs"]
+    parts = [
+        "# Segmentation with and without synthetic images",
+        f"{sum(len(config['runs']) for config in configs)} runs of {len(configs)} configurations, test split "
+        f"of `{data}`. Figures are mean \u00b1 standard deviation (n - 1) over the seeds; pixels are pooled "
+        "over the split, then ratios are formed once. n/a: there is nothing to compute it from. The subtype "
+        "variance is the variance of the recalls of the HER2 subtypes; lower is better.",
+        *(f"- **Note:** {note}" for note in notes),
+        "## Results at threshold 0.5", markdown(result_table(results)),
+        f"## Change against the subtype-sampled baseline (`{BASELINE}`)",
+        "Over the seeds that both have; in brackets per cent of the baseline.",
+        markdown(change_table(results)),
+        "## Results at the baseline's false-positive rate",
+        "The threshold of each run is the one at which its false-positive rate on val equals that of the "
+        "baseline with the same seed. A gain that is not here was a shift of the operating point.",
+        markdown(result_table(results, "matched"))]
+    if "staining" in results:
+        parts += ["## Is the staining what was asked for?",
+                  "Median DAB optical density of the instances by the subtype asked for (real: annotated), "
+                  "and in brackets their number.", markdown(staining.table(results["staining"]))]
+    parts += ["## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in figures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def box_groups(results: dict, key: str) -> list:
+    """The groups of Fig. 5 for `charts.box_plots`: baselines, one group per ratio, the control."""
+    groups = {}
+    for config in results["configs"]:
+        method = config["method"]
+        name = f"+{round(100 * config['ratio'])} %" if method in METHODS else config["name"]
+        groups.setdefault(name, []).append((METHODS.get(method, method), figures_of(config, key)))
+    return list(groups.items())
+
+
+def row_normalised(config: dict):
+    """Fig. 6: mean and sd (None for one run), (K, 2) each, of the runs' matrices, rows divided by their sum.
+
+    Rows of classes that are absent from the split are NaN.
+    """
+    counts = np.array([record["confusion"] for record in config["runs"]], float)              # (runs, K, 2)
+    rows = counts.sum(axis=2, keepdims=True)                                                  # (runs, K, 1)
+    shares = np.divide(counts, rows, out=np.full_like(counts, np.nan), where=rows > 0)        # (runs, K, 2)
+    return shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else None
+
+
+def figure_pair(results: dict) -> list:
+    """The configurations of Fig. 6: the baseline, and +100 % diffusion or what comes nearest to it."""
+    configs = results["configs"]
+    before = [config for config in configs if config["name"] == BASELINE]
+    after = sorted((config for config in configs if config["method"] in METHODS),
+                   key=lambda c: (c["method"] != "ldm", abs(c["ratio"] - 1), order(c["name"])))
+    return (before + after[:1]) or configs[:1]
