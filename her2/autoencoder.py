@@ -21,6 +21,8 @@ halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other
 Key: B batch, C channels, D latent channels, H W image size, h w size of a feature map, f factor.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,10 +37,7 @@ VQ_F8 = dict(factor=8, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channel
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of 32 groups, or of the largest power of two that divides the channels. eps as official."""
-    groups = 32
-    while channels % groups:
-        groups //= 2
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):

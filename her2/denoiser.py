@@ -31,10 +31,7 @@ from her2.blocks import load_strict
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of 32 groups, or of the largest power of two that divides the channels. eps as official."""
-    groups = 32
-    while channels % groups:
-        groups //= 2
-    return nn.GroupNorm(groups, channels, eps=1e-5)
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-5)
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

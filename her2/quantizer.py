@@ -55,7 +55,7 @@ class Codebook(nn.Module):
         """Index of the nearest code of every latent vector; the lowest index wins a tie."""
         assert z.dim() == 4 and z.shape[1] == self.weight.shape[1], \
             f"z {tuple(z.shape)} should be (B, {self.weight.shape[1]}, h, w)"
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):
             codes = self.weight.float()                                              # (K, D)
             rows = z.permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).float()         # (N, D)
             squares = (codes ** 2).sum(1)                                            # (K,)

@@ -157,8 +157,8 @@ def gradient_outputs(prefix: str, gradients: dict) -> dict:
 def later_overwritten(out: dict, prefix: str) -> bool:
     """Whether recorded gradient arrays contradict their own probes.
 
-    They do in spade_step files: the recorder kept views of D's gradients, into which the generator step of the
-    next iteration added its own before they were written. The probes were taken in time and are right.
+    They do in spade_step files: the recorder kept views of D's gradients, into which the generator step of
+    the next iteration added its own before they were written. The probes were taken in time and are right.
     """
     names = [str(name) for name in out[f"{prefix}grad_names"]]
     return any(relative(probe(out[f"{prefix}grad/{name}"], index), out[f"{prefix}grad_probes"][index]) > 1e-5

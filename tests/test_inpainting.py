@@ -1,0 +1,67 @@
+"""Which cells are regenerated, what stays bit for bit, and what fills an erased region."""
+
+import pytest
+import torch
+from her2.inpainting import erase, grow, paste, repaint_to_latent
+
+
+def drawn_mask(*shape, share=0.03, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+@pytest.mark.parametrize("factor, dilate", [(4, 0), (4, 1), (8, 1), (2, 2), (1, 0)])
+def test_every_touched_cell_and_its_rim_is_regenerated(factor, dilate):
+    repaint = drawn_mask(2, 32, 48)
+    found = repaint_to_latent(repaint, factor, dilate)
+    expected = torch.zeros(2, 1, 32 // factor, 48 // factor, dtype=torch.bool)
+    for b, y, x in repaint.nonzero().tolist():
+        for dy in range(-dilate, dilate + 1):
+            for dx in range(-dilate, dilate + 1):
+                row, column = y // factor + dy, x // factor + dx
+                if 0 <= row < expected.shape[2] and 0 <= column < expected.shape[3]:
+                    expected[b, 0, row, column] = True
+    assert torch.equal(found, expected)
+    assert repaint_to_latent(torch.zeros(1, 32, 32, dtype=torch.bool), factor).sum() == 0
+
+
+def test_one_pixel_is_enough_and_wrong_sizes_are_refused():
+    repaint = torch.zeros(1, 64, 64, dtype=torch.bool)
+    repaint[0, 63, 0] = True
+    assert repaint_to_latent(repaint, 8, dilate=0).nonzero().tolist() == [[0, 0, 7, 0]]
+    assert grow(repaint, 1).sum() == 4
+    with pytest.raises(AssertionError, match="multiples of 8"):
+        repaint_to_latent(repaint[:, :60], 8)
+    with pytest.raises(AssertionError, match="should be bool"):
+        grow(repaint.float(), 1)
+
+
+def test_paste_keeps_the_background_bit_for_bit():
+    image, generated = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    repaint = drawn_mask(2, 16, 16, share=0.4)
+    found = paste(image, generated, repaint)
+    where = repaint[:, None].expand_as(image)
+    assert torch.equal(found[~where], image[~where]) and torch.equal(found[where], generated[where])
+
+
+def test_erase_forgets_the_region_and_keeps_the_rest():
+    image, repaint = torch.rand(3, 3, 37, 50) * 2 - 1, drawn_mask(3, 37, 50, share=0.1)
+    repaint[0, 5:30, 10:45] = True
+    repaint[1] = False
+    repaint[2] = True                                                # nothing known at all
+    found = erase(image, repaint)
+    where = repaint[:, None].expand_as(image)
+    assert torch.equal(found[~where], image[~where])
+    assert torch.equal(found, erase(torch.where(where, torch.rand_like(image), image), repaint))
+    assert torch.equal(found[1], image[1]) and (found[2] - 1).abs().max() < 1e-5
+    for channel in range(3):                                         # a mean of known pixels, nothing else
+        known = image[0, channel][~repaint[0]]
+        assert known.min() <= found[0, channel].min() and found[0, channel].max() <= known.max()
+
+
+def test_erase_follows_the_surroundings():
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    repaint = torch.zeros(1, 64, 64, dtype=torch.bool)
+    repaint[:, 24:40, 24:40] = True
+    assert (erase(ramp, repaint) - ramp).abs().max() < 0.25          # the ramp changes by 0.5 over the region
+    flat = torch.full((1, 3, 64, 64), 0.3)
+    torch.testing.assert_close(erase(flat, repaint), flat)
