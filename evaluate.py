@@ -308,6 +308,7 @@ def examples(synthetic, dataset, config) -> np.ndarray:
         tile = open_roi(roi, dataset.classes, config.cache)
         return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
 
+    root = next(iter(synthetic.values()))[0].root
     by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
                  for method, (images, entries) in synthetic.items()}
     first = next(iter(by_source.values()))
@@ -326,12 +327,14 @@ def examples(synthetic, dataset, config) -> np.ndarray:
         height, width = label.shape
         if not (isinstance(x, int) and isinstance(y, int)
                 and 0 <= x <= tile.width - width and 0 <= y <= tile.height - height):
-            raise UserError(f"{images.root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
+            raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
                             "make the images again with generate.py")
         rows.append({"caption": dataset.classes.names[k], "label": label,
                      "original": tile.window(y, x, height, width)[0]})
         rows[-1].update({method: content(rois[source])[0] for method, rois in by_source.items()
                          if source in rois})
+    if not rows:
+        raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
     return figures.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)
 
 

@@ -54,7 +54,8 @@ def tick_texts(ticks) -> list:
     if largest >= 10000:
         return [f"{t / 1000:g}k" if t else "0" for t in ticks]
     if 0 < largest < 0.001:
-        return [f"{t:.0e}".replace("e-0", "e-") if t else "0" for t in ticks]
+        digits = max(0, math.floor(math.log10(largest) + 1e-9) - math.floor(math.log10(steps[0]) + 1e-9))
+        return [f"{t:.{digits}e}".replace("e-0", "e-") if t else "0" for t in ticks]
     return [f"{t:.{max(0, -math.floor(math.log10(steps[0]) + 1e-9))}f}" for t in ticks]
 
 
