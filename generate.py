@@ -186,7 +186,7 @@ class DiffusionPainter:
         config, factor = self.config, self.autoencoder.factor
         known, repaint_latent = None, None
         if config.method == "inpaint":
-            region = inpainting.dilate(repaint, config.blend)                           # (B, H, W)
+            region = inpainting.grow(repaint, config.blend)                           # (B, H, W)
             source = inpainting.erase(image, region) if config.erase else image
             known = self.denoiser.scale(self.autoencoder.encode(
                 source.to(self.device, memory_format=torch.channels_last)).float())     # (B, C, h, w)

@@ -71,8 +71,8 @@ class Config:
 # code, turns 1e-5 into 5e-6 for G and E and 2e-5 for D; whether the authors kept it is not said. We take it as kept.
 PRESETS = {
     "tiny": {},
-    "small": dict(steps=6000, patch=128, width=24, hidden=64, z_dim=128, lr=1e-4, disc_lr=4e-4, ema=0.999,
-                  log_every=50, save_every=1000),
+    "small": dict(steps=4000, patch=128, width=24, hidden=64, z_dim=128, lr=2e-4, disc_lr=4e-4, ema=0.999,
+                  log_every=50, save_every=500),
     "paper": dict(steps=200_000, batch=16, patch=512, width=64, hidden=128, z_dim=256, lr=5e-6, disc_lr=2e-5, ema=0.999,
                   log_every=100, save_every=5000, workers=8),
 }
@@ -167,8 +167,8 @@ def main(argv):
         disc_scaler.unscale_(disc_optimizer)
         d_norm = training.grad_norm(disc.parameters(), config.clip)
         training.stop_if_diverged(
-            folder, step, {"loss": float(loss), "gan": float(gan), "features": float(features), "kld": float(kld),
-                           "d_loss": float(d_loss)}, {"grad_norm": norm, "d_grad_norm": d_norm},
+            folder, step, {"loss": loss, "gan": gan, "features": features, "kld": kld, "d_loss": d_loss},
+            {"grad_norm": norm, "d_grad_norm": d_norm},
             {"generator": net, "encoder": encoder, "discriminator": disc}, batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()
@@ -177,7 +177,7 @@ def main(argv):
         ema.update(net)
         step, images = step + 1, images + len(image)
 
-        idle = idle + 1 if float(d_loss) < 0.02 else 0
+        idle = idle + 1 if run.number(d_loss) < 0.02 else 0
         if idle and idle % 200 == 0:
             log.say(f"warning: the discriminator's loss has been 0 for {idle} steps, the generator learns nothing from "
                     "it; try a lower --disc-lr")

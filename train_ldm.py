@@ -31,7 +31,7 @@ from her2 import figures, plots, run, training
 from her2.autoencoder import VQAutoencoder, psnr
 from her2.blocks import init_weights
 from her2.dataset import load_dataset, write_split
-from her2.denoiser import LatentDenoiser, drop_label
+from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
 from her2.discriminator import PatchGAN
 from her2.errors import UserError, command
@@ -69,7 +69,7 @@ class AutoencoderConfig(Common):
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint of vq-f4 or vq-f8
     factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
-    width: int = 32                 # channels of the finest level, a multiple of 32; 128 is the official one
+    width: int = 16                 # channels of the finest level, 8, 16 or a multiple of 32; 128 is the official one
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 512                # rows of the codebook
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
@@ -118,15 +118,15 @@ class DiffusionConfig(Common):
 # printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
     "tiny": {},
-    "small": dict(steps=6000, patch=128, width=64, codes=1024, warmup=200, disc_start=3000, disc_width=32,
-                  save_every=1000, log_every=50),
+    "small": dict(steps=6000, batch=4, patch=128, width=32, codes=1024, warmup=200, disc_start=4000, disc_width=32,
+                  save_every=500, log_every=50),
     "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5, schedule="constant",
                   warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64, save_every=5000, log_every=100,
                   workers=8),
 }
 DIFFUSION_PRESETS = {
     "tiny": {},
-    "small": dict(steps=12_000, patch=128, width=64, warmup=500, ema=0.9995, save_every=2000, log_every=100),
+    "small": dict(steps=6000, patch=128, width=48, warmup=300, ema=0.999, save_every=1000, log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, lr=1e-6, schedule="constant",
                   warmup=1000, ema=0.9999, save_every=10_000, log_every=100, workers=8),
 }
@@ -234,7 +234,7 @@ def train_autoencoder(config, argv) -> int:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = training.grad_norm(model.parameters(), config.clip)
-        losses = {"loss": float(loss)}
+        losses = {"loss": loss}
 
         # The discriminator: tell the image from its reconstruction, from the first step on.
         d_loss, d_norm = None, 0.0
@@ -246,7 +246,7 @@ def train_autoencoder(config, argv) -> int:
             disc_scaler.scale(d_loss).backward()
             disc_scaler.unscale_(disc_optimizer)
             d_norm = training.grad_norm(disc.parameters(), config.clip)
-            losses["d_loss"] = float(d_loss)
+            losses["d_loss"] = d_loss
         training.stop_if_diverged(folder, step, losses, {"grad_norm": norm, "d_grad_norm": d_norm},
                                   {"autoencoder": model, "discriminator": disc}, batch["names"], scaler)
         scaler.step(optimizer)
@@ -381,7 +381,7 @@ def train_diffusion(config, argv) -> int:
         dropped = (torch.rand(len(x0), generator=random) < config.drop_label).to(device)
         xt = schedule.q_sample(x0, t, eps)
         with precision.autocast():
-            code = drop_label(denoiser.label_code(onehot), dropped)
+            code = denoiser.drop_label(denoiser.label_code(onehot), dropped)
             output = denoiser(xt, t, code)                                              # (B, C, h, w)
         per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)    # (B,)
         loss = per_image.mean()
@@ -391,7 +391,7 @@ def train_diffusion(config, argv) -> int:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = training.grad_norm(denoiser.parameters(), config.clip)
-        training.stop_if_diverged(folder, step, {"loss": float(loss)}, {"grad_norm": norm}, {"denoiser": denoiser},
+        training.stop_if_diverged(folder, step, {"loss": loss}, {"grad_norm": norm}, {"denoiser": denoiser},
                                   batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()

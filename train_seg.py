@@ -70,7 +70,7 @@ class Config:
 # from random weights they learn nothing in the steps of `tiny` and `small`, whose rates are measured.
 PRESETS = {
     "tiny": {},
-    "small": dict(steps=1500, patch=128, width=24, warmup=100, save_every=500, log_every=50),
+    "small": dict(steps=1000, patch=128, warmup=100, save_every=500, log_every=50),
     "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000, save_every=2000,
                   log_every=100, encoder_weights="imagenet", workers=8),
 }
@@ -160,7 +160,7 @@ def main(argv):
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = training.grad_norm(network.parameters(), config.clip)
-        training.stop_if_diverged(folder, step, {"loss": float(loss)}, {"grad_norm": norm}, {"network": network},
+        training.stop_if_diverged(folder, step, {"loss": loss}, {"grad_norm": norm}, {"network": network},
                                   batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()

@@ -55,6 +55,11 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def number(value) -> float:
+    """A Python float from a number or a tensor of one element, with or without a gradient."""
+    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+
+
 def git_commit() -> str:
     """The commit of this code, '+' when the working tree differs from it, or 'unknown' outside a repository."""
     here = Path(__file__).resolve().parent
@@ -135,7 +140,7 @@ class Log:
 
     def record(self, step: int, **values) -> None:
         """Append {"step": step, ...} to log.jsonl and print it in short."""
-        values = {name: float(value) if value is not None else None for name, value in values.items()}
+        values = {name: number(value) if value is not None else None for name, value in values.items()}
         with open(self.json_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()

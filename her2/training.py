@@ -143,9 +143,10 @@ def grad_norm(parameters, clip: float) -> float:
 def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dict, names, scaler=None) -> None:
     """UserError when a loss or a gradient norm is not finite, after writing `diagnosis.json` with what is needed to look.
 
-    losses, norms: {name: number}. networks: {name: module}, searched for the largest gradient. names: the batch's
+    losses, norms: {name: number or scalar tensor}. networks: {name: module}, searched for the largest gradient. names: the batch's
     images. Under fp16 an infinite gradient is the scaler's ordinary business (it skips the step), not divergence.
     """
+    losses = {name: run.number(value) for name, value in losses.items()}
     if scaler is not None and scaler.is_enabled():
         norms = {}
     broken = [name for name, value in {**losses, **norms}.items() if not math.isfinite(value)]
@@ -159,7 +160,7 @@ def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dic
                 largest[f"{network_name}.{name}"] = value
     worst = max(largest, key=largest.get, default=None)
     run.write_json(Path(folder) / "diagnosis.json", {
-        "step": step, "not_finite": broken, "losses": {name: repr(float(value)) for name, value in losses.items()},
+        "step": step, "not_finite": broken, "losses": {name: repr(value) for name, value in losses.items()},
         "grad_norms": {name: repr(float(value)) for name, value in norms.items()},
         "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}, "batch": list(names)})
     raise UserError(f"{folder}: {', '.join(broken)} not finite at step {step} (see {Path(folder) / 'diagnosis.json'}); "
