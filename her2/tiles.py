@@ -16,13 +16,15 @@ running sum over rows, and only the one row that holds it is read (`pixel`).
 
 Cost on disk: 4 bytes per pixel up to 255 instances in a region, 5 up to 65,535: 154 MB for 6200 x 6200.
 The files can be deleted whenever no program runs. They are written beside and renamed, so a crash leaves no
-half one; a file of the wrong length or shape is thrown away and made again.
+half one; a file of the wrong length or with a damaged index is made again. Flipped bits among the pixels
+are not looked for: it would mean to read every file to its end on every start.
 
 Dimension letters: H, W region; h, w window; K classes; N largest instance id.
 """
 
 import struct
 import sys
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,21 +32,17 @@ import numpy as np
 
 from her2.errors import atomic_write
 
-ARRAYS = ("class_of", "row_counts", "instance", "image")
 VERSION = 1  # part of every key: raise it when the layout or the meaning of the file changes
+# The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
+# class_of (in this order each is aligned to its item size).
+MAGIC = b"HER2TILE"
+NUMBERS = struct.Struct("<5q")  # H, W, K, N + 1, bytes per instance id
 
 
 class Tile:
     """The mapped arrays of one region; see the module's docstring for their shapes. Never write to them."""
 
     def __init__(self, class_of, row_counts, instance, image):
-        height, width = image.shape[:2]
-        whole = (image.shape == (height, width, 3) and instance.shape == (height, width)
-                 and class_of.ndim == 1 and row_counts.shape[1:] == (height,)
-                 and (row_counts.sum(axis=0) == width).all()
-                 and image.dtype == class_of.dtype == np.uint8 and instance.dtype.kind == "u")
-        if not whole:
-            raise ValueError(f"arrays do not belong together: image {image.shape}, instance {instance.shape}")
         self.class_of, self.row_counts, self.instance, self.image = class_of, row_counts, instance, image
 
     @property
@@ -91,46 +89,58 @@ def tile_arrays(image, label, instance, num_classes: int) -> dict:
 
 
 def write_tile(path, arrays: dict) -> None:
-    """Write the arrays one after the other, each with numpy's own header (`np.save`); atomic."""
+    """Write header and arrays; atomic."""
+    height, width = arrays["instance"].shape
+    numbers = NUMBERS.pack(height, width, len(arrays["row_counts"]), len(arrays["class_of"]),
+                           arrays["instance"].dtype.itemsize)
+    contents = {name: np.ascontiguousarray(array).data for name, array in arrays.items()}
+
     def write(file):
-        for name in ARRAYS:
-            np.save(file, np.ascontiguousarray(arrays[name]), allow_pickle=False)
+        file.write(MAGIC + numbers + _checksum(numbers, contents["row_counts"], contents["class_of"]))
+        for name in ("row_counts", "instance", "image", "class_of"):
+            file.write(contents[name])
     atomic_write(path, write)
+
+
+def _checksum(*parts) -> bytes:
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value.to_bytes(4, "little")
 
 
 @lru_cache(maxsize=128)  # an open tile holds a file handle, and systems grant as few as 256 of them
 def open_tile(path) -> Tile:
     """Map a tile file. Raises ValueError when it is not whole, FileNotFoundError when there is none."""
-    path, arrays = Path(path), {}
-    with open(path, "rb") as file:
-        for name in ARRAYS:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"{name} has numpy header version {version}")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            size = int(np.prod(shape)) * dtype.itemsize
-            if fortran or dtype.hasobject or size == 0 or file.tell() + size > path.stat().st_size:
-                raise ValueError(f"{name} is incomplete")
-            arrays[name] = file.tell(), shape, dtype
-            file.seek(size, 1)
-        if file.tell() != path.stat().st_size:
-            raise ValueError("bytes after the last array")
-    # One mapping for all arrays, so that a tile costs one file handle.
-    bytes_ = np.memmap(path, dtype=np.uint8, mode="r")
-    views = {name: np.ndarray(shape, dtype, buffer=bytes_, offset=offset)
-             for name, (offset, shape, dtype) in arrays.items()}
-    return Tile(**views)
+    size, start = Path(path).stat().st_size, len(MAGIC) + NUMBERS.size + 4
+    if size < start:
+        raise ValueError(f"{size} bytes")
+    content = np.memmap(path, dtype=np.uint8, mode="r")  # one mapping, so one file handle, for all arrays
+    numbers = content[len(MAGIC):start - 4].tobytes()
+    height, width, num_classes, ids, item = NUMBERS.unpack(numbers)
+    shapes = {"row_counts": ((num_classes, height), "<i4"), "instance": ((height, width), f"<u{item}"),
+              "image": ((height, width, 3), "u1"), "class_of": ((ids,), "u1")}
+    lengths = [4 * num_classes * height, height * width * item, height * width * 3, ids]
+    if content[:len(MAGIC)].tobytes() != MAGIC or min(lengths) <= 0 or start + sum(lengths) != size:
+        raise ValueError(f"{size} bytes, which is not the length in its header")
+    arrays = {}
+    for (name, (shape, dtype)), length in zip(shapes.items(), lengths):
+        arrays[name] = np.ndarray(shape, dtype, buffer=content, offset=start)
+        start += length
+    if content[len(MAGIC) + NUMBERS.size:][:4].tobytes() != _checksum(numbers, arrays["row_counts"].data,
+                                                                     arrays["class_of"].data):
+        raise ValueError("wrong checksum")
+    return Tile(**arrays)
 
 
 def ensure_tile(path, build) -> Path:
     """Make the tile file `path` from `build() -> arrays` unless a whole one is there. Returns `path`."""
     path = Path(path)
-    try:
-        open_tile(path)
-    except FileNotFoundError:
-        write_tile(path, build())
-    except (ValueError, EOFError, SyntaxError, struct.error) as error:
-        print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
-        path.unlink()
-        write_tile(path, build())
+    if path.exists():
+        try:
+            open_tile(path)
+            return path
+        except ValueError as error:
+            print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
+    write_tile(path, build())
     return path
