@@ -14,6 +14,12 @@ from her2.seeds import generator as random
 from her2.spade import SPADEGenerator, VAEEncoder, reparameterize
 
 
+@pytest.fixture(autouse=True)
+def same_weights_in_every_run():
+    """Constructors draw from torch's global generator."""
+    torch.manual_seed(0)
+
+
 def noise(*shape) -> torch.Tensor:
     return torch.randn(shape, generator=random("noise", *shape))
 
@@ -255,6 +261,8 @@ def test_vgg19_loss_against_the_sum_written_out():
                    for weight, x, y in zip((1 / 32, 1 / 16, 1 / 8, 1 / 4, 1), *features))
     assert torch.allclose(loss(a, b), expected, rtol=1e-5)
     assert loss(a, a) == 0
+    loss(a.requires_grad_(), b.requires_grad_()).backward()
+    assert a.grad is not None and b.grad is None
 
 
 def lpips_heads() -> dict:

@@ -12,6 +12,12 @@ from her2.seeds import generator as random
 from her2.spade import SPADEGenerator, SPADENorm, SPADEResBlock, VAEEncoder, recalibrate_norm, reparameterize
 
 
+@pytest.fixture(autouse=True)
+def same_weights_in_every_run():
+    """Constructors draw from torch's global generator."""
+    torch.manual_seed(0)
+
+
 def small_generator(**changes) -> SPADEGenerator:
     network = SPADEGenerator(**{**dict(num_classes=6, ngf=4, z_dim=8, size=64, hidden=16), **changes})
     init_weights(network, random(0, "weights"), gain=1.0)
@@ -298,11 +304,27 @@ def test_recalibrated_statistics_are_plain_averages_over_the_batches():
     assert network.training and all(torch.equal(a, b) for a, b in zip(parameters, network.parameters()))
     first = network.head_0.norm_0.param_free_norm
     assert first.momentum == 0.1 and first.training
+    recalibrate_norm(network.eval(), batches)
+    assert not any(module.training for module in network.modules())
     starts = [network.start(onehot, z).detach() for onehot, z in batches]
     mean = torch.stack([x.mean((0, 2, 3)) for x in starts]).mean(0)
     var = torch.stack([x.var((0, 2, 3)) for x in starts]).mean(0)
     assert torch.allclose(first.running_mean, mean, atol=1e-5)
     assert torch.allclose(first.running_var, var, rtol=1e-4)
+
+
+def test_recalibration_fits_the_spectral_norm_to_the_weights():
+    """Averaged weights have other singular vectors: refitted once, whatever the number of batches."""
+    fitted = []
+    for count in (1, 3):
+        network = small_generator()
+        convolution = network.head_0.conv_0
+        convolution.weight_u.copy_(F.normalize(noise(64), dim=0))
+        recalibrate_norm(network, [(masks(2, 64, 64), noise(2, 8))] * count)
+        weight = convolution.eval().weight().detach()
+        assert 1 - 1e-4 < torch.linalg.svdvals(weight.flatten(1))[0] < 1.1
+        fitted.append(convolution.weight_u)
+    assert torch.equal(*fitted)
 
 
 def test_after_recalibration_eval_reproduces_training_statistics():
