@@ -76,10 +76,10 @@ def main(argv):
             predict(one, dataset, config, device, precision)
             write_metrics(one, key)
         found = sum(one.test.values()).report()
-        if found["dice"] < 0.05 or (found["fpr"] or 0) > 0.95:
-            called = "tumor" if found["fpr"] else "background"
-            notes.append(f"{one.folder} calls nearly everything {called}: its training failed or was too "
-                         "short, look at its curves.png")
+        for wrong, what in ((found["dice"] < 0.05, "finds hardly any tumor"),
+                            ((found["fpr"] or 0) > 0.95, "calls nearly everything tumor")):
+            if wrong:
+                notes.append(f"{one.folder} {what}: its training failed or was too short, see its curves.png")
 
     # ---- report --------------------------------------------------------------------------------------------
     out = Path(config.out)
@@ -121,8 +121,8 @@ def parse(argv):
     names, synthetic = given.pop("runs"), given.pop("synthetic")
     config = configuration.build(Config, PRESETS, given)
     if config.tile % 32 or config.tile < 32 or config.overlap > config.tile - 32:
-        raise UserError(f"--tile {config.tile} --overlap {config.overlap}: give a tile that is a multiple of "
-                        "32 and an overlap of at most tile - 32")
+        raise UserError(f"--tile {config.tile} --overlap {config.overlap}: tiles would not fit together; give "
+                        "a tile that is a multiple of 32 and an overlap of at most tile - 32")
     folders = {}
     for name in names:          # not every shell replaces runs/seg*; a folder named twice counts once
         for path in sorted(glob.glob(name)) if glob.has_magic(name) else [name]:

@@ -119,7 +119,7 @@ def main(argv):
     write_split(folder / "split.json", dataset)
 
     # ---- paint ------------------------------------------------------------------------------------------------
-    for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False):
+    for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False, disable=None):
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
         if not missing:

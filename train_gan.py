@@ -134,7 +134,7 @@ def main(argv):
     clock, images = time.perf_counter(), 0
     batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
                      pin_memory=device.type == "cuda")
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="GAN", leave=False):
+    for batch in tqdm(batches, initial=step, total=config.steps, desc="GAN", leave=False, disable=None):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         onehot = training.one_hot(batch["label"], num_classes, device)                  # (B, K, H, W)
         noise = torch.randn(len(image), config.z_dim, generator=generator(config.seed, "z", step)).to(device)

@@ -212,7 +212,7 @@ def train_autoencoder(config, argv) -> int:
     clock, images = time.perf_counter(), 0
     batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
                      pin_memory=device.type == "cuda")
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="autoencoder", leave=False):
+    for batch in tqdm(batches, initial=step, total=config.steps, desc="autoencoder", leave=False, disable=None):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         for opt in (optimizer, disc_optimizer):
             training.set_learning_rate(opt, config.lr, step, config.warmup, config.steps, config.schedule)
@@ -264,7 +264,8 @@ def train_autoencoder(config, argv) -> int:
                 log.say(f"warning: {codes_used} of {config.codes} codes in use at step {step}, the codebook is "
                         "collapsing; try a lower --lr, a larger --beta or fewer --codes")
             if step <= config.steps // 2:           # later the decoder should see a codebook that stays
-                restart_dead_codes(model.codebook, usage, z.detach(), generator(config.seed, "restart", step), optimizer)
+                restart_dead_codes(model.quantize, usage, z.detach(), generator(config.seed, "restart", step),
+                                   optimizer)
             usage.zero_()
 
         if step % config.log_every == 0 or step == config.steps:
@@ -370,7 +371,7 @@ def train_diffusion(config, argv) -> int:
     # ---- the loop ---------------------------------------------------------------------------------------------
     clock, images = time.perf_counter(), 0
     sums, counts = torch.zeros(4), torch.zeros(4)   # loss per quarter of t: low t is detail, high t is layout
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="diffusion", leave=False):
+    for batch in tqdm(batches, initial=step, total=config.steps, desc="diffusion", leave=False, disable=None):
         z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])
         x0 = denoiser.scale(z)                                                          # (B, C, h, w)
         onehot = training.one_hot(batch["label"], len(classes), device)                               # (B, K, H, W)
@@ -436,7 +437,7 @@ def pooled_latents(config, dataset, encode, first_step):
     parts = [upright.batch(k, config.batch) for k in range(math.ceil(config.latent_pool / config.batch))]
     label = torch.cat([part["label"] for part in parts])[:config.latent_pool]
     names = [name for part in parts for name in part["names"]][:config.latent_pool]
-    z = [torch.cat([encode(dihedral(part["image"], k)).cpu() for part in tqdm(parts, desc="latents", leave=False)])
+    z = [torch.cat([encode(dihedral(part["image"], k)).cpu() for part in tqdm(parts, desc="latents", leave=False, disable=None)])
          for k in range(8)]
     for step in range(first_step, config.steps):
         random = generator(config.seed, "pool", step)

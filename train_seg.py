@@ -144,7 +144,7 @@ def main(argv):
     network.train()
     batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
                      pin_memory=device.type == "cuda")
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="segmentation", leave=False):
+    for batch in tqdm(batches, initial=step, total=config.steps, desc="segmentation", leave=False, disable=None):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         target = is_tumor[batch["label"]].to(device, non_blocking=True)
 

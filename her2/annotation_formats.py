@@ -44,7 +44,7 @@ def read_exact_text(text, found, image=None):
     slide = choose_image(slides, image, found.path) if len(slides) > 1 else None
     for number, parts in lines:
         with found.annotation(f"line {number}"):
-            last = parts[-1].strip().rstrip("|").strip()
+            last = "|".join(parts).strip().rstrip("|").rpartition("|")[2].strip()
             if slide is not None and parts[0].strip() != slide:
                 found.skipped["of another image"] += 1
                 continue
@@ -178,7 +178,7 @@ def run_length_polygons(code) -> list:
     if not all(type(v) is int and v >= 0 for v in [*size, *as_list(counts)]) or len(size) != 2:
         raise Malformed(f"has the size {show(size)} and counts {show(counts)}, not whole numbers from 0")
     height, width = size
-    if sum(counts) != height * width or height * width > MAX_MASK_PIXELS:
+    if not 0 < height * width <= MAX_MASK_PIXELS or sum(counts) != height * width:
         raise Malformed(f"has counts that sum to {sum(counts)} in a mask of {height} x {width} pixels")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     polygons = outlines(flat.reshape(width, height).T)

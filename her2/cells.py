@@ -1,13 +1,14 @@
 """The cells of every kind of tissue: where they lie, how large their nuclei are, how they are stained.
 
 A cell is one record of the table CELL. Its body is the region nearer to it than to any other cell, at most
-`reach` away (a Voronoi cell with a cap: free borders come out scalloped, as of real nests); the body is drawn
-by `microscope`. Nests are filled by a jittered hexagonal lattice, walls of ducts by layers along the outline.
+`reach` away (a Voronoi cell with a cap: free borders come out scalloped, as of real nests), and within the outline of
+its site; `microscope` draws it. Nests are filled by a jittered hexagonal lattice, walls of ducts by layers along the outline.
 
 HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of the
 membrane that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they
-were tuned until the mean density of DAB inside the polygons resembled photographs of stained tissue
-(about .1, .2, .25, .7 for 0, 1+, 2+, 3+, neighbours overlapping).
+were tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07,
+.18, .25, .65 for 0, 1+, 2+, 3+, and single nests of neighbouring subtypes overlap. Photographs of stained
+tissue gave .15, .17 to .27, .2, .7; there, too, neighbours overlap, and the pattern tells more than the amount.
 
 All lengths are micrometres; dyes are amounts as in `stains`.
 """
@@ -16,6 +17,7 @@ import numpy as np
 
 from her2.textures import ramp
 
+# By subtype 0, 1+, 2+, 3+: DAB of the membrane, share of the membrane that has any, DAB of the cytoplasm.
 MEMBRANE = np.array([0.0, 0.40, 0.74, 1.9])
 COMPLETE = np.array([0.0, 0.38, 0.85, 1.0])
 CYTOPLASM = np.array([0.02, 0.095, 0.11, 0.48])
@@ -77,7 +79,10 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     points = points[keep]
 
     n = len(points)
-    normal = lambda sd: np.exp(sd * rng.standard_normal(n))  # noqa: E731
+
+    def normal(sd):
+        return np.exp(sd * rng.standard_normal(n))
+
     cells = np.zeros(n, CELL)
     cells["x"], cells["y"], cells["angle"] = points.T
     cells["reach"] = pitch * (1.5 if site.kind == "fat" else 0.86) * normal(0.07)
@@ -186,7 +191,8 @@ def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarr
     points = points[(np.abs(points - middle) < half).all(axis=1)]
     column, row = np.rint((points - axis[0]) / (axis[1] - axis[0])).astype(int).T
     density = 0.34 + 0.20 * patchy[row, column]
-    keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density * ramp(tissue[row, column] - 0.6, 0.3))
+    density = density * ramp(tissue[row, column] - 0.6, 0.3)
+    keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density)
     points, row, column = points[keep], row[keep], column[keep]
     lymph = rng.random(len(points)) < 0.06 + 0.16 * style.lymph * ramp(patchy[row, column] - 0.8, 0.5)
     fibres = spindles(np.column_stack([points, angle[row, column]])[~lymph], style, rng)

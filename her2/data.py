@@ -21,7 +21,7 @@ from tqdm import tqdm
 from her2.charts import distribution
 from her2.config import Parser
 from her2.dataset import Dataset, empty_splits, inspect_dataset
-from her2.errors import UserError, atomic_write, command
+from her2.errors import UserError, atomic_write, command, one_line
 from her2.figures import save_png
 from her2.images import ENDINGS
 from her2.regions import read_polygons, read_roi
@@ -35,8 +35,8 @@ SLIDE_PATTERN = "[^_]+"
 def measure(dataset: Dataset, problems: list, notes: list):
     """(pixels, instances), each {split: (K,) counts per class}; appends to `problems` and `notes`."""
     count = len(dataset.classes)
-    pixels = {split: np.zeros(count, np.int64) for split in SPLITS}
-    instances = {split: np.zeros(count, np.int64) for split in SPLITS}
+    pixels = {split: np.zeros(count, np.int64) for split in (*SPLITS, "")}  # "": not decided, after a problem
+    instances = {split: np.zeros(count, np.int64) for split in pixels}
     skipped = Counter()
     for roi in tqdm(dataset.rois, desc="checking", unit="ROI", delay=3):
         try:
@@ -63,8 +63,9 @@ def table(dataset: Dataset, pixels: dict, instances: dict, um_per_px=None) -> st
     lines = [f"{dataset.root}: {len(dataset.slides())} slides, {len(dataset.rois)} regions"]
     for split in splits:
         scores = Counter({roi.slide: roi.score or "none" for roi in dataset.split(split)}.values())
+        by_score = ", ".join(f"{count} x {score}" for score, count in sorted(scores.items()))
         lines.append(f"  {split:6} slides {sum(scores.values()):3}   regions {len(dataset.split(split)):4}   "
-                     "slides by score: " + ", ".join(f"{scores[score]} x {score}" for score in sorted(scores)))
+                     f"slides by score: {by_score}")
     lines.append("".join([f"{'':12}", *(f"{split:^34}" for split in splits)]).rstrip())
     lines.append(f"{'class':12}" + f"{'instances':>12}{f'area [{unit}]':>12}{'of tumor':>10}" * len(splits))
     tumor = dataset.classes.tumor_ids
@@ -93,7 +94,7 @@ def check(root, seed: int, out, um_per_px=None) -> int:
         problems.append(f"{dataset.root}: no tumor pixel in the split 'train'; annotate its images, or "
                         "change the split")
     for problem in problems:
-        print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+        print(f"error: {one_line(problem)}", file=sys.stderr)
     if problems:
         return 2
     absent = {split: [dataset.classes.names[c] for c in tumor if not pixels[split][c]]

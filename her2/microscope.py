@@ -79,7 +79,7 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
 
     first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)
     cell = scene.cells[first] if len(scene.cells) else np.zeros(1, scene.cells.dtype)[first]
-    distance = _coarse(scene, scene.distance, x, y).astype(np.float32)                  # (h, w) to the next site
+    distance = _coarse(scene.distance, x, y).astype(np.float32)                        # (h, w) to a site
     # A body ends where its cap or the outline of its site does, whichever comes first.
     free = np.minimum(cell["reach"] - d1, 1.0 + 0.9 * patchy - distance)
     body = ramp(free, 0.5)                                                              # (h, w) in 0..1
@@ -172,7 +172,7 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
     return cover, dye
 
 
-def _coarse(scene, grid, x, y) -> np.ndarray:
+def _coarse(grid, x, y) -> np.ndarray:
     """Bilinear values of a coarse map at points."""
     j, i = (x + MARGIN) / MAP_STEP, (y + MARGIN) / MAP_STEP
     j0, i0 = j.astype(np.int32).clip(0, grid.shape[1] - 2), i.astype(np.int32).clip(0, grid.shape[0] - 2)
@@ -186,7 +186,8 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     noise, style = scene.noise, scene.style
     owner = scene.owner[_cell_of(y), _cell_of(x)]                                       # (h, w), -1 = none
     hollow = ("fat", "duct", "vessel", "dcis", "tumor", "acinus")
-    table = np.array([(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites] + [(0,) * 5], np.float32)
+    none = [(0,) * 5]                              # row -1, for where no site is near
+    table = np.array([(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites] + none, np.float32)
     cleft, fill_h, fill_d, hollow, debris = np.moveaxis(table[owner], -1, 0)            # (h, w) each
 
     streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)

@@ -15,7 +15,7 @@ is that of segmentation-models-pytorch's Unet("resnet34"), whose files load, as 
 
 Differs from the official code: images come in [-1, 1] and the ImageNet normalisation is part of the network (the
 official one leaves it to the data pipeline, where it is easily forgotten; `forward_normalised` skips it); the
-width is free; the initialisation is one rule for encoder and decoder (see `he_init`).
+width is free; the initialisation follows one rule for encoder and decoder (see `he_init`).
 
 Key: B batch, K classes, H W image size, h w size of a feature map, c channels, w width.
 """
@@ -171,15 +171,19 @@ class UNet(nn.Module):
 
 
 def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """He initialisation (fan-out, ReLU gain) for every convolution; batch norms start as the identity.
+    """Draw all weights anew. Convolutions: He et al., 2015 (fan-out, ReLU); batch norms: identity; head: Glorot.
 
-    The logits start at zero: the first loss is ln 2 in every seed, whatever the other weights are.
+    Measured from scratch on a small texture task (width 16, batch 16, no clipping, 7 seeds each): every run converged
+    at learning rates 2e-3 and 5e-3. A head that starts at zero, tempting because the first loss is then ln 2, left
+    half of the runs at more than twice the final loss. Residual branches that start at zero (last gamma of each
+    block) changed nothing and are left out.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-    nn.init.zeros_(model.segmentation_head[0].weight)
-    nn.init.zeros_(model.segmentation_head[0].bias)
+    head = model.segmentation_head[0]
+    nn.init.xavier_uniform_(head.weight, generator=generator)
+    nn.init.zeros_(head.bias)
 
 
 def encoder_weights(choice: str) -> Path | None:

@@ -98,6 +98,8 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
 def _read_table(path) -> tuple[list[str], list]:
     """(header, [(line number, {column: text})]). UserError when the table itself cannot be read."""
     text = read_text(path, "save the table as CSV with the encoding UTF-8")
+    if "\0" in text:
+        raise UserError(f"{path}: not a CSV table (it holds NUL bytes); save it again as CSV")
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]

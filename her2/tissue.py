@@ -30,7 +30,7 @@ TOWARDS_YELLOW = np.array([[0.0, 0.0, 0.0], [-0.5, -1.0, 0.4]])
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
 
 # kind: number per mm^2, radius from and to, wobble, spread of the aspect, gap to the neighbours
-KINDS = {"tumor":       (0, 24, 95, 0.17, 0.40, 7),   "dcis": (0, 38, 62, 0.04, 0.08, 14),
+KINDS = {"tumor":       (0, 24, 95, 0.22, 0.50, 7),   "dcis": (0, 38, 62, 0.04, 0.08, 14),
          "duct":        (11, 15, 32, 0.07, 0.20, 12), "lobule": (8, 30, 52, 0.10, 0.20, 10),
          "histiocytes": (4, 20, 42, 0.18, 0.30, 6),   "lymphocytes": (7, 14, 36, 0.22, 0.40, 6),
          "fat":         (6, 40, 75, 0.12, 0.30, 4),   "vessel": (12, 7, 14, 0.08, 0.30, 8)}
@@ -67,7 +67,8 @@ def draw_style(rng: np.random.Generator) -> Style:
     return Style(
         haematoxylin=thickness * np.exp(0.13 * normal()), dab=thickness * np.exp(0.13 * normal()),
         # Photographed dyes are bluer and yellower than the published vectors, by an amount of its own each.
-        hue=0.015 * normal((2, 3)) + uniform(0.02, 0.10) * TOWARDS_BLUE + uniform(0.02, 0.13) * TOWARDS_YELLOW,
+        hue=(0.015 * normal((2, 3)) + uniform(0.02, 0.10) * TOWARDS_BLUE
+             + uniform(0.02, 0.13) * TOWARDS_YELLOW),
         glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),
         blur=uniform(0.25, 0.60), noise=uniform(0.006, 0.018),
         breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),
@@ -158,7 +159,7 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
                 continue
             if not (low <= x <= high and low <= y <= high):
                 continue
-            close = 0.80 if kind == "tumor" else 1.0
+            close = {"tumor": 0.80, "dcis": 0.92}.get(kind, 1.0)
             room = np.hypot(others[:, 0] - x, others[:, 1] - y) - close * (others[:, 2] + radius)
             if room.min(initial=1) > 0:
                 sites.append(Site(kind, x, y, radius, subtype))
@@ -180,7 +181,7 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
     covered[first] += np.pi * put("tumor", radius, first, inside=True) ** 2
     failures = 0
     while covered.sum() < wanted and failures < 10:
-        kind = "dcis" if rng.random() < 0.09 else "tumor"
+        kind = "dcis" if rng.random() < 0.13 else "tumor"
         subtype = subtype_of()
         radius = put(kind, radius_of(kind), subtype)
         failures += radius == 0
@@ -267,13 +268,14 @@ def fibre_angle(noise, style, distance, axis) -> np.ndarray:
 
 
 def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray]:
-    """(streaks, tissue) on the grid ys x xs: the texture of the fibres (mean 0) and where there are any (0..1).
+    """(streaks, tissue) on the grid ys x xs: texture of the fibres (mean 0), and where there are any (0..1).
 
     Streaks are noise stretched along the flow, and around a site along its outline; where they and slower
     noise are low, or beyond the edge of the section, glass shows.
     """
     along, across = flow_coordinates(noise, style, ys, xs)
-    free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0) + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)
+    free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0)
+            + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)
             + 0.35 * noise["grain"].at(across, along, 0.9, 14.0))
     x_plus_y = xs[None] + ys[:, None]
     around = (0.6 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 30.0)

@@ -46,7 +46,7 @@ def spade_block(meta, sd, inp, out, out64, tolerance):
 def build_generator(opt: dict) -> SPADEGenerator:
     width, ratio = opt["crop_size"], opt.get("aspect_ratio", 1.0)           # the official way to say (H, W)
     return SPADEGenerator(opt["semantic_nc"], opt.get("ngf", 64), opt.get("z_dim", 256),
-                          (round(width / ratio), width), norm_of(opt["norm_G"]), opt["use_vae"],
+                          (round(width / ratio), width), norm_of(opt["norm_G"]), opt.get("use_vae", False),
                           opt.get("num_upsampling_layers", "normal"))
 
 

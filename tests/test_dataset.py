@@ -15,6 +15,7 @@ from her2.classes import DEFAULT_CLASSES
 from her2.dataset import (check_synthetic, empty_splits, inspect_dataset, load_dataset, load_synthetic, read_split,
                           write_split)
 from her2.errors import UserError
+from her2.images import read_image
 from her2.regions import class_pixels, open_roi, read_roi, tile_file
 from her2.sampling import SAMPLINGS, MixedSampler, PatchSampler, iterate_rois
 from her2.slides import SPLITS, assign_splits
@@ -24,7 +25,8 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "real_her2"
 
 # ---------------------------------------------------------------- the split
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (3,), (1, 2, 2, 1), (10, 10, 10, 10), (7, 1, 1, 13), (1, 30), (5, 4, 3, 2, 1)])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (3,), (1, 2, 2, 1), (10, 10, 10, 10), (7, 1, 1, 13), (1, 30),
+                                    (5, 4, 3, 2, 1)])
 def test_split_is_stratified_60_20_20_and_never_empty(counts):
     scores = {f"slide{s}-{k}": f"{s}+" for s, count in enumerate(counts) for k in range(count)}
     n = len(scores)
@@ -115,8 +117,8 @@ def test_csv_with_byte_order_mark_crlf_quotes_and_blank_lines(tmp_path):
 
 def test_numbers_names_and_notes_of_a_row(tmp_path):
     write_dataset(tmp_path, slides=3)
-    write_csv(tmp_path, [{"image": "images/roi0.png", "mask": "masks/roi0.png", "slide": "Jäger, 7", "x": "12.5", "y": "-3",
-                          "downsample": "2e0", "score": "1+", "split": "train", "comment": "nice"},
+    write_csv(tmp_path, [{"image": "images/roi0.png", "mask": "masks/roi0.png", "slide": "Jäger, 7", "x": "12.5",
+                          "y": "-3", "downsample": "2e0", "score": "1+", "split": "train", "comment": "nice"},
                          {"image": "images/roi1.png", "slide": "b", "split": "val"}])
     dataset = load_dataset(tmp_path, require=("train", "val"))
     first, second = dataset.rois
@@ -137,8 +139,9 @@ def test_all_problems_are_listed_and_a_script_names_the_first(tmp_path):
     write_csv(tmp_path, rows)
     dataset, problems = inspect_dataset(tmp_path)
     assert len(problems) == 5 and [roi.name for roi in dataset.rois] == ["images/roi5.png"]
-    for problem, words in zip(problems, ("line 2: image 'none.png'", "line 3: mask '../x.png'", "line 4: split is 'tset'",
-                                         "line 5: downsample is '0'", "line 7: image images/roi5.png stands in line 6")):
+    expected = ("line 2: image 'none.png'", "line 3: mask '../x.png'", "line 4: split is 'tset'",
+                "line 5: downsample is '0'", "line 7: image images/roi5.png stands in line 6")
+    for problem, words in zip(problems, expected):
         assert words in problem, problem
     with pytest.raises(UserError, match=r"line 2.*4 more problems: python -m her2.data"):
         load_dataset(tmp_path)
@@ -173,8 +176,8 @@ def test_polygons_land_where_x_y_and_downsample_say(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"results": [
         square(1020, 2010, 1060, 2050, "HER2 2+", 1), square(1030, 2020, 1040, 2030, "Stroma", 2),
         square(1080, 2010, 1100, 2060, "DCIS", 3)]}), encoding="utf-8")
-    write_csv(tmp_path, [{"image": "a.png", "annotations": "a.json", "x": 1000, "y": 2000, "downsample": 2, "slide": "s",
-                          "split": "train"}])
+    write_csv(tmp_path, [{"image": "a.png", "annotations": "a.json", "x": 1000, "y": 2000, "downsample": 2,
+                          "slide": "s", "split": "train"}])
     dataset = load_dataset(tmp_path, require=("train",))
     _, label, instance = read_roi(dataset.rois[0], dataset.classes)
     expected = np.zeros((30, 50), np.uint8)
@@ -244,8 +247,7 @@ def test_a_region_is_decoded_once_and_again_when_anything_it_depends_on_changes(
     (tmp_path / "a.json").write_text(json.dumps({"results": [square(5, 5, 20, 20, "1+")]}), encoding="utf-8")
     rows = [{"image": "images/roi0.png", "annotations": "a.json", "slide": "s", "split": "train"}]
     decoded = []
-    monkeypatch.setattr(regions, "read_image", lambda path: decoded.append(path) or images_read(path))
-    images_read = __import__("her2.images", fromlist=["read_image"]).read_image
+    monkeypatch.setattr(regions, "read_image", lambda path: decoded.append(path) or read_image(path))
 
     def use(**change):
         write_csv(tmp_path, [{**rows[0], **change}])
@@ -274,7 +276,8 @@ def test_damaged_cache_files_are_made_again(tmp_path, capsys):
     dataset = memory_dataset(tmp_path, [(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8), label)], DEFAULT_CLASSES)
     path = tile_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache")
     whole = path.read_bytes()
-    cases = [b"", b"x", whole[:-1], whole + b"\0", b"\0" * len(whole), whole[200:], *(whole[:n] for n in range(1, 900, 60))]
+    cases = [b"", b"x", whole[:-1], whole + b"\0", b"\0" * len(whole), whole[200:],
+             *(whole[:n] for n in range(1, 900, 60))]
     for content in cases:
         tiles.open_tile.cache_clear()
         path.unlink()

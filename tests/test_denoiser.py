@@ -157,7 +157,8 @@ def test_official_checkpoint_loads_with_and_without_its_average():
 
 
 @pytest.mark.parametrize("broken, named", [
-    ("model.diffusion_model.out.2.bias", r"out\.2\.bias"), ("model_ema.diffusion_modelout2bias", r"out\.?2\.?bias"),
+    ("model.diffusion_model.out.2.bias", r"out\.2\.bias"),
+    ("model_ema.diffusion_modelout2bias", r"out\.?2\.?bias"),
     ("cond_stage_model.channel_mapper.weight", r"channel_mapper\.weight")])
 def test_official_checkpoint_that_does_not_fit_is_an_error_with_names(broken, named):
     good = checkpoint_of(small(), small())

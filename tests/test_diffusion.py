@@ -146,8 +146,8 @@ def test_gaussian_law_gives_the_exact_variance(schedule, steps, eta, deviation):
     spread = math.sqrt(2 / 64 ** 2)                           # standard error of a variance estimate
     assert found.var().item() == pytest.approx(variance, rel=4 * spread, abs=1e-9)
     if steps == 1000:
-        # Ancestral steps of finite size shrink narrow laws: 2.9 % at deviation 0.5 and T = 1000.
-        assert variance == pytest.approx(deviation ** 2, rel=0.035 if eta else 0.002)
+        # The last step takes a mean, which costs about 2 * 0.0015 / deviation^2; ancestral steps cost as much again.
+        assert variance == pytest.approx(deviation ** 2, rel=0.03 if eta else 0.015)
 
 
 def test_ddpm_is_ancestral_sampling_with_the_posterior():

@@ -213,7 +213,7 @@ def mutate(data, rng):
     ("a.jpg", encoded(RGB, "JPEG"), images.read_image, None),
     ("a.tif", encoded(RGB, "TIFF"), images.read_image, None),
 ])
-def test_damaged_files_give_a_user_error_and_a_damaged_png_never_other_pixels(tmp_path, name, content, reader, expected):
+def test_damage_gives_a_user_error_and_in_a_png_never_other_pixels(tmp_path, name, content, reader, expected):
     """Property: 400 random mutations each. Neither JPEG nor TIFF has a checksum, so only PNG can promise its pixels."""
     rng, refused = np.random.default_rng(7), 0
     for _ in range(400):

@@ -26,7 +26,8 @@ def two_regions(tmp_path):
     first, second = np.zeros((30, 44), np.uint8), np.zeros((26, 38), np.uint8)
     first[8:20, 10:30], first[21:24, 30:33] = 4, 1
     second[6:10, 5:12], second[12:18, 20:24], second[20, 20] = 3, 5, 1
-    return memory_dataset(tmp_path, [(noise(30, 44, 1), first), (noise(26, 38, 2), second)], DEFAULT_CLASSES), (first, second)
+    pairs = [(noise(30, 44, 1), first), (noise(26, 38, 2), second)]
+    return memory_dataset(tmp_path, pairs, DEFAULT_CLASSES), (first, second)
 
 
 def chi_square(counts, expected):
@@ -150,7 +151,8 @@ def test_image_label_and_instance_are_augmented_together(tmp_path):
     label = rectangles(40, 48, (1, 2, 3, 4, 5))
     dataset = memory_dataset(tmp_path, [(noise(40, 48), label)], DEFAULT_CLASSES)
     instance = read_roi(dataset.rois[0], DEFAULT_CLASSES)[2]
-    save(dataset.rois[0].image, np.stack([label * 20, instance * 20, rng.integers(0, 256, label.shape)], 2).astype(np.uint8))
+    pixels = np.stack([label * 20, instance * 20, rng.integers(0, 256, label.shape)], axis=2)
+    save(dataset.rois[0].image, pixels.astype(np.uint8))
     upright = PatchSampler(dataset, "train", 16, flips=False, cache=tmp_path)
     flipped = PatchSampler(dataset, "train", 16, flips=True, cache=tmp_path)
     used = Counter()
@@ -282,7 +284,8 @@ def test_tiling_covers_with_the_fewest_patches(tmp_path):
 
 def test_regions_come_whole_for_evaluation(tmp_path):
     dataset, labels = two_regions(tmp_path)
-    for (roi, image, label, instance), expected in zip(iterate_rois(dataset, "train", cache=tmp_path), labels, strict=True):
+    regions = list(iterate_rois(dataset, "train", cache=tmp_path))
+    for (roi, image, label, instance), expected in zip(regions, labels, strict=True):
         decoded = read_roi(roi, DEFAULT_CLASSES)
         assert image.shape == (1, 3, *expected.shape) and image.dtype == torch.float32 and label.dtype == torch.int64
         assert np.allclose((image[0].permute(1, 2, 0).numpy() + 1) * 127.5, decoded[0], atol=1e-3)
