@@ -112,10 +112,9 @@ def frozen_loss(cls, path: str, device):
     """A perceptual loss `cls` with the weights in the file `path`, or None for no path. UserError when they misfit."""
     if not path:
         return None
-    try:
-        return cls(run.load_file(path)).to(device)
-    except ValueError as error:
-        raise UserError(f"{path}: {one_line(error)}; check that the file belongs to {cls.__name__}") from None
+    network = cls()
+    load_official(network, run.load_file(path), path)
+    return network.to(device)
 
 
 def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
