@@ -121,8 +121,8 @@ def parse(argv):
     names, synthetic = given.pop("runs"), given.pop("synthetic")
     config = configuration.build(Config, PRESETS, given)
     if config.tile % 32 or config.tile < 32 or config.overlap > config.tile - 32:
-        raise UserError(f"--tile {config.tile} --overlap {config.overlap}: tiles would not fit together; give "
-                        "a tile that is a multiple of 32 and an overlap of at most tile - 32")
+        raise UserError(f"--tile {config.tile} --overlap {config.overlap}: tiles would not fit together; "
+                        "give a tile that is a multiple of 32 and an overlap of at most tile - 32")
     folders = {}
     for name in names:          # not every shell replaces runs/seg*; a folder named twice counts once
         for path in sorted(glob.glob(name)) if glob.has_magic(name) else [name]:
