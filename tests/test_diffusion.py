@@ -146,7 +146,7 @@ def test_gaussian_law_gives_the_exact_variance(schedule, steps, eta, deviation):
     spread = math.sqrt(2 / 64 ** 2)                           # standard error of a variance estimate
     assert found.var().item() == pytest.approx(variance, rel=4 * spread, abs=1e-9)
     if steps == 1000:
-        # The last step takes a mean, which costs about 2 * 0.0015 / deviation^2; ancestral steps cost as much again.
+        # The last step takes a mean: that costs 2 * 0.0015 / deviation^2, ancestral steps as much again.
         assert variance == pytest.approx(deviation ** 2, rel=0.03 if eta else 0.015)
 
 
