@@ -14,7 +14,6 @@ higher score hold more tumor, and a slide mixes subtypes around its score (paper
 those at which subtype sampling is known to help (0 .07, 1+ .16, 2+ .24, 3+ .43, LCIS/DCIS .11 of the tumor).
 """
 
-import argparse
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from her2.classes import DEFAULT_CLASSES
+from her2.config import Parser
 from her2.errors import UserError, atomic_write, command
 from her2.microscope import render
 from her2.polygons import paint
@@ -239,7 +239,7 @@ def _thumbnail(picture, polygons, side: int = 320) -> np.ndarray:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m her2.phantom", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m her2.phantom", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default=os.path.join("data", "phantom"),
                         help="the dataset folder (default: %(default)s)")
     parser.add_argument("--preset", default="tiny", help=", ".join(
