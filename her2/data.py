@@ -38,7 +38,7 @@ def measure(dataset: Dataset, problems: list, notes: list):
     pixels = {split: np.zeros(count, np.int64) for split in (*SPLITS, "")}  # "": not decided, after a problem
     instances = {split: np.zeros(count, np.int64) for split in pixels}
     skipped = Counter()
-    for roi in tqdm(dataset.rois, desc="checking", unit="ROI", delay=3):
+    for roi in tqdm(dataset.rois, desc="checking", unit="ROI", disable=None, leave=False):
         try:
             _, label, instance = read_roi(roi, dataset.classes)
             skipped += read_polygons(roi, dataset.classes)[2]

@@ -109,7 +109,8 @@ def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
 
 def tile_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
     """`tile_file` for many regions, with a progress bar when it takes longer than a moment."""
-    return [tile_file(roi, classes, cache) for roi in tqdm(rois, desc="reading regions", unit="ROI", delay=3)]
+    bar = tqdm(rois, desc="reading regions", unit="ROI", delay=3, disable=None)
+    return [tile_file(roi, classes, cache) for roi in bar]
 
 
 def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> Tile:

@@ -129,9 +129,10 @@ class PatchSampler:
         return which, int(np.clip(y, 0, roi.height - p)), int(np.clip(x, 0, roi.width - p))
 
     def draw(self, rng: np.random.Generator):
-        """(image (3, P, P), label (P, P), instance (P, P), name) of a random patch, not augmented."""
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch, not augmented."""
         which, y, x = self.place(rng)
-        return *self.window(which, y, x), f"{self.rois[which].name} x={x} y={y}"
+        pixels = open_tile(self.files[which]).window(y, x, self.patch, self.patch)
+        return *pixels, f"{self.rois[which].name} x={x} y={y}"
 
     def window(self, which: int, y: int, x: int):
         """The tensors of the patch of region `which` at row y, column x, not augmented."""
@@ -162,13 +163,13 @@ class MixedSampler:
         self.files = tile_files(self.rois, synthetic.classes, cache)
 
     def draw(self, rng: np.random.Generator):
-        """(image, label, instance, name) of a random real patch or synthetic image, not augmented."""
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented."""
         if rng.random() < 1 / (1 + self.ratio):
             return self.real.draw(rng)
         which = int(rng.integers(len(self.rois)))
         tile = open_tile(self.files[which])
         y, x = int(rng.integers(tile.height - self.patch + 1)), int(rng.integers(tile.width - self.patch + 1))
-        return *to_tensors(*tile.window(y, x, self.patch, self.patch)), self.rois[which].name
+        return *tile.window(y, x, self.patch, self.patch), self.rois[which].name
 
     def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
         """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
@@ -184,16 +185,19 @@ def make_batch(sampler, step: int, indices) -> dict:
     images, labels, instances, names = [], [], [], []
     for index in indices:
         rng = numpy_generator(sampler.seed, "patch", step, index)
-        image, label, instance, name = sampler.draw(rng)
+        *arrays, name = sampler.draw(rng)
+        image, label, instance = map(torch.from_numpy, arrays)
         k = int(rng.integers(8)) if sampler.flips else 0
-        if sampler.stain > 0:
-            image = stain_jitter(image[None], generator(sampler.seed, "stain", step, index),
-                                 scale=0.1 * sampler.stain, shift=0.01 * sampler.stain)[0]
-        images.append(dihedral(image, k))
+        images.append(dihedral(image.permute(2, 0, 1), k))
         labels.append(dihedral(label, k))
         instances.append(dihedral(instance, k))
         names.append(name)
-    return {"image": torch.stack(images), "label": torch.stack(labels), "instance": torch.stack(instances),
+    image = torch.stack(images).float().div_(127.5).sub_(1)                            # (B, 3, P, P)
+    if sampler.stain > 0:
+        for one, index in zip(image, indices):
+            one[:] = stain_jitter(one[None], generator(sampler.seed, "stain", step, index),
+                                  scale=0.1 * sampler.stain, shift=0.01 * sampler.stain)[0]
+    return {"image": image, "label": torch.stack(labels).long(), "instance": torch.stack(instances),
             "names": names}
 
 

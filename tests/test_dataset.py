@@ -162,6 +162,37 @@ def test_links_must_stay_inside_the_folder(tmp_path):
     assert not inspect_dataset(tmp_path / "link2")[1], "the dataset folder itself may be a link"
 
 
+def test_random_damage_to_the_text_files_is_one_line_or_harmless(tmp_path):
+    """Property: whatever happens to a byte, a stretch or the end of a file, there is no traceback."""
+    write_dataset(tmp_path / "real", slides=8)
+    real = load_dataset(tmp_path / "real")
+    folder = synthetic_folder(tmp_path, [("images/roi0.png", "s0")])
+    write_split(folder / "split.json", real)
+
+    def use_synthetic():
+        check_synthetic(load_synthetic(folder), real)
+
+    rng, refused = np.random.default_rng(3), Counter()
+    for path, use in ((tmp_path / "real/slides.csv", lambda: load_dataset(tmp_path / "real")),
+                      (folder / "slides.csv", use_synthetic), (folder / "manifest.jsonl", use_synthetic),
+                      (folder / "split.json", use_synthetic)):
+        whole = path.read_bytes()
+        for _ in range(250):
+            content, at = bytearray(whole), int(rng.integers(len(whole)))
+            end = at + int(rng.integers(1, 30))
+            content[at:end] = ([rng.integers(0, 256)], whole[at:at + 1] * 40, b"", b',"\n', rng.bytes(5),
+                               whole[end:2 * end - at])[rng.integers(6)]
+            path.write_bytes(content)
+            try:
+                use()
+            except UserError as error:
+                refused[path.name] += 1
+                assert "\n" not in str(error) and ";" in str(error), error
+        path.write_bytes(whole)
+        use()
+    assert min(refused.values()) > 100, refused
+
+
 # ---------------------------------------------------------------- pixels
 
 def square(x0, y0, x1, y1, name, key=1):
