@@ -110,12 +110,8 @@ def main(argv):
     ema = training.EMA(net, config.ema)
     saved = {"generator": net, "encoder": encoder, "discriminator": disc, "ema": ema, "optimizer": optimizer,
              "disc_optimizer": disc_optimizer, "scaler": scaler, "disc_scaler": disc_scaler}
-    step, idle = 0, 0                               # idle: steps in a row with a discriminator loss of almost 0
-    state = run.load_checkpoint(folder)
-    if state is not None:
-        for name, item in saved.items():
-            item.load_state_dict(state[name])
-        step, idle = state["step"], state["idle"]
+    numbers = run.load_checkpoint(folder, saved, step=0, idle=0)
+    step, idle = numbers["step"], numbers["idle"]   # idle: steps in a row with a discriminator loss of almost 0
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
         return 0
@@ -201,8 +197,7 @@ def main(argv):
                 plots.Panel("saturated pixels", {"share": "saturated"}, reference={"real": real_saturation(fixed)})])
             run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
-            run.save_checkpoint(folder, {"step": step, "idle": idle,
-                                         **{name: item.state_dict() for name, item in saved.items()}})
+            run.save_checkpoint(folder, saved, step=step, idle=idle)
             clock, images = time.perf_counter(), 0
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method gan --model {folder}")
     return 0

@@ -36,10 +36,11 @@ from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quarti
 from her2.discriminator import PatchGAN
 from her2.errors import UserError, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
+from her2.latents import pooled_latents
 from her2.perceptual import LPIPS
 from her2.phantom import default_phantom
 from her2.quantizer import count_codes, restart_dead_codes
-from her2.sampling import PatchSampler, dihedral, loader
+from her2.sampling import PatchSampler, loader
 from her2.samplers import image_noise, sample
 from her2.seeds import generator
 
@@ -182,16 +183,10 @@ def train_autoencoder(config, argv) -> int:
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
     window = math.ceil(1000 / config.batch)         # codes are counted over 1000 patches, not over a batch
-    usage, codes_used = torch.zeros(config.codes, dtype=torch.long, device=device), None
-    step = 0
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler}
-    state = run.load_checkpoint(folder)
-    if state is not None:
-        for name, item in saved.items():
-            item.load_state_dict(state[name])
-        step, codes_used = state["step"], state["codes_used"]
-        usage.copy_(state["usage"])
+    numbers = run.load_checkpoint(folder, saved, step=0, codes_used=None, usage=torch.zeros(config.codes, dtype=torch.long))
+    step, codes_used, usage = numbers["step"], numbers["codes_used"], numbers["usage"].to(device)
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
         return 0
@@ -289,8 +284,7 @@ def train_autoencoder(config, argv) -> int:
                 plots.Panel("codes used over 1000 patches", {"codes": "codes_used"}, reference={"codebook": config.codes})])
             run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
-            run.save_checkpoint(folder, {"step": step, "usage": usage, "codes_used": codes_used,
-                                         **{name: item.state_dict() for name, item in saved.items()}})
+            run.save_checkpoint(folder, saved, step=step, codes_used=codes_used, usage=usage)
             clock, images = time.perf_counter(), 0
     print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
     return 0
@@ -338,13 +332,8 @@ def train_diffusion(config, argv) -> int:
     ema = training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
-    step = 0
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    state = run.load_checkpoint(folder)
-    if state is not None:
-        for name, item in saved.items():
-            item.load_state_dict(state[name])
-        step = state["step"]
+    step = run.load_checkpoint(folder, saved, step=0)["step"]
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
         return 0
@@ -420,32 +409,10 @@ def train_diffusion(config, argv) -> int:
             run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                            schedule=schedule.config, autoencoder=content, classes=classes.to_json(),
                            split=dataset.slides())
-            run.save_checkpoint(folder, {"step": step, **{name: item.state_dict() for name, item in saved.items()}})
+            run.save_checkpoint(folder, saved, step=step)
             clock, images = time.perf_counter(), 0
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
     return 0
-
-
-def pooled_latents(config, dataset, encode, first_step):
-    """Batches from a fixed pool of patches, each encoded once in each of its eight flips and rotations.
-
-    An encoder is not exactly equivariant, so the latent of a flipped image is encoded, not flipped.
-    Yields {"z": (B, C, h, w), "label": (B, H, W), "names"} for the steps from `first_step` on: functions of (seed, step).
-    """
-    upright = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                           cache=config.cache)
-    parts = [upright.batch(k, config.batch) for k in range(math.ceil(config.latent_pool / config.batch))]
-    label = torch.cat([part["label"] for part in parts])[:config.latent_pool]
-    names = [name for part in parts for name in part["names"]][:config.latent_pool]
-    z = [torch.cat([encode(dihedral(part["image"], k)).cpu() for part in tqdm(parts, desc="latents", leave=False, disable=None)])
-         for k in range(8)]
-    for step in range(first_step, config.steps):
-        random = generator(config.seed, "pool", step)
-        picked = torch.randint(config.latent_pool, (config.batch,), generator=random).tolist()
-        turned = torch.randint(8, (config.batch,), generator=random).tolist()
-        yield {"z": torch.stack([z[k][i] for i, k in zip(picked, turned)]),
-               "label": torch.stack([dihedral(label[i], k) for i, k in zip(picked, turned)]),
-               "names": [names[i] for i in picked]}
 
 
 @torch.no_grad()

@@ -115,13 +115,8 @@ def main(argv):
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     scaler = precision.scaler()
-    step = 0
-    state = run.load_checkpoint(folder)
-    if state is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step = state["step"]
+    saved = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    step = run.load_checkpoint(folder, saved, step=0)["step"]
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
         return 0
@@ -188,8 +183,7 @@ def main(argv):
                         "nothing; try a longer --warmup, a lower --lr or more --steps")
             run.save_model(folder, "segmenter", network.config, network.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
-            run.save_checkpoint(folder, {"step": step, "network": network.state_dict(), "scaler": scaler.state_dict(),
-                                         "optimizer": optimizer.state_dict()})
+            run.save_checkpoint(folder, saved, step=step)
             network.train()
             clock, images = time.perf_counter(), 0
     print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")

@@ -100,6 +100,8 @@ def open_run(script: str, config, device, command) -> Path:
                           "git": git_commit(), "versions": {"python": platform.python_version(),
                                                             "torch": torch.__version__, "numpy": np.__version__,
                                                             "pillow": PIL.__version__}})
+    for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
+        rubbish.unlink()
     return folder
 
 
@@ -180,18 +182,25 @@ def load_file(path) -> dict:
                         "only files of tensors, lists, dicts and numbers are accepted") from None
 
 
-def save_checkpoint(folder, state: dict) -> None:
-    """Write `state` as last.pt; the one before becomes last.prev.pt once the new one is whole on the disk."""
+def save_checkpoint(folder, saved: dict, **numbers) -> None:
+    """Write last.pt: the state_dict of everything in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
+
+    The one before becomes last.prev.pt once the new one is whole on the disk.
+    """
     folder = Path(folder)
     last, fresh = folder / "last.pt", folder / "last.new.pt"
-    atomic_write(fresh, lambda file: torch.save({"format": FORMAT, **state}, file))
+    state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
+    atomic_write(fresh, lambda file: torch.save(state, file))
     if last.exists():
         os.replace(last, folder / "last.prev.pt")
     os.replace(fresh, last)
 
 
-def load_checkpoint(folder):
-    """The state of the newest whole checkpoint, or None for a new run. Damaged ones are named and passed over."""
+def load_checkpoint(folder, saved: dict, **numbers) -> dict:
+    """The newest whole checkpoint into everything in `saved`; returns its numbers, or `numbers` for a new run.
+
+    A damaged checkpoint is named, moved aside, and the one before it is used.
+    """
     damaged = []
     for name in ("last.pt", "last.prev.pt"):
         path = Path(folder) / name
@@ -208,11 +217,13 @@ def load_checkpoint(folder):
             os.replace(path, path.with_suffix(".damaged"))
             damaged.append(str(path.with_suffix(".damaged")))
             continue
-        return state
+        for item_name, item in saved.items():
+            item.load_state_dict(state[item_name])
+        return {number: state[number] for number in numbers}
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; "
                         f"delete the run folder {folder} to start again")
-    return None
+    return numbers
 
 
 def check_format(path, state) -> None:

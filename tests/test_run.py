@@ -74,46 +74,56 @@ def test_run_folder_belongs_to_one_configuration(tmp_path):
         run.open_run("a.py", Config(out=str(tmp_path / "other")), "cpu", ["a.py"])
 
 
-def state_of(step):
-    return {"step": step, "weight": torch.full((300,), float(step)), "list": [1, {"a": None}]}
+def save(folder, step):
+    net = torch.nn.Linear(300, 1, bias=False)
+    torch.nn.init.constant_(net.weight, float(step))
+    run.save_checkpoint(folder, {"net": net}, step=step, extra=[1, {"a": None}])
+
+
+def load(folder) -> int:
+    """The step of the checkpoint that is loaded, after checking that all of it belongs to that step; 0: a new run."""
+    net = torch.nn.Linear(300, 1, bias=False)
+    numbers = run.load_checkpoint(folder, {"net": net}, step=0, extra=None)
+    if numbers["step"]:
+        assert (net.weight == numbers["step"]).all() and numbers["extra"] == [1, {"a": None}]
+    return numbers["step"]
 
 
 def test_checkpoint_survives_a_death_between_the_two_renames(tmp_path):
-    run.save_checkpoint(tmp_path, state_of(1))
-    run.save_checkpoint(tmp_path, state_of(2))
-    assert run.load_checkpoint(tmp_path)["step"] == 2
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert load(tmp_path) == 2
     (tmp_path / "last.pt").unlink()                     # killed after last -> prev, before new -> last
-    assert run.load_checkpoint(tmp_path)["step"] == 1
-    assert run.load_checkpoint(tmp_path / "nothing here") is None
+    assert load(tmp_path) == 1
+    assert load(tmp_path / "nothing here") == 0
 
 
 def test_truncated_checkpoint_falls_back(tmp_path, capsys):
-    run.save_checkpoint(tmp_path, state_of(1))
-    run.save_checkpoint(tmp_path, state_of(2))
+    save(tmp_path, 1)
+    save(tmp_path, 2)
     whole = (tmp_path / "last.pt").read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "last.pt").write_bytes(whole[:length])
-        assert run.load_checkpoint(tmp_path)["step"] == 1
+        assert load(tmp_path) == 1
         assert "last.pt" in capsys.readouterr().err
     assert not (tmp_path / "last.pt").exists()          # moved aside
     (tmp_path / "last.prev.pt").write_bytes(b"")
     with pytest.raises(UserError, match="no whole checkpoint"):
-        run.load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
-    run.save_checkpoint(tmp_path, state_of(1))
-    run.save_checkpoint(tmp_path, state_of(2))
+    save(tmp_path, 1)
+    save(tmp_path, 2)
     whole, rng, noticed = (tmp_path / "last.pt").read_bytes(), random.Random(0), 0
     # The one before stays whole throughout: a damaged last.pt is moved aside, never over it.
     for _ in range(150):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         (tmp_path / "last.pt").write_bytes(damaged)
-        state = run.load_checkpoint(tmp_path)
-        assert state["step"] in (1, 2)
-        assert torch.equal(state["weight"], state_of(state["step"])["weight"]) and state["list"] == [1, {"a": None}]
-        noticed += state["step"] == 1
+        step = load(tmp_path)
+        assert step in (1, 2)
+        noticed += step == 1
     assert noticed > 30                                 # the flips in the tensor's 1200 bytes alone are that many
 
 
