@@ -9,21 +9,22 @@ With prob = softmax(logits), g = one-hot target, and sums over the pixels of the
                          w_k = 1 / V_k^2                    (Sudre et al., DLMIA 2017, [20] of the paper)
     total                dice_weight * Dice + ce_weight * cross-entropy                   (paper, section 2.3)
 
-PAPER: [20] is the generalised Dice, while the authors' public code of 2024 sums soft Dice over the batch, without
-background, eps 0.01. Soft Dice is our default, generalised the alternative. The weights are not given: 0.5 each.
+PAPER: [20] is the generalised Dice, while the authors' public code of 2024 sums soft Dice over the batch,
+without background, eps 0.01. Soft Dice is our default, generalised the alternative. The weights are not
+given: 0.5 each.
 
-Why sums over the batch: a patch without tumor has no Dice of its own. Its term would be 1 whatever the network
-does short of exact zeros, and a few such patches would drown the rest. Where nothing is there and nothing is
-predicted, eps / eps = 1: the loss is 0.
+Why sums over the batch: a patch without tumor has no Dice of its own. Its term would be 1 whatever the
+network does short of exact zeros, and a few such patches would drown the rest. Where nothing is there and
+nothing is predicted, eps / eps = 1: the loss is 0.
 
 Differs from the official code (MONAI's GeneralizedDiceLoss), on purpose; each argument named here brings its
 numbers back (tests/parity_segmentation.py):
-  absent="largest"   a class without a pixel gets the largest weight of the others there. Ours: weight 0, because
-                     its w is infinite and any finite stand-in lets it dominate.
-  relative=False     the weights 1 / V^2 shrink with the square of the patch size while eps = 1e-5 stays: for a batch
-                     of 16 patches of 512 px the weighted sums are about 1e-6, so eps alone decides and the loss is
-                     near 0 whatever is predicted. Ours divides all w by the largest (Sudre's ratio does not
-                     change), which makes the loss independent of the number of pixels.
+  absent="largest"   a class without a pixel gets the largest weight of the others. Ours: weight 0, because
+                     its w is infinite, and whatever stands in for that is arbitrary.
+  relative=False     the weighted sums shrink with the number of pixels (sum w V = sum 1 / V) while eps = 1e-5
+                     stays: for a batch of 16 patches of 512 px they are about 3e-6, so eps decides and the
+                     loss is near 0 whatever is predicted. Ours divides all w by the largest (Sudre's ratio
+                     does not change), which makes the loss independent of the number of pixels.
 
 Everything is float32, under autocast too: a half-precision sum over 4 million pixels stops counting at 2048.
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 
 
 def class_sums(logits: torch.Tensor, target: torch.Tensor, batch: bool = True, squared: bool = False):
-    """I, P, V of the module's docstring: (1, K) each, or (B, K) with batch=False. `squared`: sums of squares in P."""
+    """I, P, V of the module's docstring: (1, K) each, or (B, K) with batch=False. `squared`: prob^2 in P."""
     assert logits.ndim == 4 and target.shape == (logits.shape[0], *logits.shape[2:]), \
         f"logits (B, K, H, W) and target (B, H, W), found {tuple(logits.shape)} and {tuple(target.shape)}"
     prob = logits.float().softmax(dim=1).flatten(2)                               # (B, K, H*W)
@@ -64,11 +65,13 @@ def soft_dice_loss(logits, target, include_background: bool = False, **options) 
     return 1 - dice_scores(logits, target, **options)[:, 0 if include_background else 1:].mean()
 
 
-def generalised_dice_loss(logits, target, include_background: bool = True, batch: bool = True, eps: float = 1e-5,
-                          weighting: str = "square", absent: str = "zero", relative: bool = True) -> torch.Tensor:
+def generalised_dice_loss(logits, target, include_background: bool = True, batch: bool = True,
+                          eps: float = 1e-5, weighting: str = "square", absent: str = "zero",
+                          relative: bool = True) -> torch.Tensor:
     """Sudre's generalised Dice loss. weighting: "square" 1/V^2, "simple" 1/V, "uniform" 1.
 
-    Keep the background: a batch without tumor has no other class, and without it would give no gradient at all.
+    Keep the background: a batch without tumor has no other class, and without it would give no gradient at
+    all.
     """
     assert weighting in ("square", "simple", "uniform"), f"weighting {weighting!r}"
     assert absent in ("zero", "largest"), f"absent {absent!r}"
@@ -89,7 +92,8 @@ def generalised_dice_loss(logits, target, include_background: bool = True, batch
 
 def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 0.5, ce_weight: float = 0.5,
                        class_weight=None, label_smoothing: float = 0.0):
-    """The training loss. Returns (loss, {"dice": tensor, "ce": tensor}): the parts detached, unweighted, for the log.
+    """The training loss. Returns (loss, {"dice": tensor, "ce": tensor}): the parts detached, unweighted, for
+    the log.
 
     logits (B, K, H, W); target (B, H, W) ids 0..K-1: for the paper's network 0 background, 1 tumor.
     `class_weight` (K,) and `label_smoothing` are those of torch's cross_entropy.

@@ -2,47 +2,52 @@
 
 Everything follows from one table per slide, accumulated over all its pixels:
 
-    counts[k, bin]      pixels of true class k (the subtype, not just tumor) with the tumor probability in `bin`
+    counts[k, bin]      pixels of true class k (the subtype, not just tumor), tumor probability in `bin`
 
-The bins are bounded by THRESHOLDS, so for each threshold t of that grid the 2-column confusion matrix is exact:
+The bins are bounded by THRESHOLDS, so for each threshold t of that grid the 2-column confusion matrix is
+exact:
 
-    confusion[k] = (pixels of k with prob < t, pixels of k with prob >= t)        (K, 2), predicted no tumor | tumor
+    confusion[k] = (pixels of k with prob < t, pixels of k with prob >= t)      (K, 2), predicted no | tumor
 
-and TP, FN (tumor rows), FP, TN (other rows) are its sums. Ratios are formed once, at the end, from the pooled counts:
+and TP, FN (tumor rows), FP, TN (other rows) are its sums. Ratios are formed once, at the end, from the pooled
+counts:
 
     dice = 2 TP / (2 TP + FP + FN)      precision = TP / (TP + FP)      fpr = FP / (FP + TN)
-    recall[k] = confusion[k, 1] / confusion[k].sum()          subtype_variance = variance of recall[k], k in HER2 rows
+    recall[k] = confusion[k, 1] / confusion[k].sum()       subtype_variance = var(recall[k], k in HER2 rows)
 
-Tables of disjoint sets of pixels add up, so the metric of a union is the metric of the sum, and a mean over images of
-different content never appears. Source: paper, section 2.4; Fig. 6 is `confusion` with each row divided by its sum.
+Tables of disjoint sets of pixels add up, so the metric of a union is the metric of the sum, and a mean over
+images of different content never appears. Source: paper, section 2.4; Fig. 6 is `confusion` with each row
+divided by its sum.
 
-PAPER: which recalls enter the variance, and whether it is divided by n or n - 1, is not said. Here: the classes
-with `variance` set (the four HER2 scores, LCIS/DCIS left out), divided by n, from one matrix over the whole
-split, as in the authors' public code of 2024. PAPER: variance falls when the operating point shifts towards more
-tumor; `matched` compares two networks at one false-positive rate.
+PAPER: which recalls enter the variance, and whether it is divided by n or n - 1, is not said. Here: the
+classes with `variance` set (the four HER2 scores, LCIS/DCIS left out), divided by n, from one matrix over the
+whole split, as in the authors' public code of 2024. PAPER: variance falls when the operating point shifts
+towards more tumor; `matched` compares two networks at one false-positive rate.
 
-What does not exist is None ("n/a"), neither 0 nor NaN: the recall of an absent class, the precision of an empty
-prediction, the variance of fewer than two recalls. Only the Dice of nothing predicted where nothing is, is 1.
+What does not exist is None ("n/a"), neither 0 nor NaN: the recall of an absent class, the precision of an
+empty prediction, the variance of fewer than two recalls. Only the Dice of nothing predicted where nothing is,
+is 1.
 
 Key: K classes.
 """
 
 import numpy as np
 
-# 0.001 ... 0.999, and finer towards 0 and 1 down to 1e-7, because a network trained with Dice is sure of itself:
-# to lower its false-positive rate a little, the threshold may have to go from 0.999 to 0.99998.
+# 0.001 ... 0.999, and finer towards 0 and 1 down to 1e-7, because a network trained with Dice is sure of
+# itself: to lower its false-positive rate a little, the threshold may have to go from 0.999 to 0.99998.
 _TAIL = [float(f"{digit}e-{decade}") for decade in (7, 6, 5, 4) for digit in range(1, 10)]
 THRESHOLDS = np.array(_TAIL + [i / 1000 for i in range(1, 1000)] + [1 - t for t in reversed(_TAIL)])
 BINS = len(THRESHOLDS) + 1
 
 
 class ProbabilityHistogram:
-    """counts (K, BINS) int64. `classes` is a ClassTable (or anything with names, tumor_ids, variance_ids, len)."""
+    """counts (K, BINS) int64. `classes`: a ClassTable (anything with names, tumor_ids, variance_ids, len)."""
 
     def __init__(self, classes, counts=None):
         self.classes = classes
         self.counts = np.zeros((len(classes), BINS), dtype=np.int64) if counts is None else np.array(counts)
-        if self.counts.shape != (len(classes), BINS) or self.counts.dtype != np.int64 or (self.counts < 0).any():
+        right = self.counts.shape == (len(classes), BINS) and self.counts.dtype == np.int64
+        if not right or (self.counts < 0).any():
             raise ValueError(f"counts are ({len(classes)}, {BINS}) integers, not negative; "
                              f"found {self.counts.shape} of {self.counts.dtype}")
 
@@ -57,15 +62,17 @@ class ProbabilityHistogram:
             if not ((p >= 0) & (p <= 1)).all():  # NaN fails too
                 raise ValueError(f"probabilities outside [0, 1]: {p.min()} to {p.max()}")
             if k.min() < 0 or k.max() >= len(self.classes):
-                raise ValueError(f"class ids {k.min()} to {k.max()}, the table has 0 to {len(self.classes) - 1}")
-            bin_index = np.searchsorted(THRESHOLDS, p.astype(np.float64), side="right")
-            self.counts += np.bincount(k * BINS + bin_index, minlength=self.counts.size).reshape(self.counts.shape)
+                raise ValueError(f"class ids {k.min()} to {k.max()}, known are 0 to {len(self.classes) - 1}")
+            cell = k * BINS + np.searchsorted(THRESHOLDS, p.astype(np.float64), side="right")
+            self.counts += np.bincount(cell, minlength=self.counts.size).reshape(self.counts.shape)
         return self
 
     def __add__(self, other) -> "ProbabilityHistogram":
-        return self if isinstance(other, int) else ProbabilityHistogram(self.classes, self.counts + other.counts)
+        if isinstance(other, int):  # sum() starts with 0
+            return self
+        return ProbabilityHistogram(self.classes, self.counts + other.counts)
 
-    __radd__ = __add__  # sum() starts with 0
+    __radd__ = __add__
 
     def to_json(self) -> dict:
         return {"bins": BINS, "counts": self.counts.tolist()}
@@ -109,11 +116,13 @@ class ProbabilityHistogram:
         return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), np.abs(fpr - target_fpr)])[0]])
 
 
-def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_fpr: float | None) -> dict | None:
-    """The figures of `test` at the threshold at which the false-positive rate on `val` is the baseline's there.
+def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_fpr: float | None):
+    """The figures of `test` at the threshold at which the false-positive rate on `val` is the baseline's
+    there.
 
-    `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its threshold 0.5.
-    "fpr" in the result is the rate on test at that threshold. None where val has no background to match on.
+    `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its
+    threshold 0.5. "fpr" in the result is the rate on test at that threshold. None where val has no background
+    to match on.
     """
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:
@@ -131,7 +140,7 @@ def confusion_matrix(pred, target, num_classes: int) -> np.ndarray:
     pred, target = np.asarray(pred).reshape(-1), np.asarray(target).reshape(-1)
     assert pred.shape == target.shape, f"{pred.size} predictions, {target.size} targets"
     both = np.concatenate([pred, target])
-    assert not both.size or (both.min() >= 0 and both.max() < num_classes), f"ids {both.min()} to {both.max()}"
+    assert both.min(initial=0) >= 0 and both.max(initial=0) < num_classes, f"ids {both.min()} to {both.max()}"
     pairs = target.astype(np.int64) * num_classes + pred
     return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
@@ -144,7 +153,7 @@ def normalise(confusion, by: str = "truth") -> np.ndarray:
 
 
 def class_scores(confusion, empty: float = np.nan) -> dict:
-    """Each class against the rest, from (K, K) counts: dice, iou, recall, precision, (K,) each; 0 / 0 is `empty`."""
+    """Each class against the rest, from (K, K) counts: dice, iou, recall, precision; 0 / 0 is `empty`."""
     confusion = np.asarray(confusion, dtype=np.float64)
     hit, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
 

@@ -5,17 +5,18 @@ decoder goes back up: double the resolution (nearest), append the encoder's map 
 3x3 convolutions. The last doubling reaches the image's own resolution, where the encoder has no map. A 3x3
 convolution gives two logits per pixel, background and tumor:
 
-    features  f_0 = x, f_1 (1/2, w), f_2 (1/4, w), f_3 (1/8, 2w), f_4 (1/16, 4w), f_5 (1/32, 8w),  w = width = 64
+    features  f_0 = x, f_1 (1/2, w), f_2 (1/4, w), f_3 (1/8, 2w), f_4 (1/16, 4w), f_5 (1/32, 8w)     w = width
     y_0 = f_5        y_i = block_i(concat(up2(y_{i-1}), f_{5-i})), i = 1..4        y_5 = block_5(up2(y_4))
     logits = conv3x3(y_5)
 
-Source: paper, section 2.3 (U-Net [17] with a ResNet-34 [18] backbone pre-trained on ImageNet [19]); the layout
-is that of segmentation-models-pytorch's Unet("resnet34"), whose files load, as do torchvision's resnet34 files
-(encoder). Names of parameters are the official ones: `encoder.` + torchvision's, `decoder.blocks.<i>.conv<1|2>`.
+Source: paper, section 2.3 (U-Net [17] with a ResNet-34 [18] backbone pre-trained on ImageNet [19]); the
+layout is that of segmentation-models-pytorch's Unet("resnet34"), whose files load, as do torchvision's
+resnet34 files (encoder). Names of parameters are the official ones: `encoder.` + torchvision's,
+`decoder.blocks.<i>.conv<1|2>`.
 
-Differs from the official code: images come in [-1, 1] and the ImageNet normalisation is part of the network (the
-official one leaves it to the data pipeline, where it is easily forgotten; `forward_normalised` skips it); the
-width is free; the initialisation follows one rule for encoder and decoder (see `he_init`).
+Differs from the official code: images come in [-1, 1] and the ImageNet normalisation is part of the network
+(the official one leaves it to the data pipeline, where it is easily forgotten; `forward_normalised` skips
+it); the width is free; the initialisation follows one rule for encoder and decoder (see `he_init`).
 
 Key: B batch, K classes, H W image size, h w size of a feature map, c channels, w width.
 """
@@ -34,13 +35,13 @@ from her2.errors import UserError, one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: what every torchvision ResNet was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGENET_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"  # the name ends in its SHA-256's start
+IMAGENET_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"  # ends in the start of its SHA-256
 STRIDE = 32                            # five halvings: sizes and tile positions are multiples of it
-BLOCKS = (3, 4, 6, 3)                  # residual blocks per stage: what makes a ResNet a ResNet-34 (He et al., table 1)
+BLOCKS = (3, 4, 6, 3)                  # residual blocks per stage: He et al., CVPR 2016, table 1, 34-layer
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))): He et al., CVPR 2016, figure 2; torchvision's BasicBlock."""
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))): He et al., figure 2; torchvision's BasicBlock."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -60,7 +61,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet34Encoder(nn.Module):
-    """ResNet-34 without pooling and classifier; parameters named as torchvision's. `width` 64 is the official size."""
+    """ResNet-34 without pooling and classifier; parameters named as torchvision's. Official `width`: 64."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -120,8 +121,8 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """image (B, 3, H, W) in [-1, 1], H and W divisible by 32 -> logits (B, num_classes, H, W).
 
-    `width` 64 is the official size (24,436,514 parameters); 16 or 32 train on a CPU. `decoder_channels` defaults
-    to the official (256, 128, 64, 32, 16) scaled by width / 64, at least 16 each.
+    `width` 64 is the official size (24,436,514 parameters); 16 or 32 train on a CPU. `decoder_channels`
+    defaults to the official (256, 128, 64, 32, 16) scaled by width / 64, at least 16 each.
     """
 
     def __init__(self, num_classes: int = 2, width: int = 64, decoder_channels=None):
@@ -153,11 +154,12 @@ class UNet(nn.Module):
         return self.segmentation_head(self.decoder(features))       # (B, K, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder; fc is dropped).
+        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder; fc is
+        dropped).
 
-        Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded then. Only
-        the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none, and the
-        counters have no effect at a fixed momentum.
+        Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded then.
+        Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
+        and the counters have no effect at a fixed momentum.
         """
         given = dict(state_dict)
         whole = any(name.startswith("encoder.") for name in given)
@@ -171,12 +173,13 @@ class UNet(nn.Module):
 
 
 def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw all weights anew. Convolutions: He et al., 2015 (fan-out, ReLU); batch norms: identity; head: Glorot.
+    """Draw all weights anew. Convolutions: He et al., 2015 (fan-out, ReLU); batch norms: identity; head:
+    Glorot.
 
-    Measured from scratch on a small texture task (width 16, batch 16, no clipping, 7 seeds each): every run converged
-    at learning rates 2e-3 and 5e-3. A head that starts at zero, tempting because the first loss is then ln 2, left
-    half of the runs at more than twice the final loss. Residual branches that start at zero (last gamma of each
-    block) changed nothing and are left out.
+    Measured from scratch on a small texture task (width 16, batch 16, no clipping, 7 seeds each): every run
+    converged at learning rates 2e-3 and 5e-3. A head that starts at zero, tempting because the first loss is
+    then ln 2, left half of the runs at more than twice the final loss. Residual branches that start at zero
+    (last gamma of each block) changed nothing and are left out.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
@@ -196,8 +199,8 @@ def encoder_weights(choice: str) -> Path | None:
         return None
     if choice != "imagenet":
         if not Path(choice).is_file():
-            raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of torchvision's "
-                            "resnet34 or of smp's Unet")
+            raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of "
+                            "torchvision's resnet34 or of smp's Unet")
         return Path(choice)
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rsplit("/", 1)[1]
@@ -208,25 +211,26 @@ def encoder_weights(choice: str) -> Path | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(20)  # torch.hub itself would wait for minutes where packets are dropped
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=expected)
-        except (OSError, RuntimeError, ValueError) as error:  # no network, a wrong hash, a broken proxy setting
-            raise UserError(f"{path}: not there, and the download failed ({one_line(error)}); get {IMAGENET_URL} on a "
-                            "machine with a network and put it there, or give the file itself as "
-                            "--encoder-weights FILE, or do without: --encoder-weights none") from error
+        except (OSError, RuntimeError, ValueError) as error:  # no network, wrong hash, broken proxy
+            raise UserError(f"{path}: not there, and the download failed ({one_line(error)}); get "
+                            f"{IMAGENET_URL} on a machine with a network and put it there, or give the file "
+                            "itself as --encoder-weights FILE, or do without: --encoder-weights none") from error
         finally:
             socket.setdefaulttimeout(patience)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:len(expected)]
     if found != expected:
-        raise UserError(f"{path}: its SHA-256 starts with {found} instead of {expected}, so it is damaged; delete it "
-                        "and run the same command again")
+        raise UserError(f"{path}: its SHA-256 starts with {found} instead of {expected}, so it is damaged; "
+                        "delete it and run the same command again")
     return path
 
 
 def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[int, int, int]]]:
     """Cut one axis into tiles: (size of a tile, [(start of the tile, start of the kept part, its end), ...]).
 
-    Tiles start at multiples of 32, so that a network with five halvings sees every pixel on the same grid as in
-    one pass over the whole image. Neighbours share at least `overlap` pixels and are cut in the middle of what
-    they share: the kept parts are disjoint and cover [0, length). The last tile may reach beyond `length`.
+    Tiles start at multiples of 32, so that a network with five halvings sees every pixel on the same grid as
+    in one pass over the whole image. Neighbours share at least `overlap` pixels and are cut in the middle of
+    what they share: the kept parts are disjoint and cover [0, length). The last tile may reach beyond
+    `length`.
     """
     padded = math.ceil(length / STRIDE) * STRIDE
     tile = min(tile, padded)
@@ -243,17 +247,19 @@ def reflected(length: int, stop: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap: int = 128, batch_size: int = 4,
-                device=None) -> torch.Tensor:
-    """Tumor probability of every pixel of an ROI of any size: (3, H, W) -> (H, W) float32 in [0, 1] on the CPU.
+def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap: int = 128,
+                batch_size: int = 4, device=None) -> torch.Tensor:
+    """Tumor probability of every pixel of an ROI of any size: (3, H, W) -> (H, W) float32 in [0, 1] on the
+    CPU.
 
     `image` is float in [-1, 1] or uint8 (a view of a memory-mapped file is fine: only tiles are copied). The
-    network sees overlapping tiles of which only the centres are kept, so each pixel is predicted once and no seam
-    shows; where an ROI is no multiple of 32 its right and bottom are continued by reflection. `tile` is a multiple of
-    32, 0 <= overlap <= tile - 32. `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be in eval mode.
+    network sees overlapping tiles of which only the centres are kept, so each pixel is predicted once and no
+    seam shows; where an ROI is no multiple of 32 its right and bottom are continued by reflection. `tile` is
+    a multiple of 32, 0 <= overlap <= tile - 32. `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be
+    in eval mode.
     """
     if model.training:
-        raise ValueError("predict_roi needs model.eval(): batch statistics would make tiles depend on each other")
+        raise ValueError("predict_roi needs model.eval(): batch statistics would tie the tiles together")
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is (3, H, W), found {tuple(image.shape)}")
     if tile < STRIDE or tile % STRIDE or not 0 <= overlap <= tile - STRIDE:

@@ -1,4 +1,5 @@
-"""Segmentation against segmentation-models-pytorch, MONAI, scikit-learn, torchmetrics, scipy: same inputs, same numbers.
+"""Segmentation against segmentation-models-pytorch, MONAI, scikit-learn, torchmetrics, scipy: same inputs,
+same numbers.
 
 Ours differs from some of them on purpose (her2/losses.py says why); an argument, or where theirs is a quirk a
 line in here, brings back the official number. tests/test_losses.py shows ours beside it.
@@ -18,7 +19,7 @@ MONAI_EPS = 1e-5  # its smooth_nr and smooth_dr
 
 
 def smp_unet(meta, sd, inp, out, out64, tolerance):
-    """segmentation-models-pytorch's Unet("resnet34"): x is normalised already, the loss is plain cross-entropy."""
+    """segmentation-models-pytorch's Unet("resnet34"): x is normalised already, the loss is cross-entropy."""
     width = sd["encoder.conv1.weight"].shape[0]
     decoder = [sd[f"decoder.blocks.{i}.conv1.0.weight"].shape[0] for i in range(5)]
     model = UNet(len(sd["segmentation_head.0.bias"]), width, decoder)
@@ -52,10 +53,11 @@ def one_loss(name, logits, target):
     flags = {option[:-1]: option[-1] == "1" for option in options if option[-1] in "01"}
     classes = logits.shape[1]
     if kind == "monai_gdl":
-        return generalised_dice_loss(logits, target, flags["bg"], flags["batch"], MONAI_EPS, weighting=options[-1],
-                                     absent="largest", relative=False)
+        return generalised_dice_loss(logits, target, flags["bg"], flags["batch"], MONAI_EPS,
+                                     weighting=options[-1], absent="largest", relative=False)
     if kind == "monai_dice":
-        return soft_dice_loss(logits, target, flags["bg"], batch=flags["batch"], eps=MONAI_EPS, squared=flags["sq"])
+        return soft_dice_loss(logits, target, flags["bg"], batch=flags["batch"], eps=MONAI_EPS,
+                              squared=flags["sq"])
     if kind == "monai_dice_jaccard":
         return soft_dice_loss(logits, target, True, batch=False, eps=MONAI_EPS, jaccard=True)
     if kind == "monai_dicece":
@@ -65,8 +67,9 @@ def one_loss(name, logits, target):
         return one_loss({"ce_ignore255": "ce", "smp_dice_ignore255": "smp_dice/smooth0"}[kind],
                         logits[:, :, 2:], target[:, 2:])
     if kind == "smp_dice":
-        # smp sums over the batch; classes absent from the truth lose their loss but still count in the mean. Its
-        # Dice is a Tversky score with 1/2, 1/2, so that `smooth` is added to I and to (P + V) / 2: eps = 2 smooth.
+        # smp sums over the batch; classes absent from the truth lose their loss but still count in the mean.
+        # Its Dice is a Tversky score with 1/2, 1/2, so that `smooth` is added to I and to (P + V) / 2: eps =
+        # 2 smooth.
         score = dice_scores(logits, target, eps=2.0 * (options[0] == "smooth1"))[0]          # (K,)
         loss = -score.clamp_min(1e-7).log() if options[0] == "log" else 1 - score
         loss = loss * (class_sums(logits, target)[2][0] > 0)
@@ -80,7 +83,8 @@ def seg_losses(meta, sd, inp, out, out64, tolerance):
     ours = {}
     for case in meta["config"]["cases"]:
         logits, target = inp[f"{case}/logits"].requires_grad_(), inp[f"{case}/target"]
-        for name in [key.split("/", 1)[1] for key in out if key.startswith(f"{case}/") and not key.endswith("/grad")]:
+        names = [key.split("/", 1)[1] for key in out if key.startswith(f"{case}/")]
+        for name in [name for name in names if not name.endswith("/grad")]:
             loss = one_loss(name, logits, target)
             ours[f"{case}/{name}"] = loss.detach()
             ours[f"{case}/{name}/grad"] = torch.autograd.grad(loss, logits)[0]
@@ -92,9 +96,10 @@ def metrics(meta, sd, inp, out, out64, tolerance):
     for case in meta["config"]["cases"]:
         pred, target = inp[f"{case}/pred"], inp[f"{case}/target"]
         counts = confusion_matrix(pred, target, classes)
-        table = {"cm": counts, "cm_true": normalise(counts, "truth"), "cm_pred": normalise(counts, "prediction"),
-                 "cm_all": normalise(counts, "all")}
-        ours.update({f"{case}/{library}/{key}": value for key, value in table.items() for library in ("sk", "tm")})
+        table = {"cm": counts, "cm_true": normalise(counts, "truth"),
+                 "cm_pred": normalise(counts, "prediction"), "cm_all": normalise(counts, "all")}
+        for library in ("sk", "tm"):
+            ours.update({f"{case}/{library}/{key}": value for key, value in table.items()})
         for empty in (0, 1, np.nan):
             scores = class_scores(counts, empty)
             ours.update({f"{case}/sk/{key}_zd{empty}": value for key, value in scores.items()})
@@ -103,7 +108,7 @@ def metrics(meta, sd, inp, out, out64, tolerance):
         images = [confusion_matrix(p, t, classes) for p, t in zip(pred, target)]
         assert (sum(images) == counts).all()
         for first in (0, 1):  # with and without class 0
-            each = {key: np.stack([class_scores(c)[key] for c in images])[:, first:] for key in ("dice", "iou")}
+            each = {key: np.stack([class_scores(c)[key][first:] for c in images]) for key in ("dice", "iou")}
             pooled = class_scores(counts)["dice"][None, first:]
             both = {"dice_samplewise": each["dice"], "dice_macro_samplewise": mean_of_present(each["dice"]),
                     "dice_global": pooled, "dice_macro_global": mean_of_present(pooled),
@@ -120,8 +125,9 @@ def mean_of_present(scores):
 
 
 def torchmetrics_gdice(images, first):
-    """torchmetrics' generalised Dice score per image, with its quirk: it gives an absent class the largest weight
-    of a class over all images, and takes the classes in the wrong order where there are several images."""
+    """torchmetrics' generalised Dice score per image, with its quirk: it gives an absent class the largest
+    weight of a class over all images, and takes the classes in the wrong order where there are several
+    images."""
     hit = np.stack([c.diagonal() for c in images])[:, first:].astype(float)                    # (B, K)
     truth, predicted = (np.stack([c.sum(axis) for c in images])[:, first:] for axis in (1, 0))
     weight = np.where(truth > 0, 1.0 / np.maximum(truth, 1) ** 2, 0.0)
@@ -136,7 +142,7 @@ def frechet(meta, sd, inp, out, out64, tolerance):
     for case in meta["config"]["cases"]:
         a, b = inp[f"{case}/a"], inp[f"{case}/b"]
         distance = frechet_distance(*feature_statistics(a), *feature_statistics(b))
-        ours.update({f"{case}/fid_{formula}": np.float64(distance) for formula in ("sqrtm", "eigvals", "eigh")})
+        ours.update({f"{case}/fid_{way}": np.float64(distance) for way in ("sqrtm", "eigvals", "eigh")})
         ours[f"{case}/kid_unbiased"] = np.float64(kernel_distance(a, b))
     return ours
 
