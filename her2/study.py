@@ -70,7 +70,7 @@ def stages(config) -> list:
                          ["train_seg.py", *common, "--seed", str(number), *flags, "--out", str(folder)], folder))
     runs = [str(folder) for name, _, folder in plan if name.startswith("segmentation")]
     synthetic = [str(out / f"synth-{method}") for method in METHODS]
-    plan.append(("evaluation", ["evaluate.py", *runs, "--synthetic", *synthetic, "--device", config.device, "--amp",
+    plan.append(("evaluation", ["evaluate.py", *runs, "--synthetic", *synthetic, *sizes, "--device", config.device, "--amp",
                                 config.amp, "--cache", config.cache, "--out", str(out / "report")], out / "report"))
     return plan
 
