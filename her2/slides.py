@@ -17,6 +17,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from her2.classes import read_text
@@ -109,10 +110,13 @@ def _read_table(path) -> tuple[list[str], list]:
     if not lines:
         raise UserError(f"{path}: an empty file; write one row per image, {INDEX_REMEDY}")
     (_, header), *rows = lines
+    while header and not header[-1]:
+        header.pop()  # spreadsheets write empty columns behind the last one
     header = [name.lower() for name in header]
+    rows = [(line, cells if any(cells[len(header):]) else cells[:len(header)]) for line, cells in rows]
     missing = [name for name in ("image", "slide") if name not in header]
     if missing:
-        separator = next((s for s in (";", "\t") if s in header[0]), None)
+        separator = next((s for s in (";", "\t") if s in "".join(header)), None)
         hint = f"its cells are separated by {separator!r}: save it with commas" if separator else INDEX_REMEDY
         raise UserError(f"{path}: no column {' and no column '.join(map(repr, missing))} in the first line, "
                         f"which has {one_line(header)[:120]}; {hint}")
@@ -121,6 +125,11 @@ def _read_table(path) -> tuple[list[str], list]:
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise UserError(f"{path}: column {twice[0]!r} stands twice in the first line; remove one")
+    for name in header:
+        meant = get_close_matches(name, set(COLUMNS) - set(header), n=1, cutoff=0.8)
+        if name not in COLUMNS and meant:  # ignored, a mistyped x or split would change the data in silence
+            raise UserError(f"{path}: column {name!r} is not known; write {meant[0]!r} if that is meant, "
+                            "else give it another name")
     for line, cells in rows:
         if len(cells) != len(header):
             raise UserError(f"{path}: line {line} has {len(cells)} cells, the first line has {len(header)}; "

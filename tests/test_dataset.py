@@ -108,6 +108,7 @@ def test_csv_with_byte_order_mark_crlf_quotes_and_blank_lines(tmp_path):
         "blank lines and spaces": "\n\n".join(line.replace(",", " , ") for line in lines).encode() + b"\n,,,,\n",
         "capitals": "\n".join([lines[0].upper(), *(line.replace("train", "Train") for line in lines[1:])]).encode(),
         "backslashes": text.replace("/", "\\").encode(),
+        "empty columns of a spreadsheet": "\n".join(line + ",,," for line in lines).encode(),
         "dot": text.replace("images/", "./images/").encode(),
     }
     for name, content in variants.items():
