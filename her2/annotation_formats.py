@@ -39,6 +39,8 @@ def exact_vector(vector) -> list:
 
 
 def read_exact_text(text, found, image=None):
+    """The text export. The last bar may be missing and a comma may stand before the brace; "not in image"
+    says that an annotator found nothing there. The first column names the slide, there may be several."""
     lines = [(number, line.split("|", 2)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     slides = {parts[0].strip(): parts[0].strip() for _, parts in lines}
     slide = choose_image(slides, image, found.path) if len(slides) > 1 else None
@@ -54,7 +56,7 @@ def read_exact_text(text, found, image=None):
             if len(parts) < 3 or not last.startswith("{"):
                 raise Malformed(f"is {show('|'.join(parts))}, not slide|class|{{\"x1\": 1, \"y1\": 2, ...}}|")
             try:
-                vector = parse_json(re.sub(r",\s*}$", "}", last), "cut off or damaged", "")
+                vector = parse_json(re.sub(r",\s*}$", "}", last), "cut off or damaged", remedy="")
             except UserError as error:
                 raise Malformed(f"is {str(error).rstrip('; ')}") from error
             numbers = exact_vector(vector)
@@ -76,6 +78,8 @@ def exact_type(kind) -> tuple:
 
 
 def read_exact_rest(obj, found, image=None):
+    """What EXACT's REST interface answers: an object with "results", or the list alone. Deleted annotations
+    stay in it, and so do those that say something of the whole image (vector null)."""
     page = obj if isinstance(obj, dict) else {"results": obj}
     if page.get("next") or page.get("previous"):
         raise UserError(f"{found.path}: one page of several (\"next\" or \"previous\" is set), the rest is "
@@ -102,6 +106,7 @@ def read_exact_rest(obj, found, image=None):
 
 
 def qupath_class(properties) -> str:
+    """QuPath's versions write the class as {"name"}, as {"names": [...]}, as a text, or leave it out."""
     kind = properties.get("classification")
     if isinstance(kind, dict):
         if kind.get("names") is not None:   # a derived class, which QuPath shows as "Tumor: 3+"
@@ -111,6 +116,7 @@ def qupath_class(properties) -> str:
 
 
 def read_geojson(obj, found, image=None):
+    """QuPath's export: a FeatureCollection, a list of features, or one. Rings after the first are holes."""
     features = obj
     if isinstance(obj, dict):
         features = [obj] if obj["type"] == "Feature" else obj.get("features")
@@ -135,12 +141,14 @@ def read_geojson(obj, found, image=None):
 
 
 def asap_number(text) -> float:
+    # Not float() alone: it also takes "nan", "1_0" and the digits of other scripts.
     if text is None or not DECIMAL.fullmatch(text.strip()):
         raise Malformed(f"has the coordinate {show(text)}, not a number")
     return float(text.strip().replace(",", "."))
 
 
 def read_asap(text, found, image=None):
+    """ASAP's XML. Coordinates count by their Order, not by their place; the class is the group, if any."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise UserError(f"{found.path}: declares a document type or entities, refused since entities can "
                         "expand without end; remove the declaration, ASAP writes none")
@@ -178,6 +186,7 @@ def run_length_polygons(code) -> list:
     if not all(type(v) is int and v >= 0 for v in [*size, *as_list(counts)]) or len(size) != 2:
         raise Malformed(f"has the size {show(size)} and counts {show(counts)}, not whole numbers from 0")
     height, width = size
+    # Before anything of that size is made: a few bytes can ask for terabytes.
     if not 0 < height * width <= MAX_MASK_PIXELS or sum(counts) != height * width:
         raise Malformed(f"has counts that sum to {sum(counts)} in a mask of {height} x {width} pixels")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
@@ -188,6 +197,7 @@ def run_length_polygons(code) -> list:
 
 
 def read_coco(obj, found, image=None):
+    """COCO's object detection format. One file usually covers many images: `image` chooses by file name."""
     names, images = {}, {}
     for what, key, table in (("categories", "name", names), ("images", "file_name", images)):
         for row in rows_of(obj.get(what, []), what, found.path):

@@ -84,10 +84,11 @@ def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: f
     outside = [p for p in placed if not touches(p, height, width)]
     if outside and (not kept or (x, y, downsample) == (0, 0, 1)):
         low, high = outside[0].rings[0].min(axis=0), outside[0].rings[0].max(axis=0)
-        first = f"annotation {outside[0].source_id}: x {low[0]:g} to {high[0]:g}, y {low[1]:g} to {high[1]:g}"
+        where = f"x {low[0]:g} to {high[0]:g}, y {low[1]:g} to {high[1]:g}"
         raise UserError(
             f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} "
-            f"pixels ({first}); correct x, y, downsample in slides.csv (now {x:g}, {y:g}, {downsample:g})")
+            f"pixels (annotation {show(outside[0].source_id)}: {where}); correct x, y, downsample in "
+            f"slides.csv (now {x:g}, {y:g}, {downsample:g})")
     return kept, Counter({"outside the image": len(outside)} if outside else {})
 
 
@@ -108,11 +109,11 @@ def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:
             unknown.append(name)
     if unknown:
         where = next(p.source_id for p in polygons if p.name in unknown)
-        alias = json.dumps({"aliases": {unknown[0]: classes.names[0]}}, ensure_ascii=False)
+        alias = json.dumps({"aliases": {unknown[0][:60]: classes.names[0]}}, ensure_ascii=False)
         raise UserError(one_line(
-            f"{path}: unknown class {_listed(unknown)} (annotation {where}); names seen: {_listed(names)}; "
-            f"names known: {_listed([*classes.names, *classes.aliases])}; rename it where it was drawn, "
-            f"or add an alias for the class that it means to classes.json beside slides.csv: {alias}"))
+            f"{path}: unknown class {_listed(unknown)} (annotation {show(where)}); names seen: "
+            f"{_listed(names)}; names known: {_listed([*classes.names, *classes.aliases])}; rename it "
+            f"where it was drawn, or add an alias for its class to classes.json beside slides.csv: {alias}"))
     return [known[p.name] for p in polygons]
 
 
