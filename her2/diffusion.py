@@ -95,6 +95,7 @@ class Schedule:
     def x0_and_eps(self, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor):
         """The network's output read as x0 and eps: eq. 2, or eq. 1 and 4 solved together."""
         assert output.shape == xt.shape, f"output {tuple(output.shape)} and xt {tuple(xt.shape)} differ"
+        output = output.to(xt.dtype)                         # half precision ends with the network
         if self.parametrisation == "eps":
             to_x0 = self.at((1 / self.alpha_bar).sqrt(), t, xt)
             to_eps = self.at((1 / self.alpha_bar - 1).sqrt(), t, xt)

@@ -192,6 +192,17 @@ def test_known_region_has_the_noise_level_of_the_step_when_the_network_sees_it()
         assert region.var().item() == pytest.approx(1 - share, rel=0.1)
 
 
+def test_a_network_in_half_precision_leaves_the_latents_in_float32():
+    def half(xt, t):
+        return of_one_image(V, image)(xt, t).bfloat16()
+
+    image = draw(1, 3, 4, 4, seed=5)
+    found = sample(half, V, image_noise([1], (3, 4, 4)), 10)
+    assert found.dtype == torch.float32 and 0 < (found - image).abs().max() < 0.05
+    both = EPS.x0_and_eps(image.bfloat16(), image, torch.tensor([9]))
+    assert all(tensor.dtype == torch.float32 for tensor in both)
+
+
 def test_noise_belongs_to_the_image_not_to_the_batch():
     together, alone = image_noise([7, "a", 9], (2, 4, 4)), image_noise(["a"], (2, 4, 4))
     assert torch.equal(together("step", 3)[1:2], alone("step", 3))
