@@ -4,8 +4,7 @@ Everything follows from one table per slide, accumulated over all its pixels:
 
     counts[k, bin]      pixels of true class k (the subtype, not just tumor), tumor probability in `bin`
 
-The bins are bounded by THRESHOLDS, so for each threshold t of that grid the 2-column confusion matrix is
-exact:
+The bins are bounded by THRESHOLDS, so for each threshold t of that grid the confusion matrix is exact:
 
     confusion[k] = (pixels of k with prob < t, pixels of k with prob >= t)      (K, 2), predicted no | tumor
 
@@ -25,8 +24,7 @@ whole split, as in the authors' public code of 2024. PAPER: variance falls when 
 towards more tumor; `matched` compares two networks at one false-positive rate.
 
 What does not exist is None ("n/a"), neither 0 nor NaN: the recall of an absent class, the precision of an
-empty prediction, the variance of fewer than two recalls. Only the Dice of nothing predicted where nothing is,
-is 1.
+empty prediction, the variance of fewer than two recalls. Only the Dice of nothing by nothing is 1.
 
 Key: K classes.
 """
@@ -117,12 +115,10 @@ class ProbabilityHistogram:
 
 
 def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_fpr: float | None):
-    """The figures of `test` at the threshold at which the false-positive rate on `val` is the baseline's
-    there.
+    """The figures of `test` at the threshold that gives `val` the baseline's false-positive rate.
 
     `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its
-    threshold 0.5. "fpr" in the result is the rate on test at that threshold. None where val has no background
-    to match on.
+    threshold 0.5. "fpr" in the result is the rate on test. None where val has no background to match on.
     """
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:

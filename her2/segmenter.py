@@ -154,8 +154,7 @@ class UNet(nn.Module):
         return self.segmentation_head(self.decoder(features))       # (B, K, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder; fc is
-        dropped).
+        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc).
 
         Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded then.
         Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
@@ -173,8 +172,9 @@ class UNet(nn.Module):
 
 
 def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw all weights anew. Convolutions: He et al., 2015 (fan-out, ReLU); batch norms: identity; head:
-    Glorot.
+    """Draw all weights anew: convolutions as He et al., 2015 (fan-out, ReLU), the head as Glorot.
+
+    Batch norms are left as they are made: the identity.
 
     Measured from scratch on a small texture task (width 16, batch 16, no clipping, 7 seeds each): every run
     converged at learning rates 2e-3 and 5e-3. A head that starts at zero, tempting because the first loss is
@@ -213,8 +213,8 @@ def encoder_weights(choice: str) -> Path | None:
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=expected)
         except (OSError, RuntimeError, ValueError) as error:  # no network, wrong hash, broken proxy
             raise UserError(f"{path}: not there, and the download failed ({one_line(error)}); get "
-                            f"{IMAGENET_URL} on a machine with a network and put it there, or give the file "
-                            "itself as --encoder-weights FILE, or do without: --encoder-weights none") from error
+                            f"{IMAGENET_URL} on a machine with a network and put it there, or give the file itself "
+                            "as --encoder-weights FILE, or do without: --encoder-weights none") from error
         finally:
             socket.setdefaulttimeout(patience)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:len(expected)]
@@ -229,8 +229,7 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
 
     Tiles start at multiples of 32, so that a network with five halvings sees every pixel on the same grid as
     in one pass over the whole image. Neighbours share at least `overlap` pixels and are cut in the middle of
-    what they share: the kept parts are disjoint and cover [0, length). The last tile may reach beyond
-    `length`.
+    what they share: the kept parts are disjoint and cover [0, length). The last may reach beyond `length`.
     """
     padded = math.ceil(length / STRIDE) * STRIDE
     tile = min(tile, padded)
@@ -249,8 +248,7 @@ def reflected(length: int, stop: int) -> torch.Tensor:
 @torch.no_grad()
 def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap: int = 128,
                 batch_size: int = 4, device=None) -> torch.Tensor:
-    """Tumor probability of every pixel of an ROI of any size: (3, H, W) -> (H, W) float32 in [0, 1] on the
-    CPU.
+    """Tumor probability of every pixel of an ROI of any size: (3, H, W) -> (H, W) float32, on the CPU.
 
     `image` is float in [-1, 1] or uint8 (a view of a memory-mapped file is fine: only tiles are copied). The
     network sees overlapping tiles of which only the centres are kept, so each pixel is predicted once and no
@@ -280,7 +278,7 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
         if tiles.dtype == torch.uint8:
             tiles = tiles.float() / 127.5 - 1
         logits = model(tiles.contiguous(memory_format=torch.channels_last))                 # (B, K, h, w)
-        tumor = logits.float().softmax(dim=1)[:, 1:].sum(dim=1).cpu()                       # (B, h, w)
+        tumor = logits.float().softmax(dim=1)[:, 1:].sum(dim=1).clamp(max=1).cpu()          # (B, h, w)
         for ((y, top, bottom), (x, left, right)), part in zip(batch, tumor):
             prob[top:bottom, left:right] = part[top - y:bottom - y, left - x:right - x]
     return prob

@@ -233,3 +233,4 @@ def test_constant_prediction_of_another_prior():
     expected = float(dice_cross_entropy(logits, target)[0])
     assert constant_prediction_loss(target, [0.8, 0.2]) == pytest.approx(expected)
     assert math.isfinite(constant_prediction_loss(torch.zeros_like(target)))
+    assert math.isfinite(constant_prediction_loss(target, [1.0, 0.0]))
