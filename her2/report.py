@@ -171,8 +171,9 @@ def change_text(found, digits=3) -> str:
     if found is None:
         return "n/a"
     mean, deviation, percent = found
-    text = f"{mean:+.{digits}f}" + (f" \u00b1 {deviation:.{digits}f}" if deviation is not None else "")
-    return text + (f" ({percent:+.1f} %)" if percent is not None else "")
+    text = f"{round(mean, digits) + 0.0:+.{digits}f}"                       # + 0.0: never "-0.000"
+    text += f" \u00b1 {deviation:.{digits}f}" if deviation is not None else ""
+    return text + (f" ({round(percent, 1) + 0.0:+.1f} %)" if percent is not None else "")
 
 
 MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3))       # key, digits shown

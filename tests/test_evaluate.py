@@ -450,7 +450,7 @@ def test_change_compares_the_same_seeds_only():
 def test_texts_of_one_several_and_no_numbers():
     assert report.spread([0.8334]) == "0.833" and report.spread([None, None]) == "n/a"
     assert report.spread([0.8, 0.9, None]) == "0.850 \u00b1 0.071" and report.spread([]) == "n/a"
-    assert report.change_text((0.0, None, None)) == "+0.000"
+    assert report.change_text((-0.0001, None, -0.01)) == "+0.000 (+0.0 %)"
     assert report.markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n| --- | --- |\n| 1 | 2 |"
     assert report.plain([["name", "x"], ["a", "12"]]).splitlines() == ["name  x", "-" * 8, "a     12"]
 
