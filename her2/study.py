@@ -37,6 +37,7 @@ class Config:
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
     seeds: int = 0                  # segmentation runs per configuration; 0: as the preset says
     ratios: str = ""                # amounts of synthetic images, comma-separated, 1.0 = +100 %; empty: as the preset says
+    trial: int = 0                  # optimiser steps of every training, to try the whole chain; 0: as the preset says
     cache: str = "cache"            # folder for the decoded images
 
 
@@ -49,14 +50,16 @@ def stages(config) -> list:
     common = [*sizes, "--data", data, "--split-seed", str(config.split_seed), "--device", config.device,
               "--amp", config.amp, "--cache", config.cache]
     seed = ["--seed", str(config.seed)]
+    short = ["--steps", str(config.trial)] if config.trial else []
     plan = []
     if not config.data:
         plan.append(("phantom", ["-m", "her2.phantom", *sizes, *seed, "--out", data], data))
-    plan.append(("autoencoder", ["train_ldm.py", "--stage", "autoencoder", *common, *seed, "--out", str(out / "vq")],
+    plan.append(("autoencoder", ["train_ldm.py", "--stage", "autoencoder", *common, *seed, *short, "--out",
+                                 str(out / "vq")],
                  out / "vq"))
     plan.append(("diffusion", ["train_ldm.py", "--stage", "diffusion", "--autoencoder", str(out / "vq"), *common, *seed,
-                               "--out", str(out / "ldm")], out / "ldm"))
-    plan.append(("GAN", ["train_gan.py", *common, *seed, "--out", str(out / "gan")], out / "gan"))
+                               *short, "--out", str(out / "ldm")], out / "ldm"))
+    plan.append(("GAN", ["train_gan.py", *common, *seed, *short, "--out", str(out / "gan")], out / "gan"))
     for method in METHODS:
         # One set of the largest size per method; a smaller ratio uses its first images.
         model, folder = out / ("gan" if method == "gan" else "ldm"), out / f"synth-{method}"
@@ -67,7 +70,7 @@ def stages(config) -> list:
         for name, flags in configurations(out, ratios).items():
             folder = out / f"seg-{name}-seed{number}"
             plan.append((f"segmentation: {name}, seed {number}",
-                         ["train_seg.py", *common, "--seed", str(number), *flags, "--out", str(folder)], folder))
+                         ["train_seg.py", *common, "--seed", str(number), *short, *flags, "--out", str(folder)], folder))
     runs = [str(folder) for name, _, folder in plan if name.startswith("segmentation")]
     synthetic = [str(out / f"synth-{method}") for method in METHODS]
     plan.append(("evaluation", ["evaluate.py", *runs, "--synthetic", *synthetic, *sizes, "--device", config.device, "--amp",
