@@ -12,6 +12,11 @@ from her2.quantizer import Codebook, code_statistics, count_codes, restart_dead_
 SMALL = dict(factor=4, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=3, num_codes=32)
 
 
+@pytest.fixture(autouse=True)
+def same_initial_weights():
+    torch.manual_seed(0)
+
+
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -132,7 +137,8 @@ def test_shapes_of_small_models(config, size):
     assert z.shape == z_q.shape == (2, *latent) and indices.shape == (2, *latent[1:])
     assert indices.max() < config["num_codes"]
     torch.testing.assert_close(model.decode(z), reconstruction)           # decode quantises by itself
-    torch.testing.assert_close(model.decode_quantized(model.quantize.lookup(indices)), reconstruction)
+    again = model.decode_quantized(model.quantize.lookup(indices))        # z + (e - z) is e up to rounding
+    torch.testing.assert_close(again, reconstruction, rtol=1e-4, atol=1e-4)
     twin = VQAutoencoder(**model.config)
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin.to(memory_format=torch.channels_last)(image)[1], z, rtol=1e-4, atol=1e-5)
@@ -190,7 +196,6 @@ def test_psnr_of_a_known_error():
 
 
 def test_a_few_steps_learn_to_reconstruct_one_batch():
-    torch.manual_seed(0)
     model = VQAutoencoder(**dict(SMALL, ch=32, num_codes=64))
     image = torch.tanh(torch.nn.functional.interpolate(draw(4, 3, 4, 4), size=32, mode="bilinear"))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

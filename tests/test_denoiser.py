@@ -12,6 +12,11 @@ SMALL = dict(num_classes=6, z_channels=3, model_channels=32, channel_mult=(1, 2)
              num_heads=4)
 
 
+@pytest.fixture(autouse=True)
+def same_initial_weights():
+    torch.manual_seed(0)
+
+
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
