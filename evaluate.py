@@ -31,6 +31,7 @@ from her2.classes import ClassTable, parse_json, read_text
 from her2.dataset import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
+from her2.provenance import file_hash
 from her2.regions import class_pixels, open_roi, tile_file
 from her2.seeds import hashed_seed
 from her2.segmenter import UNet, predict_roi
@@ -177,14 +178,6 @@ def shared_dataset(runs, folders, config):
                 raise UserError(f"{one.folder}: slide {slide} was a {split[slide]} slide in training, and is "
                                 f"a {part} slide of {dataset.root}; evaluate runs of one split only")
     return dataset
-
-
-def file_hash(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fingerprint(dataset, cache) -> str:

@@ -15,7 +15,6 @@ where it came from. Each image has random numbers of its own, so the set does no
 """
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -35,6 +34,7 @@ from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
+from her2.provenance import file_hash
 from her2.relabel import relabel, repaint_mask
 from her2.sampling import PatchSampler
 from her2.samplers import image_noise, sample
@@ -109,9 +109,9 @@ def main(argv):
     if count < 1:
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; give a larger one")
 
-    folder = run.open_run("generate.py", config, device, ["generate.py", *argv])
+    folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
     manifest = Manifest(folder / "manifest.jsonl")
-    checkpoint = hashlib.sha256(model_file(config.model).read_bytes()).hexdigest()[:16]
+    checkpoint = file_hash(run.model_file(config.model))[:16]
     done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
@@ -215,15 +215,18 @@ class Manifest:
         """
         self.records = {}
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
+                    name = Path(record["image"]).name
+                    known = record["image"] == f"images/{name}" and name == f"{int(Path(name).stem):06d}.png"
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    known = False
+                if not known:               # a line cut short; images that no line vouches for are made again
                     break
-                if record["checkpoint"] != checkpoint:
-                    raise UserError(f"{folder}: holds images of another checkpoint ({record['checkpoint']}, the model is "
+                if record.get("checkpoint") != checkpoint:
+                    raise UserError(f"{folder}: holds images of another checkpoint ({record.get('checkpoint')}, the model is "
                                     f"now {checkpoint}); delete the folder or choose another --out")
-                name = Path(record["image"]).name
                 if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
                     self.records[int(Path(name).stem)] = record
             self.write_ordered()
@@ -277,12 +280,6 @@ def relabel_ids(names: str, classes):
             raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; the tumor classes are "
                             + ", ".join(classes.names[k] for k in classes.tumor_ids))
     return ids
-
-
-def model_file(path) -> Path:
-    """The model.pt of a run folder, or the file itself."""
-    path = Path(path)
-    return path / "model.pt" if path.is_dir() else path
 
 
 def write_slides(folder, records) -> None:

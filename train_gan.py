@@ -100,7 +100,7 @@ def main(argv):
         training.load_official(net, run.load_file(config.init), config.init)
     perceptual = training.frozen_loss(VGG19Loss, config.vgg, device)
 
-    folder = run.open_run("train_gan.py", config, device, ["train_gan.py", *argv])
+    folder = run.open_run("train_gan.py", config, device, ["train_gan.py", *argv], dataset.files())
     for module in (net, encoder, disc):
         module.to(device, memory_format=torch.channels_last).train()
     painters = [*net.parameters(), *encoder.parameters()]

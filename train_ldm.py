@@ -176,7 +176,7 @@ def train_autoencoder(config, argv) -> int:
     init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
     perceptual = training.frozen_loss(LPIPS, config.lpips, device)
 
-    folder = run.open_run("train_ldm.py --stage autoencoder", config, device, ["train_ldm.py", *argv])
+    folder = run.open_run("train_ldm.py --stage autoencoder", config, device, ["train_ldm.py", *argv], dataset.files())
     model.to(device, memory_format=torch.channels_last)
     disc.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
@@ -326,14 +326,17 @@ def train_diffusion(config, argv) -> int:
         # loses it on resuming; here it is a buffer, saved with the weights.
         z = torch.cat([encode(sampler.batch(k, config.batch)["image"]) for k in range(max(1, 256 // config.batch))])
         denoiser.set_latent_scale(float(z.std()))
-    folder = run.open_run("train_ldm.py --stage diffusion", config, device, ["train_ldm.py", *argv])
+    inputs = [*dataset.files(), run.model_file(config.autoencoder)]
+    folder = run.open_run("train_ldm.py --stage diffusion", config, device, ["train_ldm.py", *argv], inputs)
     denoiser.to(device, memory_format=torch.channels_last)
     schedule.to(device)
     ema = training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    step = run.load_checkpoint(folder, saved, step=0)["step"]
+    # Loss per quarter of t since the last log line: low t is detail, high t is layout.
+    numbers = run.load_checkpoint(folder, saved, step=0, sums=torch.zeros(4), counts=torch.zeros(4))
+    step, sums, counts = numbers["step"], numbers["sums"], numbers["counts"]
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
         return 0
@@ -359,7 +362,6 @@ def train_diffusion(config, argv) -> int:
 
     # ---- the loop ---------------------------------------------------------------------------------------------
     clock, images = time.perf_counter(), 0
-    sums, counts = torch.zeros(4), torch.zeros(4)   # loss per quarter of t: low t is detail, high t is layout
     for batch in tqdm(batches, initial=step, total=config.steps, desc="diffusion", leave=False, disable=None):
         z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])
         x0 = denoiser.scale(z)                                                          # (B, C, h, w)
@@ -409,7 +411,7 @@ def train_diffusion(config, argv) -> int:
             run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                            schedule=schedule.config, autoencoder=content, classes=classes.to_json(),
                            split=dataset.slides())
-            run.save_checkpoint(folder, saved, step=step)
+            run.save_checkpoint(folder, saved, step=step, sums=sums, counts=counts)
             clock, images = time.perf_counter(), 0
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
     return 0

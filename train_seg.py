@@ -82,6 +82,9 @@ def main(argv):
         raise UserError(f"--patch: found {config.patch}; the network halves five times, give a multiple of 32")
     if config.init and config.encoder_weights != "none":
         raise UserError("--init and --encoder-weights both name initial weights; give one of them")
+    if config.synthetic and not config.ratio:
+        raise UserError("--ratio: 0 uses none of the images in --synthetic; give a number greater than 0, or leave "
+                        "--synthetic out")
     if config.reconstruct and config.synthetic:
         raise UserError("--reconstruct is a control on real patches; leave --synthetic out")
     device = training.pick_device(config.device)
@@ -95,7 +98,7 @@ def main(argv):
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset)         # no image made from a val or test slide
-        sampler = MixedSampler(sampler, synthetic, config.ratio)
+        sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
     is_tumor = torch.zeros(len(dataset.classes), dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
 
@@ -111,7 +114,9 @@ def main(argv):
         training.refuse_leak(content, dataset, config.reconstruct)
         autoencoder = run.build_model(VQAutoencoder, content, config.reconstruct).requires_grad_(False).to(device)
 
-    folder = run.open_run("train_seg.py", config, device, ["train_seg.py", *argv])
+    inputs = dataset.files() + (synthetic.files() if config.synthetic else [])
+    inputs += [run.model_file(config.reconstruct)] if config.reconstruct else []
+    folder = run.open_run("train_seg.py", config, device, ["train_seg.py", *argv], inputs)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     scaler = precision.scaler()

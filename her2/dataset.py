@@ -36,6 +36,10 @@ class Dataset:
         """{slide: split}"""
         return {roi.slide: roi.split for roi in self.rois}
 
+    def files(self) -> list[Path]:
+        """The small files that say what the dataset is; a run goes on only while they stay the same."""
+        return [self.root / name for name in ("slides.csv", "classes.json", "manifest.jsonl")]
+
 
 def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
     """(dataset, problems): everything that can be said without decoding an image. Problems: one line each.
@@ -130,6 +134,9 @@ def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
 
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
     """
+    if synthetic.classes != real.classes:
+        raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean something "
+                        f"else; make the images again: python generate.py --data {real.root}")
     path = synthetic.root / "manifest.jsonl"
     remedy = "make the images again: python generate.py --data DIR with the same DIR"
     entries = _read_manifest(path, remedy)

@@ -9,8 +9,19 @@ Three ideas used by everything else, with no import from the rest of the project
 
 import errno
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
+
+# What the machine or a wrong path can cause, by errno; every other OSError is a defect of this code.
+FULL = "the disk is full"
+DENIED = "no permission"
+IN_THE_WAY = "a file stands where a folder is needed, or a folder where a file is"
+MACHINE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "the file is too large for this disk",
+           errno.EIO: "the disk does not answer", errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED,
+           errno.ENOTDIR: IN_THE_WAY, errno.EEXIST: IN_THE_WAY, errno.EISDIR: IN_THE_WAY,
+           errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files"}
 
 
 class UserError(Exception):
@@ -25,7 +36,7 @@ def one_line(text) -> str:
 def command(main, argv=None):
     """Run `main(argv)` as a program: exit status 0, or 2 with one line on stderr, or 130 after Ctrl-C.
 
-    Only what a user or the machine can cause is caught (UserError, a full disk, no permission, Ctrl-C).
+    Only what a user or the machine can cause is caught (UserError, a full disk, no permission, no memory, Ctrl-C).
     Everything else is a defect of this code and keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -35,17 +46,44 @@ def command(main, argv=None):
         print(f"error: {one_line(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        again = " ".join([Path(sys.argv[0]).name, *argv])
-        print(f"interrupted: the same command goes on from the last checkpoint: python {again}", file=sys.stderr)
+        spec = sys.modules["__main__"].__spec__     # python -m her2.study: argv[0] would be the module's file
+        program = ["-m", spec.name] if spec is not None and spec.name.startswith("her2.") else [sys.argv[0]]
+        print("interrupted: nothing that was saved is lost, this command goes on: "
+              f"python {shlex.join([*program, *argv])}", file=sys.stderr)
         status = 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in MACHINE:
             raise
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "no permission to write"
-        print(f"error: {error.filename or 'output'}: {what} ({error.strerror}); nothing that was complete is lost, "
-              "make room or choose another --out, then run the same command again", file=sys.stderr)
+        print(one_line(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); nothing that "
+                       "was complete is lost, mend that or choose another folder, then run the same command again"),
+              file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for memory on the CPU.
+        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|enough) memory", str(error)):
+            raise
+        print(f"error: the memory is not enough ({one_line(error)[:120]}); use a smaller --batch, --patch or --width",
+              file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+class _Output:
+    """The open file as other packages see it. torch and Pillow turn a failed write into errors of their own that no
+    longer say that the disk is full, so the original is kept."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
 
 
 def atomic_write(path, write) -> None:
@@ -58,15 +96,20 @@ def atomic_write(path, write) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    output = None
     try:
         with open(temporary, "wb") as file:
+            output = _Output(file)
             if callable(write):
-                write(file)
+                write(output)
             else:
-                file.write(write.encode("utf-8") if isinstance(write, str) else write)
+                output.write(write.encode("utf-8") if isinstance(write, str) else write)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        cause = output.error if output is not None and output.error is not None else error
+        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise

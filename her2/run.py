@@ -17,20 +17,18 @@ the state. The log is cut back to the checkpoint's step on resuming, so that it 
 import json
 import os
 import pickle
-import platform
-import subprocess
 import sys
 import zipfile
 import zlib
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import PIL
 import torch
 from tqdm import tqdm
 
+from her2 import lock
 from her2.errors import UserError, atomic_write, one_line
+from her2.provenance import file_hash, git_commit, versions
 
 FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
 # Fields that may change between two starts of the same run, because the result does not depend on them.
@@ -46,7 +44,7 @@ def read_json(path):
         raise UserError(f"{path}: no such file; check the path") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:       # no UTF-8, no JSON, a number of thousands of digits
         raise UserError(f"{path}: not valid JSON ({one_line(error)}); restore or remove the file") from None
 
 
@@ -60,24 +58,15 @@ def number(value) -> float:
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
-def git_commit() -> str:
-    """The commit of this code, '+' when the working tree differs from it, or 'unknown' outside a repository."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-def open_run(script: str, config, device, command) -> Path:
+def open_run(script: str, config, device, command, inputs=()) -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
-    Returns its path. UserError: the folder holds another script's run, another configuration (the message lists
-    the difference), or files that are not a run at all.
+    Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt): a run does
+    not go on with others. UserError: the folder holds another script's run, another configuration (the message lists
+    the difference), was begun with other inputs, is in use, or holds files that are not a run at all.
     """
     folder, fields = Path(config.out), asdict(config)
+    hashes = {str(file): file_hash(file) for file in inputs}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
     path = folder / "config.json"
@@ -93,20 +82,24 @@ def open_run(script: str, config, device, command) -> Path:
         if changes:
             raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
                             "give the old values, or choose another --out")
+        known = old["inputs"] if isinstance(old.get("inputs"), dict) else {}
+        other = [name for name, value in hashes.items() if known.get(name, value) != value]
+        if other:
+            raise UserError(f"{folder}: was begun with another content of {', '.join(other)}; restore the old one, "
+                            "or choose another --out")
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:
-        write_json(path, {"script": script, "fields": fields, "command": list(command), "device": str(device),
-                          "git": git_commit(), "versions": {"python": platform.python_version(),
-                                                            "torch": torch.__version__, "numpy": np.__version__,
-                                                            "pillow": PIL.__version__}})
+        write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
+                          "device": str(device), "git": git_commit(), "versions": versions()})
+    lock.hold(folder)
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
-        rubbish.unlink()
+        rubbish.unlink(missing_ok=True)
     return folder
 
 
 class Log:
-    """log.txt and log.jsonl of one run; a resumed run cuts both back to its checkpoint's step.
+    """log.txt and log.jsonl of one run; a resumed run cuts the latter back to its checkpoint's step.
 
     `step` is the number of finished optimiser steps that the checkpoint holds (0: a new run).
     """
@@ -123,10 +116,10 @@ class Log:
         if not self.json_path.exists():
             return []
         records = []
-        for line in self.json_path.read_text(encoding="utf-8").splitlines():
+        for line in self.json_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 break                       # half a line: the process died while writing it
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 break
@@ -217,9 +210,13 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
             os.replace(path, path.with_suffix(".damaged"))
             damaged.append(str(path.with_suffix(".damaged")))
             continue
-        for item_name, item in saved.items():
-            item.load_state_dict(state[item_name])
-        return {number: state[number] for number in numbers}
+        try:
+            for item_name, item in saved.items():
+                item.load_state_dict(state[item_name])
+            return {number: state[number] for number in numbers}
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: is no checkpoint of this run and this version of the code ({one_line(error)[:200]}); "
+                            "choose another --out") from None
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; "
                         f"delete the run folder {folder} to start again")
@@ -246,21 +243,29 @@ COMMAND_FOR = {"autoencoder": "python train_ldm.py --stage autoencoder", "gan": 
                "diffusion": "python train_ldm.py --stage diffusion", "segmenter": "python train_seg.py"}
 
 
+def model_file(path) -> Path:
+    """The model.pt of a run folder, or the file itself."""
+    path = Path(path)
+    return path / "model.pt" if path.is_dir() else path
+
+
 def load_model(path, kind: str) -> dict:
     """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...). UserError otherwise."""
-    path = Path(path)
+    path, file = Path(path), model_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such run; make it with: {COMMAND_FOR[kind]} --out {path}")
-    file = path / "model.pt" if path.is_dir() else path
     if not file.exists():
         raise UserError(f"{path}: holds no model.pt (not a run, or not yet trained to its first checkpoint); "
                         f"make it with: {COMMAND_FOR[kind]} --out {path}")
     content = load_file(file)
     check_format(file, content)
-    if content.get("kind") != kind or not isinstance(content.get("kwargs"), dict) \
-            or not isinstance(content.get("state_dict"), dict):
+    if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
                         f"make one with: {COMMAND_FOR[kind]}")
+    needed = {"autoencoder": ["split"], "gan": ["split"], "diffusion": ["split", "schedule", "autoencoder"], "segmenter": []}
+    for name in ["kwargs", "state_dict", *needed[kind]]:
+        if not isinstance(content.get(name), dict):
+            raise UserError(f"{file}: lacks {name!r}, another version of the code made it; train it again")
     return content
 
 
