@@ -26,8 +26,10 @@ def draw_box(axes, x, values, color, with_mean=True):
     mean = float(values.mean())
     if len(values) == 1:
         canvas.diamond(x, axes.y(mean), fill=color)
-        above, text = axes.y(mean) - 20 > axes.top, f"{mean:.3f}" if mean >= 0.1 else f"{mean:.4f}"
-        canvas.text(x, axes.y(mean) + (-8 if above else 8), text, 11, anchor="md" if above else "ma")
+        text = f"{mean:.3f}" if mean >= 0.1 else f"{mean:.4f}"
+        half, y = text_width(text, 11) / 2 + 1, axes.y(mean) + (-20 if axes.y(mean) - 20 > axes.top else 8)
+        canvas.rectangle(x - half, y, x + half, y + 12, "white")    # no line may strike the number through
+        canvas.text(x, y + 6, text, 11, anchor="mm")
         return
     middle, half = (x - 6, 9) if with_mean else (x, 12)
     low, first, median, third, high = np.percentile(values, [0, 25, 50, 75, 100])
@@ -59,6 +61,12 @@ def deviation_ends(values) -> list:
     return [mean - deviation, mean + deviation]
 
 
+def widened(low, high, share=0.04) -> tuple:
+    """A range of at least `share` of its values: differences in the fourth digit must not fill the frame."""
+    room = max(share * max(abs(low), abs(high)) - (high - low), 0) / 2
+    return low - room, high + room
+
+
 def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarray:
     """Box plots in groups, one panel below the other, all with the same groups.
 
@@ -76,7 +84,7 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
                   for name, boxes in groups]
         numbers = [v for _, boxes in groups for _, values in boxes for v in values + deviation_ends(values)]
         numbers += [reference[0]] if reference else []
-        ticks = nice_ticks(min(numbers), max(numbers), 6) if numbers else [0, 1]
+        ticks = nice_ticks(*widened(min(numbers), max(numbers)), 6) if numbers else [0, 1]
         prepared.append((label, groups, reference, ticks))
     left = max(text_width(text, 13) for *_, ticks in prepared for text in tick_texts(ticks)) + 48
     margin = max((text_width(ref[1], 12) for _, _, ref, _ in prepared if ref), default=0) + 24
@@ -118,7 +126,7 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
     assert splits, f"no tumor area in {list(areas)}"
     shares = {split: np.array([areas[split][i] for i in tumor], float) for split in splits}
     shares = {split: 100 * area / area.sum() for split, area in shares.items()}
-    ticks = nice_ticks(0, max(share.max() for share in shares.values()) * 1.08)
+    ticks = nice_ticks(0, min(max(share.max() for share in shares.values()) * 1.08, 100))
     bar = 40
     group = max(len(splits) * bar, *(text_width(classes.names[i], 14) for i in tumor)) + 34
     left, width = 74, 74 + group * len(tumor) + 20

@@ -265,6 +265,14 @@ def test_box_plots_of_whole_studies(rng, recorder, runs, missing):
     assert all(recorder.texts().count(number) >= 2 for number in numbers) == (runs == 1)
 
 
+def test_tiny_differences_do_not_fill_the_frame(recorder):
+    groups = [("tumor", [("real", [0.716674])]), ("subtype", [("real", [0.716679])])]
+    charts.box_plots([("tumor Dice", groups, None)], COLORS)
+    recorder.check()
+    ticks = {float(text) for text in recorder.texts() if text.startswith("0.")} - {0.717}
+    assert len(ticks) > 3 and max(ticks) - min(ticks) >= 0.02
+
+
 def box_picture(values, **options):
     """The pixels of one blue box on an axis from 0 to 10, 20 pixels per unit, 0 at y = 210."""
     canvas = figures.Canvas(100, 220)
