@@ -126,10 +126,8 @@ def parse(argv):
                         "give a tile that is a multiple of 32 and an overlap of at most tile - 32")
     folders = {}
     for name in names:          # not every shell replaces runs/seg*; a folder named twice counts once
-        for path in sorted(glob.glob(name)) if glob.has_magic(name) else [name]:
+        for path in sorted(glob.glob(name)) or [name]:
             folders.setdefault(Path(path).resolve(), Path(path))
-    if not folders:
-        raise UserError(f"{' '.join(names)}: no such run; make one with: python train_seg.py")
     return config, list(folders.values()), synthetic
 
 
