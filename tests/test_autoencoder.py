@@ -80,7 +80,7 @@ def test_usage_counts_add_up_over_batches():
     assert code_statistics(torch.full((7,), 9))[0] == pytest.approx(7)
 
 
-@pytest.mark.parametrize("places", [2, 40])
+@pytest.mark.parametrize("places", [2, 4, 40])           # fewer, as many, and more than dead codes
 def test_restart_moves_dead_codes_to_latents_and_forgets_their_moments(places):
     codebook, z = codebook_of(draw(12, 3)), draw(places, 3, seed=1)
     optimizer = torch.optim.Adam(codebook.parameters(), lr=1e-3)
@@ -196,15 +196,15 @@ def test_psnr_of_a_known_error():
 
 
 def test_a_few_steps_learn_to_reconstruct_one_batch():
-    model = VQAutoencoder(**dict(SMALL, ch=32, num_codes=64))
-    image = torch.tanh(torch.nn.functional.interpolate(draw(4, 3, 4, 4), size=32, mode="bilinear"))
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    first = None
-    for _ in range(25):
+    model = VQAutoencoder(**dict(SMALL, factor=2, ch_mult=(1, 2), num_codes=64))
+    image = torch.tanh(torch.nn.functional.interpolate(draw(4, 3, 4, 4), size=16, mode="bilinear"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(50):
         reconstruction, _, _, _, vq = model(image)
         loss = (reconstruction - image).abs().mean() + vq
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        first = first or psnr(reconstruction.detach(), image).mean().item()
-    assert psnr(model(image)[0], image).mean().item() > first + 3
+    flat = image.mean((0, 2, 3), keepdim=True).expand_as(image)
+    assert psnr(flat, image).mean().item() < 13                  # measured: 12.0 dB, against 23.5 dB below
+    assert psnr(model(image)[0], image).mean().item() > 19
