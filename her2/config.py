@@ -70,12 +70,12 @@ def add_fields(parser, cls, presets: dict) -> None:
     for field in dataclasses.fields(cls):
         kind, flag = hints[field.name], "--" + field.name.replace("_", "-")
         values = {name: preset[field.name] for name, preset in presets.items() if field.name in preset}
-        default = ", ".join(f"{name}: {value}" for name, value in values.items()) or repr(field.default)
+        default = "; ".join([repr(field.default), *(f"{name}: {value}" for name, value in values.items())])
         text = f"{texts[field.name]} [{default}]".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif get_origin(kind) is Literal:
-            parser.add_argument(flag, choices=get_args(kind), default=None, help=text)
+            parser.add_argument(flag, choices=get_args(kind), type=type(get_args(kind)[0]), default=None, help=text)
         else:
             parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
 

@@ -22,6 +22,7 @@ class Config:
     steps: int = 5                  # optimiser steps
     lr: float = 0.1                 # step size
     flips: bool = True              # mirror
+    factor: Literal[4, 8] = 4       # halvings
 
 
 PRESETS = {"tiny": {}, "big": dict(steps=50, lr=0.01)}
@@ -34,11 +35,12 @@ def parse(*argv):
 def test_dataclass_then_preset_then_flag():
     assert parse() == Config()
     assert parse("--preset", "big").steps == 50
+    assert parse("--factor", "8").factor == 8
     assert parse("--preset", "big", "--steps", "7", "--no-flips") == Config(preset="big", steps=7, lr=0.01, flips=False)
 
 
 @pytest.mark.parametrize("argv", [["--steps", "0"], ["--steps", "many"], ["--lr", "nan"], ["--lr", "-1"],
-                                  ["--preset", "huge"], ["--unknown", "1"], ["--step", "1"], ["stray"]])
+                                  ["--preset", "huge"], ["--factor", "5"], ["--unknown", "1"], ["--step", "1"], ["stray"]])
 def test_bad_flags_are_one_line(argv):
     with pytest.raises(UserError) as error:
         parse(*argv)
@@ -50,7 +52,7 @@ def test_every_field_has_its_help(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert "sizes, on two lines" in text and "optimiser steps [big: 50]" in text and "--no-flips" in text
+    assert "sizes, on two lines" in text and "optimiser steps [5; big: 50]" in text and "--no-flips" in text
     assert set(configuration.field_help(Config)) == set(vars(Config()))
 
 
