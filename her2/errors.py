@@ -69,8 +69,8 @@ def command(main, argv=None):
 
 
 class _Output:
-    """The open file as other packages see it. torch and Pillow turn a failed write into errors of their own that no
-    longer say that the disk is full, so the original is kept."""
+    """The open file as other packages see it. torch turns whatever ends a write (a full disk, Ctrl-C) into a
+    RuntimeError about positions in an archive, so the original is kept."""
 
     def __init__(self, file):
         self.file, self.error = file, None
@@ -78,7 +78,7 @@ class _Output:
     def write(self, data):
         try:
             return self.file.write(data)
-        except OSError as error:
+        except BaseException as error:
             self.error = error
             raise
 
@@ -109,7 +109,9 @@ def atomic_write(path, write) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = output.error if output is not None and output.error is not None else error
+        cause = (output and output.error) or error
+        if isinstance(error.__context__, KeyboardInterrupt):    # between two writes of torch
+            cause = error.__context__
         if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
-        raise
+        raise cause
