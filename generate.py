@@ -37,7 +37,7 @@ from her2.phantom import default_phantom
 from her2.provenance import file_hash
 from her2.relabel import relabel, repaint_mask
 from her2.sampling import PatchSampler
-from her2.samplers import image_noise, sample
+from her2.samplers import ddim_timesteps, image_noise, sample
 from her2.seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
 
@@ -178,7 +178,11 @@ class DiffusionPainter:
         self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last) for part in parts)
         self.schedule = Schedule(**content["schedule"]).to(device)
         if config.steps > self.schedule.T:
-            raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, give at most that")
+            raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, give at most "
+                            "that")
+        if ddim_timesteps(self.schedule.T, config.steps, config.spacing)[-1] >= self.schedule.T:
+            raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a timestep beyond "
+                            f"the last of {self.schedule.T}; give a number of steps that divides it, or trailing")
         self.config, self.device = config, device
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
