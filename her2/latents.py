@@ -20,7 +20,8 @@ def pooled_latents(config, dataset, encode, first_step: int):
     An encoder is not exactly equivariant, so a flipped image is encoded again; its latent is not flipped instead.
     Yields {"z": (B, C, h, w) on the CPU, "label": (B, H, W), "names": list}.
     """
-    upright = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False, cache=config.cache)
+    upright = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
+                           cache=config.cache)
     parts = [upright.batch(k, config.batch) for k in range(math.ceil(config.latent_pool / config.batch))]
     label = torch.cat([part["label"] for part in parts])[:config.latent_pool]
     names = [name for part in parts for name in part["names"]][:config.latent_pool]

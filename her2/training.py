@@ -1,4 +1,4 @@
-"""Small things that every training loop calls: device, mixed precision, EMA, learning-rate warm-up, the check for divergence.
+"""Small things that every training loop calls: device, mixed precision, EMA, warm-up, the check for divergence.
 
 None of them owns a step counter or knows a loss: the loop of each script stays visible in that script.
 """
