@@ -76,9 +76,9 @@ class AutoencoderConfig(Common):
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
-    disc_start: int = 700           # step from which the discriminator's gradient enters; it trains from step 0.
+    disc_start: int = 800           # step from which the discriminator's gradient enters; it trains from step 0.
                                     # Before L1 has flattened it ruins the reconstruction
-    disc_weight: float = 0.2        # factor on the adaptive weight of the adversarial loss; 0 trains no discriminator
+    disc_weight: float = 0.1        # factor on the adaptive weight of the adversarial loss; 0 trains no discriminator
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
     log_every: int = 25             # steps between two lines of the log
     save_every: int = 125           # steps between two checkpoints, with sample pictures and a look at val
@@ -255,16 +255,18 @@ def train_autoencoder(config, argv) -> int:
             disc_scaler.update()
         step, images = step + 1, images + len(image)
 
-        # Codes that nobody used over 1000 patches restart at latents of this batch.
+        # Codes that nobody used over 1000 patches restart at latents of this batch. The first time comes early: new
+        # codes lie in a heap around 0, where a few of them serve all latents.
         usage += count_codes(indices, config.codes)
-        if step % window == 0:
+        counted, first = step % window == 0, step == window // 5
+        if counted:
             codes_used = int((usage > 0).sum())
-            if codes_used < 0.05 * config.codes:
+            if codes_used < 0.05 * config.codes and step > window:
                 log.say(f"warning: {codes_used} of {config.codes} codes in use at step {step}, the codebook is "
                         "collapsing; try a lower --lr, a larger --beta or fewer --codes")
-            if step <= config.steps // 2:           # later the decoder should see a codebook that stays
-                restart_dead_codes(model.quantize, usage, z.detach(), generator(config.seed, "restart", step),
-                                   optimizer)
+        if first or (counted and step <= config.steps // 2):    # later the decoder should see a codebook that stays
+            restart_dead_codes(model.quantize, usage, z.detach(), generator(config.seed, "restart", step), optimizer)
+        if first or counted:
             usage.zero_()
 
         if step % config.log_every == 0 or step == config.steps:
