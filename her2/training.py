@@ -34,7 +34,9 @@ class Precision:
         assert amp in ("auto", "off", "bf16", "fp16"), f"amp is auto, off, bf16 or fp16, found {amp!r}"
         self.device, self.dtype = device, None
         if device.type == "cuda" and amp != "off":
-            bf16 = amp == "bf16" or (amp == "auto" and torch.cuda.is_bf16_supported())
+            # Older GPUs emulate bf16 and report it as supported; fp16 is many times faster there.
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            bf16 = amp == "bf16" or (amp == "auto" and native)
             self.dtype = torch.bfloat16 if bf16 else torch.float16
 
     def autocast(self):
