@@ -12,7 +12,9 @@ the nearest row of a codebook, and a decoder paints the image back:
 
 Stage 2, diffusion on the latents. Noise is added to a latent, and a U-Net that also sees the label learns to name it:
 
-    xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps         loss = |eps - denoiser(xt, t, label code)|
+    xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps         loss = |target - denoiser(xt, t, label code)|
+
+    target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
 
 Each stage trains with its own loop below. `generate.py` samples from the result.
 """
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from her2 import config as configuration
 from her2 import figures, plots, run, training
-from her2.autoencoder import VQAutoencoder, psnr
+from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
 from her2.blocks import init_weights
 from her2.dataset import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
@@ -65,8 +67,8 @@ class AutoencoderConfig(Common):
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
-    clip: float = 1.0               # largest L2 norm of the autoencoder's gradient
-    patch: int = 64                 # side of a patch in pixels, divisible by the factor
+    clip: float = 1.0               # largest L2 norm of the gradient, of the autoencoder and of the discriminator
+    patch: int = 64                 # side of a patch in pixels, divisible by 4 * factor, at least 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint of vq-f4 or vq-f8
     factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
@@ -81,7 +83,7 @@ class AutoencoderConfig(Common):
     disc_weight: float = 0.1        # factor on the adaptive weight of the adversarial loss; 0 trains no discriminator
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
     log_every: int = 25             # steps between two lines of the log
-    save_every: int = 125           # steps between two checkpoints, with sample pictures and a look at val
+    save_every: int = 125           # steps between two checkpoints, with sample pictures
 
 
 @dataclass
@@ -149,7 +151,9 @@ def main(argv):
         return train_diffusion(configuration.parse(
             DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
     about = __doc__ + "\nWithout --stage only the flags below are known; each stage has more: --stage NAME --help."
-    common = vars(configuration.parse(Common, {name: {} for name in AUTOENCODER_PRESETS}, rest, about, "train_ldm.py"))
+    parser = configuration.Parser(prog="train_ldm.py", description=about)
+    configuration.add_fields(parser, Common, {})
+    common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
     train_autoencoder(configuration.build(AutoencoderConfig, AUTOENCODER_PRESETS, common), argv)
     return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common), argv)
 
@@ -162,18 +166,17 @@ def open_data(config):
 
 
 def train_autoencoder(config, argv) -> int:
-    if config.patch % (4 * config.factor):
-        raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}")
+    if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
+        raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
     device = training.pick_device(config.device)
     precision = training.Precision(device, config.amp)
     dataset, sampler = open_data(config)
 
     # ---- networks, optimisers ---------------------------------------------------------------------------------
     torch.manual_seed(config.seed)                  # initial weights only: everything else has its own generator
-    levels = {4: (1, 2, 4), 8: (1, 2, 2, 4)}[config.factor]
-    model = VQAutoencoder(factor=config.factor, ch=config.width, ch_mult=levels, num_res_blocks=config.blocks,
-                          z_channels=3 if config.factor == 4 else 4, num_codes=config.codes,
-                          attention_levels=() if config.factor == 4 else (3,), beta=config.beta)
+    official = VQ_F4 if config.factor == 4 else VQ_F8
+    model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
+                             "num_codes": config.codes, "beta": config.beta})
     if config.init:
         training.load_official(model, run.load_file(config.init), config.init)
     disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
@@ -227,13 +230,14 @@ def train_autoencoder(config, argv) -> int:
             if config.disc_weight and step >= config.disc_start:
                 disc.requires_grad_(False)
                 g_loss = hinge_generator(disc(reconstruction))
-                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer)
+                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer, scaler.get_scale())
                 loss = loss + weight * g_loss
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = training.grad_norm(model.parameters(), config.clip)
-        losses = {"loss": loss}
+        losses = {"loss": loss, "l1": l1, "vq_loss": vq_loss}
+        losses |= {} if g_loss is None else {"g_loss": g_loss, "disc_weight": weight}
 
         # The discriminator: tell the image from its reconstruction, from the first step on.
         d_loss, d_norm = None, 0.0
@@ -304,12 +308,16 @@ def train_diffusion(config, argv) -> int:
     dataset, sampler = open_data(config)
     training.refuse_leak(content, dataset, config.autoencoder)
     levels = tuple(int(m) for m in config.mult.split(","))
+    if config.width * levels[-1] % 8:
+        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 attention "
+                        "heads")
     coarsest = autoencoder.factor * 2 ** (len(levels) - 1)
     if config.patch % coarsest:
         raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
                         f"give a multiple of {coarsest}")
     if config.zero_terminal_snr and config.parametrisation != "v":
-        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; add --parametrisation v")
+        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; add --parametrisation v, "
+                        "or --no-zero-terminal-snr")
 
     # ---- network, optimiser -----------------------------------------------------------------------------------
     torch.manual_seed(config.seed)                  # initial weights only: everything else has its own generator
@@ -326,6 +334,8 @@ def train_diffusion(config, argv) -> int:
             return autoencoder.encode(image.to(device, memory_format=torch.channels_last)).float()
 
     if config.init:
+        if config.parametrisation != "eps":
+            raise UserError("--init: official weights name eps; add --parametrisation eps --no-zero-terminal-snr")
         training.load_official(denoiser, run.load_file(config.init), config.init)
     else:
         # One scale for the whole data law, over many patches. The official code takes the first batch's and
@@ -416,7 +426,7 @@ def train_diffusion(config, argv) -> int:
                 plots.Panel("loss by quarter of t", {f"t in quarter {q}": f"loss_q{q}" for q in range(1, 5)})])
             run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                            schedule=schedule.config, autoencoder=content, classes=classes.to_json(),
-                           split=dataset.slides())
+                           split=dataset.slides(), drop_label=config.drop_label)
             run.save_checkpoint(folder, saved, step=step, sums=sums, counts=counts)
             clock, images = time.perf_counter(), 0
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")

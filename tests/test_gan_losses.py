@@ -105,6 +105,16 @@ def test_adaptive_weight_is_the_ratio_of_two_gradients():
     assert torch.equal(last.grad, torch.tensor([3.0, 4.0]))
 
 
+def test_adaptive_weight_of_half_precision_needs_the_scale():
+    last = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    x = (last * torch.tensor([3.0, 4.0])).half().float() * 1e-8              # a gradient below the least fp16 number
+    g = (last * torch.tensor([0.6, 0.8])).half().float() * 1e-8
+    assert adaptive_weight(x.sum(), g.sum(), last) == 0
+    weight = adaptive_weight(x.sum(), g.sum(), last, scale=2.0 ** 16)
+    assert weight.item() == pytest.approx(5e-8 / 1e-4, rel=0.02)
+    assert adaptive_weight(x.sum() * 1e8, g.sum() * 1e8, last, scale=2.0 ** 20) == 0        # inf / inf
+
+
 def test_saturated_share():
     image = torch.tensor([1.0, -1.0, 0.981, 0.98, 0.5, -0.3, 0.0, -0.99]).view(1, 1, 2, 4)
     assert saturated_share(image) == 0.5
