@@ -98,7 +98,8 @@ def main(argv):
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     classes = dataset.classes
-    training.refuse_leak(content, dataset, config.model)
+    for part in filter(None, (content, content.get("autoencoder"))):
+        training.refuse_leak(part, dataset, config.model)
     if content["classes"] != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
@@ -177,6 +178,9 @@ class DiffusionPainter:
                  run.build_model(LatentDenoiser, content, config.model))
         self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last) for part in parts)
         self.schedule = Schedule(**content["schedule"]).to(device)
+        if config.guidance != 1 and content.get("drop_label") == 0:
+            raise UserError(f"--guidance: found {config.guidance}; this model was trained with --drop-label 0 and never saw "
+                            "an image without a label, give 1")
         if config.steps > self.schedule.T:
             raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, give at most "
                             "that")

@@ -13,6 +13,7 @@ learn what the label does not say (stain, glands, texture). One iteration is two
 At synthesis z is drawn from N(0, I): masks alone are enough.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,9 +222,9 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
             yield (training.one_hot(label, num_classes, device),
                    torch.randn(len(label), config.z_dim, generator=random).to(device))
 
-    network = training.EMA(averaged, 0.0).module
+    network = copy.deepcopy(averaged)               # in eval mode, as it was
     recalibrate_norm(network, conditions())
-    return network.eval()
+    return network
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ def main(argv):
     if config.patch % 32:
         raise UserError(f"--patch: found {config.patch}; the network halves five times, give a multiple of 32")
     if config.init and config.encoder_weights != "none":
-        raise UserError("--init and --encoder-weights both name initial weights; give one of them")
+        raise UserError("--init and --encoder-weights both name initial weights; beside --init give --encoder-weights "
+                        "none")
     if config.synthetic and not config.ratio:
         raise UserError("--ratio: 0 uses none of the images in --synthetic; give a number greater than 0, or leave "
                         "--synthetic out")
@@ -160,8 +161,8 @@ def main(argv):
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = training.grad_norm(network.parameters(), config.clip)
-        training.stop_if_diverged(folder, step, {"loss": loss}, {"grad_norm": norm}, {"network": network},
-                                  batch["names"], scaler)
+        training.stop_if_diverged(folder, step, {"loss": loss, "dice": parts["dice"], "cross_entropy": parts["ce"]},
+                                  {"grad_norm": norm}, {"network": network}, batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()
         step, images = step + 1, images + len(image)

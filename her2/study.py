@@ -109,7 +109,7 @@ def main(argv):
     record = out / "stages.json"                        # {stage: {"command", "seconds"}} of what is complete
     done = run.read_json(record) if record.exists() else {}
     for number, (name, arguments, folder) in enumerate(plan, 1):
-        shown = "python " + " ".join(arguments)
+        shown = subprocess.list2cmdline(["python", *arguments])     # a path with spaces gets its quotation marks
         if done.get(name, {}).get("command") == shown and Path(folder).exists():
             print(f"[{number}/{len(plan)}] {name}: complete", flush=True)
             continue
