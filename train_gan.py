@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from her2 import config as configuration
 from her2 import figures, plots, run, training
-from her2.blocks import init_weights
+from her2.blocks import frozen, init_weights
 from her2.dataset import load_dataset, write_split
 from her2.discriminator import MultiscaleDiscriminator, discriminate
 from her2.errors import UserError, command
@@ -137,8 +137,7 @@ def main(argv):
         noise = torch.randn(len(image), config.z_dim, generator=generator(config.seed, "z", step)).to(device)
 
         # Generator and encoder. The discriminator only passes the gradient on.
-        disc.requires_grad_(False)
-        with precision.autocast():
+        with precision.autocast(), frozen(disc):
             mu, logvar = encoder(image)                                                 # (B, Z), (B, Z)
             z = reparameterize(mu.float(), logvar.float(), noise)
             fake = net(onehot, z)                                                       # (B, 3, H, W)
@@ -155,7 +154,6 @@ def main(argv):
         norm = training.grad_norm(painters, config.clip)
 
         # Discriminator, on the same fake: no second forward of the generator.
-        disc.requires_grad_(True)
         with precision.autocast():
             fake_features, real_features = discriminate(disc, onehot, fake.detach(), image)
         d_loss = sum(hinge_discriminator(real_features, fake_features))

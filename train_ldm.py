@@ -31,7 +31,7 @@ from tqdm import tqdm
 from her2 import config as configuration
 from her2 import figures, plots, run, training
 from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
-from her2.blocks import init_weights
+from her2.blocks import frozen, init_weights
 from her2.dataset import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
@@ -220,7 +220,7 @@ def train_autoencoder(config, argv) -> int:
             training.set_learning_rate(opt, config.lr, step, config.warmup, config.steps, config.schedule)
 
         # The autoencoder: reconstruct, commit to the codes, and (later) look real to the discriminator.
-        with precision.autocast():
+        with precision.autocast(), frozen(disc):
             reconstruction, z, _, indices, vq_loss = model(image)
             l1 = (reconstruction.float() - image).abs().mean()
             nll = l1
@@ -228,7 +228,6 @@ def train_autoencoder(config, argv) -> int:
                 nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
             loss, g_loss, weight = nll + vq_loss, None, None
             if config.disc_weight and step >= config.disc_start:
-                disc.requires_grad_(False)
                 g_loss = hinge_generator(disc(reconstruction))
                 weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer, scaler.get_scale())
                 loss = loss + weight * g_loss
@@ -242,7 +241,6 @@ def train_autoencoder(config, argv) -> int:
         # The discriminator: tell the image from its reconstruction, from the first step on.
         d_loss, d_norm = None, 0.0
         if config.disc_weight:
-            disc.requires_grad_(True)
             with precision.autocast():
                 d_loss = sum(hinge_discriminator(disc(image), disc(reconstruction.detach()))) / 2
             disc_optimizer.zero_grad(set_to_none=True)

@@ -50,12 +50,6 @@ def dihedral(tensor: torch.Tensor, k: int) -> torch.Tensor:
     return tensor.flip(-1) if k >= 4 else tensor
 
 
-def dihedral_inverse(k: int) -> int:
-    """The transform that undoes `dihedral(., k)`."""
-    # A turn is undone by the opposite one; a turn and a flip together are a reflection, which undoes itself.
-    return k if k >= 4 else -k % 4
-
-
 def tiling(height: int, width: int, patch: int) -> list[tuple[int, int]]:
     """Corners (y, x) of the fewest patches that cover height x width; the last ones are moved inside."""
     assert height >= patch <= width, f"a patch of {patch} does not fit into {height} x {width}"
@@ -67,7 +61,7 @@ def tiling(height: int, width: int, patch: int) -> list[tuple[int, int]]:
 def patches_that_tile(rois, patch: int) -> int:
     """The "dataset size" of the paper's + 50 % ... + 400 %."""
     # PAPER: not defined there; ours is the number of patches that cover the training regions once.
-    return sum(math.ceil(roi.height / patch) * math.ceil(roi.width / patch) for roi in rois)
+    return sum(len(tiling(roi.height, roi.width, patch)) for roi in rois)
 
 
 def _check_patch(rois, patch, where):
