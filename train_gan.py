@@ -45,7 +45,7 @@ class Config:
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
-    steps: int = 260                # iterations, each one generator and one discriminator step
+    steps: int = 400                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
     disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR: four times the other)
@@ -63,7 +63,7 @@ class Config:
     lambda_vgg: float = 10.0        # weight of the perceptual loss, when there is one
     ema: float = 0.995              # decay of the generator's moving average, which is what generate.py samples
     log_every: int = 20             # steps between two lines of the log
-    save_every: int = 65            # steps between two checkpoints, with sample pictures
+    save_every: int = 100           # steps between two checkpoints, with sample pictures
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images
 
@@ -83,6 +83,8 @@ def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "train_gan.py")
     if config.patch % 32:
         raise UserError(f"--patch: found {config.patch}; the generator doubles five times, give a multiple of 32")
+    if config.patch == 32 and config.batch == 1:
+        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; give 2 or more")
     device = training.pick_device(config.device)
     precision = training.Precision(device, config.amp)
     config.data = config.data or str(default_phantom(config.preset))

@@ -124,8 +124,7 @@ class DiffusionConfig(Common):
 # printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
     "tiny": {},
-    "small": dict(steps=6000, batch=4, patch=128, width=32, codes=4096, warmup=200, disc_start=4000, disc_width=32,
-                  save_every=500, log_every=50),
+    "small": dict(steps=4000, width=32, codes=4096, warmup=200, disc_start=3000, save_every=250, log_every=50),
     "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5, schedule="constant",
                   warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64, save_every=5000, log_every=100,
                   workers=8),
@@ -313,6 +312,8 @@ def train_diffusion(config, argv) -> int:
     if config.patch % coarsest:
         raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
                         f"give a multiple of {coarsest}")
+    if config.width % 8:
+        raise UserError(f"--width: found {config.width}; attention has 8 heads, give a multiple of 8")
     if config.zero_terminal_snr and config.parametrisation != "v":
         raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; add --parametrisation v, "
                         "or --no-zero-terminal-snr")
