@@ -145,10 +145,11 @@ def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dic
     """UserError when a loss or a gradient norm is not finite, after writing `diagnosis.json` with what is needed to look.
 
     losses, norms: {name: number or scalar tensor}. networks: {name: module}, searched for the largest gradient. names: the batch's
-    images. Under fp16 an infinite gradient is the scaler's ordinary business (it skips the step), not divergence.
+    images. Under fp16 an infinite gradient is the scaler's ordinary business (it skips the step and halves its scale),
+    until the scale is below 1: then no scale helps, and a run that skips every step would end untrained, in silence.
     """
     losses = {name: run.number(value) for name, value in losses.items()}
-    if scaler is not None and scaler.is_enabled():
+    if scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1:
         norms = {}
     broken = [name for name, value in {**losses, **norms}.items() if not math.isfinite(value)]
     if not broken:

@@ -217,3 +217,6 @@ def test_infinite_gradients_are_the_scalers_business_under_fp16(tmp_path):
     training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], scaler)
     with pytest.raises(UserError, match="loss not finite"):
         training.stop_if_diverged(tmp_path, 3, {"loss": math.inf}, {"grad_norm": math.inf}, {}, [], scaler)
+    used_up = torch.amp.GradScaler("cpu", init_scale=0.5, enabled=True)
+    with pytest.raises(UserError, match="grad_norm not finite"):
+        training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], used_up)
