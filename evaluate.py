@@ -52,7 +52,8 @@ class Config:
 
 
 PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
-NEEDED = ("data", "seed", "steps", "sampling", "synthetic", "ratio", "reconstruct")     # fields of a run
+NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float),
+          "reconstruct": str}               # fields of a run that are read here, and what they must be
 COLORS = {report.REAL: figures.GREY, "GAN": figures.ORANGE, "diffusion": figures.BLUE,
           "inpainting": figures.GREEN, report.RECONSTRUCTED: figures.PURPLE}
 
@@ -142,9 +143,9 @@ def read_run(folder) -> report.Run:
     if not isinstance(fields, dict) or content.get("script") != "train_seg.py":
         found = content.get("script") if isinstance(content, dict) else "no known script"
         raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
-    missing = [name for name in NEEDED if name not in fields]
+    missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
     if missing:
-        raise UserError(f"{folder / 'config.json'}: no field {', '.join(missing)}; it was made by another "
+        raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; it was made by another "
                         "version of the code, train again")
     method = synthetic_method(fields["synthetic"]) if fields["synthetic"] else ""
     return report.Run(str(folder), fields, method, {}, {})
@@ -199,7 +200,7 @@ def predict(one, dataset, config, device, precision) -> None:
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
     jobs = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
             for roi in dataset.split(split)]
-    for roi, found in tqdm(jobs, desc=Path(one.folder).name, unit="ROI", leave=False):
+    for roi, found in tqdm(jobs, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
         image = torch.from_numpy(image).permute(2, 0, 1)                            # (3, H, W)

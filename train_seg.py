@@ -80,6 +80,8 @@ def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
     if config.patch % 32:
         raise UserError(f"--patch: found {config.patch}; the network halves five times, give a multiple of 32")
+    if config.patch == 32 and config.batch == 1:
+        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; give 2 or more")
     if config.init and config.encoder_weights != "none":
         raise UserError("--init and --encoder-weights both name initial weights; beside --init give --encoder-weights "
                         "none")

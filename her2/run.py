@@ -147,7 +147,7 @@ def check_archive(path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, ValueError, NotImplementedError, RuntimeError,
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError,
             OverflowError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); "
                         "delete it and run the script that made it again") from None

@@ -175,17 +175,18 @@ def _read_row(base, root, row, problems):
 def _path_inside(base, root, column, text, problems):
     """root/text if it is a file inside the real folder `base`, else None and a problem."""
     text = text.replace("\\", "/")
+    shown = repr(text if len(text) <= 200 else text[:200] + "...")
     parts = PurePosixPath(text)
     if parts.is_absolute() or PureWindowsPath(text).drive or ".." in parts.parts:
-        problems.append(f"{column} {text!r} is not a path inside the dataset folder; write it relative to "
+        problems.append(f"{column} {shown} is not a path inside the dataset folder; write it relative to "
                         "slides.csv")
         return None
     path = root / parts
     if not os.path.isfile(path):
-        problems.append(f"{column} {text!r}: no such file in {root}; correct the path or remove the line")
+        problems.append(f"{column} {shown}: no such file in {root}; correct the path or remove the line")
         return None
     if not Path(os.path.realpath(path)).is_relative_to(base):
-        problems.append(f"{column} {text!r} is a link that leaves the dataset folder; put the file itself "
+        problems.append(f"{column} {shown} is a link that leaves the dataset folder; put the file itself "
                         "there")
         return None
     return path

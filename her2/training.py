@@ -97,7 +97,7 @@ def load_official(network, content, path) -> None:
     try:
         network.load_official_state_dict(state_dict)
     except ValueError as error:
-        raise UserError(f"{path}: {one_line(error)}; check that the file belongs to this network and these sizes") from None
+        raise UserError(f"{path}: {one_line(error)[:300]}; check that the file belongs to this network and these sizes") from None
 
 
 def refuse_leak(content: dict, dataset, path) -> None:
