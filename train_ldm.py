@@ -312,8 +312,6 @@ def train_diffusion(config, argv) -> int:
     if config.patch % coarsest:
         raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
                         f"give a multiple of {coarsest}")
-    if config.width % 8:
-        raise UserError(f"--width: found {config.width}; attention has 8 heads, give a multiple of 8")
     if config.zero_terminal_snr and config.parametrisation != "v":
         raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; add --parametrisation v, "
                         "or --no-zero-terminal-snr")
