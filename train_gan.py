@@ -52,7 +52,8 @@ class Config:
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
-    init: str = ""                  # official SPADE generator file (latest_net_G.pth) to start from
+    init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth; E and D are
+                                    # taken from the files beside it (latest_net_E.pth, ..._D.pth) where they exist
     width: int = 16                 # ngf and ndf, channels of the widest resolution; 64 is the official one
     hidden: int = 32                # channels inside each SPADE layer; 128 is the official number
     z_dim: int = 64                 # length of z; 256 is the official one
@@ -99,8 +100,11 @@ def main(argv):
     disc = MultiscaleDiscriminator(num_classes + 3, config.width)
     for name, module in (("generator", net), ("encoder", encoder), ("discriminator", disc)):
         init_weights(module, generator(config.seed, name))
-    if config.init:
-        training.load_official(net, run.load_file(config.init), config.init)
+    for letter, module in (("G", net), ("E", encoder), ("D", disc)) if config.init else ():
+        path = Path(config.init)
+        path = path.with_name(path.name.replace("_G", f"_{letter}"))
+        if module is net or (path != Path(config.init) and path.exists()):
+            training.load_official(module, run.load_file(path), path)
     perceptual = training.frozen_loss(VGG19Loss, config.vgg, device)
 
     folder = run.open_run("train_gan.py", config, device, ["train_gan.py", *argv], dataset.files())
@@ -147,9 +151,8 @@ def main(argv):
         gan = hinge_generator(fake_features)
         features = feature_matching(fake_features, real_features, config.lambda_feat)
         kld = config.lambda_kld * kl_divergence(mu.float(), logvar.float())
-        loss = gan + features + kld
-        if perceptual is not None:
-            loss = loss + config.lambda_vgg * perceptual(fake.float(), image)
+        vgg = config.lambda_vgg * perceptual(fake.float(), image) if perceptual is not None else 0.0
+        loss = gan + features + kld + vgg
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -164,7 +167,7 @@ def main(argv):
         disc_scaler.unscale_(disc_optimizer)
         d_norm = training.grad_norm(disc.parameters(), config.clip)
         training.stop_if_diverged(
-            folder, step, {"loss": loss, "gan": gan, "features": features, "kld": kld, "d_loss": d_loss},
+            folder, step, {"loss": loss, "gan": gan, "features": features, "kld": kld, "vgg": vgg, "d_loss": d_loss},
             {"grad_norm": norm, "d_grad_norm": d_norm},
             {"generator": net, "encoder": encoder, "discriminator": disc}, batch["names"], scaler)
         scaler.step(optimizer)
@@ -235,10 +238,8 @@ def sample_picture(folder, step, network, fixed, classes, config, precision, dev
     with precision.autocast():
         each = network(onehot, z).float()
         same = network(onehot[:1].expand(8, -1, -1, -1).contiguous(), z).float()
-    rows = [[figures.colorize(y, classes) for y in fixed["label"]], [figures.to_uint8(x) for x in fixed["image"]],
-            [figures.to_uint8(x) for x in each], [figures.to_uint8(x) for x in same]]
-    figures.save_png(Path(folder) / "samples" / f"step{step:06d}.png", figures.image_grid(
-        rows, row_captions=["label", "real", "generated", "first label, 8 z"]))
+    figures.samples_png(folder, step, classes, label=fixed["label"], real=fixed["image"], generated=each,
+                        first_label_and_8_z=same)
 
 
 if __name__ == "__main__":

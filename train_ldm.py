@@ -22,7 +22,6 @@ Each stage trains with its own loop below. `generate.py` samples from the result
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -55,6 +54,13 @@ class Common:
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    lr: float = 1e-3                # step size that Adam sees; never rescaled
+    schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
+    warmup: int = 50                # steps over which the learning rate rises linearly from 0
+    clip: float = 1.0               # largest L2 norm of each network's gradient
+    patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what the networks halve
+    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
+    log_every: int = 25             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images
 
@@ -64,12 +70,6 @@ class AutoencoderConfig(Common):
     out: str = "runs/vq"            # run folder; the same command again goes on where it stopped
     steps: int = 1000               # optimiser steps
     batch: int = 8                  # patches per step
-    lr: float = 1e-3                # step size that Adam sees; never rescaled
-    schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
-    warmup: int = 50                # steps over which the learning rate rises linearly from 0
-    clip: float = 1.0               # largest L2 norm of the gradient, of the autoencoder and of the discriminator
-    patch: int = 64                 # side of a patch in pixels, divisible by 4 * factor, at least 32
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint of vq-f4 or vq-f8
     factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level, 8, 16 or a multiple of 32; 128 is the official one
@@ -82,7 +82,6 @@ class AutoencoderConfig(Common):
                                     # Before L1 has flattened it ruins the reconstruction
     disc_weight: float = 0.1        # factor on the adaptive weight of the adversarial loss; 0 trains no discriminator
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
-    log_every: int = 25             # steps between two lines of the log
     save_every: int = 125           # steps between two checkpoints, with sample pictures
 
 
@@ -92,12 +91,6 @@ class DiffusionConfig(Common):
     autoencoder: str = "runs/vq"    # run folder of stage 1
     steps: int = 1000               # optimiser steps
     batch: int = 16                 # patches per step
-    lr: float = 1e-3                # step size that Adam sees; never rescaled
-    schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
-    warmup: int = 50                # steps over which the learning rate rises linearly from 0
-    clip: float = 1.0               # largest L2 norm of the gradient
-    patch: int = 64                 # side of a patch in pixels
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint
     width: int = 32                 # channels of the finest level; 128 is the official one
     mult: Literal["1,4,8", "1,2,4"] = "1,2,4"           # width of each level, as multiples of --width
@@ -112,7 +105,6 @@ class DiffusionConfig(Common):
     latent_pool: int = 0            # 0: encode a new batch each step; N: encode N patches in eight orientations once
                                     # and train on these (the autoencoder is most of the cost at full size)
     sample_steps: int = 50          # DDIM steps of the sample pictures
-    log_every: int = 25             # steps between two lines of the log
     save_every: int = 250           # steps between two checkpoints, with sample pictures
 
 
@@ -281,9 +273,7 @@ def train_autoencoder(config, argv) -> int:
             with torch.no_grad(), precision.autocast():
                 again = model(fixed)[0]
             model.train()
-            pairs = [[figures.to_uint8(x) for x in fixed], [figures.to_uint8(x) for x in again]]
-            figures.save_png(folder / "samples" / f"step{step:06d}.png",
-                             figures.image_grid(pairs, row_captions=["image", "reconstruction"]))
+            figures.samples_png(folder, step, image=fixed, reconstruction=again)
             plots.curves_png(folder / "curves.png", log.records(), [
                 plots.Panel("reconstruction L1", {"L1": "l1"}, log_y=True, reference={"one flat colour": flat}),
                 plots.Panel("PSNR of the batch (dB)", {"PSNR": "psnr"}),
@@ -334,11 +324,6 @@ def train_diffusion(config, argv) -> int:
         if config.parametrisation != "eps":
             raise UserError("--init: official weights name eps; add --parametrisation eps --no-zero-terminal-snr")
         training.load_official(denoiser, run.load_file(config.init), config.init)
-    else:
-        # One scale for the whole data law, over many patches. The official code takes the first batch's and
-        # loses it on resuming; here it is a buffer, saved with the weights.
-        z = torch.cat([encode(sampler.batch(k, config.batch)["image"]) for k in range(max(1, 256 // config.batch))])
-        denoiser.set_latent_scale(float(z.std()))
     inputs = [*dataset.files(), run.model_file(config.autoencoder)]
     folder = run.open_run("train_ldm.py --stage diffusion", config, device, ["train_ldm.py", *argv], inputs)
     denoiser.to(device, memory_format=torch.channels_last)
@@ -355,6 +340,12 @@ def train_diffusion(config, argv) -> int:
         return 0
     log = run.Log(folder, step)
     write_split(folder / "split.json", dataset)
+    if step == 0 and not config.init:
+        # One scale for the whole data law, over many patches. The official code takes the first batch's and
+        # loses it on resuming; here it is a buffer, saved with the weights.
+        z = torch.cat([encode(sampler.batch(k, config.batch)["image"]) for k in range(max(1, 256 // config.batch))])
+        denoiser.set_latent_scale(float(z.std()))
+        ema.module.set_latent_scale(float(z.std()))
 
     # ---- data: new patches every step, or a pool of cached latents ----------------------------------------------
     if config.latent_pool:
@@ -440,10 +431,7 @@ def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset
         x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise,
                     steps=min(config.sample_steps, config.timesteps))
         image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
-    rows = [[figures.colorize(y, dataset.classes) for y in fixed["label"]],
-            [figures.to_uint8(x) for x in fixed["image"]], [figures.to_uint8(x) for x in image]]
-    figures.save_png(Path(folder) / "samples" / f"step{step:06d}.png",
-                     figures.image_grid(rows, row_captions=["label", "real", "sampled"]))
+    figures.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"], sampled=image)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The subtypes are used for sampling and for the evaluation only: the network neve
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -214,11 +213,7 @@ def sample_picture(folder, step, network, fixed, classes, precision, device) -> 
     image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
     with precision.autocast():
         prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
-    grey = (prob * 255).round().byte()[..., None].expand(-1, -1, -1, 3).numpy()
-    rows = [[figures.to_uint8(x) for x in fixed["image"][:8]],
-            [figures.colorize(y, classes) for y in fixed["label"][:8]], list(grey)]
-    figures.save_png(Path(folder) / "samples" / f"step{step:06d}.png",
-                     figures.image_grid(rows, row_captions=["image", "label", "probability"]))
+    figures.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8], probability=prob)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Dimension letters: B batch, H height, W width, K classes. A picture is a uint8 a
 
 import unicodedata
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -210,6 +211,23 @@ def fit(image, cell) -> np.ndarray:
         return np.array(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
     size = [max(1, round(side * cell / longer)) for side in image.size]
     return np.array(image.resize(size, Image.Resampling.LANCZOS))
+
+
+def samples_png(folder, step: int, classes=None, **rows) -> None:
+    """samples/stepNNNNNN.png of a run folder: one row per keyword, its name is the caption.
+
+    A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) int64 (needs `classes`), or prob (B, H, W) in 0..1.
+    """
+    pictures = []
+    for batch in rows.values():
+        if batch.dim() == 4:
+            pictures.append(list(to_uint8(batch)))
+        elif batch.is_floating_point():
+            pictures.append(list(np.repeat((to_array(batch) * 255).round().astype(np.uint8)[..., None], 3, axis=-1)))
+        else:
+            pictures.append(list(colorize(batch, classes)))
+    captions = [name.replace("_", " ") for name in rows]
+    save_png(Path(folder) / "samples" / f"step{step:06d}.png", image_grid(pictures, row_captions=captions))
 
 
 def image_grid(rows, row_captions=None, column_captions=None, title=None, cell=192, legend=()) -> np.ndarray:
