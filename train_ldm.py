@@ -1,18 +1,20 @@
 """Train the latent diffusion model in two stages (paper, section 2.2; Rombach et al. 2022).
 
-    python train_ldm.py                                             both stages on the phantom: runs/vq, then runs/ldm
+    python train_ldm.py                                             both stages, phantom: runs/vq, then runs/ldm
     python train_ldm.py --stage autoencoder --data D --out runs/vq
     python train_ldm.py --stage diffusion --autoencoder runs/vq --data D --out runs/ldm
 
-Stage 1, the VQ autoencoder. An image becomes a latent z a few times smaller per side, every cell of z is replaced by
-the nearest row of a codebook, and a decoder paints the image back:
+Stage 1, the VQ autoencoder. An image becomes a latent z a few times smaller per side, every cell of z is
+replaced by the nearest row of a codebook, and a decoder paints the image back:
 
     loss = |image - reconstruction| + vq_loss + weight * hinge_generator(D(reconstruction))
-    weight = disc_weight * ||grad |image - reconstruction| || / ||grad hinge||          from step --disc-start on
+    weight = disc_weight * ||grad |image - reconstruction| || / ||grad hinge||      from step --disc-start on
 
-Stage 2, diffusion on the latents. Noise is added to a latent, and a U-Net that also sees the label learns to name it:
+Stage 2, diffusion on the latents. Noise is added to a latent, and a U-Net that also sees the label learns to
+name it:
 
-    xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps         loss = |target - denoiser(xt, t, label code)|
+    xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps
+    loss = |target - denoiser(xt, t, label code)|
 
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
 
@@ -49,7 +51,7 @@ from her2.seeds import generator
 @dataclass
 class Common:
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for a few minutes of CPU, a small study, the paper
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
@@ -58,7 +60,7 @@ class Common:
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of each network's gradient
-    patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what the networks halve
+    patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     log_every: int = 25             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
@@ -70,17 +72,18 @@ class AutoencoderConfig(Common):
     out: str = "runs/vq"            # run folder; the same command again goes on where it stopped
     steps: int = 1000               # optimiser steps
     batch: int = 8                  # patches per step
-    init: str = ""                  # official weights to start from: a latent-diffusion checkpoint of vq-f4 or vq-f8
+    init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
     factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
-    width: int = 16                 # channels of the finest level, 8, 16 or a multiple of 32; 128 is the official one
+    width: int = 16                 # channels of the finest level: 8, 16 or a multiple of 32; official: 128
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
-    disc_start: int = 800           # step from which the discriminator's gradient enters; it trains from step 0.
-                                    # Before L1 has flattened it ruins the reconstruction
-    disc_weight: float = 0.1        # factor on the adaptive weight of the adversarial loss; 0 trains no discriminator
+    disc_start: int = 800           # step from which the discriminator's gradient enters; it trains from
+                                    # step 0. Before L1 has flattened it ruins the reconstruction
+    disc_weight: float = 0.1        # factor on the adaptive weight of the adversarial loss;
+                                    # 0 trains no discriminator
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
     save_every: int = 125           # steps between two checkpoints, with sample pictures
 
@@ -97,29 +100,32 @@ class DiffusionConfig(Common):
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     timesteps: int = 1000           # T, length of the noise schedule
     parametrisation: Literal["eps", "v"] = "v"          # what the network predicts
-    zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise (needs --parametrisation v):
-                                    # lets white glass be white, where colours drift
+    zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise (needs
+                                    # --parametrisation v): lets white glass be white, where colours drift
     loss: Literal["l1", "l2"] = "l2"  # distance between the target and the prediction
     drop_label: float = 0.1         # probability of hiding the label, so that generate.py --guidance works
     ema: float = 0.999              # decay of the moving average of the weights, which is what samples
-    latent_pool: int = 0            # 0: encode a new batch each step; N: encode N patches in eight orientations once
-                                    # and train on these (the autoencoder is most of the cost at full size)
+    latent_pool: int = 0            # 0: encode a new batch each step; N: encode N patches in eight
+                                    # orientations once and train on these (the autoencoder is most of the cost
+                                    # at full size)
     sample_steps: int = 50          # DDIM steps of the sample pictures
     save_every: int = 250           # steps between two checkpoints, with sample pictures
 
 
-# The official objective is L1 on eps. After a few minutes of training it samples grey plates: at t near T an error of
-# eps is divided by sqrt(alpha_bar) = 0.01 on its way to x0. With v and a terminal SNR of zero the same minutes give
-# images that obey the label, so the small presets use these; `paper` keeps the official objective.
-# PAPER: batch 16 and learning rate 1e-6 are printed for the diffusion model. The official code multiplies a base rate
-# by batch and devices (1e-6 x 16 = 1.6e-5); the paper does not say which is meant. For the autoencoder nothing is
-# printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
+# The official objective is L1 on eps. After a few minutes of training it samples grey plates: at t near T an
+# error of eps is divided by sqrt(alpha_bar) = 0.01 on its way to x0. With v and a terminal SNR of zero the
+# same minutes give images that obey the label, so the small presets use these; `paper` keeps the official
+# objective.
+# PAPER: batch 16 and learning rate 1e-6 are printed for the diffusion model. The official code multiplies a
+# base rate by batch and devices (1e-6 x 16 = 1.6e-5); the paper does not say which is meant. For the
+# autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
     "tiny": {},
-    "small": dict(steps=4000, width=32, codes=4096, warmup=200, disc_start=3000, save_every=250, log_every=50),
-    "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5, schedule="constant",
-                  warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64, save_every=5000, log_every=100,
-                  workers=8),
+    "small": dict(steps=4000, width=32, codes=4096, warmup=200, disc_start=3000, save_every=250,
+                  log_every=50),
+    "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5,
+                  schedule="constant", warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64,
+                  save_every=5000, log_every=100, workers=8),
 }
 DIFFUSION_PRESETS = {
     "tiny": {},
@@ -141,7 +147,8 @@ def main(argv):
     if stage.stage == "diffusion":
         return train_diffusion(configuration.parse(
             DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
-    about = __doc__ + "\nWithout --stage only the flags below are known; each stage has more: --stage NAME --help."
+    about = __doc__ + ("\nWithout --stage only the flags below are known; "
+                       "each stage has more: --stage NAME --help.")
     parser = configuration.Parser(prog="train_ldm.py", description=about)
     configuration.add_fields(parser, Common, {})
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
@@ -150,10 +157,11 @@ def main(argv):
 
 
 def open_data(config):
-    """Dataset and sampler of the training split. No stain jitter: generative models should learn the true colours."""
+    """Dataset and sampler of the training split. No stain jitter: a painter should learn the true colours."""
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
-    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache)
+    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
+                                 cache=config.cache)
 
 
 def train_autoencoder(config, argv) -> int:
@@ -163,18 +171,20 @@ def train_autoencoder(config, argv) -> int:
     precision = training.Precision(device, config.amp)
     dataset, sampler = open_data(config)
 
-    # ---- networks, optimisers ---------------------------------------------------------------------------------
+    # ---- networks, optimisers ------------------------------------------------------------------------------
     torch.manual_seed(config.seed)                  # initial weights only: everything else has its own generator
     official = VQ_F4 if config.factor == 4 else VQ_F8
     model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
-                             "num_codes": config.codes, "beta": config.beta})
+                             "num_codes": config.codes, "beta": config.beta,
+                             "groups": max(1, config.width // 4)})      # 4 channels each, as at the official 128
     if config.init:
         training.load_official(model, run.load_file(config.init), config.init)
     disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
     init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
     perceptual = training.frozen_loss(LPIPS, config.lpips, device)
 
-    folder = run.open_run("train_ldm.py --stage autoencoder", config, device, ["train_ldm.py", *argv], dataset.files())
+    folder = run.open_run("train_ldm.py --stage autoencoder", config, device, ["train_ldm.py", *argv],
+                          dataset.files())
     model.to(device, memory_format=torch.channels_last)
     disc.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
@@ -183,7 +193,8 @@ def train_autoencoder(config, argv) -> int:
     window = math.ceil(1000 / config.batch)         # codes are counted over 1000 patches, not over a batch
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler}
-    numbers = run.load_checkpoint(folder, saved, step=0, codes_used=None, usage=torch.zeros(config.codes, dtype=torch.long))
+    numbers = run.load_checkpoint(folder, saved, step=0, codes_used=None,
+                                  usage=torch.zeros(config.codes, dtype=torch.long))
     step, codes_used, usage = numbers["step"], numbers["codes_used"], numbers["usage"].to(device)
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
@@ -191,7 +202,7 @@ def train_autoencoder(config, argv) -> int:
     log = run.Log(folder, step)
     write_split(folder / "split.json", dataset)
 
-    # ---- what is normal ---------------------------------------------------------------------------------------
+    # ---- what is normal ------------------------------------------------------------------------------------
     fixed = sampler.batch(0, 8)["image"].to(device, memory_format=torch.channels_last)
     flat = float((fixed - fixed.mean((0, 2, 3), keepdim=True)).abs().mean())
     if step == 0:
@@ -201,11 +212,12 @@ def train_autoencoder(config, argv) -> int:
     else:
         log.say(f"going on from step {step}")
 
-    # ---- the loop ---------------------------------------------------------------------------------------------
+    # ---- the loop ------------------------------------------------------------------------------------------
     clock, images = time.perf_counter(), 0
     batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
                      pin_memory=device.type == "cuda")
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="autoencoder", leave=False, disable=None):
+    for batch in tqdm(batches, initial=step, total=config.steps, desc="autoencoder", leave=False,
+                      disable=None):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         for opt in (optimizer, disc_optimizer):
             training.set_learning_rate(opt, config.lr, step, config.warmup, config.steps, config.schedule)
@@ -220,7 +232,8 @@ def train_autoencoder(config, argv) -> int:
             loss, g_loss, weight = nll + vq_loss, None, None
             if config.disc_weight and step >= config.disc_start:
                 g_loss = hinge_generator(disc(reconstruction))
-                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer, scaler.get_scale())
+                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer,
+                                                              scaler.get_scale())
                 loss = loss + weight * g_loss
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -248,25 +261,27 @@ def train_autoencoder(config, argv) -> int:
             disc_scaler.update()
         step, images = step + 1, images + len(image)
 
-        # Codes that nobody used over 1000 patches restart at latents of this batch. The first time comes early: new
-        # codes lie in a heap around 0, where a few of them serve all latents.
+        # Codes that nobody used over 1000 patches restart at latents of this batch. The first time comes
+        # early: new codes lie in a heap around 0, where a few of them serve all latents.
         usage += count_codes(indices, config.codes)
         counted, first = step % window == 0, step == window // 5
         if counted:
             codes_used = int((usage > 0).sum())
             if codes_used < 0.05 * config.codes and step > window:
-                log.say(f"warning: {codes_used} of {config.codes} codes in use at step {step}, the codebook is "
-                        "collapsing; try a lower --lr, a larger --beta or fewer --codes")
-        if first or (counted and step <= config.steps // 2):    # later the decoder should see a codebook that stays
-            restart_dead_codes(model.quantize, usage, z.detach(), generator(config.seed, "restart", step), optimizer)
+                log.say(f"warning: {codes_used} of {config.codes} codes in use at step {step}, the codebook "
+                        "is collapsing; try a lower --lr, a larger --beta or fewer --codes")
+        if first or (counted and step <= config.steps // 2):    # later the codebook should stay
+            restart_dead_codes(model.quantize, usage, z.detach(), generator(config.seed, "restart", step),
+                               optimizer)
         if first or counted:
             usage.zero_()
 
         if step % config.log_every == 0 or step == config.steps:
-            log.record(step, loss=loss, l1=l1, flat_colour_l1=flat, vq_loss=vq_loss, g_loss=g_loss, d_loss=d_loss,
-                       disc_weight=weight, psnr=psnr(reconstruction.detach(), image).mean(), codes_used=codes_used,
-                       grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                       samples_per_s=images / (time.perf_counter() - clock), memory_mib=training.peak_memory(device))
+            log.record(step, loss=loss, l1=l1, flat_colour_l1=flat, vq_loss=vq_loss, g_loss=g_loss,
+                       d_loss=d_loss, disc_weight=weight, psnr=psnr(reconstruction.detach(), image).mean(),
+                       codes_used=codes_used, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
+                       samples_per_s=images / (time.perf_counter() - clock),
+                       memory_mib=training.peak_memory(device))
             clock, images = time.perf_counter(), 0
         if step % config.save_every == 0 or step == config.steps:
             model.eval()
@@ -275,10 +290,12 @@ def train_autoencoder(config, argv) -> int:
             model.train()
             figures.samples_png(folder, step, image=fixed, reconstruction=again)
             plots.curves_png(folder / "curves.png", log.records(), [
-                plots.Panel("reconstruction L1", {"L1": "l1"}, log_y=True, reference={"one flat colour": flat}),
+                plots.Panel("reconstruction L1", {"L1": "l1"}, log_y=True,
+                            reference={"one flat colour": flat}),
                 plots.Panel("PSNR of the batch (dB)", {"PSNR": "psnr"}),
                 plots.Panel("adversarial", {"discriminator": "d_loss", "generator": "g_loss"}),
-                plots.Panel("codes used over 1000 patches", {"codes": "codes_used"}, reference={"codebook": config.codes})])
+                plots.Panel("codes used over 1000 patches", {"codes": "codes_used"},
+                            reference={"codebook": config.codes})])
             run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step, codes_used=codes_used, usage=usage)
@@ -296,24 +313,24 @@ def train_diffusion(config, argv) -> int:
     training.refuse_leak(content, dataset, config.autoencoder)
     levels = tuple(int(m) for m in config.mult.split(","))
     if config.width * levels[-1] % 8:
-        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 attention "
-                        "heads")
+        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 "
+                        "attention heads")
     coarsest = autoencoder.factor * 2 ** (len(levels) - 1)
     if config.patch % coarsest:
         raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
                         f"give a multiple of {coarsest}")
     if config.zero_terminal_snr and config.parametrisation != "v":
-        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; add --parametrisation v, "
-                        "or --no-zero-terminal-snr")
+        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; "
+                        "add --parametrisation v, or --no-zero-terminal-snr")
 
-    # ---- network, optimiser -----------------------------------------------------------------------------------
+    # ---- network, optimiser --------------------------------------------------------------------------------
     torch.manual_seed(config.seed)                  # initial weights only: everything else has its own generator
     classes = dataset.classes
     schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
                         parametrisation=config.parametrisation)
     denoiser = LatentDenoiser(num_classes=len(classes), z_channels=content["kwargs"]["z_channels"],
                               model_channels=config.width, channel_mult=levels, num_res_blocks=config.blocks,
-                              stages=int(math.log2(autoencoder.factor)))
+                              stages=int(math.log2(autoencoder.factor)), groups=max(1, config.width // 4))
 
     @torch.no_grad()
     def encode(image):                              # the same precision for every use of the autoencoder
@@ -322,7 +339,8 @@ def train_diffusion(config, argv) -> int:
 
     if config.init:
         if config.parametrisation != "eps":
-            raise UserError("--init: official weights name eps; add --parametrisation eps --no-zero-terminal-snr")
+            raise UserError("--init: official weights name eps; "
+                            "add --parametrisation eps --no-zero-terminal-snr")
         training.load_official(denoiser, run.load_file(config.init), config.init)
     inputs = [*dataset.files(), run.model_file(config.autoencoder)]
     folder = run.open_run("train_ldm.py --stage diffusion", config, device, ["train_ldm.py", *argv], inputs)
@@ -343,33 +361,35 @@ def train_diffusion(config, argv) -> int:
     if step == 0 and not config.init:
         # One scale for the whole data law, over many patches. The official code takes the first batch's and
         # loses it on resuming; here it is a buffer, saved with the weights.
-        z = torch.cat([encode(sampler.batch(k, config.batch)["image"]) for k in range(max(1, 256 // config.batch))])
+        z = torch.cat([encode(sampler.batch(k, config.batch)["image"])
+                       for k in range(max(1, 256 // config.batch))])
         denoiser.set_latent_scale(float(z.std()))
         ema.module.set_latent_scale(float(z.std()))
 
-    # ---- data: new patches every step, or a pool of cached latents ----------------------------------------------
+    # ---- data: new patches every step, or a pool of cached latents -----------------------------------------
     if config.latent_pool:
         batches = pooled_latents(config, dataset, encode, step)
     else:
         batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
                          pin_memory=device.type == "cuda")
 
-    # ---- what is normal ---------------------------------------------------------------------------------------
+    # ---- what is normal ------------------------------------------------------------------------------------
     zero = loss_of_zero_output(config.loss)
     fixed = sampler.batch(0, 8)
     if step == 0:
         parameters = sum(p.numel() for p in denoiser.parameters())
-        log.say(f"denoiser, {parameters:,} parameters, {device}, {precision}; latent scale "
-                f"{float(denoiser.latent_scale):.3f}; a network that always outputs zero has a loss of {zero:.3f}")
+        log.say(f"denoiser, {parameters:,} parameters, {device}, {precision}; "
+                f"latent scale {float(denoiser.latent_scale):.3f}; "
+                f"a network that always outputs zero has a loss of {zero:.3f}")
     else:
         log.say(f"going on from step {step}")
 
-    # ---- the loop ---------------------------------------------------------------------------------------------
+    # ---- the loop ------------------------------------------------------------------------------------------
     clock, images = time.perf_counter(), 0
     for batch in tqdm(batches, initial=step, total=config.steps, desc="diffusion", leave=False, disable=None):
         z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])
         x0 = denoiser.scale(z)                                                          # (B, C, h, w)
-        onehot = training.one_hot(batch["label"], len(classes), device)                               # (B, K, H, W)
+        onehot = training.one_hot(batch["label"], len(classes), device)                  # (B, K, H, W)
 
         random = generator(config.seed, "noise", step)
         t = torch.randint(config.timesteps, (len(x0),), generator=random).to(device)
@@ -400,7 +420,8 @@ def train_diffusion(config, argv) -> int:
             quarters = {f"loss_q{q + 1}": float(sums[q] / counts[q]) if counts[q] else None for q in range(4)}
             mean = float(sums.sum() / counts.sum())
             log.record(step, loss=mean, zero_output=zero, **quarters, grad_norm=norm,
-                       lr=optimizer.param_groups[0]["lr"], samples_per_s=images / (time.perf_counter() - clock),
+                       lr=optimizer.param_groups[0]["lr"],
+                       samples_per_s=images / (time.perf_counter() - clock),
                        memory_mib=training.peak_memory(device))
             if mean > 0.95 * zero and step >= max(500, config.warmup):
                 log.say(f"warning: at step {step} the loss is still that of a network that outputs zero; "
@@ -408,10 +429,12 @@ def train_diffusion(config, argv) -> int:
             clock, images = time.perf_counter(), 0
             sums, counts = torch.zeros(4), torch.zeros(4)
         if step % config.save_every == 0 or step == config.steps:
-            sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision, device)
+            sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
+                           device)
             plots.curves_png(folder / "curves.png", log.records(), [
                 plots.Panel("loss", {"loss": "loss"}, reference={"zero output": zero}),
-                plots.Panel("loss by quarter of t", {f"t in quarter {q}": f"loss_q{q}" for q in range(1, 5)})])
+                plots.Panel("loss by quarter of t",
+                            {f"t in quarter {q}": f"loss_q{q}" for q in range(1, 5)})])
             run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                            schedule=schedule.config, autoencoder=content, classes=classes.to_json(),
                            split=dataset.slides(), drop_label=config.drop_label)
@@ -422,8 +445,9 @@ def train_diffusion(config, argv) -> int:
 
 
 @torch.no_grad()
-def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision, device) -> None:
-    """samples/: eight fixed labels, their real patches, and images sampled from fixed noise with the EMA weights."""
+def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision,
+                   device) -> None:
+    """samples/: eight fixed labels, their real patches, and images from fixed noise with the EMA weights."""
     onehot = training.one_hot(fixed["label"], len(dataset.classes), device)
     side = config.patch // autoencoder.factor
     noise = image_noise(range(len(onehot)), (denoiser.config["z_channels"], side, side), device)
@@ -431,7 +455,8 @@ def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset
         x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise,
                     steps=min(config.sample_steps, config.timesteps))
         image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
-    figures.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"], sampled=image)
+    figures.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
+                        sampled=image)
 
 
 if __name__ == "__main__":

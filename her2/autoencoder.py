@@ -174,13 +174,16 @@ class VQAutoencoder(nn.Module):
     ch, ch_mult       the width of level i is ch * ch_mult[i]
     z_channels        latent channels of encoder and decoder; embed_dim: width D of a code (default: the same)
     attention_levels  levels (0 = finest) with attention after every residual block
+    groups            of every GroupNorm. Narrow networks need fewer than the official 32: a group of one
+                      channel normalises away its mean, and the decoder answers with dark and bright droplets
+                      (StyleGAN2, Karras et al. 2020, section 2, saw the same). 4 channels a group, as at ch 128
 
     `quantize(z)` gives z_q (straight-through), indices (B, h, w) and the loss of quantisation.
     """
 
     def __init__(self, factor: int = 4, ch: int = 128, ch_mult=(1, 2, 4), num_res_blocks: int = 2,
                  z_channels: int = 3, num_codes: int = 8192, attention_levels=(), beta: float = 0.25,
-                 embed_dim: int = None):
+                 embed_dim: int = None, groups: int = 32):
         super().__init__()
         embed_dim = embed_dim or z_channels
         ch_mult, attention_levels = tuple(ch_mult), tuple(attention_levels)
@@ -189,7 +192,7 @@ class VQAutoencoder(nn.Module):
                              f"they make a factor of {2 ** (len(ch_mult) - 1)}")
         self.config = dict(factor=factor, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, beta=beta,
                            z_channels=z_channels, num_codes=num_codes, attention_levels=attention_levels,
-                           embed_dim=embed_dim)
+                           embed_dim=embed_dim, groups=groups)
         self.factor = factor
         ends = [ch] + [ch * multiple for multiple in ch_mult]
         widths = list(zip(ends, ends[1:]))                         # (in, out) of every level of the encoder
@@ -198,6 +201,9 @@ class VQAutoencoder(nn.Module):
         self.quantize = Codebook(num_codes, embed_dim, beta)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        for norm in self.modules():
+            if isinstance(norm, nn.GroupNorm):
+                norm.num_groups = math.gcd(groups, norm.num_channels)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """The latent before quantisation (B, D, H/f, W/f): what the diffusion model works on."""

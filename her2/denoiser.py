@@ -30,8 +30,7 @@ from her2.blocks import load_strict
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or of the largest power of two that divides the channels. eps as official."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-5)
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-5)          # eps as official
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -88,8 +87,8 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(group_norm(out_channels), nn.SiLU(), nn.Identity(),
                                         zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
-        same = in_channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        new = in_channels != out_channels
+        self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if new else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         y = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]       # (B, out, h, w)
@@ -216,23 +215,25 @@ def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tens
 class LatentDenoiser(nn.Module):
     """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
 
-    stages is log2 of the autoencoder's factor; code_channels defaults to z_channels, as official.
-    latent_scale (a buffer, 1 / standard deviation of the latents) is NaN until `set_latent_scale`; loading
-    weights whose scale is not a positive number raises ValueError.
+    stages: log2 of the autoencoder's factor. code_channels: z_channels by default. groups: of every GroupNorm,
+    see autoencoder.py. latent_scale (a buffer, 1 / standard deviation of the latents) is NaN until
+    `set_latent_scale`; loading weights whose scale is not a positive number raises ValueError.
     """
 
     def __init__(self, num_classes: int = 6, z_channels: int = 3, model_channels: int = 128,
                  channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8, stages: int = 2,
-                 code_channels: int = None):
+                 code_channels: int = None, groups: int = 32):
         super().__init__()
-        code_channels = code_channels or z_channels
+        self.code_channels = code_channels = code_channels or z_channels
         self.config = dict(num_classes=num_classes, z_channels=z_channels, model_channels=model_channels,
                            channel_mult=tuple(channel_mult), num_res_blocks=num_res_blocks,
-                           num_heads=num_heads, stages=stages, code_channels=code_channels)
-        self.code_channels = code_channels
+                           num_heads=num_heads, stages=stages, code_channels=code_channels, groups=groups)
         self.label_code = LabelCode(num_classes, code_channels, stages)
         self.unet = Denoiser(z_channels + code_channels, z_channels, model_channels, channel_mult,
                              num_res_blocks, num_heads)
+        for norm in self.modules():
+            if isinstance(norm, nn.GroupNorm):
+                norm.num_groups = math.gcd(groups, norm.num_channels)
         self.register_buffer("latent_scale", torch.tensor(float("nan")))
         self.register_load_state_dict_post_hook(lambda module, _: module.check_latent_scale())
 

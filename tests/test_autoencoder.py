@@ -208,3 +208,16 @@ def test_a_few_steps_learn_to_reconstruct_one_batch():
     flat = image.mean((0, 2, 3), keepdim=True).expand_as(image)
     assert psnr(flat, image).mean().item() < 13                  # measured: 12.0 dB, against 23.5 dB below
     assert psnr(model(image)[0], image).mean().item() > 19
+
+
+def test_narrow_networks_keep_four_channels_a_group():
+    """Groups of one channel would be instance norm; at the official width nothing changes."""
+    narrow = VQAutoencoder(ch=16, num_codes=8, num_res_blocks=1, groups=4)
+    norms = [m for m in narrow.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {(m.num_channels, m.num_groups) for m in norms} == {(16, 4), (32, 4), (64, 4)}
+    with torch.device("meta"):
+        assert {m.num_groups for m in VQAutoencoder().modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
+    # The mean of a channel survives: with one channel a group it would not.
+    x = torch.randn(1, 4, 8, 8) + torch.tensor([0.0, 3.0, 0.0, 0.0])[:, None, None]
+    spread = torch.nn.GroupNorm(1, 4)(x).mean((0, 2, 3))
+    assert spread.max() - spread.min() > 1
