@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -336,6 +335,15 @@ def run_line(line):
     return stop.value.code, err.getvalue()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks of a few channels are slower on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A valid dataset, one small run of each kind with random weights, and a synthetic set."""
@@ -514,7 +522,7 @@ def test_random_damage_is_refused_or_read_as_another_reader_reads_it(file, workp
     elif file.startswith("new"):
         assert run_line(PAINT)[0] == 0
         line = PAINT
-    whole, refused, rounds = path.read_bytes(), 0, 40
+    whole, refused, rounds = path.read_bytes(), 0, 15 if file.startswith("new") else 40
     if path.name == "model.pt":
         expected = run.load_model("ldm", "diffusion")
     if path.suffix == ".png":
