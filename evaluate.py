@@ -145,8 +145,8 @@ def read_run(folder) -> report.Run:
         raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
     if missing:
-        raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; it was made by another "
-                        "version of the code, train again")
+        raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; "
+                        "it was made by another version of the code, train again")
     method = synthetic_method(fields["synthetic"]) if fields["synthetic"] else ""
     return report.Run(str(folder), fields, method, {}, {})
 

@@ -1,4 +1,4 @@
-"""Make a synthetic dataset: real label maps, relabelled to balanced subtypes, painted by a generative model (Fig. 3).
+"""Make a synthetic dataset: real label maps, relabelled to balanced subtypes, painted by a model (Fig. 3).
 
     python generate.py                                              latent diffusion, runs/ldm: data/synth-ldm
     python generate.py --method gan --model runs/gan --data D --out data/synth-gan --ratio 1.0
@@ -10,8 +10,9 @@ Image i of the set: a training patch is drawn, every tumor instance in it gets a
     ldm       noise -> DDIM, conditioned on the new label -> decoder
     inpaint   the same, but only tumor is regenerated: the background keeps its pixels, bit for bit
 
-The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says for every image
-where it came from. Each image has random numbers of its own, so the set does not depend on where a run was interrupted.
+The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says for
+every image where it came from. Each image has random numbers of its own, so the set does not depend on where
+a run was interrupted.
 """
 
 import csv
@@ -46,35 +47,37 @@ from her2.spade import SPADEGenerator
 class Config:
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = ""                   # folder of the synthetic dataset; empty: data/synth-METHOD
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for a few minutes of CPU, a small study, the paper
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the patches, the new subtypes and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
     method: Literal["gan", "ldm", "inpaint"] = "ldm"    # which generative model paints the images
     model: str = ""                 # its run folder; empty: runs/gan, or runs/ldm for ldm and inpaint
-    ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once (1.0 = +100 %)
+    ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once;
+                                    # 1.0 = +100 %
     count: int = 0                  # number of images; 0: from --ratio
     batch: int = 16                 # images at a time; changes nothing but speed and memory
     patch: int = 64                 # side of an image in pixels
     sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
     relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
-    relabel_classes: str = ""       # names of the classes to draw from, comma-separated; empty: all tumor classes
+    relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
+                                    # empty: all tumor classes
     steps: int = 50                 # denoising steps S, 1 to T
-    sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect on it)
-    spacing: Literal["trailing", "leading"] = "trailing"  # which of the T timesteps are used; leading: the official
+    sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect)
+    spacing: Literal["trailing", "leading"] = "trailing"  # which timesteps to use; leading: the official
     eta: float = 1.0                # noise that DDIM adds back, 0 = deterministic
     guidance: float = 1.0           # classifier-free guidance; 1 = plain conditional sampling
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
-    blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams; 0 keeps the
-                                    # background bit for bit
-    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, so that the
-                                    # old staining cannot leak through the encoder's receptive field
+    blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams;
+                                    # 0 keeps the background bit for bit
+    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, lest
+                                    # the old staining leak through the encoder's receptive field
     cache: str = "cache"            # folder for the decoded images
 
 
-# PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the patches are
-# drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
+# PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
+# patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
 PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
 
 
@@ -85,7 +88,7 @@ def main(argv):
     device = training.pick_device(config.device)
     precision = training.Precision(device, config.amp)
 
-    # ---- model ------------------------------------------------------------------------------------------------
+    # ---- model ---------------------------------------------------------------------------------------------
     content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion")
     if config.method == "gan":
         painter = SpadePainter(content, config, device)
@@ -94,7 +97,7 @@ def main(argv):
     if config.patch % painter.multiple:
         raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
 
-    # ---- data: training slides only -----------------------------------------------------------------------------
+    # ---- data: training slides only ------------------------------------------------------------------------
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     classes = dataset.classes
@@ -108,7 +111,8 @@ def main(argv):
                            cache=config.cache)
     count = config.count or round(config.ratio * sampler.num_patches)
     if count < 1:
-        raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; give a larger one")
+        raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
+                        "give a larger one")
 
     folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
     manifest = Manifest(folder / "manifest.jsonl")
@@ -119,21 +123,23 @@ def main(argv):
         return 0
     write_split(folder / "split.json", dataset)
 
-    # ---- paint ------------------------------------------------------------------------------------------------
+    # ---- paint ---------------------------------------------------------------------------------------------
     for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False, disable=None):
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
         if not missing:
             continue
-        # The whole batch is computed again even when part of it is there: the rounding of a convolution may depend
-        # on the batch it is in, and the same command shall give the same files.
+        # The whole batch is computed again even when part of it is there: the rounding of a convolution may
+        # depend on the batch it is in, and the same command shall give the same files.
         patches = [draw_patch(sampler, config.seed, i) for i in ids]
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
-        relabelled = [relabel(patch["label"], patch["instance"], classes, generator(config.seed, "relabel", i), allowed)
+        relabelled = [relabel(patch["label"], patch["instance"], classes,
+                              generator(config.seed, "relabel", i), allowed)
                       if config.relabel else keep(patch) for i, patch in zip(ids, patches)]
         label = torch.stack([new for new, _ in relabelled])                             # (B, H, W)
-        repaint = torch.stack([repaint_mask(inst, mapping) for inst, (_, mapping) in zip(instance, relabelled)])
+        repaint = torch.stack([repaint_mask(inst, mapping)
+                               for inst, (_, mapping) in zip(instance, relabelled)])
         seeds = [hashed_seed(config.seed, "image", i) for i in ids]
         with torch.no_grad(), precision.autocast():
             painted = painter.paint(image, training.one_hot(label, len(classes), device), repaint, seeds)
@@ -142,11 +148,12 @@ def main(argv):
             if i in missing:
                 name = f"{i:06d}.png"
                 figures.save_png(folder / "images" / name, figures.to_uint8(painted[k]))
-                figures.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8), palette=classes.palette())
+                figures.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8),
+                                 palette=classes.palette())
                 figures.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
                 manifest.append({
-                    "image": f"images/{name}", "source_image": patches[k]["name"], "source_slide": patches[k]["slide"],
-                    "x": patches[k]["x"], "y": patches[k]["y"],
+                    "image": f"images/{name}", "source_image": patches[k]["name"],
+                    "source_slide": patches[k]["slide"], "x": patches[k]["x"], "y": patches[k]["y"],
                     "instances": {str(j): [old, new] for j, (old, new) in relabelled[k][1].items()},
                     "seed": seeds[k], "checkpoint": checkpoint})
 
@@ -154,15 +161,17 @@ def main(argv):
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    print(f"done: {folder}, {count} images; next: python train_seg.py --synthetic {folder} --ratio {config.ratio}")
+    print(f"done: {folder}, {count} images; "
+          f"next: python train_seg.py --synthetic {folder} --ratio {config.ratio}")
     return 0
 
 
 class SpadePainter:
-    """paint(image, onehot, repaint, seeds) -> (B, 3, H, W) in [-1, 1] by the GAN; the real image is not looked at."""
+    """paint(image, onehot, repaint, seeds) -> (B, 3, H, W) in [-1, 1] by the GAN; `image` is ignored."""
 
     def __init__(self, content, config, device):
-        self.network = run.build_model(SPADEGenerator, content, config.model).to(device, memory_format=torch.channels_last)
+        self.network = run.build_model(SPADEGenerator, content, config.model).to(
+            device, memory_format=torch.channels_last)
         self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
 
     def paint(self, image, onehot, repaint, seeds):
@@ -171,22 +180,24 @@ class SpadePainter:
 
 
 class DiffusionPainter:
-    """The same by latent diffusion: whole images, or only the tumor of `image` (config.method == "inpaint")."""
+    """The same by latent diffusion: whole images, or only the tumor of `image` (method "inpaint")."""
 
     def __init__(self, content, config, device):
         parts = (run.build_model(VQAutoencoder, content["autoencoder"], config.model),
                  run.build_model(LatentDenoiser, content, config.model))
-        self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last) for part in parts)
+        self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last)
+                                           for part in parts)
         self.schedule = Schedule(**content["schedule"]).to(device)
         if config.guidance != 1 and content.get("drop_label") == 0:
-            raise UserError(f"--guidance: found {config.guidance}; this model was trained with --drop-label 0 and never saw "
-                            "an image without a label, give 1")
+            raise UserError(f"--guidance: found {config.guidance}; this model was trained with "
+                            "--drop-label 0 and never saw an image without a label, give 1")
         if config.steps > self.schedule.T:
-            raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, give at most "
-                            "that")
+            raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, "
+                            "give at most that")
         if ddim_timesteps(self.schedule.T, config.steps, config.spacing)[-1] >= self.schedule.T:
-            raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a timestep beyond "
-                            f"the last of {self.schedule.T}; give a number of steps that divides it, or trailing")
+            raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a "
+                            f"timestep beyond the last of {self.schedule.T}; "
+                            "give a number of steps that divides it, or trailing")
         self.config, self.device = config, device
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
@@ -233,8 +244,9 @@ class Manifest:
                 if not known:               # a line cut short; images that no line vouches for are made again
                     break
                 if record.get("checkpoint") != checkpoint:
-                    raise UserError(f"{folder}: holds images of another checkpoint ({record.get('checkpoint')}, the model is "
-                                    f"now {checkpoint}); delete the folder or choose another --out")
+                    raise UserError(f"{folder}: holds images of another checkpoint "
+                                    f"({record.get('checkpoint')}, the model is now {checkpoint}); "
+                                    "delete the folder or choose another --out")
                 if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
                     self.records[int(Path(name).stem)] = record
             self.write_ordered()
@@ -255,13 +267,14 @@ class Manifest:
 
 
 def draw_patch(sampler, seed, i) -> dict:
-    """Source patch i: tensors image, label, instance (ids renumbered 1..n inside the patch), and where it came from."""
+    """Source patch i: tensors image, label, instance (renumbered from 1), and where it came from."""
     which, y, x = sampler.place(numpy_generator(seed, "source", i))
     image, label, instance = sampler.window(which, y, x)
     ids = instance.unique()
     instance = torch.searchsorted(ids[ids > 0], instance).add(1).where(instance > 0, 0).int()
     roi = sampler.rois[which]
-    return {"image": image, "label": label, "instance": instance, "name": roi.name, "slide": roi.slide, "x": x, "y": y}
+    return {"image": image, "label": label, "instance": instance, "name": roi.name, "slide": roi.slide,
+            "x": x, "y": y}
 
 
 def keep(patch):
@@ -285,7 +298,8 @@ def relabel_ids(names: str, classes):
         except KeyError:
             ids.append(None)
         if ids[-1] not in classes.tumor_ids:
-            raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; the tumor classes are "
+            raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; "
+                            "the tumor classes are "
                             + ", ".join(classes.names[k] for k in classes.tumor_ids))
     return ids
 
@@ -297,7 +311,8 @@ def write_slides(folder, records) -> None:
     table.writerow(["image", "mask", "instances", "slide", "split"])
     for record in records:
         name = Path(record["image"]).name
-        table.writerow([record["image"], f"masks/{name}", f"instances/{name}", record["source_slide"], "train"])
+        table.writerow([record["image"], f"masks/{name}", f"instances/{name}", record["source_slide"],
+                        "train"])
     atomic_write(folder / "slides.csv", text.getvalue())
 
 
@@ -313,11 +328,13 @@ def preview(folder, records, dataset) -> None:
     rows = [[], []]
     for record in records:
         name = Path(record["image"]).name
-        with figures.Image.open(folder / "masks" / name) as mask, figures.Image.open(folder / "images" / name) as image:
+        with (figures.Image.open(folder / "masks" / name) as mask,
+              figures.Image.open(folder / "images" / name) as image):
             rows[0].append(figures.colorize(np.array(mask), dataset.classes))
             rows[1].append(np.array(image))
     figures.save_png(folder / "preview.png", figures.image_grid(
-        rows, row_captions=["new label", "generated"], legend=figures.class_legend(dataset.classes, tumor_only=True)))
+        rows, row_captions=["new label", "generated"],
+        legend=figures.class_legend(dataset.classes, tumor_only=True)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Train the SPADE GAN with its VAE encoder (paper, section 2.2; Park et al. 2019, with the appendix's encoder).
+"""Train the SPADE GAN with its VAE encoder (paper, section 2.2; Park et al. 2019, encoder of the appendix).
 
     python train_gan.py                                             the phantom: runs/gan
     python train_gan.py --data D --out runs/gan
 
-The generator G paints an image from a label map and a vector z; the encoder E reads z off the real image, so that G can
-learn what the label does not say (stain, glands, texture). One iteration is two steps:
+The generator G paints an image from a label map and a vector z; the encoder E reads z off the real image, so
+that G can learn what the label does not say (stain, glands, texture). One iteration is two steps:
 
     generator      mu, logvar = E(image);  z = mu + exp(logvar / 2) noise;  fake = G(onehot, z)
-                   loss = -D(fake) + lambda_feat |D features(fake) - D features(image)| + lambda_kld KL(N(mu, var) || N(0, 1))
+                   loss = -D(fake) + lambda_feat |D features(fake) - D features(image)|
+                          + lambda_kld KL(N(mu, var) || N(0, 1))
     discriminator  loss = max(0, 1 - D(image)) + max(0, 1 + D(fake))           on the same fake, detached
 
 At synthesis z is drawn from N(0, I): masks alone are enough.
@@ -28,7 +29,8 @@ from her2.blocks import frozen, init_weights
 from her2.dataset import load_dataset, write_split
 from her2.discriminator import MultiscaleDiscriminator, discriminate
 from her2.errors import UserError, command
-from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence, saturated_share)
+from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
+                             saturated_share)
 from her2.perceptual import VGG19Loss
 from her2.phantom import default_phantom
 from her2.sampling import PatchSampler, loader
@@ -40,7 +42,7 @@ from her2.spade import SPADEGenerator, VAEEncoder, recalibrate_norm, reparameter
 class Config:
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = "runs/gan"           # run folder; the same command again goes on where it stopped
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for a few minutes of CPU, a small study, the paper
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
@@ -48,44 +50,50 @@ class Config:
     steps: int = 400                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
-    disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR: four times the other)
+    disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR:
+                                    # four times the other)
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
-    init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth; E and D are
-                                    # taken from the files beside it (latest_net_E.pth, ..._D.pth) where they exist
+    init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth;
+                                    # E and D are taken from the files beside it (latest_net_E.pth, ..._D.pth)
+                                    # where they exist
     width: int = 16                 # ngf and ndf, channels of the widest resolution; 64 is the official one
     hidden: int = 32                # channels inside each SPADE layer; 128 is the official number
     z_dim: int = 64                 # length of z; 256 is the official one
     lambda_feat: float = 10.0       # weight of feature matching
-    lambda_kld: float = 0.05        # weight of KL, summed over z and averaged over the batch (SPADE sums over the
-                                    # batch too: its 0.05 at batch B is 0.05 * B here)
-    vgg: str = ""                   # file of VGG-19 weights (torchvision): adds the perceptual loss; empty: off
+    lambda_kld: float = 0.05        # weight of KL, summed over z and averaged over the batch
+                                    # (SPADE sums over the batch too: its 0.05 at batch B is 0.05 * B here)
+    vgg: str = ""                   # file of VGG-19 weights (torchvision): adds the perceptual loss;
+                                    # empty: off
     lambda_vgg: float = 10.0        # weight of the perceptual loss, when there is one
-    ema: float = 0.995              # decay of the generator's moving average, which is what generate.py samples
+    ema: float = 0.995              # decay of the generator's moving average, which generate.py samples
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 100           # steps between two checkpoints, with sample pictures
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images
 
 
-# PAPER: learning rate 1e-5 and batch 16 are printed. SPADE's two-time-scale rule (TTUR), on by default in the official
-# code, turns 1e-5 into 5e-6 for G and E and 2e-5 for D; whether the authors kept it is not said. We take it as kept.
+# PAPER: learning rate 1e-5 and batch 16 are printed. SPADE's two-time-scale rule (TTUR), on by default in
+# the official code, turns 1e-5 into 5e-6 for G and E and 2e-5 for D; whether the authors kept it is not
+# said. We take it as kept.
 PRESETS = {
     "tiny": {},
     "small": dict(steps=4000, patch=128, width=24, hidden=64, z_dim=128, lr=2e-4, disc_lr=4e-4, ema=0.999,
                   log_every=50, save_every=500),
-    "paper": dict(steps=200_000, batch=16, patch=512, width=64, hidden=128, z_dim=256, lr=5e-6, disc_lr=2e-5, ema=0.999,
-                  log_every=100, save_every=5000, workers=8),
+    "paper": dict(steps=200_000, batch=16, patch=512, width=64, hidden=128, z_dim=256, lr=5e-6, disc_lr=2e-5,
+                  ema=0.999, log_every=100, save_every=5000, workers=8),
 }
 
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "train_gan.py")
     if config.patch % 32:
-        raise UserError(f"--patch: found {config.patch}; the generator doubles five times, give a multiple of 32")
+        raise UserError(f"--patch: found {config.patch}; "
+                        "the generator doubles five times, give a multiple of 32")
     if config.patch == 32 and config.batch == 1:
-        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; give 2 or more")
+        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; "
+                        "give 2 or more")
     device = training.pick_device(config.device)
     precision = training.Precision(device, config.amp)
     config.data = config.data or str(default_phantom(config.preset))
@@ -93,7 +101,7 @@ def main(argv):
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache)
     num_classes = len(dataset.classes)
 
-    # ---- networks, optimisers ---------------------------------------------------------------------------------
+    # ---- networks, optimisers ------------------------------------------------------------------------------
     torch.manual_seed(config.seed)                  # initial u of the spectral norms; weights are drawn below
     net = SPADEGenerator(num_classes, config.width, config.z_dim, config.patch, hidden=config.hidden)
     encoder = VAEEncoder(config.width, config.z_dim, config.patch)
@@ -118,7 +126,7 @@ def main(argv):
     saved = {"generator": net, "encoder": encoder, "discriminator": disc, "ema": ema, "optimizer": optimizer,
              "disc_optimizer": disc_optimizer, "scaler": scaler, "disc_scaler": disc_scaler}
     numbers = run.load_checkpoint(folder, saved, step=0, idle=0)
-    step, idle = numbers["step"], numbers["idle"]   # idle: steps in a row with a discriminator loss of almost 0
+    step, idle = numbers["step"], numbers["idle"]   # idle: steps in a row with d_loss of almost 0
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
         return 0
@@ -128,12 +136,13 @@ def main(argv):
     if step == 0:
         sizes = ", ".join(f"{name} {sum(p.numel() for p in module.parameters()):,}" for name, module in
                           (("generator", net), ("encoder", encoder), ("discriminator", disc)))
-        log.say(f"{sizes} parameters, {device}, {precision}; a discriminator that cannot tell has d_loss 2; healthy runs "
-                f"stay between 0.5 and 2; {real_saturation(fixed):.3f} of the real pixels are saturated")
+        log.say(f"{sizes} parameters, {device}, {precision}; a discriminator that cannot tell has d_loss 2; "
+                f"healthy runs stay between 0.5 and 2; {real_saturation(fixed):.3f} of the real pixels are "
+                "saturated")
     else:
         log.say(f"going on from step {step}")
 
-    # ---- the loop ---------------------------------------------------------------------------------------------
+    # ---- the loop ------------------------------------------------------------------------------------------
     clock, images = time.perf_counter(), 0
     batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
                      pin_memory=device.type == "cuda")
@@ -167,7 +176,8 @@ def main(argv):
         disc_scaler.unscale_(disc_optimizer)
         d_norm = training.grad_norm(disc.parameters(), config.clip)
         training.stop_if_diverged(
-            folder, step, {"loss": loss, "gan": gan, "features": features, "kld": kld, "vgg": vgg, "d_loss": d_loss},
+            folder, step,
+            {"loss": loss, "gan": gan, "features": features, "kld": kld, "vgg": vgg, "d_loss": d_loss},
             {"grad_norm": norm, "d_grad_norm": d_norm},
             {"generator": net, "encoder": encoder, "discriminator": disc}, batch["names"], scaler)
         scaler.step(optimizer)
@@ -179,16 +189,17 @@ def main(argv):
 
         idle = idle + 1 if run.number(d_loss) < 0.02 else 0
         if idle and idle % 200 == 0:
-            log.say(f"warning: the discriminator's loss has been 0 for {idle} steps, the generator learns nothing from "
-                    "it; try a lower --disc-lr")
+            log.say(f"warning: the discriminator's loss has been 0 for {idle} steps, the generator learns "
+                    "nothing from it; try a lower --disc-lr")
         if step % config.log_every == 0 or step == config.steps:
             saturated = float(saturated_share(fake.detach()))
-            log.record(step, loss=loss, gan=gan, features=features, kld=kld, d_loss=d_loss, saturated=saturated,
-                       grad_norm=norm, d_grad_norm=d_norm, samples_per_s=images / (time.perf_counter() - clock),
+            log.record(step, loss=loss, gan=gan, features=features, kld=kld, d_loss=d_loss,
+                       saturated=saturated, grad_norm=norm, d_grad_norm=d_norm,
+                       samples_per_s=images / (time.perf_counter() - clock),
                        memory_mib=training.peak_memory(device))
             if saturated > 0.5 + real_saturation(batch):
-                log.say(f"warning: {saturated:.0%} of the generated pixels are black or white at step {step}, the "
-                        "generator is collapsing; try a lower --lr or a lower --disc-lr")
+                log.say(f"warning: {saturated:.0%} of the generated pixels are black or white at step "
+                        f"{step}, the generator is collapsing; try a lower --lr or a lower --disc-lr")
             clock, images = time.perf_counter(), 0
         if step % config.save_every == 0 or step == config.steps:
             calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
@@ -198,7 +209,8 @@ def main(argv):
                             reference={"D cannot tell": 2.0}),
                 plots.Panel("feature matching", {"features": "features"}),
                 plots.Panel("KL (weighted)", {"kld": "kld"}),
-                plots.Panel("saturated pixels", {"share": "saturated"}, reference={"real": real_saturation(fixed)})])
+                plots.Panel("saturated pixels", {"share": "saturated"},
+                            reference={"real": real_saturation(fixed)})])
             run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step, idle=idle)
@@ -215,8 +227,8 @@ def real_saturation(batch) -> float:
 def calibrate(averaged, sampler, num_classes, config, step, device):
     """A copy of the averaged generator whose batch-norm statistics fit its weights and z ~ N(0, I).
 
-    The running statistics were gathered with other weights and with encoded z; at test time they would shift the
-    colours. So they are estimated again from 16 batches of training labels (PAPER: not discussed there).
+    The running statistics were gathered with other weights and with encoded z; at test time they would shift
+    the colours. So they are estimated again from 16 batches of training labels (PAPER: not discussed there).
     """
     def conditions():
         for k in range(16):
@@ -232,7 +244,7 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
 
 @torch.no_grad()
 def sample_picture(folder, step, network, fixed, classes, config, precision, device) -> None:
-    """samples/: eight fixed labels, their real patches, an image of each; then the first label with eight z."""
+    """samples/: eight fixed labels, their real patches, an image of each; the first label with eight z."""
     z = torch.randn(8, config.z_dim, generator=generator(config.seed, "sample z")).to(device)
     onehot = training.one_hot(fixed["label"], len(classes), device)
     with precision.autocast():

@@ -1,6 +1,6 @@
 """Train the latent diffusion model in two stages (paper, section 2.2; Rombach et al. 2022).
 
-    python train_ldm.py                                             both stages, phantom: runs/vq, then runs/ldm
+    python train_ldm.py                                             both stages, phantom: runs/vq and runs/ldm
     python train_ldm.py --stage autoencoder --data D --out runs/vq
     python train_ldm.py --stage diffusion --autoencoder runs/vq --data D --out runs/ldm
 
@@ -10,15 +10,10 @@ replaced by the nearest row of a codebook, and a decoder paints the image back:
     loss = |image - reconstruction| + vq_loss + weight * hinge_generator(D(reconstruction))
     weight = disc_weight * ||grad |image - reconstruction| || / ||grad hinge||      from step --disc-start on
 
-Stage 2, diffusion on the latents. Noise is added to a latent, and a U-Net that also sees the label learns to
-name it:
+Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees the label learns to name it:
 
-    xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps
-    loss = |target - denoiser(xt, t, label code)|
-
+    xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
-
-Each stage trains with its own loop below. `generate.py` samples from the result.
 """
 
 import math
@@ -82,8 +77,7 @@ class AutoencoderConfig(Common):
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
     disc_start: int = 800           # step from which the discriminator's gradient enters; it trains from
                                     # step 0. Before L1 has flattened it ruins the reconstruction
-    disc_weight: float = 0.1        # factor on the adaptive weight of the adversarial loss;
-                                    # 0 trains no discriminator
+    disc_weight: float = 0.1        # factor on the adaptive weight of the GAN loss; 0 trains no discriminator
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
     save_every: int = 125           # steps between two checkpoints, with sample pictures
 
@@ -100,22 +94,18 @@ class DiffusionConfig(Common):
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     timesteps: int = 1000           # T, length of the noise schedule
     parametrisation: Literal["eps", "v"] = "v"          # what the network predicts
-    zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise (needs
-                                    # --parametrisation v): lets white glass be white, where colours drift
+    zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise: white glass stays white
     loss: Literal["l1", "l2"] = "l2"  # distance between the target and the prediction
     drop_label: float = 0.1         # probability of hiding the label, so that generate.py --guidance works
     ema: float = 0.999              # decay of the moving average of the weights, which is what samples
-    latent_pool: int = 0            # 0: encode a new batch each step; N: encode N patches in eight
-                                    # orientations once and train on these (the autoencoder is most of the cost
-                                    # at full size)
+    latent_pool: int = 0            # 0: new patches each step; N: N patches, encoded once in 8 orientations
     sample_steps: int = 50          # DDIM steps of the sample pictures
     save_every: int = 250           # steps between two checkpoints, with sample pictures
 
 
 # The official objective is L1 on eps. After a few minutes of training it samples grey plates: at t near T an
 # error of eps is divided by sqrt(alpha_bar) = 0.01 on its way to x0. With v and a terminal SNR of zero the
-# same minutes give images that obey the label, so the small presets use these; `paper` keeps the official
-# objective.
+# same minutes give images that obey the label, so the small presets use these; `paper` is the official one.
 # PAPER: batch 16 and learning rate 1e-6 are printed for the diffusion model. The official code multiplies a
 # base rate by batch and devices (1e-6 x 16 = 1.6e-5); the paper does not say which is meant. For the
 # autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
@@ -172,11 +162,11 @@ def train_autoencoder(config, argv) -> int:
     dataset, sampler = open_data(config)
 
     # ---- networks, optimisers ------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)                  # initial weights only: everything else has its own generator
+    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
     official = VQ_F4 if config.factor == 4 else VQ_F8
     model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
                              "num_codes": config.codes, "beta": config.beta,
-                             "groups": max(1, config.width // 4)})      # 4 channels each, as at the official 128
+                             "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
     if config.init:
         training.load_official(model, run.load_file(config.init), config.init)
     disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
@@ -261,8 +251,7 @@ def train_autoencoder(config, argv) -> int:
             disc_scaler.update()
         step, images = step + 1, images + len(image)
 
-        # Codes that nobody used over 1000 patches restart at latents of this batch. The first time comes
-        # early: new codes lie in a heap around 0, where a few of them serve all latents.
+        # Codes unused over 1000 patches restart at latents of this batch, at first sooner: all begin near 0.
         usage += count_codes(indices, config.codes)
         counted, first = step % window == 0, step == window // 5
         if counted:
@@ -324,7 +313,7 @@ def train_diffusion(config, argv) -> int:
                         "add --parametrisation v, or --no-zero-terminal-snr")
 
     # ---- network, optimiser --------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)                  # initial weights only: everything else has its own generator
+    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
     classes = dataset.classes
     schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
                         parametrisation=config.parametrisation)
@@ -390,7 +379,6 @@ def train_diffusion(config, argv) -> int:
         z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])
         x0 = denoiser.scale(z)                                                          # (B, C, h, w)
         onehot = training.one_hot(batch["label"], len(classes), device)                  # (B, K, H, W)
-
         random = generator(config.seed, "noise", step)
         t = torch.randint(config.timesteps, (len(x0),), generator=random).to(device)
         eps = torch.randn(x0.shape, generator=random).to(device)
@@ -401,7 +389,6 @@ def train_diffusion(config, argv) -> int:
             output = denoiser(xt, t, code)                                              # (B, C, h, w)
         per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)    # (B,)
         loss = per_image.mean()
-
         training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps, config.schedule)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

@@ -1,11 +1,11 @@
-"""Train the segmentation network: a U-Net with a ResNet-34 encoder, background against tumor (paper, section 2.3).
+"""Train the segmentation network, a U-Net with a ResNet-34 encoder: background or tumor (paper, section 2.3).
 
     python train_seg.py                                             the phantom, subtype-sampled: runs/seg
     python train_seg.py --data D --sampling tumor --out runs/seg-tumor
     python train_seg.py --data D --synthetic data/synth --ratio 1.0 --out runs/seg-ldm-100
 
-One step: draw a batch of patches (real ones around tumor pixels, synthetic ones mixed in at `ratio`), reduce the class
-ids to background/tumor, and minimise
+One step: draw a batch of patches (real ones around tumor pixels, synthetic ones mixed in at `ratio`), reduce
+the class ids to background/tumor, and minimise
 
     loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy
 
@@ -36,7 +36,7 @@ from her2.segmenter import UNet, encoder_weights, predict_roi
 class Config:
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = "runs/seg"           # run folder; the same command again goes on where it stopped
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for a few minutes of CPU, a small study, the paper
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
@@ -48,13 +48,14 @@ class Config:
     warmup: int = 30                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of the gradient
     patch: int = 64                 # side of a patch in pixels, divisible by 32
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: on any tumor pixel,
-                                    # on a subtype drawn uniformly (the paper's two baselines), or anywhere
+    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
+                                    # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
     synthetic: str = ""             # folder made by generate.py; empty: real patches only
     ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic
-    reconstruct: str = ""           # autoencoder run: pass every batch through it (what the autoencoder alone costs)
-    encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), or a file
-    init: str = ""                  # official weights to start from: torchvision ResNet-34 or smp Unet-ResNet-34 file
+    reconstruct: str = ""           # autoencoder run: pass every batch through it (what that alone costs)
+    encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
+    init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
+                                    # smp's Unet-ResNet-34
     width: int = 16                 # channels of the first encoder stage; 64 is the real ResNet-34
     dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
     dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
@@ -65,34 +66,36 @@ class Config:
     cache: str = "cache"            # folder for the decoded images
 
 
-# PAPER: learning rate 1e-6 with batch 16 are the printed numbers, for ImageNet weights and (unprinted) many steps;
-# from random weights they learn nothing in the steps of `tiny` and `small`, whose rates are measured.
+# PAPER: learning rate 1e-6 with batch 16 are the printed numbers, for ImageNet weights and (unprinted) many
+# steps; from random weights they learn nothing in the steps of `tiny` and `small`, whose rates are measured.
 PRESETS = {
     "tiny": {},
     "small": dict(steps=1000, patch=128, warmup=100, save_every=500, log_every=50),
-    "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000, save_every=2000,
-                  log_every=100, encoder_weights="imagenet", workers=8),
+    "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000,
+                  save_every=2000, log_every=100, encoder_weights="imagenet", workers=8),
 }
 
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
     if config.patch % 32:
-        raise UserError(f"--patch: found {config.patch}; the network halves five times, give a multiple of 32")
+        raise UserError(f"--patch: found {config.patch}; "
+                        "the network halves five times, give a multiple of 32")
     if config.patch == 32 and config.batch == 1:
-        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; give 2 or more")
+        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; "
+                        "give 2 or more")
     if config.init and config.encoder_weights != "none":
-        raise UserError("--init and --encoder-weights both name initial weights; beside --init give --encoder-weights "
-                        "none")
+        raise UserError("--init and --encoder-weights both name initial weights; "
+                        "beside --init give --encoder-weights none")
     if config.synthetic and not config.ratio:
-        raise UserError("--ratio: 0 uses none of the images in --synthetic; give a number greater than 0, or leave "
-                        "--synthetic out")
+        raise UserError("--ratio: 0 uses none of the images in --synthetic; "
+                        "give a number greater than 0, or leave --synthetic out")
     if config.reconstruct and config.synthetic:
         raise UserError("--reconstruct is a control on real patches; leave --synthetic out")
     device = training.pick_device(config.device)
     precision = training.Precision(device, config.amp)
 
-    # ---- data -------------------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------------------
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
@@ -104,8 +107,8 @@ def main(argv):
     is_tumor = torch.zeros(len(dataset.classes), dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
 
-    # ---- network, optimiser -----------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)                  # initial weights only: batches have generators of their own
+    # ---- network, optimiser --------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
     network = UNet(num_classes=2, width=config.width)
     initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
     if initial:
@@ -114,7 +117,8 @@ def main(argv):
     if config.reconstruct:
         content = run.load_model(config.reconstruct, "autoencoder")
         training.refuse_leak(content, dataset, config.reconstruct)
-        autoencoder = run.build_model(VQAutoencoder, content, config.reconstruct).requires_grad_(False).to(device)
+        autoencoder = run.build_model(VQAutoencoder, content,
+                                      config.reconstruct).requires_grad_(False).to(device)
 
     inputs = dataset.files() + (synthetic.files() if config.synthetic else [])
     inputs += [run.model_file(config.reconstruct)] if config.reconstruct else []
@@ -130,23 +134,25 @@ def main(argv):
     log = run.Log(folder, step)
     write_split(folder / "split.json", dataset)
 
-    # ---- what is normal ---------------------------------------------------------------------------------------
-    fixed = sampler.batch(0, config.batch)          # always the same patches: pictures comparable across steps
-    nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice, dice_weight=config.dice_weight,
-                                       ce_weight=1 - config.dice_weight)
+    # ---- what is normal ------------------------------------------------------------------------------------
+    fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
+    nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice,
+                                       dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
     if step == 0:
         parameters = sum(p.numel() for p in network.parameters())
-        log.say(f"U-Net, {parameters:,} parameters, {device}, {precision}; {sampler.num_patches} patches tile the "
-                f"training ROIs once; a network that predicts the same everywhere has a loss of {nothing:.3f}")
+        log.say(f"U-Net, {parameters:,} parameters, {device}, {precision}; "
+                f"{sampler.num_patches} patches tile the training ROIs once; "
+                f"a network that predicts the same everywhere has a loss of {nothing:.3f}")
     else:
         log.say(f"going on from step {step}")
 
-    # ---- the loop ---------------------------------------------------------------------------------------------
+    # ---- the loop ------------------------------------------------------------------------------------------
     clock, images = time.perf_counter(), 0
     network.train()
     batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
                      pin_memory=device.type == "cuda")
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="segmentation", leave=False, disable=None):
+    for batch in tqdm(batches, initial=step, total=config.steps, desc="segmentation", leave=False,
+                      disable=None):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         target = is_tumor[batch["label"]].to(device, non_blocking=True)
 
@@ -155,14 +161,16 @@ def main(argv):
                 image = autoencoder.decode(autoencoder.encode(image)).float().clamp(-1, 1)
         with precision.autocast():
             logits = network(image)                                                     # (B, 2, H, W)
-            loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight, 1 - config.dice_weight)
+            loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
+                                             1 - config.dice_weight)
 
         training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps, config.schedule)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = training.grad_norm(network.parameters(), config.clip)
-        training.stop_if_diverged(folder, step, {"loss": loss, "dice": parts["dice"], "cross_entropy": parts["ce"]},
+        training.stop_if_diverged(folder, step,
+                                  {"loss": loss, "dice": parts["dice"], "cross_entropy": parts["ce"]},
                                   {"grad_norm": norm}, {"network": network}, batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()
@@ -170,9 +178,9 @@ def main(argv):
 
         if step % config.log_every == 0 or step == config.steps:
             seconds = time.perf_counter() - clock
-            log.record(step, loss=loss, predicts_nothing=nothing, dice_loss=parts["dice"], cross_entropy=parts["ce"],
-                       grad_norm=norm, lr=optimizer.param_groups[0]["lr"], samples_per_s=images / seconds,
-                       memory_mib=training.peak_memory(device))
+            log.record(step, loss=loss, predicts_nothing=nothing, dice_loss=parts["dice"],
+                       cross_entropy=parts["ce"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
+                       samples_per_s=images / seconds, memory_mib=training.peak_memory(device))
             clock, images = time.perf_counter(), 0
         if step % config.save_every == 0 or step == config.steps:
             network.eval()
@@ -186,8 +194,8 @@ def main(argv):
                 plots.Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
                 plots.Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)])
             if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
-                log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network that predicts "
-                        "nothing; try a longer --warmup, a lower --lr or more --steps")
+                log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
+                        "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
             run.save_model(folder, "segmenter", network.config, network.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step)
@@ -198,7 +206,7 @@ def main(argv):
 
 
 def validate(network, dataset, config, precision, device) -> dict:
-    """Metrics on the whole ROIs of the validation slides at threshold 0.5; nothing is chosen by them during training."""
+    """Metrics on the whole ROIs of the validation slides at threshold 0.5; training chooses nothing by it."""
     histogram = ProbabilityHistogram(dataset.classes)
     for _, image, label, _ in iterate_rois(dataset, "val", cache=config.cache):
         with precision.autocast():
@@ -213,7 +221,8 @@ def sample_picture(folder, step, network, fixed, classes, precision, device) -> 
     image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
     with precision.autocast():
         prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
-    figures.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8], probability=prob)
+    figures.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8],
+                        probability=prob)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ class VQAutoencoder(nn.Module):
     attention_levels  levels (0 = finest) with attention after every residual block
     groups            of every GroupNorm. Narrow networks need fewer than the official 32: a group of one
                       channel normalises away its mean, and the decoder answers with dark and bright droplets
-                      (StyleGAN2, Karras et al. 2020, section 2, saw the same). 4 channels a group, as at ch 128
+                      (StyleGAN2, Karras et al. 2020, section 2, saw the same). 4 channels a group, as ch 128
 
     `quantize(z)` gives z_q (straight-through), indices (B, h, w) and the loss of quantisation.
     """

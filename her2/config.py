@@ -1,13 +1,13 @@
-"""One dataclass per script is its whole configuration; the command line, the presets and --help follow from it.
+"""One dataclass per script is its whole configuration; command line, presets and --help follow from it.
 
     @dataclass
     class Config:
         steps: int = 1000                            # optimiser steps
         amp: Literal["auto", "off"] = "auto"         # mixed precision
 
-Every field is a flag (`--steps`), its trailing comment is the help text, `Literal` lists the allowed values, a
-`bool` becomes `--flag / --no-flag`. A preset is a dict of overrides; the order is: dataclass < preset < flag.
-An unknown key in a preset is an error, so that a renamed field cannot be silently ignored.
+Every field is a flag (`--steps`), its trailing comment is the help text, `Literal` lists the allowed values,
+a `bool` becomes `--flag / --no-flag`. A preset is a dict of overrides; the order is: dataclass < preset <
+flag. An unknown key in a preset is an error, so that a renamed field cannot be silently ignored.
 """
 
 import argparse
@@ -25,15 +25,15 @@ COUNT = (1, 10**9)
 SHARE = (0.0, 1.0)
 RANGES = {
     "steps": COUNT, "batch": COUNT, "patch": (16, 8192), "lr": POSITIVE, "seed": (0, 2**31 - 1),
-    "trial": (0, 10**9), "seeds": (0, 1000), "split_seed": (0, 2**31 - 1), "blend": (0, 1024), "blocks": (1, 16),
-    "hidden": (1, 4096), "disc_lr": POSITIVE, "disc_width": (1, 1024),
+    "trial": (0, 10**9), "seeds": (0, 1000), "split_seed": (0, 2**31 - 1), "blend": (0, 1024),
+    "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": POSITIVE, "disc_width": (1, 1024),
     "ratio": (0.0, 1000.0), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
     "sample_steps": COUNT, "eta": SHARE, "warmup": (0, 10**9), "clip": POSITIVE, "log_every": COUNT,
     "save_every": COUNT, "workers": (0, 256), "dice_weight": SHARE, "jitter": (0.0, 1.0),
     "codes": (2, 2**20), "width": (8, 1024), "z_dim": (1, 4096), "count": (0, 10**9), "overlap": (0, 4096),
     "timesteps": (2, 100000), "disc_start": (0, 10**9), "disc_weight": (0.0, 100.0), "dilate": (0, 64),
-    "latent_pool": (0, 10**7), "lambda_feat": (0.0, 1e6), "lambda_kld": (0.0, 1e6), "lambda_vgg": (0.0, 1e6), "lambda_lpips": (0.0, 1e6),
-    "beta": POSITIVE,
+    "latent_pool": (0, 10**7), "lambda_feat": (0.0, 1e6), "lambda_kld": (0.0, 1e6), "lambda_vgg": (0.0, 1e6),
+    "lambda_lpips": (0.0, 1e6), "beta": POSITIVE,
 }
 
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def field_help(cls) -> dict:
-    """{field: its trailing comment}, read from the source of the dataclass. Comment lines below belong to it too."""
+    """{field: its trailing comment}, read from the source of the dataclass, and the comment lines below."""
     texts, name = {}, None
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for line in "\n".join(inspect.getsource(base) for base in bases).splitlines():
@@ -75,7 +75,8 @@ def add_fields(parser, cls, presets: dict) -> None:
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif get_origin(kind) is Literal:
-            parser.add_argument(flag, choices=get_args(kind), type=type(get_args(kind)[0]), default=None, help=text)
+            parser.add_argument(flag, choices=get_args(kind), type=type(get_args(kind)[0]), default=None,
+                                help=text)
         else:
             parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
 
@@ -91,7 +92,7 @@ def check_ranges(config) -> None:
 
 
 def build(cls, presets: dict, given: dict):
-    """The configuration from the dataclass's defaults, the preset and the flags that were given, in this order."""
+    """The configuration: the dataclass's defaults, then the preset, then the flags that were given."""
     names = {field.name for field in dataclasses.fields(cls)}
     preset = given.get("preset") or next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
     unknown = set(presets[preset]) - names

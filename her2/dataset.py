@@ -135,8 +135,8 @@ def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
     """
     if synthetic.classes != real.classes:
-        raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean something "
-                        f"else; make the images again: python generate.py --data {real.root}")
+        raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
+                        f"something else; make the images again: python generate.py --data {real.root}")
     path = synthetic.root / "manifest.jsonl"
     remedy = "make the images again: python generate.py --data DIR with the same DIR"
     entries = _read_manifest(path, remedy)

@@ -215,8 +215,8 @@ def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tens
 class LatentDenoiser(nn.Module):
     """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
 
-    stages: log2 of the autoencoder's factor. code_channels: z_channels by default. groups: of every GroupNorm,
-    see autoencoder.py. latent_scale (a buffer, 1 / standard deviation of the latents) is NaN until
+    stages: log2 of the autoencoder's factor. code_channels: z_channels by default. groups: of every
+    GroupNorm, see autoencoder.py. latent_scale (a buffer, 1 / standard deviation of the latents) is NaN until
     `set_latent_scale`; loading weights whose scale is not a positive number raises ValueError.
     """
 

@@ -19,8 +19,8 @@ FULL = "the disk is full"
 DENIED = "no permission"
 IN_THE_WAY = "a file stands where a folder is needed, or a folder where a file is"
 MACHINE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "the file is too large for this disk",
-           errno.EIO: "the disk does not answer", errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED,
-           errno.ENOTDIR: IN_THE_WAY, errno.EEXIST: IN_THE_WAY, errno.EISDIR: IN_THE_WAY,
+           errno.EIO: "the disk does not answer", errno.EACCES: DENIED, errno.EPERM: DENIED,
+           errno.EROFS: DENIED, errno.ENOTDIR: IN_THE_WAY, errno.EEXIST: IN_THE_WAY, errno.EISDIR: IN_THE_WAY,
            errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files"}
 
 
@@ -36,8 +36,8 @@ def one_line(text) -> str:
 def command(main, argv=None):
     """Run `main(argv)` as a program: exit status 0, or 2 with one line on stderr, or 130 after Ctrl-C.
 
-    Only what a user or the machine can cause is caught (UserError, a full disk, no permission, no memory, Ctrl-C).
-    Everything else is a defect of this code and keeps its traceback.
+    Only what a user or the machine can cause is caught (UserError, a full disk, no permission, no memory,
+    Ctrl-C). Everything else is a defect of this code and keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -54,16 +54,18 @@ def command(main, argv=None):
     except OSError as error:
         if error.errno not in MACHINE:
             raise
-        print(one_line(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); nothing that "
-                       "was complete is lost, mend that or choose another folder, then run the same command again"),
+        print(one_line(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); "
+                       "nothing that was complete is lost, mend that or choose another folder, "
+                       "then run the same command again"),
               file=sys.stderr)
         status = 2
     except (MemoryError, RuntimeError) as error:
         # torch has no class of its own for memory on the CPU.
-        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|enough) memory", str(error)):
+        if (not isinstance(error, MemoryError)
+                and not re.search("(out of|allocate|enough) memory", str(error))):
             raise
-        print(f"error: the memory is not enough ({one_line(error)[:120]}); use a smaller --batch, --patch or --width",
-              file=sys.stderr)
+        print(f"error: the memory is not enough ({one_line(error)[:120]}); "
+              "use a smaller --batch, --patch or --width", file=sys.stderr)
         status = 2
     sys.exit(status)
 

@@ -216,14 +216,16 @@ def fit(image, cell) -> np.ndarray:
 def samples_png(folder, step: int, classes=None, **rows) -> None:
     """samples/stepNNNNNN.png of a run folder: one row per keyword, its name is the caption.
 
-    A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) int64 (needs `classes`), or prob (B, H, W) in 0..1.
+    A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) int64 (needs `classes`),
+    or prob (B, H, W) in 0..1.
     """
     pictures = []
     for batch in rows.values():
         if batch.dim() == 4:
             pictures.append(list(to_uint8(batch)))
         elif batch.is_floating_point():
-            pictures.append(list(np.repeat((to_array(batch) * 255).round().astype(np.uint8)[..., None], 3, axis=-1)))
+            pictures.append(list(np.repeat((to_array(batch) * 255).round().astype(np.uint8)[..., None], 3,
+                                           axis=-1)))
         else:
             pictures.append(list(colorize(batch, classes)))
     captions = [name.replace("_", " ") for name in rows]

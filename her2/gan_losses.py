@@ -74,15 +74,17 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean
     return kl.mean() if reduction == "mean" else kl.sum()
 
 
-def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor,
+                    scale: float = 1.0) -> torch.Tensor:
     """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4.
 
-    Both losses are multiplied by `scale` and their gradients divided by it: the gradient of a mean over millions of
-    pixels is nothing but rounding in fp16, so there it is GradScaler.get_scale(). Where that overflows (the scaler
-    then skips the step and lowers itself) the weight is 0.
+    Both losses are multiplied by `scale` and their gradients divided by it: the gradient of a mean over
+    millions of pixels is nothing but rounding in fp16, so there it is GradScaler.get_scale(). Where that
+    overflows (the scaler then skips the step and lowers itself) the weight is 0.
     """
-    nll_gradient, g_gradient = (torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float() / scale
-                                for loss in (nll, g))
+    nll_gradient, g_gradient = (
+        torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float() / scale
+        for loss in (nll, g))
     return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).nan_to_num(0.0).clamp(0.0, 1e4).detach()
 
 

@@ -1,8 +1,9 @@
 """One process at a time in a run folder.
 
-Two processes that train into the same folder would mix their logs and checkpoints: a second start by mistake, or a
-stage that lives on after the study that started it was killed. The first one holds a lock of the operating system on
-config.json, which ends with the process however it ends, so that no stale lock can ever be in the way.
+Two processes that train into the same folder would mix their logs and checkpoints: a second start by
+mistake, or a stage that lives on after the study that started it was killed. The first one holds a lock
+of the operating system on config.json, which ends with the process however it ends, so that no stale lock
+can ever be in the way.
 """
 
 import errno
@@ -36,9 +37,9 @@ def hold(folder) -> None:
     except OSError as error:
         file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise UserError(f"{folder}: another process is working in this folder; wait until it is done, or stop it "
-                            "and run the same command again") from None
-        print(f"note: {folder}: this file system knows no locks ({error.strerror}); do not start a second process "
-              "in this folder", file=sys.stderr)
+            raise UserError(f"{folder}: another process is working in this folder; "
+                            "wait until it is done, or stop it and run the same command again") from None
+        print(f"note: {folder}: this file system knows no locks ({error.strerror}); "
+              "do not start a second process in this folder", file=sys.stderr)
         return
     _held[path] = file

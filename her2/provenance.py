@@ -1,4 +1,4 @@
-"""What a result was made from: the content of files, the commit of this code, the versions of the packages."""
+"""What a result was made from: the content of files, the commit of this code, the packages' versions."""
 
 import hashlib
 import platform
@@ -22,11 +22,13 @@ def file_hash(path) -> str:
 
 
 def git_commit() -> str:
-    """The commit of this code, '+' when the working tree differs from it, or 'unknown' outside a repository."""
+    """The commit of this code, '+' when the working tree differs from it; 'unknown' outside a repository."""
     here = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True,
+                                check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True,
+                               text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")

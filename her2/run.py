@@ -5,13 +5,14 @@
     last.pt       all that is needed to go on          last.prev.pt   the checkpoint before it
     model.pt      what others load: weights and the network's keyword arguments
 
-A checkpoint is written to a temporary file, flushed, and only then renamed: last.pt -> last.prev.pt, new -> last.pt.
-Killed at any moment, the folder holds at least one whole checkpoint. The file is a zip archive whose members carry a
-CRC-32: a truncated or bit-flipped one is noticed before anything in it is used. All files are read with
-weights_only=True: nothing from a file is ever executed.
+A checkpoint is written to a temporary file, flushed, and only then renamed: last.pt -> last.prev.pt,
+new -> last.pt. Killed at any moment, the folder holds at least one whole checkpoint. The file is a zip
+archive whose members carry a CRC-32: a truncated or bit-flipped one is noticed before anything in it is used.
+All files are read with weights_only=True: nothing from a file is ever executed.
 
-No random state is stored: every random number of a loop is a function of (seed, step) (see seeds.py), so the step is
-the state. The log is cut back to the checkpoint's step on resuming, so that it reads as if nothing had happened.
+No random state is stored: every random number of a loop is a function of (seed, step) (see seeds.py), so the
+step is the state. The log is cut back to the checkpoint's step on resuming, so that it reads as if nothing
+had happened.
 """
 
 import json
@@ -61,9 +62,10 @@ def number(value) -> float:
 def open_run(script: str, config, device, command, inputs=()) -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
-    Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt): a run does
-    not go on with others. UserError: the folder holds another script's run, another configuration (the message lists
-    the difference), was begun with other inputs, is in use, or holds files that are not a run at all.
+    Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt):
+    a run does not go on with others. UserError: the folder holds another script's run, another
+    configuration (the message lists the difference), was begun with other inputs, is in use, or holds
+    files that are not a run at all.
     """
     folder, fields = Path(config.out), asdict(config)
     hashes = {str(file): file_hash(file) for file in inputs}
@@ -75,7 +77,8 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
         if not isinstance(old, dict) or not isinstance(old.get("fields"), dict):
             raise UserError(f"{path}: is not the configuration of a run; choose another --out")
         if old.get("script") != script:
-            raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; choose another --out")
+            raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
+                            "choose another --out")
         names = sorted((set(fields) | set(old["fields"])) - set(FREE_FIELDS))
         changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
                    if old["fields"].get(name) != fields.get(name)]
@@ -85,8 +88,8 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
         known = old["inputs"] if isinstance(old.get("inputs"), dict) else {}
         other = [name for name, value in hashes.items() if known.get(name, value) != value]
         if other:
-            raise UserError(f"{folder}: was begun with another content of {', '.join(other)}; restore the old one, "
-                            "or choose another --out")
+            raise UserError(f"{folder}: was begun with another content of {', '.join(other)}; "
+                            "restore the old one, or choose another --out")
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:
@@ -143,22 +146,24 @@ class Log:
 
 
 def check_archive(path) -> None:
-    """UserError unless `path` is a whole zip archive: every member's CRC-32 is recomputed (the standard library's)."""
+    """UserError unless `path` is a whole zip archive: the CRC-32 of every member is recomputed."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError,
-            OverflowError, UnicodeDecodeError, zlib.error) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError,
+            RuntimeError, OverflowError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); "
                         "delete it and run the script that made it again") from None
     if broken is not None:
-        raise UserError(f"{path}: damaged ({broken} fails its checksum); delete it and run the script that made it again")
+        raise UserError(f"{path}: damaged ({broken} fails its checksum); "
+                        "delete it and run the script that made it again")
 
 
 def load_file(path) -> dict:
     """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else.
 
-    Official weights come in the older tar/pickle format too, which has no checksums; weights_only holds for both.
+    Official weights come in the older tar/pickle format too, which has no checksums; weights_only holds for
+    both.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,7 +181,7 @@ def load_file(path) -> dict:
 
 
 def save_checkpoint(folder, saved: dict, **numbers) -> None:
-    """Write last.pt: the state_dict of everything in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
+    """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
 
     The one before becomes last.prev.pt once the new one is whole on the disk.
     """
@@ -190,7 +195,7 @@ def save_checkpoint(folder, saved: dict, **numbers) -> None:
 
 
 def load_checkpoint(folder, saved: dict, **numbers) -> dict:
-    """The newest whole checkpoint into everything in `saved`; returns its numbers, or `numbers` for a new run.
+    """The newest whole checkpoint into all in `saved`; returns its numbers, or `numbers` for a new run.
 
     A damaged checkpoint is named, moved aside, and the one before it is used.
     """
@@ -215,8 +220,8 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
                 item.load_state_dict(state[item_name])
             return {number: state[number] for number in numbers}
         except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path}: is no checkpoint of this run and this version of the code ({one_line(error)[:200]}); "
-                            "choose another --out") from None
+            raise UserError(f"{path}: is no checkpoint of this run and this version of the code "
+                            f"({one_line(error)[:200]}); choose another --out") from None
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; "
                         f"delete the run folder {folder} to start again")
@@ -228,12 +233,15 @@ def check_format(path, state) -> None:
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise UserError(f"{path}: was not written by this project; give a run folder or its model.pt")
     if state["format"] > FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {state['format']}, this code knows {FORMAT}); "
-                        "update the code")
+        raise UserError(f"{path}: written by a newer version (format {state['format']}, "
+                        f"this code knows {FORMAT}); update the code")
 
 
 def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> None:
-    """model.pt: {kind, format, kwargs, state_dict, ...}. `kwargs` rebuild the network, `extra` is what its users need."""
+    """model.pt: {kind, format, kwargs, state_dict, ...}.
+
+    `kwargs` rebuild the network, `extra` is what its users need.
+    """
     state_dict = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     content = {"kind": kind, "format": FORMAT, "kwargs": kwargs, "state_dict": state_dict, **extra}
     atomic_write(Path(folder) / "model.pt", lambda file: torch.save(content, file))
@@ -250,7 +258,7 @@ def model_file(path) -> Path:
 
 
 def load_model(path, kind: str) -> dict:
-    """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...). UserError otherwise."""
+    """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...), or UserError."""
     path, file = Path(path), model_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such run; make it with: {COMMAND_FOR[kind]} --out {path}")
@@ -262,7 +270,8 @@ def load_model(path, kind: str) -> dict:
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
                         f"make one with: {COMMAND_FOR[kind]}")
-    needed = {"autoencoder": ["split"], "gan": ["split"], "diffusion": ["split", "schedule", "autoencoder"], "segmenter": []}
+    needed = {"autoencoder": ["split"], "gan": ["split"],
+              "diffusion": ["split", "schedule", "autoencoder"], "segmenter": []}
     for name in ["kwargs", "state_dict", *needed[kind]]:
         if not isinstance(content.get(name), dict):
             raise UserError(f"{file}: lacks {name!r}, another version of the code made it; train it again")

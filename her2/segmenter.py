@@ -213,8 +213,9 @@ def encoder_weights(choice: str) -> Path | None:
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=expected)
         except (OSError, RuntimeError, ValueError) as error:  # no network, wrong hash, broken proxy
             raise UserError(f"{path}: not there, and the download failed ({one_line(error)}); get "
-                            f"{IMAGENET_URL} on a machine with a network and put it there, or give the file itself "
-                            "as --encoder-weights FILE, or do without: --encoder-weights none") from error
+                            f"{IMAGENET_URL} on a machine with a network and put it there, or give the file "
+                            "itself as --encoder-weights FILE, or do without: --encoder-weights none"
+                            ) from error
         finally:
             socket.setdefaulttimeout(patience)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:len(expected)]

@@ -45,7 +45,8 @@ def measure(sources: dict, classes, white_rois, cache="cache") -> dict:
     densities = {}
     for source, rois in sources.items():
         densities[source] = {k: [] for k in classes.tumor_ids}
-        for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False, disable=None):
+        for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,
+                        disable=None):
             tile = open_roi(roi, classes, cache)
             step = max(1, min(tile.height, tile.width) // GRID)
             found = instance_densities(tile.image[::step, ::step], np.array(tile.instance[::step, ::step]),

@@ -1,4 +1,4 @@
-"""Small things that every training loop calls: device, mixed precision, EMA, warm-up, the check for divergence.
+"""Small things that every training loop calls: device, mixed precision, EMA, warm-up, check for divergence.
 
 None of them owns a step counter or knows a loss: the loop of each script stays visible in that script.
 """
@@ -18,15 +18,16 @@ from her2.errors import UserError, one_line
 def pick_device(name: str) -> torch.device:
     """'auto' is the GPU when there is one. UserError when 'cuda' is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise UserError("--device cuda: torch sees no CUDA device; "
+                        "use --device cpu, or install a CUDA build of torch")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 class Precision:
     """Mixed precision as one code path that does nothing on the CPU.
 
-    autocast()  context for the forward pass: bf16 where the GPU has it, else fp16 (`amp` = auto), off on the CPU
-                (bf16 on an ordinary CPU is many times slower than fp32).
+    autocast()  context for the forward pass: bf16 where the GPU has it, else fp16 (`amp` = auto), off on the
+                CPU (bf16 on an ordinary CPU is many times slower than fp32).
     scaler()    a GradScaler, enabled for fp16 only: bf16 has the exponent range of fp32 and needs none.
     """
 
@@ -40,7 +41,8 @@ class Precision:
             self.dtype = torch.bfloat16 if bf16 else torch.float16
 
     def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16,
+                              enabled=self.dtype is not None)
 
     def scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -50,10 +52,13 @@ class Precision:
 
 
 class EMA:
-    """Exponential moving average of a module's parameters: m <- d m + (1 - d) p, with d = min(decay, (1 + n) / (10 + n)).
+    """Exponential moving average of a module's parameters.
 
-    n counts the updates: early on the average forgets the initial weights fast (as in latent-diffusion's LitEma, where
-    n is incremented before its first use). Buffers are copied. `module` is the averaged copy, in eval mode.
+        m <- d m + (1 - d) p,  with d = min(decay, (1 + n) / (10 + n))
+
+    n counts the updates: early on the average forgets the initial weights fast (as in latent-diffusion's
+    LitEma, where n is incremented before its first use). Buffers are copied. `module` is the averaged copy,
+    in eval mode.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float):
@@ -78,9 +83,10 @@ class EMA:
 
 
 def set_learning_rate(optimizer, lr: float, step: int, warmup: int, steps: int, schedule: str) -> None:
-    """Linear warm-up over the first `warmup` steps, then constant, or half a cosine that reaches 0 at `steps`.
+    """Linear warm-up over the first `warmup` steps, then constant or half a cosine that is 0 at `steps`.
 
-    step counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch size or devices.
+    step counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch size
+    or devices.
     """
     factor = min(1.0, (step + 1) / max(warmup, 1))
     if schedule == "cosine" and step >= warmup:
@@ -90,14 +96,17 @@ def set_learning_rate(optimizer, lr: float, step: int, warmup: int, steps: int, 
 
 
 def load_official(network, content, path) -> None:
-    """Official weights into `network`; a Lightning checkpoint's "state_dict" is found inside. UserError when they misfit."""
+    """Official weights into `network`, also from a checkpoint's "state_dict". UserError when they misfit."""
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state_dict, dict) or not any(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise UserError(f"{path}: holds no tensors by name; give a state_dict, or a checkpoint with one inside")
+    if (not isinstance(state_dict, dict)
+            or not any(isinstance(value, torch.Tensor) for value in state_dict.values())):
+        raise UserError(f"{path}: holds no tensors by name; "
+                        "give a state_dict, or a checkpoint with one inside")
     try:
         network.load_official_state_dict(state_dict)
     except ValueError as error:
-        raise UserError(f"{path}: {one_line(error)[:300]}; check that the file belongs to this network and these sizes") from None
+        raise UserError(f"{path}: {one_line(error)[:300]}; "
+                        "check that the file belongs to this network and these sizes") from None
 
 
 def refuse_leak(content: dict, dataset, path) -> None:
@@ -111,7 +120,7 @@ def refuse_leak(content: dict, dataset, path) -> None:
 
 
 def frozen_loss(cls, path: str, device):
-    """A perceptual loss `cls` with the weights in the file `path`, or None for no path. UserError when they misfit."""
+    """The perceptual loss `cls` with the weights in `path`; None for no path, UserError when they misfit."""
     if not path:
         return None
     network = cls()
@@ -125,7 +134,7 @@ def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
 
 
 def peak_memory(device: torch.device):
-    """Largest memory in use so far, in MiB: of the GPU, or of the process (None where the system does not tell)."""
+    """Most memory in use so far, in MiB: of the GPU, or of the process (None where the system is silent)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -137,16 +146,18 @@ def peak_memory(device: torch.device):
 
 
 def grad_norm(parameters, clip: float) -> float:
-    """The L2 norm of all gradients, which are scaled down to `clip` when they exceed it. Unscale fp16 gradients first."""
+    """The L2 norm of all gradients, which are scaled down to `clip` when above. Unscale fp16 ones first."""
     return float(torch.nn.utils.clip_grad_norm_(parameters, clip))
 
 
-def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dict, names, scaler=None) -> None:
-    """UserError when a loss or a gradient norm is not finite, after writing `diagnosis.json` with what is needed to look.
+def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dict, names,
+                     scaler=None) -> None:
+    """UserError when a loss or a gradient norm is not finite, after writing `diagnosis.json`.
 
-    losses, norms: {name: number or scalar tensor}. networks: {name: module}, searched for the largest gradient. names: the batch's
-    images. Under fp16 an infinite gradient is the scaler's ordinary business (it skips the step and halves its scale),
-    until the scale is below 1: then no scale helps, and a run that skips every step would end untrained, in silence.
+    losses, norms: {name: number or scalar tensor}. networks: {name: module}, searched for the largest
+    gradient. names: the batch's images. Under fp16 an infinite gradient is the scaler's ordinary business (it
+    skips the step and halves its scale), until the scale is below 1: then no scale helps, and a run that
+    skips every step would end untrained, in silence.
     """
     losses = {name: run.number(value) for name, value in losses.items()}
     if scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1:
@@ -165,5 +176,6 @@ def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dic
         "step": step, "not_finite": broken, "losses": {name: repr(value) for name, value in losses.items()},
         "grad_norms": {name: repr(float(value)) for name, value in norms.items()},
         "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}, "batch": list(names)})
-    raise UserError(f"{folder}: {', '.join(broken)} not finite at step {step} (see {Path(folder) / 'diagnosis.json'}); "
-                    "the last checkpoint is intact; try a lower --lr, a longer --warmup, or --amp off, with another --out")
+    raise UserError(f"{folder}: {', '.join(broken)} not finite at step {step} "
+                    f"(see {Path(folder) / 'diagnosis.json'}); the last checkpoint is intact; "
+                    "try a lower --lr, a longer --warmup, or --amp off, with another --out")
