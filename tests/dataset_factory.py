@@ -1,4 +1,4 @@
-"""Small dataset folders for tests: noise images, masks of rectangles, one slide per image unless told otherwise."""
+"""Small dataset folders for tests: noise images, masks of rectangles, one slide per image by default."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def save(path, array, **options):
 
 
 def rectangles(height, width, class_ids):
-    """Label map with one rectangle per class id, side by side, not touching; row 0 and column 0 stay background."""
+    """Label map: one rectangle per class id, side by side, not touching; row 0, column 0 stay background."""
     label = np.zeros((height, width), np.uint8)
     step = width // len(class_ids)
     for k, class_id in enumerate(class_ids):
@@ -38,7 +38,7 @@ def write_csv(root, rows):
 
 
 def write_dataset(root, slides=6, height=40, width=60, split=True, class_ids=(1, 2, 3, 4, 5), seed=0):
-    """A dataset of `slides` images with masks; the splits go round train, train, val, test. Returns the rows."""
+    """A dataset of `slides` images with masks; splits go round train, train, val, test. Returns the rows."""
     root, rng, rows = Path(root), np.random.default_rng(seed), []
     for k in range(slides):
         image, mask = f"images/roi{k}.png", f"masks/roi{k}.png"
@@ -64,14 +64,15 @@ def memory_dataset(root, images_and_labels, classes, split="train"):
     for k, (image, label) in enumerate(images_and_labels):
         save(Path(root) / f"{k}.png", image)
         save(Path(root) / f"{k}-mask.png", label)
-        rois.append(ROI(f"{k}.png", Path(root) / f"{k}.png", None, Path(root) / f"{k}-mask.png", None, 0.0, 0.0, 1.0,
-                        f"s{k}", "", split, *label.shape))
+        rois.append(ROI(f"{k}.png", Path(root) / f"{k}.png", None, Path(root) / f"{k}-mask.png", None,
+                        0.0, 0.0, 1.0, f"s{k}", "", split, *label.shape))
     return Dataset(Path(root), classes, rois)
 
 
 def png(width, height, bits, colour_type, rows, after=b""):
-    """A PNG written by hand: kinds that Pillow does not write. `rows` is a bytes object per row, `after` raw chunks."""
-    header = b"".join([width.to_bytes(4, "big"), height.to_bytes(4, "big"), bytes([bits, colour_type, 0, 0, 0])])
+    """A PNG written by hand: kinds that Pillow does not write. `rows`: bytes per row, `after`: raw chunks."""
+    header = b"".join([width.to_bytes(4, "big"), height.to_bytes(4, "big"),
+                       bytes([bits, colour_type, 0, 0, 0])])
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         [chunk(b"IHDR", header), chunk(b"IDAT", pixels), after, chunk(b"IEND", b"")])

@@ -60,7 +60,8 @@ def mask(function):
 
 def classes(value):
     def change(root, rows):
-        (root / "classes.json").write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+        (root / "classes.json").write_text(value if isinstance(value, str) else json.dumps(value),
+                                           encoding="utf-8")
     return change
 
 
@@ -98,7 +99,8 @@ def no_tumor(root, rows):
 
 def rows_only(count):
     def change(root, rows):
-        write_csv(root, [{key: value for key, value in row.items() if key != "split"} for row in rows[:count]])
+        write_csv(root, [{key: value for key, value in row.items() if key != "split"}
+                         for row in rows[:count]])
     return change
 
 
@@ -112,12 +114,14 @@ def all_splits(*names):
 
 def colour_class(**change):
     row = {"id": 1, "name": "tumor", "tumor": True, "variance": True, "color": [1, 2, 3]}
-    return [{"id": 0, "name": "none", "tumor": False, "variance": False, "color": [255, 255, 255]}, {**row, **change}]
+    return [{"id": 0, "name": "none", "tumor": False, "variance": False, "color": [255, 255, 255]},
+            {**row, **change}]
 
 
 BAD = {   # name: (what is done to a valid dataset, the file and the words that the line must have)
     "no slides.csv": (lambda root, rows: (root / "slides.csv").unlink(), "slides.csv", "--index"),
-    "slides.csv is a folder": (lambda root, rows: ((root / "slides.csv").unlink(), (root / "slides.csv").mkdir()),
+    "slides.csv is a folder": (lambda root, rows: ((root / "slides.csv").unlink(),
+                                                   (root / "slides.csv").mkdir()),
                                "slides.csv", "no such file"),
     "empty table": (edit_text(lambda raw: b""), "slides.csv", "empty file"),
     "blank table": (edit_text(lambda raw: b"\n , \n\r\n"), "slides.csv", "empty file"),
@@ -131,26 +135,34 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "NUL bytes": (edit_text(lambda raw: raw.replace(b"s0", b"s\0")), "slides.csv", "NUL"),
     "an open quote": (edit_text(lambda raw: raw.replace(b"s0", b'"s0')), "slides.csv", "CSV"),
     "text after a quote": (edit_text(lambda raw: raw.replace(b"s0", b'"s"0')), "slides.csv", "CSV"),
-    "a cell too many": (edit_text(lambda raw: raw.replace(b"s0,", b"s,0,")), "slides.csv", "line 2 has 6 cells"),
-    "a cell too few": (edit_text(lambda raw: raw.replace(b",train", b"", 1)), "slides.csv", "line 2 has 4 cells"),
+    "a cell too many": (edit_text(lambda raw: raw.replace(b"s0,", b"s,0,")), "slides.csv",
+                        "line 2 has 6 cells"),
+    "a cell too few": (edit_text(lambda raw: raw.replace(b",train", b"", 1)), "slides.csv",
+                       "line 2 has 4 cells"),
     "a huge cell": (edit_text(lambda raw: raw.replace(b"s0", b"s" * 200000)), "slides.csv", "CSV"),
     "no column image": (drop("image"), "slides.csv", "no column 'image'"),
     "no column slide": (drop("slide"), "slides.csv", "no column 'slide'"),
     "no column for labels": (drop("mask"), "slides.csv", "neither a column 'annotations'"),
-    "a column twice": (edit_text(lambda raw: raw.replace(b"score", b"slide", 1)), "slides.csv", "'slide' stands twice"),
-    "a mistyped column": (edit_text(lambda raw: raw.replace(b"split", b"spilt", 1)), "slides.csv", "write 'split'"),
-    "a plural column": (edit_text(lambda raw: raw.replace(b"score", b"scores", 1)), "slides.csv", "write 'score'"),
-    "cells behind the last column": (edit_text(lambda raw: raw.replace(b"train", b"train,x", 1)), "slides.csv", "6 cells"),
+    "a column twice": (edit_text(lambda raw: raw.replace(b"score", b"slide", 1)), "slides.csv",
+                       "'slide' stands twice"),
+    "a mistyped column": (edit_text(lambda raw: raw.replace(b"split", b"spilt", 1)), "slides.csv",
+                          "write 'split'"),
+    "a plural column": (edit_text(lambda raw: raw.replace(b"score", b"scores", 1)), "slides.csv",
+                        "write 'score'"),
+    "cells behind the last column": (edit_text(lambda raw: raw.replace(b"train", b"train,x", 1)),
+                                     "slides.csv", "6 cells"),
     "no image": (edit("image", ""), "slides.csv", "line 2: the image cell is empty"),
     "no slide": (edit("slide", " "), "slides.csv", "line 2: the slide cell is empty"),
     "the same image twice": (edit("image", "images/roi1.png"), "slides.csv", "stands in line 2"),
-    "the same image spelled differently": (edit("image", "./images//roi1.png"), "slides.csv", "stands in line 2"),
+    "the same image spelled differently": (edit("image", "./images//roi1.png"), "slides.csv",
+                                           "stands in line 2"),
     "missing image": (edit("image", "images/none.png"), "slides.csv", "line 2: image 'images/none.png'"),
     "missing mask": (edit("mask", "masks/none.png"), "slides.csv", "mask 'masks/none.png'"),
     "image is a folder": (edit("image", "images"), "slides.csv", "no such file"),
     "absolute path": (edit("image", "/etc/hostname"), "slides.csv", "not a path inside"),
-    "absolute path to the own file": (lambda root, rows: edit("image", str(root / "images/roi0.png"))(root, rows),
-                                      "slides.csv", "not a path inside"),
+    "absolute path to the own file": (
+        lambda root, rows: edit("image", str(root / "images/roi0.png"))(root, rows),
+        "slides.csv", "not a path inside"),
     "Windows path": (edit("image", "C:\\images\\roi0.png"), "slides.csv", "not a path inside"),
     "network path": (edit("image", "\\\\server\\roi0.png"), "slides.csv", "not a path inside"),
     "path to the parent": (edit("mask", "../masks/roi0.png"), "slides.csv", "not a path inside"),
@@ -159,7 +171,8 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "home path": (edit("image", "~/roi0.png"), "slides.csv", "no such file"),
     "mask and annotations": (edit("annotations", "masks/roi0.png"), "slides.csv", "both given"),
     "instances without mask": (lambda root, rows: (rows[0].update(mask="", instances="masks/roi1.png"),
-                                                   write_csv(root, rows)), "slides.csv", "instances without a mask"),
+                                                   write_csv(root, rows)), "slides.csv",
+                               "instances without a mask"),
     "x is a word": (edit("x", "left"), "slides.csv", "x is 'left'"),
     "x is not a number": (edit("x", "nan"), "slides.csv", "x is 'nan'"),
     "y is infinite": (edit("y", "-inf"), "slides.csv", "y is '-inf'"),
@@ -169,7 +182,8 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "decimal comma": (edit("downsample", "0,5"), "slides.csv", "decimal point"),
     "unknown split": (edit("split", "training"), "slides.csv", "split is 'training'"),
     "split missing in a row": (edit("split", ""), "slides.csv", "1 rows have no split"),
-    "slide in two splits": (lambda root, rows: (edit("slide", "s2")(root, rows), edit("score", "2")(root, rows)),
+    "slide in two splits": (lambda root, rows: (edit("slide", "s2")(root, rows),
+                                                edit("score", "2")(root, rows)),
                             "slides.csv", "slide 's2' is in train and val"),
     "slide with two scores": (edit("slide", "s1"), "slides.csv", "slide 's1' has the scores '0', '1'"),
     "no val": (all_splits("train", "test"), "slides.csv", "no image in the split 'val'"),
@@ -177,8 +191,10 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "no train": (all_splits("val", "test"), "slides.csv", "no image in the split 'train'"),
     "one slide": (rows_only(1), "slides.csv", "1 slides cannot be split"),
     "two slides": (rows_only(2), "slides.csv", "2 slides cannot be split"),
-    "image is text": (lambda root, rows: (root / "images/roi0.png").write_text("hello"), "roi0.png", "not a readable"),
-    "image is empty": (lambda root, rows: (root / "images/roi0.png").write_bytes(b""), "roi0.png", "empty file"),
+    "image is text": (lambda root, rows: (root / "images/roi0.png").write_text("hello"), "roi0.png",
+                      "not a readable"),
+    "image is empty": (lambda root, rows: (root / "images/roi0.png").write_bytes(b""), "roi0.png",
+                       "empty file"),
     "image is truncated": (lambda root, rows: (root / "images/roi0.png").write_bytes(
         (root / "images/roi0.png").read_bytes()[:2000]), "roi0.png", "truncated"),
     "image has alpha": (lambda root, rows: save(root / "images/roi0.png", np.zeros((40, 60, 4), np.uint8)),
@@ -196,8 +212,10 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "mask of one bit": (mask(lambda m: m > 0), "masks/roi0.png", "1-bit"),
     "instances of 8 bits": (instances(lambda m: m, np.uint8), "instances.png", "instance ids belong"),
     "instances of another size": (instances(lambda m: m[:20]), "instances.png", "60 x 20 pixels"),
-    "instance of two classes": (instances(lambda m: np.minimum(m, 4)), "instances.png", "instance 4 (1 in all) spans"),
-    "instance on background": (instances(lambda m: put(m, 0, 0, 9)), "instances.png", "1 pixels where only one"),
+    "instance of two classes": (instances(lambda m: np.minimum(m, 4)), "instances.png",
+                                "instance 4 (1 in all) spans"),
+    "instance on background": (instances(lambda m: put(m, 0, 0, 9)), "instances.png",
+                               "1 pixels where only one"),
     "tumor without instance": (instances(lambda m: m * (m != 3)), "instances.png", "pixels where only one"),
     "polygon of an unknown class": (polygons([polygon("Tumour")]), "a.json", "Tumour"),
     "polygon without class": (polygons([polygon("")]), "a.json", "unknown class"),
@@ -208,7 +226,8 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "classes.json is no JSON": (classes("{"), "classes.json", "JSON"),
     "classes.json is empty": (classes(""), "classes.json", "empty"),
     "classes.json is a number": (classes("3"), "classes.json", "list"),
-    "class without tumor flag": (classes([{"id": 0, "name": "a", "color": [0, 0, 0]}]), "classes.json", "lacks"),
+    "class without tumor flag": (classes([{"id": 0, "name": "a", "color": [0, 0, 0]}]), "classes.json",
+                                 "lacks"),
     "class ids with a gap": (classes(colour_class(id=2)), "classes.json", "0, 1, 2"),
     "class ids as text": (classes(colour_class(id="1")), "classes.json", "whole number"),
     "class names twice": (classes(colour_class(name="None")), "classes.json", "twice"),
@@ -231,7 +250,8 @@ def test_bad_datasets_give_exit_status_2_and_one_line(tmp_path, capsys, name):
     expected = 4 if name == "classes too few for the mask" else 1
     assert len(err) == expected, "one problem, one line:\n" + "\n".join(err)
     assert all(line.startswith(f"error: {tmp_path}") and ";" in line for line in err), err
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, "files changed"
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, (
+        "files changed")
 
 
 def test_all_problems_at_once(tmp_path, capsys):
@@ -253,8 +273,8 @@ def test_a_wrong_folder(tmp_path, capsys, folder):
     assert status == 2 and len(err) == 1 and "no such folder" in err[0]
 
 
-@pytest.mark.parametrize("argv", [[], ["a", "b"], ["d", "--seed", "x"], ["d", "--um-per-px", "0"], ["d", "--nonsense"],
-                                  ["d", "--um-per-px", "nan"]])
+@pytest.mark.parametrize("argv", [[], ["a", "b"], ["d", "--seed", "x"], ["d", "--um-per-px", "0"],
+                                  ["d", "--nonsense"], ["d", "--um-per-px", "nan"]])
 def test_wrong_flags(capsys, argv):
     status, _, err = run(capsys, *argv)
     assert status == 2 and len(err) == 1 and err[0].startswith("error:")
@@ -272,7 +292,8 @@ def test_the_table_has_the_right_numbers(tmp_path, capsys):
     label = rectangles(40, 60, (1, 2, 3, 4, 5))
     status, out, err = run(capsys, tmp_path, "--out", tmp_path / "picture.png", "--um-per-px", "500")
     assert status == 0 and not err
-    rows = {line.split()[0]: numbers(line) for line in out if line.split()[0] in ("0", "1+", "2+", "3+", "LCIS/DCIS")}
+    rows = {line.split()[0]: numbers(line) for line in out
+            if line.split()[0] in ("0", "1+", "2+", "3+", "LCIS/DCIS")}
     first = rectangles(40, 60, (1, 1, 4))
     for class_id, name in enumerate(("0", "1+", "2+", "3+", "LCIS/DCIS"), 1):
         train = 3 * (label == class_id).sum() + (first == class_id).sum()
@@ -293,7 +314,8 @@ def test_notes_on_what_is_absent_or_left_out(tmp_path, capsys):
     polygons([polygon(), point, {**polygon(), "id": 3, "deleted": True}])(tmp_path, rows)
     status, out, _ = run(capsys, tmp_path, "--out", tmp_path / "picture.png", "--seed", 3)
     notes = "\n".join(line for line in out if line.startswith("note:"))
-    assert status == 0 and "split 60/20/20 from seed 3" in notes and "2+, LCIS/DCIS in the split 'test'" in notes
+    assert (status == 0 and "split 60/20/20 from seed 3" in notes
+            and "2+, LCIS/DCIS in the split 'test'" in notes)
     assert "1 deleted" in notes and "vector_type 2" in notes
 
 
@@ -305,7 +327,7 @@ def test_a_synthetic_folder_needs_no_held_out_images(tmp_path, capsys):
 
 
 def test_as_a_program(tmp_path):
-    """Once as users call it: the exit status, the default place of the picture, nothing written into the data."""
+    """Once as users call it: exit status, default place of the picture, nothing written into the data."""
     write_dataset(tmp_path / "my data", slides=4)
     before = sorted((tmp_path / "my data").rglob("*"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -340,7 +362,8 @@ def test_index_pairs_by_stem_and_lists_what_found_no_partner(tmp_path, capsys, l
         f"no partner: {tmp_path / 'images/lonely_1.png'}", f"no partner: {tmp_path / 'masks/orphan_1.png'}"]
     dataset = load_dataset(tmp_path)
     assert [roi.slide for roi in dataset.rois] == ["caseA", "caseA", "caseB", "caseC", "caseD"]
-    assert all((roi.mask if label == "masks" else roi.annotations).stem == roi.image.stem for roi in dataset.rois)
+    assert all((roi.mask if label == "masks" else roi.annotations).stem == roi.image.stem
+               for roi in dataset.rois)
     assert run(capsys, tmp_path, "--out", tmp_path / "picture.png")[0] == 0
 
 
@@ -368,7 +391,8 @@ def test_slide_pattern(tmp_path, capsys):
     (lambda root: None, [], "put the images into this folder"),
     (lambda root: loose_folder(root / "deeper"), [], "put the images into this folder"),
     (lambda root: save(root / "images/a.png", np.zeros((9, 9, 3), np.uint8)), [], "no image has a partner"),
-    (lambda root: (loose_folder(root), loose_folder(root, label="annotations")), [], "has a mask and annotations"),
+    (lambda root: (loose_folder(root), loose_folder(root, label="annotations")), [],
+     "has a mask and annotations"),
     (lambda root: (loose_folder(root), save(root / "images/caseA_1.jpg", np.zeros((9, 9, 3), np.uint8))), [],
      "caseA_1.jpg and caseA_1.png have the same stem"),
 ])

@@ -1,4 +1,4 @@
-"""slides.csv, the split, labels from masks and polygons, the cache of memory-mapped regions, leaks into training."""
+"""slides.csv, the split, labels from masks and polygons, the cache of mapped regions, leaks into training."""
 
 import json
 import math
@@ -12,8 +12,8 @@ import torch
 from dataset_factory import memory_dataset, rectangles, save, write_csv, write_dataset, write_manifest
 from her2 import regions, tiles
 from her2.classes import DEFAULT_CLASSES
-from her2.dataset import (check_synthetic, empty_splits, inspect_dataset, load_dataset, load_synthetic, read_split,
-                          write_split)
+from her2.dataset import (check_synthetic, empty_splits, inspect_dataset, load_dataset, load_synthetic,
+                          read_split, write_split)
 from her2.errors import UserError
 from her2.images import read_image
 from her2.regions import class_pixels, open_roi, read_roi, tile_file
@@ -81,7 +81,8 @@ def test_split_column_is_obeyed_and_a_split_can_be_taken_from_another_run(tmp_pa
     assert "no split column" in first.notes[0]
     write_split(tmp_path / "split.json", first)
     other = next(seed for seed in range(9) if load_dataset(tmp_path, seed=seed).slides() != first.slides())
-    assert load_dataset(tmp_path, seed=other, split=read_split(tmp_path / "split.json")).slides() == first.slides()
+    assert (load_dataset(tmp_path, seed=other, split=read_split(tmp_path / "split.json")).slides()
+            == first.slides())
     write_dataset(tmp_path, slides=9, split=False)
     with pytest.raises(UserError, match="'s8' is not in the split of the other run"):
         load_dataset(tmp_path, split=read_split(tmp_path / "split.json"))
@@ -105,8 +106,10 @@ def test_csv_with_byte_order_mark_crlf_quotes_and_blank_lines(tmp_path):
         "byte-order mark": b"\xef\xbb\xbf" + text.encode(),
         "CRLF": "\r\n".join(lines).encode(),
         "quotes": "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in lines).encode(),
-        "blank lines and spaces": "\n\n".join(line.replace(",", " , ") for line in lines).encode() + b"\n,,,,\n",
-        "capitals": "\n".join([lines[0].upper(), *(line.replace("train", "Train") for line in lines[1:])]).encode(),
+        "blank lines and spaces": "\n\n".join(
+            line.replace(",", " , ") for line in lines).encode() + b"\n,,,,\n",
+        "capitals": "\n".join([lines[0].upper(),
+                               *(line.replace("train", "Train") for line in lines[1:])]).encode(),
         "backslashes": text.replace("/", "\\").encode(),
         "empty columns of a spreadsheet": "\n".join(line + ",,," for line in lines).encode(),
         "dot": text.replace("images/", "./images/").encode(),
@@ -118,12 +121,14 @@ def test_csv_with_byte_order_mark_crlf_quotes_and_blank_lines(tmp_path):
 
 def test_numbers_names_and_notes_of_a_row(tmp_path):
     write_dataset(tmp_path, slides=3)
-    write_csv(tmp_path, [{"image": "images/roi0.png", "mask": "masks/roi0.png", "slide": "Jäger, 7", "x": "12.5",
-                          "y": "-3", "downsample": "2e0", "score": "1+", "split": "train", "comment": "nice"},
+    write_csv(tmp_path, [{"image": "images/roi0.png", "mask": "masks/roi0.png", "slide": "Jäger, 7",
+                          "x": "12.5", "y": "-3", "downsample": "2e0", "score": "1+", "split": "train",
+                          "comment": "nice"},
                          {"image": "images/roi1.png", "slide": "b", "split": "val"}])
     dataset = load_dataset(tmp_path, require=("train", "val"))
     first, second = dataset.rois
-    assert (first.slide, first.x, first.y, first.downsample, first.score) == ("Jäger, 7", 12.5, -3.0, 2.0, "1+")
+    assert ((first.slide, first.x, first.y, first.downsample, first.score)
+            == ("Jäger, 7", 12.5, -3.0, 2.0, "1+"))
     assert (first.height, first.width) == (40, 60)
     assert (second.x, second.y, second.downsample, second.score, second.mask) == (0.0, 0.0, 1.0, "", None)
     assert any("'comment'" in note for note in dataset.notes)
@@ -135,7 +140,8 @@ def test_numbers_names_and_notes_of_a_row(tmp_path):
 
 def test_all_problems_are_listed_and_a_script_names_the_first(tmp_path):
     rows = write_dataset(tmp_path, slides=6)
-    rows[0]["image"], rows[1]["mask"], rows[2]["split"], rows[3]["downsample"] = "none.png", "../x.png", "tset", "0"
+    (rows[0]["image"], rows[1]["mask"], rows[2]["split"],
+     rows[3]["downsample"]) = "none.png", "../x.png", "tset", "0"
     rows[4]["image"] = rows[5]["image"]
     write_csv(tmp_path, rows)
     dataset, problems = inspect_dataset(tmp_path)
@@ -199,11 +205,12 @@ def test_random_damage_to_the_text_files_is_one_line_or_harmless(tmp_path):
 def square(x0, y0, x1, y1, name, key=1):
     points = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
     vector = {f"{axis}{k + 1}": value for k, point in enumerate(points) for axis, value in zip("xy", point)}
-    return {"id": key, "deleted": False, "vector": vector, "annotation_type": {"name": name, "vector_type": 5}}
+    return {"id": key, "deleted": False, "vector": vector,
+            "annotation_type": {"name": name, "vector_type": 5}}
 
 
 def test_polygons_land_where_x_y_and_downsample_say(tmp_path):
-    """A crop at (1000, 2000), two annotation pixels per image pixel, non-square; an island of stroma in the nest."""
+    """A crop at (1000, 2000), two annotation pixels per image pixel, not square; stroma inside the nest."""
     save(tmp_path / "a.png", np.zeros((30, 50, 3), np.uint8))
     (tmp_path / "a.json").write_text(json.dumps({"results": [
         square(1020, 2010, 1060, 2050, "HER2 2+", 1), square(1030, 2020, 1040, 2030, "Stroma", 2),
@@ -229,7 +236,8 @@ def test_masks_with_and_without_instances(tmp_path):
     roi = dataset.rois[0]
     _, read, instance = read_roi(roi, DEFAULT_CLASSES)
     assert np.array_equal(read, label)
-    assert len(np.unique(instance)) == 5, "touching classes are two instances, and so are two places of one class"
+    assert len(np.unique(instance)) == 5, (
+        "touching classes are two instances, and so are two places of one class")
 
     path = save(tmp_path / "instances.png", numbers)
     numbered = type(roi)(**{**vars(roi), "instances": path})
@@ -305,7 +313,8 @@ def test_a_region_is_decoded_once_and_again_when_anything_it_depends_on_changes(
 def test_damaged_cache_files_are_made_again(tmp_path, capsys):
     rng = np.random.default_rng(1)
     label = random_label(rng, 30, 40, 8)
-    dataset = memory_dataset(tmp_path, [(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8), label)], DEFAULT_CLASSES)
+    dataset = memory_dataset(tmp_path, [(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8), label)],
+                             DEFAULT_CLASSES)
     path = tile_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache")
     whole = path.read_bytes()
     cases = [b"", b"x", whole[:-1], whole + b"\0", b"\0" * len(whole), whole[200:],
@@ -329,9 +338,11 @@ def test_damaged_cache_files_are_made_again(tmp_path, capsys):
 
 
 def test_a_crash_while_writing_leaves_nothing_behind(tmp_path):
-    arrays = tiles.tile_arrays(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8), np.zeros((4, 5), np.int32), 6)
+    arrays = tiles.tile_arrays(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8),
+                               np.zeros((4, 5), np.int32), 6)
     with pytest.raises(KeyError):
-        tiles.write_tile(tmp_path / "a.tile", {key: arrays[key] for key in ("class_of", "row_counts", "instance")})
+        tiles.write_tile(tmp_path / "a.tile",
+                         {key: arrays[key] for key in ("class_of", "row_counts", "instance")})
     assert not list(tmp_path.iterdir())
 
 
@@ -355,13 +366,14 @@ def synthetic_folder(tmp_path, sources, count=4):
 
 
 def test_synthetic_images_must_come_from_training_slides(tmp_path):
-    write_dataset(tmp_path / "real", slides=8)                  # s0, s1, s4, s5 train; s2, s6 val; s3, s7 test
+    write_dataset(tmp_path / "real", slides=8)              # s0, s1, s4, s5 train; s2, s6 val; s3, s7 test
     real = load_dataset(tmp_path / "real")
     good = ("images/roi0.png", "s0")
     synthetic = load_synthetic(synthetic_folder(tmp_path, [good, ("images/roi5.png", "s5")]))
     assert {roi.split for roi in synthetic.rois} == {"train"}
     check_synthetic(synthetic, real)
-    for bad, words in ((("images/roi2.png", "s2"), "a val slide"), (("images/roi7.png", "s7"), "a test slide"),
+    for bad, words in ((("images/roi2.png", "s2"), "a val slide"),
+                       (("images/roi7.png", "s7"), "a test slide"),
                        (("images/roi7.png", "s0"), "not in"), (("images/other.png", "s0"), "not in")):
         with pytest.raises(UserError, match=words):
             check_synthetic(load_synthetic(synthetic_folder(tmp_path, [good, good, bad])), real)
@@ -380,13 +392,14 @@ def test_synthetic_images_must_come_from_training_slides(tmp_path):
 
 
 def test_the_generating_network_must_not_have_seen_held_out_slides(tmp_path):
-    """Another split seed at the generator: its images may come from common training slides, the network saw more."""
+    """Another split seed at the generator: its images come from common training slides, the net saw more."""
     write_dataset(tmp_path / "real", slides=8)
     real = load_dataset(tmp_path / "real")
     folder = synthetic_folder(tmp_path, [("images/roi0.png", "s0")])
     write_split(folder / "split.json", real)
     check_synthetic(load_synthetic(folder), real)
-    (folder / "split.json").write_text(json.dumps({"slides": {**real.slides(), "s3": "train"}}), encoding="utf-8")
+    (folder / "split.json").write_text(json.dumps({"slides": {**real.slides(), "s3": "train"}}),
+                                       encoding="utf-8")
     with pytest.raises(UserError, match="trained on slide s3, a test slide"):
         check_synthetic(load_synthetic(folder), real)
 
@@ -399,7 +412,7 @@ def test_a_synthetic_folder_with_held_out_images_is_refused(tmp_path):
 
 
 def test_no_pixel_of_a_held_out_slide_reaches_training(tmp_path):
-    """Taint: val and test images are value 255, training images below 200; labels of tainted slides are class 5."""
+    """Taint: val and test images are 255, training images below 200; labels of tainted slides are class 5."""
     rng, rows = np.random.default_rng(0), write_dataset(tmp_path, slides=8)
     for row in rows:
         tainted = row["split"] != "train"
@@ -419,7 +432,8 @@ def test_no_pixel_of_a_held_out_slide_reaches_training(tmp_path):
                 batch = sampler.batch(step, 16)
                 assert batch["image"].max() < 200 / 127.5 - 1 and (batch["label"] != 5).all()
     held_out = PatchSampler(dataset, "val", 24, cache=tmp_path / "cache").batch(0, 8)
-    assert (held_out["image"] == 1).all() and (held_out["label"] == 5).any(), "the taint shows where it should"
+    assert (held_out["image"] == 1).all() and (held_out["label"] == 5).any(), (
+        "the taint shows where it should")
 
 
 # ---------------------------------------------------------------- real tissue
@@ -438,7 +452,8 @@ def test_real_tissue_when_it_is_there(tmp_path):
         area = slice(int(y), int(y) + 64), slice(int(x), int(x) + 64)
         image, label, instance = decoded[name]
         assert np.allclose((batch["image"][k].permute(1, 2, 0).numpy() + 1) * 127.5, image[area], atol=1e-3)
-        assert np.array_equal(batch["label"][k], label[area]) and np.array_equal(batch["instance"][k], instance[area])
+        assert (np.array_equal(batch["label"][k], label[area])
+                and np.array_equal(batch["instance"][k], instance[area]))
     for roi, image, label, instance in iterate_rois(dataset, "test", cache=tmp_path):
         assert image.shape == (1, 3, 720, 1280) and label.shape == instance.shape == (1, 720, 1280)
         assert torch.equal(label > 0, instance > 0)

@@ -71,7 +71,7 @@ def test_attention_splits_head_by_head():
 
 
 def test_eps_of_the_norms_is_seen_where_the_variance_is_small():
-    """At a variance of 1e-5 the official eps, 1e-5, halves the normalised variance; 1e-6 would leave 10/11."""
+    """At a variance of 1e-5 the official eps, 1e-5, halves the variance after it; 1e-6 would leave 10/11."""
     block = Denoiser(model_channels=32, channel_mult=(1,)).middle_block[0]
     assert block.in_layers[0](1e-5 ** 0.5 * draw(4, 32, 64, 64)).var().item() == pytest.approx(0.5, rel=0.02)
 

@@ -107,7 +107,7 @@ def test_adaptive_weight_is_the_ratio_of_two_gradients():
 
 def test_adaptive_weight_of_half_precision_needs_the_scale():
     last = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    x = (last * torch.tensor([3.0, 4.0])).half().float() * 1e-8              # a gradient below the least fp16 number
+    x = (last * torch.tensor([3.0, 4.0])).half().float() * 1e-8      # a gradient below the least fp16 number
     g = (last * torch.tensor([0.6, 0.8])).half().float() * 1e-8
     assert adaptive_weight(x.sum(), g.sum(), last) == 0
     weight = adaptive_weight(x.sum(), g.sum(), last, scale=2.0 ** 16)

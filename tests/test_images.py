@@ -1,4 +1,4 @@
-"""Reading pictures: what is accepted comes back exactly, everything else is one line; damage is never misread."""
+"""Reading pictures: what is accepted comes back exactly, all else is one line; damage is never misread."""
 
 import io
 
@@ -68,7 +68,8 @@ BAD_IMAGES = {   # name: (file name, content, what the message must say)
     "truncated PNG": ("a.png", encoded(RGB, "PNG")[:-300], "truncated"),
     "truncated PNG header": ("a.png", encoded(RGB, "PNG")[:20], "a.png"),
     "PNG without end": ("a.png", encoded(RGB, "PNG")[:-12], "truncated"),
-    "PNG of another checksum": ("a.png", encoded(RGB, "PNG")[:-13] + b"?" + encoded(RGB, "PNG")[-12:], "checksum"),
+    "PNG of another checksum": ("a.png", encoded(RGB, "PNG")[:-13] + b"?" + encoded(RGB, "PNG")[-12:],
+                                "checksum"),
     "truncated JPEG": ("a.jpg", encoded(RGB, "JPEG")[:-200], "truncated"),
     "truncated TIFF": ("a.tif", encoded(RGB, "TIFF", compression="tiff_lzw")[:200], "a.tif"),
     "grey": ("a.png", encoded(IDS, "PNG"), "grey values"),
@@ -117,8 +118,9 @@ BAD_INSTANCES = {
     "huge ids": ("a.tif", encoded(IDS.astype(np.int32) * 2**28, "TIFF"), "number them"),
     "JPEG": ("a.jpg", encoded(IDS, "JPEG"), "ending in '.jpg'"),
 }
-CASES = [(reader, name, case) for reader, cases in ((images.read_image, BAD_IMAGES), (images.read_mask, BAD_MASKS),
-                                                    (images.read_instances, BAD_INSTANCES))
+CASES = [(reader, name, case)
+         for reader, cases in ((images.read_image, BAD_IMAGES), (images.read_mask, BAD_MASKS),
+                               (images.read_instances, BAD_INSTANCES))
          for name, case in cases.items()]
 
 
@@ -155,12 +157,13 @@ def test_the_size_comes_from_the_header(tmp_path, monkeypatch):
 
 
 def test_good_pictures_come_back_exactly(tmp_path):
-    for name, options in (("a.png", {}), ("b.tif", {}), ("c.tiff", {"compression": "tiff_lzw"}), ("D.PNG", {}),
-                          ("e.tif", {"compression": "tiff_adobe_deflate"})):
+    for name, options in (("a.png", {}), ("b.tif", {}), ("c.tiff", {"compression": "tiff_lzw"}),
+                          ("D.PNG", {}), ("e.tif", {"compression": "tiff_adobe_deflate"})):
         read = images.read_image(save(tmp_path / name, RGB, **options))
         assert read.dtype == np.uint8 and np.array_equal(read, RGB), name
     smooth = np.linspace(0, 255, 24 * 30 * 3).reshape(24, 30, 3).astype(np.uint8)
-    assert np.abs(images.read_image(save(tmp_path / "f.jpg", smooth, quality=95)).astype(int) - smooth).max() < 20
+    assert np.abs(images.read_image(save(tmp_path / "f.jpg", smooth, quality=95)).astype(int)
+                  - smooth).max() < 20
 
 
 def test_upright_exif_and_other_metadata_do_no_harm(tmp_path):
@@ -214,7 +217,7 @@ def mutate(data, rng):
     ("a.tif", encoded(RGB, "TIFF"), images.read_image, None),
 ])
 def test_damage_gives_a_user_error_and_in_a_png_never_other_pixels(tmp_path, name, content, reader, expected):
-    """Property: 400 random mutations each. Neither JPEG nor TIFF has a checksum, so only PNG can promise its pixels."""
+    """Property: 400 random mutations each. JPEG and TIFF have no checksum, only PNG can promise pixels."""
     rng, refused = np.random.default_rng(7), 0
     for _ in range(400):
         (tmp_path / name).write_bytes(mutate(content, rng))

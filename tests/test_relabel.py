@@ -1,4 +1,4 @@
-"""Relabelling: uniform per instance, nothing but tumor touched, instances kept apart, a function of the generator."""
+"""Relabelling: uniform per instance, only tumor touched, instances kept apart, fixed by the generator."""
 
 import pytest
 import torch
@@ -71,7 +71,8 @@ def test_the_subtypes_to_draw_from_can_be_narrowed():
 
 def test_classes_that_are_no_tumor_are_background():
     classes = ClassTable([TissueClass(0, "Background", False, False, (255, 255, 255)),
-                          TissueClass(1, "Duct", False, False, (1, 1, 1)), TissueClass(2, "A", True, True, (2, 2, 2)),
+                          TissueClass(1, "Duct", False, False, (1, 1, 1)),
+                          TissueClass(2, "A", True, True, (2, 2, 2)),
                           TissueClass(3, "B", True, True, (3, 3, 3))])
     label = torch.tensor([[0, 1, 1, 2, 2, 3]])
     instance = torch.tensor([[0, 1, 1, 2, 2, 3]], dtype=torch.int32)

@@ -36,11 +36,13 @@ def test_dataclass_then_preset_then_flag():
     assert parse() == Config()
     assert parse("--preset", "big").steps == 50
     assert parse("--factor", "8").factor == 8
-    assert parse("--preset", "big", "--steps", "7", "--no-flips") == Config(preset="big", steps=7, lr=0.01, flips=False)
+    assert (parse("--preset", "big", "--steps", "7", "--no-flips")
+            == Config(preset="big", steps=7, lr=0.01, flips=False))
 
 
 @pytest.mark.parametrize("argv", [["--steps", "0"], ["--steps", "many"], ["--lr", "nan"], ["--lr", "-1"],
-                                  ["--preset", "huge"], ["--factor", "5"], ["--unknown", "1"], ["--step", "1"], ["stray"]])
+                                  ["--preset", "huge"], ["--factor", "5"], ["--unknown", "1"],
+                                  ["--step", "1"], ["stray"]])
 def test_bad_flags_are_one_line(argv):
     with pytest.raises(UserError) as error:
         parse(*argv)
@@ -83,7 +85,7 @@ def save(folder, step):
 
 
 def load(folder) -> int:
-    """The step of the checkpoint that is loaded, after checking that all of it belongs to that step; 0: a new run."""
+    """The step of the checkpoint that is loaded (0: a new run), once all of it is seen to be of that step."""
     net = torch.nn.Linear(300, 1, bias=False)
     numbers = run.load_checkpoint(folder, {"net": net}, step=0, extra=None)
     if numbers["step"]:
@@ -126,7 +128,7 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
         step = load(tmp_path)
         assert step in (1, 2)
         noticed += step == 1
-    assert noticed > 30                                 # the flips in the tensor's 1200 bytes alone are that many
+    assert noticed > 30                             # the flips in the tensor's 1200 bytes alone are that many
 
 
 def test_newer_format_and_other_files_are_refused(tmp_path):
@@ -178,7 +180,7 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
 
 
 def test_ema_closed_form():
-    """Constant weights p after start p0: the mean is p + (p0 - p) * product of the decays d_n = min(d, (1+n)/(10+n))."""
+    """Constant weights p after start p0: mean = p + (p0 - p) * product of d_n = min(d, (1+n) / (10+n))."""
     net = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(net.weight, 5.0)
     ema = training.EMA(net, 0.3)
@@ -207,9 +209,11 @@ def test_divergence_stops_the_run_with_a_diagnosis(tmp_path):
     training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": 2.0}, {"net": net}, ["a.png"])
     net.bias.grad[1] = math.nan
     with pytest.raises(UserError, match="grad_norm not finite at step 3"):
-        training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.nan}, {"net": net}, ["a.png"])
+        training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.nan}, {"net": net},
+                                  ["a.png"])
     told = json.loads((tmp_path / "diagnosis.json").read_text(encoding="utf-8"))
-    assert told["largest_gradient"]["parameter"] == "net.bias" and told["batch"] == ["a.png"] and told["step"] == 3
+    assert (told["largest_gradient"]["parameter"] == "net.bias" and told["batch"] == ["a.png"]
+            and told["step"] == 3)
 
 
 def test_infinite_gradients_are_the_scalers_business_under_fp16(tmp_path):

@@ -36,7 +36,8 @@ def chi_square(counts, expected):
     assert (counts[expected == 0] == 0).all(), "something impossible was drawn"
     counts, expected = counts[expected > 0], expected[expected > 0] * counts.sum() / expected.sum()
     k = len(counts) - 1
-    return (((((counts - expected) ** 2 / expected).sum()) / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+    return ((((((counts - expected) ** 2 / expected).sum()) / k) ** (1 / 3) - (1 - 2 / (9 * k)))
+            / math.sqrt(2 / (9 * k)))
 
 
 def draw_centres(sampler, labels, count):
@@ -92,7 +93,8 @@ def test_jitter_is_a_quarter_patch_and_patches_stay_inside(tmp_path):
     dataset = memory_dataset(tmp_path / "b", [(noise(64, 80), label)], DEFAULT_CLASSES)
     sampler = PatchSampler(dataset, "train", 16, "tumor", cache=tmp_path)
     corners = {sampler.place(numpy_generator("corner", k)) for k in range(500)}
-    assert {(y, x) for _, y, x in corners} == {(0, 0), (0, 64), (48, 0), (48, 64)}, "pushed inside, the pixel kept"
+    assert {(y, x) for _, y, x in corners} == {(0, 0), (0, 64), (48, 0), (48, 64)}, (
+        "pushed inside, the pixel kept")
 
 
 def test_a_batch_is_a_function_of_seed_step_and_index(tmp_path):
@@ -104,7 +106,7 @@ def test_a_batch_is_a_function_of_seed_step_and_index(tmp_path):
         "image": ((10, 3, 12, 12), torch.float32), "label": ((10, 12, 12), torch.int64),
         "instance": ((10, 12, 12), torch.int32)}
     fresh = PatchSampler(dataset, "train", seed=3, **options)
-    for start, stop in ((0, 10), (0, 4), (4, 10), (9, None)):           # slices as ranks take them, history apart
+    for start, stop in ((0, 10), (0, 4), (4, 10), (9, None)):       # slices as ranks take them, history apart
         part = fresh.batch(7, 10, start, stop)
         for key in ("image", "label", "instance"):
             assert torch.equal(part[key], batch[key][start:stop])
@@ -140,14 +142,14 @@ def test_the_eight_transforms_are_the_dihedral_group():
     for k, image in enumerate(images):
         expected = np.rot90(x.numpy(), k % 4)
         assert np.array_equal(image.numpy(), expected[:, ::-1] if k >= 4 else expected)
-        undone = k if k >= 4 else -k % 4            # a turn and a flip together are a reflection, which undoes itself
+        undone = k if k >= 4 else -k % 4    # a turn and a flip together are a reflection, which undoes itself
         assert torch.equal(dihedral(image, undone), x)
     with pytest.raises(AssertionError):
         dihedral(x, 8)
 
 
 def test_image_label_and_instance_are_augmented_together(tmp_path):
-    """The image says what label and instance each of its pixels has; after augmentation it must still be true."""
+    """The image says what label and instance each pixel has; after augmentation it must still be true."""
     rng = np.random.default_rng(0)
     label = rectangles(40, 48, (1, 2, 3, 4, 5))
     dataset = memory_dataset(tmp_path, [(noise(40, 48), label)], DEFAULT_CLASSES)
@@ -164,7 +166,8 @@ def test_image_label_and_instance_are_augmented_together(tmp_path):
             assert torch.equal(((b["image"][:, 1] + 1) * 127.5 / 20).round().int(), b["instance"])
         assert plain["names"] == batch["names"]
         for k in range(8):
-            used[next(j for j in range(8) if torch.equal(dihedral(plain["image"][k], j), batch["image"][k]))] += 1
+            used[next(j for j in range(8)
+                      if torch.equal(dihedral(plain["image"][k], j), batch["image"][k]))] += 1
     assert chi_square([used[j] for j in range(8)], np.ones(8)) < 4, used
 
 
@@ -172,7 +175,8 @@ def test_stain_jitter_changes_the_image_only_and_mildly(tmp_path):
     dataset, _ = two_regions(tmp_path)
     plain = PatchSampler(dataset, "train", 12, stain=0.0, cache=tmp_path).batch(0, 16)
     jittered = PatchSampler(dataset, "train", 12, stain=1.0, cache=tmp_path).batch(0, 16)
-    assert torch.equal(plain["label"], jittered["label"]) and torch.equal(plain["instance"], jittered["instance"])
+    assert (torch.equal(plain["label"], jittered["label"])
+            and torch.equal(plain["instance"], jittered["instance"]))
     change = (plain["image"] - jittered["image"]).abs().mean(dim=(1, 2, 3))
     assert (change > 0).all() and change.max() < 0.3 and jittered["image"].abs().max() <= 1
     assert len(change.unique()) == 16, "each image has its own jitter"
@@ -181,7 +185,8 @@ def test_stain_jitter_changes_the_image_only_and_mildly(tmp_path):
 def test_to_tensors_maps_0_and_255_to_the_ends():
     image = np.array([[[0, 128, 255]]], np.uint8)
     tensor, label, instance = to_tensors(image, np.array([[5]], np.uint8), np.array([[9]], np.int32))
-    assert tensor.shape == (3, 1, 1) and tensor[0] == -1 and tensor[2] == 1 and abs(tensor[1] - 1 / 255) < 1e-6
+    assert (tensor.shape == (3, 1, 1) and tensor[0] == -1 and tensor[2] == 1
+            and abs(tensor[1] - 1 / 255) < 1e-6)
     assert (label.dtype, instance.dtype) == (torch.int64, torch.int32)
 
 
@@ -196,7 +201,7 @@ def mixed(tmp_path, ratio, count=40, size=(40, 60), patch=24):
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
 def test_synthetic_images_come_at_the_ratio_and_only_the_first_ones(tmp_path, ratio):
-    write_dataset(tmp_path / "real", slides=4)                      # two training regions of 40 x 60: 2 x 2 x 3 patches
+    write_dataset(tmp_path / "real", slides=4)          # two training regions of 40 x 60: 2 x 2 x 3 patches
     real, synthetic = mixed(tmp_path, ratio)
     sampler = MixedSampler(real, synthetic, ratio, cache=tmp_path)
     assert real.num_patches == sampler.num_patches == 12 and len(sampler.rois) == round(12 * ratio)
@@ -227,7 +232,8 @@ def test_synthetic_images_of_patch_size_come_whole(tmp_path):
 def test_too_few_or_too_small_synthetic_images_are_refused(tmp_path):
     write_dataset(tmp_path / "real", slides=4)
     real, synthetic = mixed(tmp_path, 4.0)
-    with pytest.raises(UserError, match=r"40 images, ratio 4 needs 48.*python generate.py --out .*synth --ratio 4"):
+    with pytest.raises(UserError,
+                       match=r"40 images, ratio 4 needs 48.*python generate.py --out .*synth --ratio 4"):
         MixedSampler(real, synthetic, 4.0, cache=tmp_path)
     real, synthetic = mixed(tmp_path, 1.0, size=(24, 20))
     with pytest.raises(UserError, match="20 x 24 pixels, less than a patch of 24"):
@@ -243,7 +249,8 @@ def test_absent_subtypes_are_said_once_and_no_tumor_is_an_error(tmp_path, capsys
     sampler.batch(1, 4)
     err = capsys.readouterr().err
     assert err.count("no 1+ in the split 'train'") == 1 and sampler.present == [1, 3, 4, 5]
-    empty = memory_dataset(tmp_path / "empty", [(noise(20, 20), np.zeros((20, 20), np.uint8))], DEFAULT_CLASSES)
+    empty = memory_dataset(tmp_path / "empty", [(noise(20, 20), np.zeros((20, 20), np.uint8))],
+                           DEFAULT_CLASSES)
     for sampling in ("tumor", "subtype"):
         with pytest.raises(UserError, match="no tumor in the split 'train'"):
             PatchSampler(empty, "train", 8, sampling, cache=tmp_path)
@@ -252,7 +259,8 @@ def test_absent_subtypes_are_said_once_and_no_tumor_is_an_error(tmp_path, capsys
 
 def test_a_patch_larger_than_a_region_or_an_empty_split_is_refused(tmp_path):
     dataset, _ = two_regions(tmp_path)
-    with pytest.raises(UserError, match=r"1.png has 38 x 26 pixels, less than a patch of 27; use a smaller --patch"):
+    with pytest.raises(UserError,
+                       match=r"1.png has 38 x 26 pixels, less than a patch of 27; use a smaller --patch"):
         PatchSampler(dataset, "train", 27, cache=tmp_path)
     assert PatchSampler(dataset, "train", 26, cache=tmp_path).batch(0, 3)["image"].shape == (3, 3, 26, 26)
     with pytest.raises(UserError, match="no image in the split 'val'"):
@@ -288,6 +296,7 @@ def test_regions_come_whole_for_evaluation(tmp_path):
     regions = list(iterate_rois(dataset, "train", cache=tmp_path))
     for (roi, image, label, instance), expected in zip(regions, labels, strict=True):
         decoded = read_roi(roi, DEFAULT_CLASSES)
-        assert image.shape == (1, 3, *expected.shape) and image.dtype == torch.float32 and label.dtype == torch.int64
+        assert (image.shape == (1, 3, *expected.shape) and image.dtype == torch.float32
+                and label.dtype == torch.int64)
         assert np.allclose((image[0].permute(1, 2, 0).numpy() + 1) * 127.5, decoded[0], atol=1e-3)
         assert np.array_equal(label[0], expected) and np.array_equal(instance[0], decoded[2])

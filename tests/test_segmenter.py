@@ -96,7 +96,8 @@ def test_initial_weights_follow_the_generator():
 def test_the_first_gradient_reaches_every_parameter():
     # A head that starts at zero would let none through to the rest of the network.
     model = small().train()
-    dice_cross_entropy(model(torch.rand(4, 3, 64, 64) * 2 - 1), torch.randint(0, 2, (4, 64, 64)))[0].backward()
+    dice_cross_entropy(model(torch.rand(4, 3, 64, 64) * 2 - 1),
+                       torch.randint(0, 2, (4, 64, 64)))[0].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 

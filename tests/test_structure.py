@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = {path.stem: path for path in sorted((ROOT / "her2").glob("*.py")) if path.stem != "__init__"}
 SCRIPTS = ["train_gan.py", "train_ldm.py", "train_seg.py", "generate.py", "evaluate.py"]
 # The mathematics and the networks: each can be copied into another project with at most one sibling.
-CORE = ["diffusion", "losses", "gan_losses", "metrics", "polygons", "relabel", "stains", "frechet", "quantizer",
-        "spade", "autoencoder", "denoiser", "segmenter", "discriminator", "perceptual", "samplers", "inpainting"]
+CORE = ["diffusion", "losses", "gan_losses", "metrics", "polygons", "relabel", "stains", "frechet",
+        "quantizer", "spade", "autoencoder", "denoiser", "segmenter", "discriminator", "perceptual",
+        "samplers", "inpainting"]
 
 
 def imports(path) -> set:
@@ -56,10 +57,12 @@ def test_core_files_can_be_copied_alone(name):
     assert len(siblings(name) - {"errors"}) <= 1, f"{name} needs {siblings(name)}"
 
 
-@pytest.mark.parametrize("path", [*MODULES.values(), *(ROOT / s for s in SCRIPTS), *sorted((ROOT / "tests").glob("*.py"))],
+@pytest.mark.parametrize("path", [*MODULES.values(), *(ROOT / s for s in SCRIPTS),
+                                  *sorted((ROOT / "tests").glob("*.py"))],
                          ids=lambda path: path.name)
 def test_only_the_five_packages(path):
-    local = {p.stem for p in (ROOT / "tests").glob("*.py")} | {"her2", "tests"} | {script[:-3] for script in SCRIPTS}
+    local = ({p.stem for p in (ROOT / "tests").glob("*.py")} | {"her2", "tests"}
+             | {script[:-3] for script in SCRIPTS})
     packages = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - local
     assert packages <= {"torch", "numpy", "PIL", "tqdm", "pytest"}
 
@@ -67,16 +70,17 @@ def test_only_the_five_packages(path):
 def test_layout_is_the_fixed_one():
     assert sorted(p.name for p in ROOT.glob("*.py")) == sorted(SCRIPTS)
     pins = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    assert sorted(re.match(r"[a-z]+", pin)[0] for pin in pins) == ["numpy", "pillow", "pytest", "torch", "tqdm"]
+    assert (sorted(re.match(r"[a-z]+", pin)[0] for pin in pins)
+            == ["numpy", "pillow", "pytest", "torch", "tqdm"])
     assert "torch==2.13.0" in pins
 
 
 def test_lines_and_files_stay_short():
     for path in [*MODULES.values(), *(ROOT / s for s in SCRIPTS)]:
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert max(map(len, lines)) <= 120, f"{path.name}: a line of {max(map(len, lines))} characters"
+        assert max(map(len, lines)) <= 110, f"{path.name}: a line of {max(map(len, lines))} characters"
         # train_ldm.py holds the two loops of its two stages.
-        limit = 300 if path.parent.name == "her2" else 470 if path.name == "train_ldm.py" else 400
+        limit = 300 if path.parent.name == "her2" else 450 if path.name == "train_ldm.py" else 400
         assert len(lines) <= limit, f"{path.name}: {len(lines)} lines"
 
 
@@ -86,9 +90,11 @@ def test_files_are_loaded_without_running_code():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), f"{path.name}: {name}"
+                assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), (
+                    f"{path.name}: {name}")
                 if name == "torch.load":
-                    assert "weights_only=True" in ast.unparse(node), f"{path.name}: torch.load without weights_only"
+                    assert "weights_only=True" in ast.unparse(node), (
+                        f"{path.name}: torch.load without weights_only")
                 if name == "np.load":
                     assert "allow_pickle=True" not in ast.unparse(node), f"{path.name}: np.load with pickle"
             if isinstance(node, ast.ExceptHandler):

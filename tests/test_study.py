@@ -19,20 +19,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
-                          encoding="utf-8")
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True,
+                          text=True, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study in a folder of its own: six slides of 64 x 96 pixels, no split column, LCIS/DCIS on one slide only."""
+    """A study in a folder of its own: six slides of 64 x 96 pixels, no split column, DCIS on one only."""
     folder = tmp_path_factory.mktemp("study")
     rows, rng = [], np.random.default_rng(0)
     for k in range(6):
         ids = (1, 2, 3, 4, 5) if k == 0 else (1 + k % 4, 1 + (k + 1) % 4)
         save(folder / f"data/images/{k}.png", rng.integers(0, 256, (64, 96, 3), dtype=np.uint8))
         save(folder / f"data/masks/{k}.png", rectangles(64, 96, ids))
-        rows.append({"image": f"images/{k}.png", "mask": f"masks/{k}.png", "slide": f"s{k}", "score": str(k % 3)})
+        rows.append({"image": f"images/{k}.png", "mask": f"masks/{k}.png", "slide": f"s{k}",
+                     "score": str(k % 3)})
     write_csv(folder / "data", rows)
     command = ("-m", "her2.study", "--data", "data", "--out", "out", "--trial", "2")
     return folder, command, run(folder, *command)
@@ -44,7 +45,8 @@ def test_ends_with_results_in_the_agreed_form(finished):
     results = json.loads((folder / "out/results.json").read_text(encoding="utf-8"))
     configs = {config["name"]: config for config in results["configs"]}
     assert set(configs) == {"tumor", "subtype", "gan-100", "ldm-100", "inpaint-100", "reconstructed"}
-    assert (configs["ldm-100"]["method"], configs["ldm-100"]["ratio"], configs["ldm-100"]["sampling"]) == ("ldm", 1.0, "subtype")
+    assert ((configs["ldm-100"]["method"], configs["ldm-100"]["ratio"], configs["ldm-100"]["sampling"])
+            == ("ldm", 1.0, "subtype"))
     for config in configs.values():
         assert [one["seed"] for one in config["runs"]] == [0]
         for one in config["runs"]:
@@ -69,7 +71,8 @@ def test_does_not_repeat_what_is_complete(finished):
     folder, command, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
     again = run(folder, *command)
-    assert again.returncode == 0 and again.stdout.count(": complete") == len(study.stages(study.Config(data="data", out="out")))
+    assert (again.returncode == 0
+            and again.stdout.count(": complete") == len(study.stages(study.Config(data="data", out="out"))))
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
     other = run(folder, *command, "--seed", "1")
     assert other.returncode == 2 and other.stderr.startswith("error:") and "seed: 0 -> 1" in other.stderr
@@ -77,8 +80,9 @@ def test_does_not_repeat_what_is_complete(finished):
 
 def test_every_picture_is_there_and_can_be_opened(finished):
     folder, _, _ = finished
-    wanted = ["report/fig2.png", "report/fig4.png", "report/fig5.png", "report/fig6.png", "report/staining.png",
-              "vq/curves.png", "vq/samples/step000002.png", "ldm/curves.png", "ldm/samples/step000002.png",
+    wanted = ["report/fig2.png", "report/fig4.png", "report/fig5.png", "report/fig6.png",
+              "report/staining.png", "vq/curves.png", "vq/samples/step000002.png",
+              "ldm/curves.png", "ldm/samples/step000002.png",
               "gan/curves.png", "gan/samples/step000002.png", "seg-subtype-seed0/samples/step000002.png"]
     for name in wanted:
         with Image.open(folder / "out" / name) as picture:
@@ -88,7 +92,7 @@ def test_every_picture_is_there_and_can_be_opened(finished):
 
 
 def test_inpainting_left_the_background_untouched(finished):
-    """Every pixel that is background in the mask equals the source image at the position that the manifest names."""
+    """Every background pixel of the mask equals the source image at the position that the manifest names."""
     folder, _, _ = finished
     lines = (folder / "out/synth-inpaint/manifest.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines
@@ -119,7 +123,9 @@ def test_split_holds_everywhere(finished):
 
 def test_paper_protocol_has_its_configurations():
     """14 configurations x 5 seeds and the control, as the paper's section 3 asks."""
-    runs = [name for name, _, _ in study.stages(study.Config(preset="paper")) if name.startswith("segmentation")]
+    runs = [name for name, _, _ in study.stages(study.Config(preset="paper"))
+            if name.startswith("segmentation")]
     names = {name.split(": ")[1].split(",")[0] for name in runs}
-    assert names == {"tumor", "subtype", "reconstructed"} | {f"{m}-{r}" for m in study.METHODS for r in (50, 100, 200, 400)}
+    assert names == ({"tumor", "subtype", "reconstructed"}
+                     | {f"{m}-{r}" for m in study.METHODS for r in (50, 100, 200, 400)})
     assert len(runs) == 15 * 5
