@@ -59,19 +59,6 @@ def compose(haematoxylin, dab, white=255.0, stains=STAINS) -> np.ndarray:
     return white * 10.0 ** -(amounts @ np.asarray(stains[:2], dtype=amounts.dtype))
 
 
-def dab_density(rgb, mask, white=None) -> float:
-    """Mean amount of DAB of the image (H, W, 3) where the boolean `mask` (H, W) holds; nan if nowhere.
-
-    `white` None measures it: the 99th percentile of the whole image, per channel.
-    """
-    rgb, mask = np.asarray(rgb), np.asarray(mask, dtype=bool)
-    assert rgb.shape == (*mask.shape, 3), f"image {rgb.shape} does not fit mask {mask.shape}"
-    if not mask.any():
-        return float("nan")
-    white = white_point(rgb) if white is None else white
-    return float(deconvolve(rgb[mask], white)[1].mean())
-
-
 def stain_jitter(image, generator, scale: float = 0.1, shift: float = 0.01) -> torch.Tensor:
     """Change how strongly each image of a batch is stained: image (B, 3, H, W) in [-1, 1] -> the same.
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from her2.stains import (DAB, HAEMATOXYLIN, STAINS, compose, dab_density, deconvolve, optical_density,
-                         stain_jitter, stain_matrix, white_point)
+from her2.staining import instance_densities
+from her2.stains import (DAB, HAEMATOXYLIN, STAINS, compose, deconvolve, optical_density, stain_jitter,
+                         stain_matrix, white_point)
 
 
 def test_stain_rows_are_unit_vectors_and_the_residual_is_perpendicular_to_both_dyes():
@@ -48,16 +49,17 @@ def test_black_pixels_stay_finite():
     assert np.isfinite(np.array(deconvolve(np.zeros((2, 2, 3), np.uint8)))).all()
 
 
-def test_dab_density_is_the_mean_over_the_mask_only_and_needs_the_white_point():
+def test_density_of_an_instance_is_the_mean_over_its_pixels_only_and_needs_the_white_point():
     white = np.array([240.0, 236.0, 228.0])
     d = np.zeros((20, 20))
     d[:5, :5] = 0.5
     d[0, 0] = 1.0
-    rgb, mask = compose(np.zeros_like(d), d, white), np.zeros(d.shape, bool)
-    mask[:5, :5] = True
-    assert dab_density(rgb, mask) == pytest.approx((24 * 0.5 + 1.0) / 25)
-    assert dab_density(rgb, mask, white=255.0) > 0.53
-    assert np.isnan(dab_density(rgb, np.zeros_like(mask)))
+    rgb, instance = compose(np.zeros_like(d), d, white), np.zeros(d.shape, int)
+    instance[:5, :5] = 1
+    found = instance_densities(rgb, instance, 3, white_point(rgb), pixel_area=2)
+    assert found[1] == pytest.approx((24 * 0.5 + 1.0) / 25)
+    assert instance_densities(rgb, instance, 3, 255.0, pixel_area=2)[1] > 0.53
+    assert np.isnan(found[2])
     assert np.allclose(white_point(rgb), white)
 
 
