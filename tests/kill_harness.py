@@ -1,13 +1,15 @@
-"""Kill the training loops and generate.py at random moments, again and again, and compare with an uninterrupted run.
+"""Kill the training loops and generate.py at random moments, again and again; compare with whole runs.
 
     python tests/kill_harness.py --kills 100 --seed 0
 
-Each loop runs through its real script at miniature size. A killed process (SIGKILL; TerminateProcess on Windows) gets no
-chance to clean up. When the same command has finally been let through, these must be equal to the uninterrupted run's:
+Each loop runs through its real script at miniature size. A killed process (SIGKILL; TerminateProcess on
+Windows) gets no chance to clean up. When the same command has finally been let through, these must be equal
+to the uninterrupted run's:
 
-    training    model.pt and the sample pictures byte for byte, log.jsonl record for record (all but speed and memory)
-    generate.py every image, mask and instance map, slides.csv and manifest.jsonl, byte for byte; and after each kill
-                every PNG in the folder must be a whole one
+    training    model.pt and the sample pictures byte for byte, log.jsonl record for record (all but speed
+                and memory)
+    generate.py every image, mask and instance map, slides.csv and manifest.jsonl, byte for byte; and after
+                each kill every PNG in the folder must be a whole one
 
 Prints one line per loop with the kills by the moment that they hit; exit status 1 on any difference.
 """
@@ -32,13 +34,14 @@ from PIL import Image  # noqa: E402
 TIMING = ("samples_per_s", "memory_mib")        # the only values of a record that may differ
 AIMS = ("start-up", "training", "training", "checkpoint", "sample", "model", "any time")
 SMALL = ["--device", "cpu", "--patch", "32", "--batch", "2"]
-# 11 steps, saved every 4 and logged every 3: neither divides the other, so that sums between two log lines are cut too.
+# 11 steps, saved every 4 and logged every 3: neither divides the other, so that sums between two log lines
+# are cut too.
 STEPS = [*SMALL, "--steps", "11", "--save-every", "4", "--log-every", "3"]
 LOOPS = {
     "autoencoder": ["train_ldm.py", "--stage", "autoencoder", *STEPS, "--width", "8", "--codes", "16",
                     "--disc-width", "8", "--disc-start", "5", "--warmup", "3"],
-    "diffusion": ["train_ldm.py", "--stage", "diffusion", "--autoencoder", "{root}/autoencoder", *STEPS, "--width", "32",
-                  "--sample-steps", "2", "--warmup", "3", "--latent-pool", "6"],
+    "diffusion": ["train_ldm.py", "--stage", "diffusion", "--autoencoder", "{root}/autoencoder", *STEPS,
+                  "--width", "32", "--sample-steps", "2", "--warmup", "3", "--latent-pool", "6"],
     "GAN": ["train_gan.py", *STEPS, "--width", "8", "--hidden", "8", "--z-dim", "4"],
     "segmentation": ["train_seg.py", *STEPS, "--width", "8", "--warmup", "3"],
     "generate": ["generate.py", "--method", "inpaint", "--model", "{root}/diffusion", *SMALL, "--count", "9",
@@ -69,7 +72,8 @@ def start(line: list, errors) -> subprocess.Popen:
 def complete(line: list, errors) -> None:
     """Let the command through. RuntimeError with its last words when it fails."""
     if start(line, errors).wait():
-        raise RuntimeError(f"{' '.join(line)}\n{Path(errors).read_text(encoding='utf-8', errors='replace')[-2000:]}")
+        raise RuntimeError(f"{' '.join(line)}\n"
+                           f"{Path(errors).read_text(encoding='utf-8', errors='replace')[-2000:]}")
 
 
 def found(folder, *patterns) -> bool:
@@ -86,12 +90,14 @@ def progress(folder) -> int:
 
 
 def kill(process, folder, aim: str, longest: float, rng) -> str:
-    """Kill the process at a moment of the kind `aim`; returns the moment that was hit, "" if it ended before that.
+    """Kill the process at a moment of the kind `aim`; returns the moment that was hit, "" if it ended before.
 
-    The moments are seen from outside, by the files that come and go, so that nothing in the code knows of the test.
+    The moments are seen from outside, by the files that come and go, so that nothing in the code knows of
+    the test.
     """
     begun, before, deadline = progress(folder), progress(folder), time.monotonic() + longest
-    until = time.monotonic() + {"start-up": rng.uniform(0, 0.4), "any time": rng.random()}.get(aim, 1) * longest
+    until = (time.monotonic()
+             + {"start-up": rng.uniform(0, 0.4), "any time": rng.random()}.get(aim, 1) * longest)
     wait = rng.uniform(0, 0.3)
     while process.poll() is None and time.monotonic() < min(until, deadline + 5):
         now = progress(folder)
@@ -99,7 +105,8 @@ def kill(process, folder, aim: str, longest: float, rng) -> str:
             time.sleep(wait)
             break
         if aim == "checkpoint" and found(folder, "last.new.pt*") \
-                or aim == "sample" and found(folder, "samples/*.tmp", "images/*.tmp", "masks/*.tmp", "instances/*.tmp") \
+                or aim == "sample" and found(folder, "samples/*.tmp", "images/*.tmp", "masks/*.tmp",
+                                             "instances/*.tmp") \
                 or aim == "model" and found(folder, "model.pt.*.tmp", "manifest.jsonl.*.tmp"):
             break
         time.sleep(0.0005)
@@ -135,11 +142,13 @@ def outcome(folder) -> dict:
     kept = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name in ("model.pt", "split.json", "slides.csv", "manifest.jsonl") or name.endswith(".png") and "/" in name:
+        if (name in ("model.pt", "split.json", "slides.csv", "manifest.jsonl")
+                or name.endswith(".png") and "/" in name):
             kept[name] = path.read_bytes()
         if name == "log.jsonl":
             records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            kept[name] = [{key: value for key, value in record.items() if key not in TIMING} for record in records]
+            kept[name] = [{key: value for key, value in record.items() if key not in TIMING}
+                          for record in records]
         if name.endswith((".tmp", ".damaged")):
             kept[name] = "must not be there"
     return kept
@@ -152,10 +161,11 @@ def differences(reference, folder) -> list:
 
 
 def interrupt(name: str, root, out: str, aims, longest: float, rng) -> tuple:
-    """Start a loop and kill it once per aim, or until it is through. Returns (moments hit, what went wrong)."""
+    """Start a loop, kill it once per aim or until it is through. Returns (moments hit, what went wrong)."""
     folder, hit, wrong = Path(root) / out, Counter(), []
     for aim in aims:
-        moment = kill(start(command_line(name, root, out), Path(root) / f"{out}.err"), folder, aim, longest, rng)
+        moment = kill(start(command_line(name, root, out), Path(root) / f"{out}.err"), folder, aim, longest,
+                      rng)
         wrong += [f"{out}: half-written {picture}" for picture in half_pictures(folder)]
         if not moment:
             break
@@ -164,7 +174,8 @@ def interrupt(name: str, root, out: str, aims, longest: float, rng) -> tuple:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="over all loops [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
     options = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Everything that a user can get wrong, end to end: exit status 2, one line that names file and remedy, nothing written.
+"""All that a user can get wrong, end to end: exit status 2, one line with file and remedy, nothing written.
 
     python tests/test_bad_input.py          prints the number of cases per group
 
-Each case takes valid files, spoils one thing and runs a whole command. What the single readers say about every kind of
-damage is tested beside them (test_images, test_annotations, test_classes, test_data_command): their tables of bad files
-go through the training scripts here. Good but odd input must be accepted, and random damage must never be misread.
+Each case takes valid files, spoils one thing and runs a whole command. What the single readers say about
+every kind of damage is tested beside them (test_images, test_annotations, test_classes, test_data_command):
+their tables of bad files go through the training scripts here. Good but odd input must be accepted, and
+random damage must never be misread.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ GAN = ["train_gan.py", *DATA, "--width", "8", "--out", "new"]
 VQ = ["train_ldm.py", "--stage", "autoencoder", *DATA, "--width", "8", "--out", "new"]
 LDM = ["train_ldm.py", "--stage", "diffusion", *DATA, "--autoencoder", "vq", "--out", "new"]
 SYNTH = ["generate.py", *DATA, "--count", "2", "--out", "new"]
-CASES = {}          # group: {name: (command line, what spoils the valid files, words that the line must hold)}
+CASES = {}      # group: {name: (command line, what spoils the valid files, words that the line must hold)}
 
 
 def case(group, name, line, words, spoil=None):
@@ -64,7 +65,7 @@ def table_row(**cells):
     write_csv("data", rows)
 
 
-# ---- slides.csv, masks, classes.json: the table of test_data_command, through the training scripts -----------------
+# ---- slides.csv, masks, classes.json: the table of test_data_command, through the training scripts ---------
 
 for number, (name, (spoil, file, words)) in enumerate(BAD.items()):
     def spoiled(spoil=spoil):
@@ -74,7 +75,7 @@ for number, (name, (spoil, file, words)) in enumerate(BAD.items()):
          [file, "no tumor" if name == "no tumor in train" else words], spoiled)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 def picture(column, file, content):
     def spoil():
@@ -91,10 +92,11 @@ def picture(column, file, content):
 
 for column, table in (("image", BAD_IMAGES), ("mask", BAD_MASKS), ("instances", BAD_INSTANCES)):
     for name, (file, content, words) in table.items():
-        case("pictures", f"{column}: {name}", ["her2.data", "data", "--out", "new.png"], [file, words], picture(column, file, content))
+        case("pictures", f"{column}: {name}", ["her2.data", "data", "--out", "new.png"], [file, words],
+             picture(column, file, content))
 
 
-# ---- annotations ----------------------------------------------------------------------------------------------------
+# ---- annotations -------------------------------------------------------------------------------------------
 
 def annotated(name, content):
     def spoil():
@@ -111,9 +113,11 @@ for name, writer in WRITERS.items():
     for kind, ring in (("all outside", [(900, 900), (950, 900), (950, 950)]),
                        ("x and y swapped", [(10, 52), (40, 52), (40, 59)]),
                        ("negative", [(-30, -30), (-5, -30), (-5, -5)])):
-        case("annotations", f"{name}: {kind}", GAN, [name, "outside the image"], annotated(name, writer([("2+", [ring])])))
+        case("annotations", f"{name}: {kind}", GAN, [name, "outside the image"],
+             annotated(name, writer([("2+", [ring])])))
     for kind, label in (("unknown class", "Tumour"), ("empty class", "")):
-        case("annotations", f"{name}: {kind}", GAN, [name, "unknown class"], annotated(name, writer([(label, SHAPES[0][1])])))
+        case("annotations", f"{name}: {kind}", GAN, [name, "unknown class"],
+             annotated(name, writer([(label, SHAPES[0][1])])))
     whole = writer(SHAPES)
     case("annotations", f"{name}: truncated", GAN, name, annotated(name, whole[:len(whole) // 2]))
     case("annotations", f"{name}: UTF-16", GAN, [name, "UTF-8"], annotated(name, whole.encode("utf-16")))
@@ -123,53 +127,68 @@ for name, writer in WRITERS.items():
 ENTITY = '<!DOCTYPE a [<!ENTITY b "{}">]>'
 for name, file, content, words in (
         ("empty", "a.json", "", "empty file"), ("a number", "a.json", "5", "no known format"),
-        ("nested deeply", "a.json", "[" * 100_000, "deep"), ("nested at the limit", "a.json", "[" * 900 + "]" * 900, "kind"),
+        ("nested deeply", "a.json", "[" * 100_000, "deep"),
+        ("nested at the limit", "a.json", "[" * 900 + "]" * 900, "kind"),
         ("objects nested at the limit", "a.json", '{"results":' * 900 + "1" + "}" * 900, "not a list"),
-        ("nested class", "a.json", json.dumps({"results": [{"vector": None, "annotation_type": json.loads("[" * 800 + "]" * 800)}]}),
+        ("nested class", "a.json",
+         json.dumps({"results": [{"vector": None, "annotation_type": json.loads("[" * 800 + "]" * 800)}]}),
          "a.json"),
         ("a number of thousands of digits", "a.json", '{"results": [' + "9" * 5000 + "]}", "JSON"),
         ("another schema", "a.json", '{"shapes": [], "version": "5.0"}', "another kind"),
-        ("ids twice", "a.json", WRITERS["exact.json"](SHAPES).replace('"id": 11', '"id": 10'), "stands twice"),
-        ("null class", "a.json", WRITERS["exact.json"](SHAPES).replace('"name": "1+"', '"name": null'), "unknown class"),
-        ("a page of several", "a.json", WRITERS["exact.json"](SHAPES).replace('"next": null', '"next": "http://x"'), "page"),
+        ("ids twice", "a.json", WRITERS["exact.json"](SHAPES).replace('"id": 11', '"id": 10'),
+         "stands twice"),
+        ("null class", "a.json", WRITERS["exact.json"](SHAPES).replace('"name": "1+"', '"name": null'),
+         "unknown class"),
+        ("a page of several", "a.json",
+         WRITERS["exact.json"](SHAPES).replace('"next": null', '"next": "http://x"'), "page"),
         ("entity", "a.xml", ENTITY.format("x") + WRITERS["asap.xml"](SHAPES), "refused"),
         ("entities of entities", "a.xml", ENTITY.format("&c;&c;") + WRITERS["asap.xml"](SHAPES), "refused"),
-        ("external entity", "a.xml", '<!DOCTYPE a SYSTEM "file:///etc/passwd">' + WRITERS["asap.xml"](SHAPES), "refused"),
+        ("external entity", "a.xml", '<!DOCTYPE a SYSTEM "file:///etc/passwd">' + WRITERS["asap.xml"](SHAPES),
+         "refused"),
         ("unknown entity", "a.xml", WRITERS["asap.xml"](SHAPES).replace("1+", "&b;"), "not whole XML"),
         ("another XML", "a.xml", "<svg/>", "another kind"), ("nested XML", "a.xml", "<a>" * 50_000, "XML"),
-        ("PNG", "a.json", b"\x89PNG\r\n\x1a\n\0", "UTF-8"), ("a web page", "a.geojson", "<!doctype html><p>404", "a.geojson")):
+        ("PNG", "a.json", b"\x89PNG\r\n\x1a\n\0", "UTF-8"),
+        ("a web page", "a.geojson", "<!doctype html><p>404", "a.geojson")):
     case("annotations", name, SEG, [file, words], annotated(file, content))
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 for line, flags in (
-        (SEG, ["--steps 0", "--steps -3", "--steps 1e3", "--batch 0", "--lr 0", "--lr nan", "--lr inf?", "--patch 0",
-               "--patch 48", "--patch 9000", "--seed -1", "--seed 99999999999", "--split-seed -1", "--clip 0", "--warmup -1",
-               "--width 4", "--dice-weight 1.5", "--jitter -1", "--log-every 0", "--save-every 0", "--workers -1",
-               "--ratio -1", "--ratio nan", "--batch 1", "--device tpu", "--amp int8", "--preset huge", "--sampling best", "--dice hard",
-               "--schedule step", "--nonsense 1", "stray", "--steps", "--data nowhere", "--data data/slides.csv",
-               "--init nowhere.pt", "--init data/slides.csv", "--encoder-weights nowhere.pt", "--synthetic nowhere",
-               "--synthetic data", "--reconstruct nowhere", "--reconstruct seg", "--reconstruct vq --synthetic synth",
-               "--synthetic synth --ratio 0", "--synthetic synth --ratio 50", "--init seg/model.pt --encoder-weights x"]),
-        (GAN, ["--disc-lr 0", "--width 7", "--hidden 0", "--z-dim 0", "--lambda-feat -1", "--lambda-kld nan", "--ema 1",
-               "--vgg nowhere.pth", "--vgg seg/model.pt", "--init seg/model.pt", "--patch 33", "--patch 64", "--batch 1"]),
-        (VQ, ["--codes 1", "--beta 0", "--disc-weight -1", "--factor 16", "--lpips nowhere.pth", "--lpips seg/model.pt",
-              "--init seg/model.pt", "--patch 40", "--disc-width 0", "--disc-start -1", "--blocks 0"]),
-        (LDM, ["--autoencoder nowhere", "--autoencoder seg", "--autoencoder data", "--autoencoder new", "--timesteps 1",
-               "--mult 1,2", "--parametrisation x0", "--loss l3", "--drop-label 1", "--latent-pool -1", "--sample-steps 0",
-               "--zero-terminal-snr --parametrisation eps",
-               "--parametrisation eps --no-zero-terminal-snr --init seg/model.pt", "--width 33", "--patch 40"]),
-        (SYNTH, ["--method vae", "--model nowhere", "--model seg", "--model vq", "--model ldm --steps 20000", "--ratio -1",
-                 "--count -1", "--eta 2", "--guidance -1", "--model ldm --relabel-classes Background",
-                 "--model ldm --relabel-classes Tumour", "--model ldm --patch 33", "--sampler euler", "--spacing odd",
-                 "--dilate -1", "--blend -1", "--model ldm --count 0 --ratio 0.0001", "--method gan --model ldm",
+        (SEG, ["--steps 0", "--steps -3", "--steps 1e3", "--batch 0", "--lr 0", "--lr nan", "--lr inf?",
+               "--patch 0", "--patch 48", "--patch 9000", "--seed -1", "--seed 99999999999",
+               "--split-seed -1", "--clip 0", "--warmup -1", "--width 4", "--dice-weight 1.5", "--jitter -1",
+               "--log-every 0", "--save-every 0", "--workers -1", "--ratio -1", "--ratio nan", "--batch 1",
+               "--device tpu", "--amp int8", "--preset huge", "--sampling best", "--dice hard",
+               "--schedule step", "--nonsense 1", "stray", "--steps", "--data nowhere",
+               "--data data/slides.csv", "--init nowhere.pt", "--init data/slides.csv",
+               "--encoder-weights nowhere.pt", "--synthetic nowhere", "--synthetic data",
+               "--reconstruct nowhere", "--reconstruct seg", "--reconstruct vq --synthetic synth",
+               "--synthetic synth --ratio 0", "--synthetic synth --ratio 50",
+               "--init seg/model.pt --encoder-weights x"]),
+        (GAN, ["--disc-lr 0", "--width 7", "--hidden 0", "--z-dim 0", "--lambda-feat -1", "--lambda-kld nan",
+               "--ema 1", "--vgg nowhere.pth", "--vgg seg/model.pt", "--init seg/model.pt", "--patch 33",
+               "--patch 64", "--batch 1"]),
+        (VQ, ["--codes 1", "--beta 0", "--disc-weight -1", "--factor 16", "--lpips nowhere.pth",
+              "--lpips seg/model.pt", "--init seg/model.pt", "--patch 40", "--disc-width 0",
+              "--disc-start -1", "--blocks 0"]),
+        (LDM, ["--autoencoder nowhere", "--autoencoder seg", "--autoencoder data", "--autoencoder new",
+               "--timesteps 1", "--mult 1,2", "--parametrisation x0", "--loss l3", "--drop-label 1",
+               "--latent-pool -1", "--sample-steps 0", "--zero-terminal-snr --parametrisation eps",
+               "--parametrisation eps --no-zero-terminal-snr --init seg/model.pt", "--width 33",
+               "--patch 40"]),
+        (SYNTH, ["--method vae", "--model nowhere", "--model seg", "--model vq", "--model ldm --steps 20000",
+                 "--ratio -1", "--count -1", "--eta 2", "--guidance -1",
+                 "--model ldm --relabel-classes Background", "--model ldm --relabel-classes Tumour",
+                 "--model ldm --patch 33", "--sampler euler", "--spacing odd", "--dilate -1", "--blend -1",
+                 "--model ldm --count 0 --ratio 0.0001", "--method gan --model ldm",
                  "--method gan --model gan --patch 48"]),
-        (["evaluate.py", "seg", "--out", "new"], ["--tile 33", "--overlap 9999", "--batch 0", "--data nowhere",
-                                                  "--synthetic nowhere", "--synthetic data", "nowhere", "no*", "data"]),
+        (["evaluate.py", "seg", "--out", "new"], ["--tile 33", "--overlap 9999", "--batch 0",
+                                                  "--data nowhere", "--synthetic nowhere", "--synthetic data",
+                                                  "nowhere", "no*", "data"]),
         (["her2.phantom", "--out", "new"], ["--preset huge", "--seed x", "--out data", "--nonsense"]),
-        (["her2.study", "--out", "new"], ["--ratios 0", "--ratios a", "--ratios nan", "--seeds -1", "--data nowhere",
-                                          "--out data", "--preset huge"])):
+        (["her2.study", "--out", "new"], ["--ratios 0", "--ratios a", "--ratios nan", "--seeds -1",
+                                          "--data nowhere", "--out data", "--preset huge"])):
     for flag in flags:
         words = [part for part in flag.split() if part.startswith("--")][-1:] or [flag]
         file = re.search(r"\b(nowhere\S*|data\S*|seg\S*|vq|synth|ldm|gan|new|no\*)$", flag)
@@ -178,7 +197,7 @@ for line, flags in (
              [file[1] if file else words[0].split("=")[0]])
 
 
-# ---- run folders and models -----------------------------------------------------------------------------------------
+# ---- run folders and models --------------------------------------------------------------------------------
 
 def edit_model(folder, **changes):
     """Change entries of a model.pt; None removes one."""
@@ -230,14 +249,18 @@ for name, line, words, spoil in (
         ("run of another script", [*GAN[:-1], "seg"], ["seg", "train_seg.py"], None),
         ("run of another stage", [*LDM[:-1], "vq"], ["vq", "stage autoencoder"], None),
         ("another configuration", [*AGAIN, "--lr", "0.5"], ["seg", "lr: 0.001 -> 0.5"], None),
-        ("another configuration, three fields", [*AGAIN, "--seed", "3", "--width", "16"], ["seed: 0 -> 3", "width: 8 -> 16"], None),
+        ("another configuration, three fields", [*AGAIN, "--seed", "3", "--width", "16"],
+         ["seed: 0 -> 3", "width: 8 -> 16"], None),
         ("config.json is cut", AGAIN, ["config.json", "JSON"], damage("seg/config.json", lambda c: c[:50])),
         ("config.json is empty", AGAIN, ["config.json", "JSON"], add("seg/config.json", b"")),
         ("config.json is no text", AGAIN, ["config.json", "JSON"], add("seg/config.json", bytes(range(256)))),
-        ("config.json is a list", AGAIN, ["config.json", "not the configuration"], add("seg/config.json", b"[]")),
-        ("config.json without fields", AGAIN, ["config.json", "not the configuration"], add("seg/config.json", b"{}")),
+        ("config.json is a list", AGAIN, ["config.json", "not the configuration"],
+         add("seg/config.json", b"[]")),
+        ("config.json without fields", AGAIN, ["config.json", "not the configuration"],
+         add("seg/config.json", b"{}")),
         ("config.json nested deeply", AGAIN, ["config.json", "JSON"], add("seg/config.json", b"[" * 99999)),
-        ("config.json with a huge number", AGAIN, ["config.json", "JSON"], add("seg/config.json", b"9" * 9999)),
+        ("config.json with a huge number", AGAIN, ["config.json", "JSON"],
+         add("seg/config.json", b"9" * 9999)),
         ("config.json is a folder", AGAIN, ["config.json", "cannot be read"],
          lambda: (Path("seg/config.json").unlink(), Path("seg/config.json").mkdir())),
         ("data changed since", AGAIN, ["slides.csv", "another content"], edit_config("seg", lambda c: {
@@ -257,30 +280,39 @@ for name, line, words, spoil in (
         ("old pickle with code", [*SEG, "--init", "evil.pth"], ["evil.pth", "plain tensors"],
          lambda: torch.save({"a": Code()}, "evil.pth", _use_new_zipfile_serialization=False)),
         ("model of a newer version", PAINT, ["model.pt", "newer version"], edit_model("ldm", format=99)),
-        ("model of another kind", PAINT, ["model.pt", "'gan', needed is 'diffusion'"], edit_model("ldm", kind="gan")),
+        ("model of another kind", PAINT, ["model.pt", "'gan', needed is 'diffusion'"],
+         edit_model("ldm", kind="gan")),
         ("model without weights", PAINT, ["model.pt", "state_dict"], edit_model("ldm", state_dict=None)),
         ("model without schedule", PAINT, ["model.pt", "schedule"], edit_model("ldm", schedule=None)),
-        ("model without autoencoder", PAINT, ["model.pt", "autoencoder"], edit_model("ldm", autoencoder=None)),
+        ("model without autoencoder", PAINT, ["model.pt", "autoencoder"],
+         edit_model("ldm", autoencoder=None)),
         ("model without its split", PAINT, ["model.pt", "split"], edit_model("ldm", split=None)),
         ("model with empty weights", PAINT, ["ldm", "do not fit"], edit_model("ldm", state_dict={})),
-        ("model with unknown arguments", PAINT, ["ldm", "do not fit"], edit_model("ldm", kwargs={"layers": 3})),
+        ("model with unknown arguments", PAINT, ["ldm", "do not fit"],
+         edit_model("ldm", kwargs={"layers": 3})),
         ("model of other classes", PAINT, ["ldm", "class table"], edit_model("ldm", classes=[])),
-        ("model saw a test slide", PAINT, ["ldm", "s3", "validation or test"], edit_model("ldm", split={"s3": "train"})),
-        ("autoencoder saw a val slide", LDM, ["vq", "s2", "validation or test"], edit_model("vq", split={"s2": "train"})),
-        ("reconstruction saw a test slide", [*SEG, "--reconstruct", "vq"], ["vq", "s3"], edit_model("vq", split={"s3": "train"})),
-        ("GAN saw a test slide", [*SYNTH, "--method", "gan", "--model", "gan"], ["gan", "s3"], edit_model("gan", split={"s3": "train"})),
-        ("evaluate: not finished", ["evaluate.py", "seg", "--out", "new"], ["seg", "step 0 of 1"], edit_model("seg", step=0)),
+        ("model saw a test slide", PAINT, ["ldm", "s3", "validation or test"],
+         edit_model("ldm", split={"s3": "train"})),
+        ("autoencoder saw a val slide", LDM, ["vq", "s2", "validation or test"],
+         edit_model("vq", split={"s2": "train"})),
+        ("reconstruction saw a test slide", [*SEG, "--reconstruct", "vq"], ["vq", "s3"],
+         edit_model("vq", split={"s3": "train"})),
+        ("GAN saw a test slide", [*SYNTH, "--method", "gan", "--model", "gan"], ["gan", "s3"],
+         edit_model("gan", split={"s3": "train"})),
+        ("evaluate: not finished", ["evaluate.py", "seg", "--out", "new"], ["seg", "step 0 of 1"],
+         edit_model("seg", step=0)),
         ("evaluate: data is a number", ["evaluate.py", "seg", "--out", "new"], ["config.json", "data"],
          edit_config("seg", lambda c: {**c, "fields": {**c["fields"], "data": 5}})),
         ("evaluate: seed is a text", ["evaluate.py", "seg", "--out", "new"], ["config.json", "seed"],
          edit_config("seg", lambda c: {**c, "fields": {**c["fields"], "seed": "a"}})),
-        ("evaluate: broken split.json", ["evaluate.py", "seg", "--out", "new"], ["split.json"], add("seg/split.json", b"{}")),
+        ("evaluate: broken split.json", ["evaluate.py", "seg", "--out", "new"], ["split.json"],
+         add("seg/split.json", b"{}")),
         ("evaluate: model is cut", ["evaluate.py", "seg", "--out", "new"], ["model.pt", "damaged"],
          damage("seg/model.pt", lambda c: c[:99]))):
     case("run folders and models", name, line, words, spoil)
 
 
-# ---- synthetic sets -------------------------------------------------------------------------------------------------
+# ---- synthetic sets ----------------------------------------------------------------------------------------
 
 def manifest(function):
     def spoil():
@@ -292,11 +324,15 @@ def manifest(function):
 WITH = [*SEG, "--synthetic", "synth"]
 SOURCE = '"source_image": "images/roi0'
 for name, words, spoil in (
-        ("from a test slide", ["manifest.jsonl", "s3", "test"], manifest(lambda t: t.replace(SOURCE, SOURCE[:-1] + "3").replace('"s0"', '"s3"'))),
-        ("from a val slide", ["manifest.jsonl", "s2", "val"], manifest(lambda t: t.replace(SOURCE, SOURCE[:-1] + "2").replace('"s0"', '"s2"'))),
+        ("from a test slide", ["manifest.jsonl", "s3", "test"],
+         manifest(lambda t: t.replace(SOURCE, SOURCE[:-1] + "3").replace('"s0"', '"s3"'))),
+        ("from a val slide", ["manifest.jsonl", "s2", "val"],
+         manifest(lambda t: t.replace(SOURCE, SOURCE[:-1] + "2").replace('"s0"', '"s2"'))),
         ("from an unknown slide", ["manifest.jsonl", "s9"], manifest(lambda t: t.replace('"s0"', '"s9"'))),
-        ("from an unknown image", ["manifest.jsonl", "roi9"], manifest(lambda t: t.replace(SOURCE, SOURCE[:-1] + "9"))),
-        ("from a path outside", ["manifest.jsonl", "../"], manifest(lambda t: t.replace(SOURCE, SOURCE.replace("images", "../images")))),
+        ("from an unknown image", ["manifest.jsonl", "roi9"],
+         manifest(lambda t: t.replace(SOURCE, SOURCE[:-1] + "9"))),
+        ("from a path outside", ["manifest.jsonl", "../"],
+         manifest(lambda t: t.replace(SOURCE, SOURCE.replace("images", "../images")))),
         ("no manifest", ["manifest.jsonl", "no such file"], lambda: Path("synth/manifest.jsonl").unlink()),
         ("empty manifest", ["manifest.jsonl", "nothing about"], manifest(lambda t: "")),
         ("half a manifest", ["manifest.jsonl", "nothing about"], manifest(lambda t: t.splitlines()[0])),
@@ -307,15 +343,20 @@ for name, words, spoil in (
         ("image missing", ["slides.csv", "roi0.png"], lambda: Path("synth/images/roi0.png").unlink()),
         ("mask missing", ["slides.csv", "roi0.png"], lambda: Path("synth/masks/roi0.png").unlink()),
         ("image is cut", ["roi0.png", "damaged"], damage("synth/images/roi0.png", lambda c: c[:-99])),
-        ("images in the split test", ["slides.csv", "test"], damage("synth/slides.csv", lambda c: c.replace(b",train", b",test", 1))),
-        ("network saw a test slide", ["split.json", "s3"], add("synth/split.json", b'{"slides": {"s3": "train"}}')),
+        ("images in the split test", ["slides.csv", "test"],
+         damage("synth/slides.csv", lambda c: c.replace(b",train", b",test", 1))),
+        ("network saw a test slide", ["split.json", "s3"],
+         add("synth/split.json", b'{"slides": {"s3": "train"}}')),
         ("broken split.json", ["split.json"], add("synth/split.json", b"[")),
-        ("another class table", ["synth", "class table"], add("synth/classes.json", b'{"aliases": {"abc": "3+"}}')),
+        ("another class table", ["synth", "class table"],
+         add("synth/classes.json", b'{"aliases": {"abc": "3+"}}')),
         ("images too small", ["synth", "less than a patch"], lambda: [
-            save(f"synth/{kind}/roi0.png", np.ones((20, 20, 3)[:size], np.uint8)) for kind, size in (("images", 3), ("masks", 2))])):
+            save(f"synth/{kind}/roi0.png", np.ones((20, 20, 3)[:size], np.uint8))
+            for kind, size in (("images", 3), ("masks", 2))])):
     case("synthetic sets", name, WITH, words, spoil)
 for name, words, spoil in (
-        ("manifest of another checkpoint", ["new", "another checkpoint"], b'{"image": "images/000000.png", "checkpoint": "0"}\n'),
+        ("manifest of another checkpoint", ["new", "another checkpoint"],
+         b'{"image": "images/000000.png", "checkpoint": "0"}\n'),
         ("manifest without checkpoint", ["new", "another checkpoint"], b'{"image": "images/000000.png"}\n')):
     def begun(content=spoil):
         assert run_line(PAINT)[0] == 0
@@ -324,7 +365,7 @@ for name, words, spoil in (
     case("synthetic sets", f"generate: {name}", PAINT, words, begun)
 
 
-# ---- the test of them all -------------------------------------------------------------------------------------------
+# ---- the test of them all ----------------------------------------------------------------------------------
 
 def run_line(line):
     """(exit status, stderr) of a command, in this process."""
@@ -354,7 +395,8 @@ def template(tmp_path_factory):
         dataset = load_dataset("data")
         about = {"classes": dataset.classes.to_json(), "split": dataset.slides()}
         vq = VQAutoencoder(factor=4, ch=8, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=3, num_codes=8)
-        ldm = LatentDenoiser(num_classes=6, z_channels=3, model_channels=32, channel_mult=(1,), num_res_blocks=1, stages=2)
+        ldm = LatentDenoiser(num_classes=6, z_channels=3, model_channels=32, channel_mult=(1,),
+                             num_res_blocks=1, stages=2)
         ldm.set_latent_scale(1.0)
         gan = SPADEGenerator(6, 1, 4, 32, hidden=1)
         run.save_model("vq", "autoencoder", vq.config, vq.state_dict(), step=1, **about)
@@ -392,7 +434,8 @@ def workplace(template, tmp_path, monkeypatch):
 
 
 def contents(root):
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and "cache" not in path.parts}
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()
+            and "cache" not in path.parts}
 
 
 @pytest.mark.parametrize("group, name", [(group, name) for group, table in CASES.items() for name in table])
@@ -405,7 +448,8 @@ def test_one_line_that_names_file_and_remedy(group, name, workplace):
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert all(word in err for word in words), (words, err)
     assert re.search(r"; |see --help|make it with", err) and len(err) < 1500, f"no remedy: {err}"
-    assert contents(workplace) == before or set(before) <= set(contents(workplace)) and name.startswith("evaluate"), \
+    assert (contents(workplace) == before
+            or set(before) <= set(contents(workplace)) and name.startswith("evaluate")), \
         f"written: {set(contents(workplace)) ^ set(before)}"
 
 
@@ -420,10 +464,11 @@ def test_as_processes(workplace):
         program = ["-m", line[0]] if line[0].startswith("her2.") else [str(ROOT / line[0])]
         done = subprocess.run([sys.executable, *program, *line[1:]], capture_output=True, text=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+            done.stderr)
 
 
-# ---- good but odd ---------------------------------------------------------------------------------------------------
+# ---- good but odd ------------------------------------------------------------------------------------------
 
 def odd_table(function):
     path = Path("data/slides.csv")
@@ -433,19 +478,26 @@ def odd_table(function):
 ODD = {
     "byte-order mark": lambda: odd_table(lambda raw: b"\xef\xbb\xbf" + raw),
     "CRLF": lambda: odd_table(lambda raw: raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")),
-    "blank lines and spaces": lambda: odd_table(lambda raw: b"\n" + raw.replace(b",", b" , ") + b"\n\n,,,,\n"),
-    "capital letters": lambda: odd_table(lambda raw: raw.replace(b"image,", b"Image,").replace(b"train", b"Train")),
+    "blank lines and spaces": lambda: odd_table(
+        lambda raw: b"\n" + raw.replace(b",", b" , ") + b"\n\n,,,,\n"),
+    "capital letters": lambda: odd_table(
+        lambda raw: raw.replace(b"image,", b"Image,").replace(b"train", b"Train")),
     "backslashes": lambda: odd_table(lambda raw: raw.replace(b"images/", b"images\\")),
-    "unknown column": lambda: odd_table(lambda raw: raw.replace(b"slide,", b"slide,").replace(b"score", b"stain")),
+    "unknown column": lambda: odd_table(
+        lambda raw: raw.replace(b"slide,", b"slide,").replace(b"score", b"stain")),
     "quoted cells": lambda: odd_table(lambda raw: raw.replace(b"s0,", b'"s0",')),
     "classes.json with a mark": add("data/classes.json", b'\xef\xbb\xbf{"aliases": {"x": "3+"}}\r\n'),
     "umlauts": lambda: (os.replace("data/images/roi0.png", "data/images/Gef\u00e4\u00df.png"),
-                        odd_table(lambda raw: raw.replace(b"images/roi0", "images/Gef\u00e4\u00df".encode()))),
-    "JPEG": lambda: (Image.open("data/images/roi0.png").save("data/images/roi0.jpg"), table_row(image="images/roi0.jpg")),
-    "TIFF": lambda: (Image.open("data/images/roi0.png").save("data/images/roi0.TIF", "TIFF"), table_row(image="images/roi0.TIF")),
+                        odd_table(lambda raw: raw.replace(
+                            b"images/roi0", "images/Gef\u00e4\u00df".encode()))),
+    "JPEG": lambda: (Image.open("data/images/roi0.png").save("data/images/roi0.jpg"),
+                     table_row(image="images/roi0.jpg")),
+    "TIFF": lambda: (Image.open("data/images/roi0.png").save("data/images/roi0.TIF", "TIFF"),
+                     table_row(image="images/roi0.TIF")),
     "palette mask": lambda: save_palette("data/masks/roi0.png"),
     "left-over temporary file": add("new/config.json.123.tmp", b"half"),
-    **{f"{name} with mark and CRLF": annotated(name, b"\xef\xbb\xbf" + writer(SHAPES).replace("\n", "\r\n").encode())
+    **{f"{name} with mark and CRLF": annotated(
+        name, b"\xef\xbb\xbf" + writer(SHAPES).replace("\n", "\r\n").encode())
        for name, writer in WRITERS.items()},
     **{f"{name} of 100,000 vertices": annotated(name, writer([("2+", [[
         (30 + 20 * float(np.cos(t)), 25 + 20 * float(np.sin(t))) for t in np.linspace(0, 50, 100_000)]])]))
@@ -473,7 +525,7 @@ def test_a_dataset_in_a_folder_with_blanks_and_umlauts(workplace):
     assert run_line([*SEG[:2], "meine Sch\u00e4tze", *SEG[3:-1], "neuer Lauf"])[0] == 0
 
 
-# ---- random damage --------------------------------------------------------------------------------------------------
+# ---- random damage -----------------------------------------------------------------------------------------
 
 def mutated(content: bytes, rng) -> bytes:
     """One to three places of `content` changed, cut, doubled, or exchanged for something else."""
@@ -481,7 +533,8 @@ def mutated(content: bytes, rng) -> bytes:
     for _ in range(int(rng.integers(1, 4))):
         at = int(rng.integers(len(content) + 1))
         end = at + int(rng.integers(0, 12))
-        filling = [b"", rng.bytes(3), bytes(content[at:end]) * 2, b",", b"\n", b"\0", b"..", b"-", b"1e9", b'"'][rng.integers(10)]
+        filling = [b"", rng.bytes(3), bytes(content[at:end]) * 2, b",", b"\n", b"\0", b"..", b"-", b"1e9",
+                   b'"'][rng.integers(10)]
         content[at:end] = filling
         if rng.random() < 0.1:
             del content[int(rng.integers(len(content) + 1)):]
@@ -495,17 +548,20 @@ def second_reading_of_slides(path):
     header = [name.strip().lower() for name in rows[0]]
     assert all(len(row) == len(header) for row in rows)
     table = [dict(zip(header, (cell.strip() for cell in row))) for row in rows[1:]]
-    return [(os.path.normpath(row["image"].replace("\\", "/")), row["slide"], row.get("split", "").lower()) for row in table]
+    return [(os.path.normpath(row["image"].replace("\\", "/")), row["slide"], row.get("split", "").lower())
+            for row in table]
 
 
-@pytest.mark.parametrize("file", ["data/slides.csv", "data/classes.json", "data/images/roi0.png", "data/images/roi0.jpg",
-                                  "data/masks/roi0.png", *(f"data/{name}" for name in WRITERS), "synth/manifest.jsonl",
+@pytest.mark.parametrize("file", ["data/slides.csv", "data/classes.json", "data/images/roi0.png",
+                                  "data/images/roi0.jpg", "data/masks/roi0.png",
+                                  *(f"data/{name}" for name in WRITERS), "synth/manifest.jsonl",
                                   "ldm/model.pt", "new/config.json", "new/manifest.jsonl", "new/split.json"])
 def test_random_damage_is_refused_or_read_as_another_reader_reads_it(file, workplace):
     """Never a traceback, and what is accepted means what the file says.
 
-    slides.csv: the rows of csv.reader; classes.json: the ids, names and flags of json; annotations: every coordinate
-    stands in the file as a number and every class name as text; PNG, mask, model.pt: not a bit differs from the whole file.
+    slides.csv: the rows of csv.reader; classes.json: the ids, names and flags of json; annotations: every
+    coordinate stands in the file as a number and every class name as text; PNG, mask, model.pt: not a bit
+    differs from the whole file.
     """
     rng = np.random.default_rng(sorted(file.encode())[0] + len(file))
     path, line = Path(file), ["her2.data", "data", "--out", "p.png"]
@@ -532,8 +588,10 @@ def test_random_damage_is_refused_or_read_as_another_reader_reads_it(file, workp
         if path.name == "model.pt":             # whole runs of generate.py would only repeat this
             try:
                 content = run.load_model("ldm", "diffusion")
-                assert all(torch.equal(content["state_dict"][name], value) for name, value in expected["state_dict"].items())
-                assert all(content[name] == expected[name] for name in ("kwargs", "split", "schedule", "classes"))
+                assert all(torch.equal(content["state_dict"][name], value)
+                           for name, value in expected["state_dict"].items())
+                assert all(content[name] == expected[name]
+                           for name in ("kwargs", "split", "schedule", "classes"))
                 continue
             except UserError as error:
                 status, err = 2, f"error: {error}\n"
@@ -546,7 +604,8 @@ def test_random_damage_is_refused_or_read_as_another_reader_reads_it(file, workp
             continue
         if path.name == "slides.csv":
             rows = second_reading_of_slides(path)
-            assert [(os.path.normpath(roi.name), roi.slide) for roi in load_dataset("data").rois] == [row[:2] for row in rows]
+            assert ([(os.path.normpath(roi.name), roi.slide) for roi in load_dataset("data").rois]
+                    == [row[:2] for row in rows])
             assert all(split in ("", roi.split) for roi, (*_, split) in zip(load_dataset("data").rois, rows))
         elif path.name == "classes.json":
             obj = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -555,7 +614,8 @@ def test_random_damage_is_refused_or_read_as_another_reader_reads_it(file, workp
                 [(row["id"], row["name"], row["tumor"], row["variance"]) for row in obj]
         elif path.name in WRITERS:
             text = path.read_bytes().decode("utf-8-sig")
-            numbers = {float(number.replace(",", ".")) for number in re.findall(r"-?\d+[.,]?\d*(?:[eE][+-]?\d+)?", text)}
+            numbers = {float(number.replace(",", "."))
+                       for number in re.findall(r"-?\d+[.,]?\d*(?:[eE][+-]?\d+)?", text)}
             for polygon in read_annotations(path)[0]:
                 assert polygon.name in text or polygon.name in json.loads(f'"{polygon.name}"'), polygon.name
                 assert set(np.concatenate(polygon.rings).ravel().tolist()) <= numbers

@@ -1,11 +1,12 @@
 """No validation or test slide reaches training: the proof by tainting them.
 
-The whole chain runs through the real scripts three times at miniature size: autoencoder, diffusion (with new patches and
-with the pool of latents), GAN, three synthetic sets, segmentation (real, mixed, reconstructed). Between the first and the
-second time every pixel and every label of the val and test slides is exchanged for a colour and a pattern that occur
-nowhere else. If anything that is trained or made depended on them (a patch, a latent, the latent scale, a statistic of
-batch norm, a normalisation, a choice by the validation result) some byte of some model or image would differ. The third
-time one training slide is changed instead, and everything must differ: the comparison sees what is there to be seen.
+The whole chain runs through the real scripts three times at miniature size: autoencoder, diffusion (with new
+patches and with the pool of latents), GAN, three synthetic sets, segmentation (real, mixed, reconstructed).
+Between the first and the second time every pixel and every label of the val and test slides is exchanged for
+a colour and a pattern that occur nowhere else. If anything that is trained or made depended on them (a patch,
+a latent, the latent scale, a statistic of batch norm, a normalisation, a choice by the validation result)
+some byte of some model or image would differ. The third time one training slide is changed instead, and
+everything must differ: the comparison sees what is there to be seen.
 """
 
 import csv
@@ -26,13 +27,15 @@ COLOUR = (1, 254, 3)
 SMALL = ["--data", "data", "--device", "cpu", "--patch", "32", "--batch", "2"]
 STEPS = [*SMALL, "--steps", "4", "--save-every", "2", "--log-every", "1"]
 CHAIN = {
-    "vq": ["train_ldm.py", "--stage", "autoencoder", *STEPS, "--width", "8", "--codes", "16", "--disc-start", "1",
-           "--disc-width", "8"],
-    "ldm": ["train_ldm.py", "--stage", "diffusion", "--autoencoder", "vq", *STEPS, "--width", "8", "--sample-steps", "2"],
-    "ldm-pool": ["train_ldm.py", "--stage", "diffusion", "--autoencoder", "vq", *STEPS, "--width", "8", "--sample-steps",
-                 "2", "--latent-pool", "4"],
+    "vq": ["train_ldm.py", "--stage", "autoencoder", *STEPS, "--width", "8", "--codes", "16",
+           "--disc-start", "1", "--disc-width", "8"],
+    "ldm": ["train_ldm.py", "--stage", "diffusion", "--autoencoder", "vq", *STEPS, "--width", "8",
+            "--sample-steps", "2"],
+    "ldm-pool": ["train_ldm.py", "--stage", "diffusion", "--autoencoder", "vq", *STEPS, "--width", "8",
+                 "--sample-steps", "2", "--latent-pool", "4"],
     "gan": ["train_gan.py", *STEPS, "--width", "8", "--hidden", "8", "--z-dim", "4"],
-    **{f"synth-{method}": ["generate.py", "--method", method, "--model", model, *SMALL, *more, "--count", "12"]
+    **{f"synth-{method}": ["generate.py", "--method", method, "--model", model, *SMALL, *more,
+                           "--count", "12"]
        for method, model, more in (("gan", "gan", []), ("ldm", "ldm", ["--steps", "2"]),
                                    ("inpaint", "ldm", ["--steps", "2", "--blend", "2", "--erase"]))},
     "seg": ["train_seg.py", *STEPS, "--width", "8"],
@@ -54,7 +57,7 @@ def spoil(folder, split) -> list:
 
 
 def run_chain(folder, monkeypatch) -> dict:
-    """{run: {file: bytes, log: records}} of all that the chain leaves behind, without what is not a result."""
+    """{run: {file: bytes, log: records}} of all results that the chain leaves behind."""
     monkeypatch.chdir(folder)
     outcome = {}
     for name, line in CHAIN.items():
@@ -64,12 +67,14 @@ def run_chain(folder, monkeypatch) -> dict:
         files = {path.relative_to(name).as_posix(): path.read_bytes() for path in Path(name).rglob("*")
                  if path.suffix in (".pt", ".png") and path.name != "curves.png"
                  or path.name in ("manifest.jsonl", "slides.csv", "split.json", "config.json")}
-        # config.json: slides.csv is the same, so its hash is too; commit and versions are those of the moment.
+        # config.json: slides.csv is the same, so its hash is too; commit and versions are of the moment.
         config = json.loads(files.pop("config.json"))
         files["inputs"] = config["inputs"]
         if (Path(name) / "log.jsonl").exists():
-            records = [json.loads(text) for text in (Path(name) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-            files["log"] = [{key: value for key, value in record.items() if key not in ("samples_per_s", "memory_mib")}
+            records = [json.loads(text)
+                       for text in (Path(name) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            files["log"] = [{key: value for key, value in record.items()
+                             if key not in ("samples_per_s", "memory_mib")}
                             for record in records]
         outcome[name] = files
     return outcome
@@ -111,13 +116,15 @@ def test_training_slides_do(outcomes, name):
 
 
 def test_the_taint_is_there_to_be_seen(outcomes):
-    """Validation, which looks at these slides, gives other numbers; the colour is in the data and in no synthetic image."""
+    """Validation, which looks at these slides, gives other numbers; the colour is in the data alone."""
     plain, tainted = (outcomes[name][0] for name in ("plain", "tainted"))
-    texts = [[line for line in (folder / "seg" / "log.txt").read_text(encoding="utf-8").splitlines() if "val Dice" in line]
+    texts = [[line for line in (folder / "seg" / "log.txt").read_text(encoding="utf-8").splitlines()
+              if "val Dice" in line]
              for folder in (plain, tainted)]
     assert len(texts[0]) == 2 and texts[0] != texts[1]
     assert (np.array(Image.open(tainted / "data/images/roi2.png")) == COLOUR).all()
-    for path in [*(tainted / "synth-inpaint" / "images").glob("*.png"), *(tainted / "seg" / "samples").glob("*.png")]:
+    for path in [*(tainted / "synth-inpaint" / "images").glob("*.png"),
+                 *(tainted / "seg" / "samples").glob("*.png")]:
         assert not (np.array(Image.open(path).convert("RGB")) == COLOUR).all(axis=2).any(), path
 
 
@@ -125,14 +132,15 @@ def test_manifests_and_models_name_training_slides_only(outcomes):
     folder, _ = outcomes["tainted"]
     for method in ("gan", "ldm", "inpaint"):
         lines = (folder / f"synth-{method}" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-        assert {json.loads(line)["source_slide"] for line in lines} <= {"s0", "s1", "s4", "s5"} and len(lines) == 12
+        assert ({json.loads(line)["source_slide"] for line in lines} <= {"s0", "s1", "s4", "s5"}
+                and len(lines) == 12)
     for name, kind in (("vq", "autoencoder"), ("ldm", "diffusion"), ("gan", "gan"), ("seg", "segmenter")):
         split = run.load_model(folder / name, kind)["split"]
         assert {slide for slide, part in split.items() if part == "train"} == {"s0", "s1", "s4", "s5"}
 
 
 def test_the_latent_scale_is_that_of_training_patches(outcomes):
-    """A buffer of the denoiser; it is the same to the bit beside a taint, and another one with other training pixels."""
+    """A buffer of the denoiser: the same to the bit beside a taint, another with other training pixels."""
     scale = {name: float(run.load_model(folder / "ldm", "diffusion")["state_dict"]["latent_scale"])
              for name, (folder, _) in outcomes.items()}
     assert scale["plain"] == scale["tainted"] != scale["train changed"]

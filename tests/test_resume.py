@@ -1,4 +1,4 @@
-"""Interruptions: killed runs end with the bits of uninterrupted ones; Ctrl-C, a full disk and a second process are one line.
+"""Interruptions: killed runs end with the bits of whole ones; Ctrl-C, full disk, second process: one line.
 
 The long version with a hundred kills is `python tests/kill_harness.py`.
 """
@@ -58,7 +58,8 @@ def test_the_comparison_can_fail(root):
     """Another seed gives another outcome, in everything that is compared."""
     line = [*command_line("segmentation", root, "other"), "--seed", "1"]
     assert in_process(line) == 0
-    assert {"log.jsonl", "model.pt", "samples/step000004.png"} <= set(differences(root / "segmentation", root / "other"))
+    assert ({"log.jsonl", "model.pt", "samples/step000004.png"}
+            <= set(differences(root / "segmentation", root / "other")))
     picture = root / "other" / "samples" / "step000004.png"
     picture.write_bytes(picture.read_bytes()[:-20])
     assert len(half_pictures(root / "other")) == 1
@@ -94,7 +95,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     ("segmentation", "curves.png", 2, 10, FULL), ("generate", "000005.png", 1, 10, FULL),
     ("autoencoder", "last.new.pt", 3, 100_000, KeyboardInterrupt())])
 def test_a_write_that_ends_halfway_loses_nothing(root, name, file, number, room, error, monkeypatch, capsys):
-    """Writing number `number` of `file` ends after `room` bytes. What was there stays whole, the same command goes on."""
+    """Writing number `number` of `file` ends after `room` bytes. What was there stays, the run goes on."""
     out, count, opened = f"{name}-halfway", 0, open
 
     def opening(path, *mode):
@@ -105,7 +106,8 @@ def test_a_write_that_ends_halfway_loses_nothing(root, name, file, number, room,
 
     monkeypatch.setattr(errors, "open", opening, raising=False)
     line = command_line(name, root, out)
-    status, start_of_line, words = (2, "error:", "the disk is full") if error is FULL else (130, "interrupted:", "goes on")
+    status, start_of_line, words = ((2, "error:", "the disk is full") if error is FULL
+                                    else (130, "interrupted:", "goes on"))
     assert in_process(line) == status
     told = [text for text in capsys.readouterr().err.splitlines() if text.startswith(start_of_line)]
     assert len(told) == 1 and words in told[0] and (file in told[0] or error is not FULL)
@@ -132,7 +134,8 @@ def test_torch_and_pillow_do_not_hide_that_the_disk_is_full(tmp_path):
                "picture = lambda argv: figures.save_png(argv[0] + '/a.png', image)\n"
                "command({'tensor': tensor, 'picture': picture}[sys.argv[1]], sys.argv[2:])\n")
     for kind, file in (("tensor", "model.pt"), ("picture", "a.png")):
-        done = subprocess.run([sys.executable, "-c", program, kind, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program, kind, str(tmp_path)], cwd=ROOT,
+                              capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert file in done.stderr and "too large for this disk" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -186,9 +189,11 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(root, capsys):
 
 def test_two_processes_do_not_work_in_one_folder(root, tmp_path):
     """The first one holds the folder until it ends, however it ends."""
-    program = "import sys, time\nfrom her2 import lock\nlock.hold(sys.argv[1])\nprint('held', flush=True)\ntime.sleep(60)\n"
+    program = ("import sys, time\nfrom her2 import lock\nlock.hold(sys.argv[1])\n"
+               "print('held', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+                             text=True)
     try:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another process is working in this folder"):
@@ -206,7 +211,8 @@ import sys
 from her2 import study
 from her2.errors import command
 def stages(config):
-    return [(name, ["-m", "stage", name, config.out], config.out + "/" + name) for name in ("one", "two", "report")]
+    return [(name, ["-m", "stage", name, config.out], config.out + "/" + name)
+            for name in ("one", "two", "report")]
 study.stages = stages
 command(study.main, sys.argv[1:])
 """
