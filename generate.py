@@ -19,6 +19,7 @@ import csv
 import io
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,7 +63,7 @@ class Config:
     sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
     relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
     relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
-                                    # empty: all tumor classes
+                                    # empty: all tumor classes of the training slides
     steps: int = 50                 # denoising steps S, 1 to T
     sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect)
     spacing: Literal["trailing", "leading"] = "trailing"  # which timesteps to use; leading: the official
@@ -106,9 +107,9 @@ def main(argv):
     if content["classes"] != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
-    allowed = relabel_ids(config.relabel_classes, classes)
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
                            cache=config.cache)
+    allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
     count = config.count or round(config.ratio * sampler.num_patches)
     if count < 1:
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
@@ -287,10 +288,17 @@ def keep(patch):
     return patch["label"], mapping
 
 
-def relabel_ids(names: str, classes):
-    """Class ids of `--relabel-classes A,B`; None for all tumor classes."""
+def relabel_ids(names: str, classes, present) -> list:
+    """Class ids of `--relabel-classes A,B`; without names the tumor classes that are `present` in training.
+
+    What no training slide shows, no model has learned to paint.
+    """
     if not names:
-        return None
+        absent = [classes.names[k] for k in classes.tumor_ids if k not in present]
+        if absent:
+            print(f"note: no {', '.join(absent)} in the training slides; no instance is relabelled to it",
+                  file=sys.stderr)
+        return list(present)
     ids = []
     for name in names.split(","):
         try:
@@ -301,6 +309,9 @@ def relabel_ids(names: str, classes):
             raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; "
                             "the tumor classes are "
                             + ", ".join(classes.names[k] for k in classes.tumor_ids))
+        if ids[-1] not in present:
+            raise UserError(f"--relabel-classes: {name.strip()!r} is not in the training slides, so no model can "
+                            "have learned it; leave it out")
     return ids
 
 
