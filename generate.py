@@ -310,8 +310,8 @@ def relabel_ids(names: str, classes, present) -> list:
                             "the tumor classes are "
                             + ", ".join(classes.names[k] for k in classes.tumor_ids))
         if ids[-1] not in present:
-            raise UserError(f"--relabel-classes: {name.strip()!r} is not in the training slides, so no model can "
-                            "have learned it; leave it out")
+            raise UserError(f"--relabel-classes: {name.strip()!r} is not in the training slides, so no model "
+                            "can have learned it; leave it out")
     return ids
 
 
