@@ -47,7 +47,7 @@ class Config:
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
-    steps: int = 400                # iterations, each one generator and one discriminator step
+    steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
     disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR:

@@ -65,7 +65,7 @@ class Common:
 @dataclass
 class AutoencoderConfig(Common):
     out: str = "runs/vq"            # run folder; the same command again goes on where it stopped
-    steps: int = 1000               # optimiser steps
+    steps: int = 800                # optimiser steps
     batch: int = 8                  # patches per step
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
     factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
@@ -75,7 +75,7 @@ class AutoencoderConfig(Common):
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
-    disc_start: int = 800           # step from which the discriminator's gradient enters; it trains from
+    disc_start: int = 650           # step from which the discriminator's gradient enters; it trains from
                                     # step 0. Before L1 has flattened it ruins the reconstruction
     disc_weight: float = 0.1        # factor on the adaptive weight of the GAN loss; 0 trains no discriminator
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
@@ -86,7 +86,7 @@ class AutoencoderConfig(Common):
 class DiffusionConfig(Common):
     out: str = "runs/ldm"           # run folder; the same command again goes on where it stopped
     autoencoder: str = "runs/vq"    # run folder of stage 1
-    steps: int = 1000               # optimiser steps
+    steps: int = 900                # optimiser steps
     batch: int = 16                 # patches per step
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint
     width: int = 32                 # channels of the finest level; 128 is the official one
