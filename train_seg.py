@@ -14,7 +14,7 @@ The subtypes are used for sampling and for the evaluation only: the network neve
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch

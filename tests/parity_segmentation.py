@@ -7,7 +7,6 @@ line in here, brings back the official number. tests/test_losses.py shows ours b
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from golden_reader import gradient_outputs, probe, probes
 
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance

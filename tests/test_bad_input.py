@@ -37,7 +37,6 @@ from her2.dataset import load_dataset  # noqa: E402
 from her2.denoiser import LatentDenoiser  # noqa: E402
 from her2.diffusion import Schedule  # noqa: E402
 from her2.errors import UserError, atomic_write, command  # noqa: E402
-from her2.segmenter import UNet  # noqa: E402
 from her2.spade import SPADEGenerator  # noqa: E402
 from test_annotations import BROKEN, SHAPES, WRITERS  # noqa: E402
 from test_data_command import BAD  # noqa: E402
