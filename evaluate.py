@@ -10,7 +10,7 @@ computed again while model, data and settings stay the same. Runs are grouped by
 
     results.json    every figure of every run, also at the false-positive rate of the subtype-sampled baseline
     report.md       tables (mean and standard deviation over seeds, change against the baseline) and figures
-    fig2.png fig5.png fig6.png, and with --synthetic fig4.png staining.png
+    fig2.png fig5.png fig6.png, and with --synthetic fig4.png report_staining.png
 """
 
 import glob
@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import charts, figures, report, run, staining, training
-from her2 import config as configuration
-from her2.classes import ClassTable, parse_json, read_text
-from her2.dataset import check_synthetic, load_dataset, load_synthetic, read_split
-from her2.errors import UserError, atomic_write, command
+from her2 import draw, draw_charts, report, report_staining, run, run_training
+from her2 import run_config as configuration
+from her2.data_classes import ClassTable, parse_json, read_text
+from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
+from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.provenance import file_hash
-from her2.regions import class_pixels, open_roi, tile_file
-from her2.seeds import hashed_seed
+from her2.run_provenance import file_hash
+from her2.data_regions import class_pixels, open_roi, tile_file
+from her2.run_seeds import hashed_seed
 from her2.segmenter import UNet, predict_roi
 
 
@@ -54,14 +54,14 @@ class Config:
 PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
 NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float),
           "reconstruct": str}               # fields of a run that are read here, and what they must be
-COLORS = {report.REAL: figures.GREY, "GAN": figures.ORANGE, "diffusion": figures.BLUE,
-          "inpainting": figures.GREEN, report.RECONSTRUCTED: figures.PURPLE}
+COLORS = {report.REAL: draw.GREY, "GAN": draw.ORANGE, "diffusion": draw.BLUE,
+          "inpainting": draw.GREEN, report.RECONSTRUCTED: draw.PURPLE}
 
 
 def main(argv):
     config, folders, synthetic_folders = parse(argv)
-    device = training.pick_device(config.device)
-    precision = training.Precision(device, config.amp)
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
 
     # ---- runs and data -------------------------------------------------------------------------------------
     runs = [read_run(folder) for folder in folders]
@@ -88,13 +88,13 @@ def main(argv):
     results = report.collect(runs)
     pictures = draw_results(out, results, dataset, config)
     if synthetic:
-        figures.save_png(out / "fig4.png", examples(synthetic, dataset, config))
+        draw.save_png(out / "fig4.png", examples(synthetic, dataset, config))
         pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
                    **{report.METHODS[method]: images.rois for method, (images, _) in synthetic.items()}}
-        densities = staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
-        results["staining"] = staining.summary(densities, dataset.classes)
+        densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
+        results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
         pictures.append(("staining.png", "DAB optical density of single instances by the subtype asked for, "
                          "beside the real instances of the training slides."))
@@ -247,18 +247,18 @@ def draw_results(out, results, dataset, config) -> list:
                        (mean[0], f"{report.BASELINE} {mean[0]:.{digits}f}") if mean else None))
     series = {name for _, boxes in panels[0][1] for name, _ in boxes}
     colors = {name: color for name, color in COLORS.items() if name in series}
-    figures.save_png(out / "fig5.png", charts.box_plots(panels, colors))
+    draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
 
     matrices = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *report.row_normalised(c))
                 for c in report.figure_pair(results)]
-    figures.save_png(out / "fig6.png", charts.confusion_matrices(matrices, dataset.classes))
+    draw.save_png(out / "fig6.png", draw_charts.confusion_matrices(matrices, dataset.classes))
 
     parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
     areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
-    figures.save_png(out / "fig2.png", charts.distribution(areas, dataset.classes))
+    draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
     return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split. "
-             f"{charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean of the "
-             "baseline."),
+             f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean "
+             "of the baseline."),
             ("fig6.png", "Fig. 6 of the paper: confusion matrices on the test split at threshold 0.5, rows "
              "divided by their sum, mean over the runs."),
             ("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area.")]
@@ -327,13 +327,13 @@ def examples(synthetic, dataset, config) -> np.ndarray:
                          if source in rois})
     if not rows:
         raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
-    return figures.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)
+    return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)
 
 
 def draw_staining(path, densities, classes) -> None:
     groups = [(classes.names[k], [(source, found[k]) for source, found in densities.items()])
               for k in classes.tumor_ids]
-    figures.save_png(path, charts.box_plots(
+    draw.save_png(path, draw_charts.box_plots(
         [("DAB optical density", groups, None)], {source: COLORS[source] for source in densities},
         note="dots: instances, box: quartiles and median, whiskers: minimum and maximum", with_mean=False,
         height=360))

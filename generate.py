@@ -28,19 +28,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import config as configuration
-from her2 import figures, inpainting, run, training
+from her2 import run_config as configuration
+from her2 import draw, inpainting, run, run_training
 from her2.autoencoder import VQAutoencoder
-from her2.dataset import load_dataset, write_split
+from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
-from her2.errors import UserError, atomic_write, command
+from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
-from her2.provenance import file_hash
+from her2.run_provenance import file_hash
 from her2.relabel import relabel, repaint_mask
-from her2.sampling import PatchSampler
+from her2.data_patches import PatchSampler
 from her2.samplers import ddim_timesteps, image_noise, sample
-from her2.seeds import generator, hashed_seed, numpy_generator
+from her2.run_seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
 
 
@@ -86,8 +86,8 @@ def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
     config.out = config.out or f"data/synth-{config.method}"
     config.model = config.model or ("runs/gan" if config.method == "gan" else "runs/ldm")
-    device = training.pick_device(config.device)
-    precision = training.Precision(device, config.amp)
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
 
     # ---- model ---------------------------------------------------------------------------------------------
     content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion")
@@ -103,7 +103,7 @@ def main(argv):
     dataset = load_dataset(config.data, seed=config.split_seed)
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
-        training.refuse_leak(part, dataset, config.model)
+        run_training.refuse_leak(part, dataset, config.model)
     if content["classes"] != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
@@ -143,15 +143,15 @@ def main(argv):
                                for inst, (_, mapping) in zip(instance, relabelled)])
         seeds = [hashed_seed(config.seed, "image", i) for i in ids]
         with torch.no_grad(), precision.autocast():
-            painted = painter.paint(image, training.one_hot(label, len(classes), device), repaint, seeds)
+            painted = painter.paint(image, run_training.one_hot(label, len(classes), device), repaint, seeds)
         painted = painted.float().cpu()
         for k, i in enumerate(ids):
             if i in missing:
                 name = f"{i:06d}.png"
-                figures.save_png(folder / "images" / name, figures.to_uint8(painted[k]))
-                figures.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8),
+                draw.save_png(folder / "images" / name, draw.to_uint8(painted[k]))
+                draw.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8),
                                  palette=classes.palette())
-                figures.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
+                draw.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
                 manifest.append({
                     "image": f"images/{name}", "source_image": patches[k]["name"],
                     "source_slide": patches[k]["slide"], "x": patches[k]["x"], "y": patches[k]["y"],
@@ -339,13 +339,13 @@ def preview(folder, records, dataset) -> None:
     rows = [[], []]
     for record in records:
         name = Path(record["image"]).name
-        with (figures.Image.open(folder / "masks" / name) as mask,
-              figures.Image.open(folder / "images" / name) as image):
-            rows[0].append(figures.colorize(np.array(mask), dataset.classes))
+        with (draw.Image.open(folder / "masks" / name) as mask,
+              draw.Image.open(folder / "images" / name) as image):
+            rows[0].append(draw.colorize(np.array(mask), dataset.classes))
             rows[1].append(np.array(image))
-    figures.save_png(folder / "preview.png", figures.image_grid(
+    draw.save_png(folder / "preview.png", draw.image_grid(
         rows, row_captions=["new label", "generated"],
-        legend=figures.class_legend(dataset.classes, tumor_only=True)))
+        legend=draw.class_legend(dataset.classes, tumor_only=True)))
 
 
 if __name__ == "__main__":

@@ -23,18 +23,18 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from her2 import config as configuration
-from her2 import figures, plots, run, training
-from her2.blocks import frozen, init_weights
-from her2.dataset import load_dataset, write_split
+from her2 import run_config as configuration
+from her2 import draw, draw_axes, run, run_training
+from her2.net_blocks import frozen, init_weights
+from her2.data_folder import load_dataset, write_split
 from her2.discriminator import MultiscaleDiscriminator, discriminate
-from her2.errors import UserError, command
+from her2.run_errors import UserError, command
 from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
                              saturated_share)
-from her2.perceptual import VGG19Loss
+from her2.net_perceptual import VGG19Loss
 from her2.phantom import default_phantom
-from her2.sampling import PatchSampler, loader
-from her2.seeds import generator
+from her2.data_patches import PatchSampler, loader
+from her2.run_seeds import generator
 from her2.spade import SPADEGenerator, VAEEncoder, recalibrate_norm, reparameterize
 
 
@@ -94,8 +94,8 @@ def main(argv):
     if config.patch == 32 and config.batch == 1:
         raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; "
                         "give 2 or more")
-    device = training.pick_device(config.device)
-    precision = training.Precision(device, config.amp)
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache)
@@ -112,8 +112,8 @@ def main(argv):
         path = Path(config.init)
         path = path.with_name(path.name.replace("_G", f"_{letter}"))
         if module is net or (path != Path(config.init) and path.exists()):
-            training.load_official(module, run.load_file(path), path)
-    perceptual = training.frozen_loss(VGG19Loss, config.vgg, device)
+            run_training.load_official(module, run.load_file(path), path)
+    perceptual = run_training.frozen_loss(VGG19Loss, config.vgg, device)
 
     folder = run.open_run("train_gan.py", config, device, ["train_gan.py", *argv], dataset.files())
     for module in (net, encoder, disc):
@@ -122,7 +122,7 @@ def main(argv):
     optimizer = torch.optim.Adam(painters, lr=config.lr, betas=(0.0, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.disc_lr, betas=(0.0, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
-    ema = training.EMA(net, config.ema)
+    ema = run_training.EMA(net, config.ema)
     saved = {"generator": net, "encoder": encoder, "discriminator": disc, "ema": ema, "optimizer": optimizer,
              "disc_optimizer": disc_optimizer, "scaler": scaler, "disc_scaler": disc_scaler}
     numbers = run.load_checkpoint(folder, saved, step=0, idle=0)
@@ -148,7 +148,7 @@ def main(argv):
                      pin_memory=device.type == "cuda")
     for batch in tqdm(batches, initial=step, total=config.steps, desc="GAN", leave=False, disable=None):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
-        onehot = training.one_hot(batch["label"], num_classes, device)                  # (B, K, H, W)
+        onehot = run_training.one_hot(batch["label"], num_classes, device)                  # (B, K, H, W)
         noise = torch.randn(len(image), config.z_dim, generator=generator(config.seed, "z", step)).to(device)
 
         # Generator and encoder. The discriminator only passes the gradient on.
@@ -165,7 +165,7 @@ def main(argv):
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = training.grad_norm(painters, config.clip)
+        norm = run_training.grad_norm(painters, config.clip)
 
         # Discriminator, on the same fake: no second forward of the generator.
         with precision.autocast():
@@ -174,8 +174,8 @@ def main(argv):
         disc_optimizer.zero_grad(set_to_none=True)
         disc_scaler.scale(d_loss).backward()
         disc_scaler.unscale_(disc_optimizer)
-        d_norm = training.grad_norm(disc.parameters(), config.clip)
-        training.stop_if_diverged(
+        d_norm = run_training.grad_norm(disc.parameters(), config.clip)
+        run_training.stop_if_diverged(
             folder, step,
             {"loss": loss, "gan": gan, "features": features, "kld": kld, "vgg": vgg, "d_loss": d_loss},
             {"grad_norm": norm, "d_grad_norm": d_norm},
@@ -196,7 +196,7 @@ def main(argv):
             log.record(step, loss=loss, gan=gan, features=features, kld=kld, d_loss=d_loss,
                        saturated=saturated, grad_norm=norm, d_grad_norm=d_norm,
                        samples_per_s=images / (time.perf_counter() - clock),
-                       memory_mib=training.peak_memory(device))
+                       memory_mib=run_training.peak_memory(device))
             if saturated > 0.5 + real_saturation(batch):
                 log.say(f"warning: {saturated:.0%} of the generated pixels are black or white at step "
                         f"{step}, the generator is collapsing; try a lower --lr or a lower --disc-lr")
@@ -204,12 +204,12 @@ def main(argv):
         if step % config.save_every == 0 or step == config.steps:
             calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
             sample_picture(folder, step, calibrated, fixed, dataset.classes, config, precision, device)
-            plots.curves_png(folder / "curves.png", log.records(), [
-                plots.Panel("adversarial", {"discriminator": "d_loss", "generator": "gan"},
+            draw_axes.curves_png(folder / "curves.png", log.records(), [
+                draw_axes.Panel("adversarial", {"discriminator": "d_loss", "generator": "gan"},
                             reference={"D cannot tell": 2.0}),
-                plots.Panel("feature matching", {"features": "features"}),
-                plots.Panel("KL (weighted)", {"kld": "kld"}),
-                plots.Panel("saturated pixels", {"share": "saturated"},
+                draw_axes.Panel("feature matching", {"features": "features"}),
+                draw_axes.Panel("KL (weighted)", {"kld": "kld"}),
+                draw_axes.Panel("saturated pixels", {"share": "saturated"},
                             reference={"real": real_saturation(fixed)})])
             run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
@@ -234,7 +234,7 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
         for k in range(16):
             label = sampler.batch(step + k, config.batch)["label"]
             random = generator(config.seed, "calibrate", step, k)
-            yield (training.one_hot(label, num_classes, device),
+            yield (run_training.one_hot(label, num_classes, device),
                    torch.randn(len(label), config.z_dim, generator=random).to(device))
 
     network = copy.deepcopy(averaged)               # in eval mode, as it was
@@ -246,11 +246,11 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
 def sample_picture(folder, step, network, fixed, classes, config, precision, device) -> None:
     """samples/: eight fixed labels, their real patches, an image of each; the first label with eight z."""
     z = torch.randn(8, config.z_dim, generator=generator(config.seed, "sample z")).to(device)
-    onehot = training.one_hot(fixed["label"], len(classes), device)
+    onehot = run_training.one_hot(fixed["label"], len(classes), device)
     with precision.autocast():
         each = network(onehot, z).float()
         same = network(onehot[:1].expand(8, -1, -1, -1).contiguous(), z).float()
-    figures.samples_png(folder, step, classes, label=fixed["label"], real=fixed["image"], generated=each,
+    draw.samples_png(folder, step, classes, label=fixed["label"], real=fixed["image"], generated=each,
                         first_label_and_8_z=same)
 
 

@@ -24,23 +24,23 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from her2 import config as configuration
-from her2 import figures, plots, run, training
+from her2 import run_config as configuration
+from her2 import draw, draw_axes, run, run_training
 from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
-from her2.blocks import frozen, init_weights
-from her2.dataset import load_dataset, write_split
+from her2.net_blocks import frozen, init_weights
+from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
 from her2.discriminator import PatchGAN
-from her2.errors import UserError, command
+from her2.run_errors import UserError, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
-from her2.latents import pooled_latents
-from her2.perceptual import LPIPS
+from her2.data_latents import pooled_latents
+from her2.net_perceptual import LPIPS
 from her2.phantom import default_phantom
 from her2.quantizer import count_codes, restart_dead_codes
-from her2.sampling import PatchSampler, loader
+from her2.data_patches import PatchSampler, loader
 from her2.samplers import image_noise, sample
-from her2.seeds import generator
+from her2.run_seeds import generator
 
 
 @dataclass
@@ -157,8 +157,8 @@ def open_data(config):
 def train_autoencoder(config, argv) -> int:
     if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
         raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
-    device = training.pick_device(config.device)
-    precision = training.Precision(device, config.amp)
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
     dataset, sampler = open_data(config)
 
     # ---- networks, optimisers ------------------------------------------------------------------------------
@@ -168,10 +168,10 @@ def train_autoencoder(config, argv) -> int:
                              "num_codes": config.codes, "beta": config.beta,
                              "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
     if config.init:
-        training.load_official(model, run.load_file(config.init), config.init)
+        run_training.load_official(model, run.load_file(config.init), config.init)
     disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
     init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
-    perceptual = training.frozen_loss(LPIPS, config.lpips, device)
+    perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
 
     folder = run.open_run("train_ldm.py --stage autoencoder", config, device, ["train_ldm.py", *argv],
                           dataset.files())
@@ -210,7 +210,7 @@ def train_autoencoder(config, argv) -> int:
                       disable=None):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         for opt in (optimizer, disc_optimizer):
-            training.set_learning_rate(opt, config.lr, step, config.warmup, config.steps, config.schedule)
+            run_training.set_learning_rate(opt, config.lr, step, config.warmup, config.steps, config.schedule)
 
         # The autoencoder: reconstruct, commit to the codes, and (later) look real to the discriminator.
         with precision.autocast(), frozen(disc):
@@ -228,7 +228,7 @@ def train_autoencoder(config, argv) -> int:
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = training.grad_norm(model.parameters(), config.clip)
+        norm = run_training.grad_norm(model.parameters(), config.clip)
         losses = {"loss": loss, "l1": l1, "vq_loss": vq_loss}
         losses |= {} if g_loss is None else {"g_loss": g_loss, "disc_weight": weight}
 
@@ -240,9 +240,9 @@ def train_autoencoder(config, argv) -> int:
             disc_optimizer.zero_grad(set_to_none=True)
             disc_scaler.scale(d_loss).backward()
             disc_scaler.unscale_(disc_optimizer)
-            d_norm = training.grad_norm(disc.parameters(), config.clip)
+            d_norm = run_training.grad_norm(disc.parameters(), config.clip)
             losses["d_loss"] = d_loss
-        training.stop_if_diverged(folder, step, losses, {"grad_norm": norm, "d_grad_norm": d_norm},
+        run_training.stop_if_diverged(folder, step, losses, {"grad_norm": norm, "d_grad_norm": d_norm},
                                   {"autoencoder": model, "discriminator": disc}, batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()
@@ -270,20 +270,20 @@ def train_autoencoder(config, argv) -> int:
                        d_loss=d_loss, disc_weight=weight, psnr=psnr(reconstruction.detach(), image).mean(),
                        codes_used=codes_used, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
                        samples_per_s=images / (time.perf_counter() - clock),
-                       memory_mib=training.peak_memory(device))
+                       memory_mib=run_training.peak_memory(device))
             clock, images = time.perf_counter(), 0
         if step % config.save_every == 0 or step == config.steps:
             model.eval()
             with torch.no_grad(), precision.autocast():
                 again = model(fixed)[0]
             model.train()
-            figures.samples_png(folder, step, image=fixed, reconstruction=again)
-            plots.curves_png(folder / "curves.png", log.records(), [
-                plots.Panel("reconstruction L1", {"L1": "l1"}, log_y=True,
+            draw.samples_png(folder, step, image=fixed, reconstruction=again)
+            draw_axes.curves_png(folder / "curves.png", log.records(), [
+                draw_axes.Panel("reconstruction L1", {"L1": "l1"}, log_y=True,
                             reference={"one flat colour": flat}),
-                plots.Panel("PSNR of the batch (dB)", {"PSNR": "psnr"}),
-                plots.Panel("adversarial", {"discriminator": "d_loss", "generator": "g_loss"}),
-                plots.Panel("codes used over 1000 patches", {"codes": "codes_used"},
+                draw_axes.Panel("PSNR of the batch (dB)", {"PSNR": "psnr"}),
+                draw_axes.Panel("adversarial", {"discriminator": "d_loss", "generator": "g_loss"}),
+                draw_axes.Panel("codes used over 1000 patches", {"codes": "codes_used"},
                             reference={"codebook": config.codes})])
             run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
@@ -294,12 +294,12 @@ def train_autoencoder(config, argv) -> int:
 
 
 def train_diffusion(config, argv) -> int:
-    device = training.pick_device(config.device)
-    precision = training.Precision(device, config.amp)
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
     content = run.load_model(config.autoencoder, "autoencoder")
     autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
     dataset, sampler = open_data(config)
-    training.refuse_leak(content, dataset, config.autoencoder)
+    run_training.refuse_leak(content, dataset, config.autoencoder)
     levels = tuple(int(m) for m in config.mult.split(","))
     if config.width * levels[-1] % 8:
         raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 "
@@ -330,12 +330,12 @@ def train_diffusion(config, argv) -> int:
         if config.parametrisation != "eps":
             raise UserError("--init: official weights name eps; "
                             "add --parametrisation eps --no-zero-terminal-snr")
-        training.load_official(denoiser, run.load_file(config.init), config.init)
+        run_training.load_official(denoiser, run.load_file(config.init), config.init)
     inputs = [*dataset.files(), run.model_file(config.autoencoder)]
     folder = run.open_run("train_ldm.py --stage diffusion", config, device, ["train_ldm.py", *argv], inputs)
     denoiser.to(device, memory_format=torch.channels_last)
     schedule.to(device)
-    ema = training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
+    ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
@@ -378,7 +378,7 @@ def train_diffusion(config, argv) -> int:
     for batch in tqdm(batches, initial=step, total=config.steps, desc="diffusion", leave=False, disable=None):
         z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])
         x0 = denoiser.scale(z)                                                          # (B, C, h, w)
-        onehot = training.one_hot(batch["label"], len(classes), device)                  # (B, K, H, W)
+        onehot = run_training.one_hot(batch["label"], len(classes), device)                  # (B, K, H, W)
         random = generator(config.seed, "noise", step)
         t = torch.randint(config.timesteps, (len(x0),), generator=random).to(device)
         eps = torch.randn(x0.shape, generator=random).to(device)
@@ -389,13 +389,14 @@ def train_diffusion(config, argv) -> int:
             output = denoiser(xt, t, code)                                              # (B, C, h, w)
         per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)    # (B,)
         loss = per_image.mean()
-        training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps, config.schedule)
+        run_training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps,
+                                       config.schedule)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = training.grad_norm(denoiser.parameters(), config.clip)
-        training.stop_if_diverged(folder, step, {"loss": loss}, {"grad_norm": norm}, {"denoiser": denoiser},
-                                  batch["names"], scaler)
+        norm = run_training.grad_norm(denoiser.parameters(), config.clip)
+        run_training.stop_if_diverged(folder, step, {"loss": loss}, {"grad_norm": norm},
+                                      {"denoiser": denoiser}, batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()
         ema.update(denoiser)
@@ -409,7 +410,7 @@ def train_diffusion(config, argv) -> int:
             log.record(step, loss=mean, zero_output=zero, **quarters, grad_norm=norm,
                        lr=optimizer.param_groups[0]["lr"],
                        samples_per_s=images / (time.perf_counter() - clock),
-                       memory_mib=training.peak_memory(device))
+                       memory_mib=run_training.peak_memory(device))
             if mean > 0.95 * zero and step >= max(500, config.warmup):
                 log.say(f"warning: at step {step} the loss is still that of a network that outputs zero; "
                         "try another --lr, or look at the autoencoder's samples")
@@ -418,9 +419,9 @@ def train_diffusion(config, argv) -> int:
         if step % config.save_every == 0 or step == config.steps:
             sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
                            device)
-            plots.curves_png(folder / "curves.png", log.records(), [
-                plots.Panel("loss", {"loss": "loss"}, reference={"zero output": zero}),
-                plots.Panel("loss by quarter of t",
+            draw_axes.curves_png(folder / "curves.png", log.records(), [
+                draw_axes.Panel("loss", {"loss": "loss"}, reference={"zero output": zero}),
+                draw_axes.Panel("loss by quarter of t",
                             {f"t in quarter {q}": f"loss_q{q}" for q in range(1, 5)})])
             run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                            schedule=schedule.config, autoencoder=content, classes=classes.to_json(),
@@ -435,14 +436,14 @@ def train_diffusion(config, argv) -> int:
 def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision,
                    device) -> None:
     """samples/: eight fixed labels, their real patches, and images from fixed noise with the EMA weights."""
-    onehot = training.one_hot(fixed["label"], len(dataset.classes), device)
+    onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
     side = config.patch // autoencoder.factor
     noise = image_noise(range(len(onehot)), (denoiser.config["z_channels"], side, side), device)
     with precision.autocast():
         x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise,
                     steps=min(config.sample_steps, config.timesteps))
         image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
-    figures.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
+    draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
                         sampled=image)
 
 

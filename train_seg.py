@@ -20,15 +20,15 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from her2 import config as configuration
-from her2 import figures, plots, run, training
+from her2 import run_config as configuration
+from her2 import draw, draw_axes, run, run_training
 from her2.autoencoder import VQAutoencoder
-from her2.dataset import check_synthetic, load_dataset, load_synthetic, write_split
-from her2.errors import UserError, command
+from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
+from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
-from her2.sampling import MixedSampler, PatchSampler, iterate_rois, loader
+from her2.data_patches import MixedSampler, PatchSampler, iterate_rois, loader
 from her2.segmenter import UNet, encoder_weights, predict_roi
 
 
@@ -92,8 +92,8 @@ def main(argv):
                         "give a number greater than 0, or leave --synthetic out")
     if config.reconstruct and config.synthetic:
         raise UserError("--reconstruct is a control on real patches; leave --synthetic out")
-    device = training.pick_device(config.device)
-    precision = training.Precision(device, config.amp)
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
 
     # ---- data ----------------------------------------------------------------------------------------------
     config.data = config.data or str(default_phantom(config.preset))
@@ -112,11 +112,11 @@ def main(argv):
     network = UNet(num_classes=2, width=config.width)
     initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
     if initial:
-        training.load_official(network, run.load_file(initial), initial)
+        run_training.load_official(network, run.load_file(initial), initial)
     autoencoder = None
     if config.reconstruct:
         content = run.load_model(config.reconstruct, "autoencoder")
-        training.refuse_leak(content, dataset, config.reconstruct)
+        run_training.refuse_leak(content, dataset, config.reconstruct)
         autoencoder = run.build_model(VQAutoencoder, content,
                                       config.reconstruct).requires_grad_(False).to(device)
 
@@ -164,12 +164,13 @@ def main(argv):
             loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
                                              1 - config.dice_weight)
 
-        training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps, config.schedule)
+        run_training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps,
+                                       config.schedule)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = training.grad_norm(network.parameters(), config.clip)
-        training.stop_if_diverged(folder, step,
+        norm = run_training.grad_norm(network.parameters(), config.clip)
+        run_training.stop_if_diverged(folder, step,
                                   {"loss": loss, "dice": parts["dice"], "cross_entropy": parts["ce"]},
                                   {"grad_norm": norm}, {"network": network}, batch["names"], scaler)
         scaler.step(optimizer)
@@ -180,7 +181,7 @@ def main(argv):
             seconds = time.perf_counter() - clock
             log.record(step, loss=loss, predicts_nothing=nothing, dice_loss=parts["dice"],
                        cross_entropy=parts["ce"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                       samples_per_s=images / seconds, memory_mib=training.peak_memory(device))
+                       samples_per_s=images / seconds, memory_mib=run_training.peak_memory(device))
             clock, images = time.perf_counter(), 0
         if step % config.save_every == 0 or step == config.steps:
             network.eval()
@@ -189,10 +190,10 @@ def main(argv):
                 f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
             sample_picture(folder, step, network, fixed, dataset.classes, precision, device)
             records = log.records()
-            plots.curves_png(folder / "curves.png", records, [
-                plots.Panel("loss", {"loss": "loss"}, reference={"predicts nothing": nothing}),
-                plots.Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
-                plots.Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)])
+            draw_axes.curves_png(folder / "curves.png", records, [
+                draw_axes.Panel("loss", {"loss": "loss"}, reference={"predicts nothing": nothing}),
+                draw_axes.Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
+                draw_axes.Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)])
             if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
                 log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
                         "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
@@ -221,7 +222,7 @@ def sample_picture(folder, step, network, fixed, classes, precision, device) -> 
     image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
     with precision.autocast():
         prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
-    figures.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8],
+    draw.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8],
                         probability=prob)
 
 

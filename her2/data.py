@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from her2.charts import distribution
-from her2.config import Parser
-from her2.dataset import Dataset, empty_splits, inspect_dataset
-from her2.errors import UserError, atomic_write, command, one_line
-from her2.figures import save_png
-from her2.images import ENDINGS
-from her2.regions import read_polygons, read_roi
-from her2.slides import SPLITS
+from her2.draw_charts import distribution
+from her2.run_config import Parser
+from her2.data_folder import Dataset, empty_splits, inspect_dataset
+from her2.run_errors import UserError, atomic_write, command, one_line
+from her2.draw import save_png
+from her2.data_images import ENDINGS
+from her2.data_regions import read_polygons, read_roi
+from her2.data_slides import SPLITS
 
 # The first match in the file name is the slide. Too coarse by default rather than too fine: two slides taken
 # for one cost a little data, one slide taken for two leaks from training into the test.

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from her2.blocks import load_strict
+from her2.net_blocks import load_strict
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from her2.blocks import SpectralConv2d, load_strict
+from her2.net_blocks import SpectralConv2d, load_strict
 
 SLOPE = 0.2                                                       # of every LeakyReLU (official value)
 

@@ -23,14 +23,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from her2.classes import DEFAULT_CLASSES
-from her2.config import Parser
-from her2.errors import UserError, atomic_write, command
-from her2.microscope import render
+from her2.data_classes import DEFAULT_CLASSES
+from her2.run_config import Parser
+from her2.run_errors import UserError, atomic_write, command
+from her2.phantom_microscope import render
 from her2.polygons import paint
-from her2.seeds import numpy_generator
+from her2.run_seeds import numpy_generator
 from her2.stains import deconvolve, white_point
-from her2.tissue import draw_style, lay_out
+from her2.phantom_tissue import draw_style, lay_out
 
 RECIPE = 1         # counts changes of what a seed looks like: older folders are then not "the same"
 LEVEL0 = 0.242     # um per pixel of the scanner, in which QuPath keeps its coordinates

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from her2 import staining
-from her2.errors import UserError
+from her2 import report_staining
+from her2.run_errors import UserError
 from her2.metrics import matched
 
 BASELINE = "subtype"
@@ -240,13 +240,13 @@ def page(results: dict, data: str, notes, figures) -> str:
     if "staining" in results:
         parts += ["## Is the staining what was asked for?",
                   "Median DAB optical density of the instances by the subtype asked for (real: annotated), "
-                  "and in brackets their number.", markdown(staining.table(results["staining"]))]
+                  "and in brackets their number.", markdown(report_staining.table(results["staining"]))]
     parts += ["## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in figures)]
     return "\n\n".join(parts) + "\n"
 
 
 def box_groups(results: dict, key: str) -> list:
-    """The groups of Fig. 5 for `charts.box_plots`: baselines, one group per ratio, the control."""
+    """The groups of Fig. 5 for `draw_charts.box_plots`: baselines, one group per ratio, the control."""
     groups = {}
     for config in results["configs"]:
         method = config["method"]

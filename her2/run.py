@@ -10,7 +10,7 @@ new -> last.pt. Killed at any moment, the folder holds at least one whole checkp
 archive whose members carry a CRC-32: a truncated or bit-flipped one is noticed before anything in it is used.
 All files are read with weights_only=True: nothing from a file is ever executed.
 
-No random state is stored: every random number of a loop is a function of (seed, step) (see seeds.py), so the
+No random state is stored: every random number of a loop is a function of (seed, step) (run_seeds.py), so the
 step is the state. The log is cut back to the checkpoint's step on resuming, so that it reads as if nothing
 had happened.
 """
@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from her2 import lock
-from her2.errors import UserError, atomic_write, one_line
-from her2.provenance import file_hash, git_commit, versions
+from her2 import run_lock
+from her2.run_errors import UserError, atomic_write, one_line
+from her2.run_provenance import file_hash, git_commit, versions
 
 FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
 # Fields that may change between two starts of the same run, because the result does not depend on them.
@@ -95,7 +95,7 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
     else:
         write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
-    lock.hold(folder)
+    run_lock.hold(folder)
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
         rubbish.unlink(missing_ok=True)
     return folder

@@ -30,7 +30,7 @@ Key: B batch, C latent channels, h w latent height and width, T number of noise 
 
 import torch
 
-from her2.seeds import generator
+from her2.run_seeds import generator
 
 
 def ddim_timesteps(T: int, S: int, spacing: str = "trailing") -> list:

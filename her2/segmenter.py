@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from her2.blocks import load_strict
-from her2.errors import UserError, one_line
+from her2.net_blocks import load_strict
+from her2.run_errors import UserError, one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: what every torchvision ResNet was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)

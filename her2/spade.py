@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from her2.blocks import SpectralConv2d, load_strict
+from her2.net_blocks import SpectralConv2d, load_strict
 
 SLOPE = 0.2                                   # of every LeakyReLU outside the SPADE layers (official value)
 UPSAMPLINGS = {"normal": 5, "more": 6, "most": 7}      # how often the latent grid is doubled

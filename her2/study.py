@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from her2 import config as configuration
+from her2 import run_config as configuration
 from her2 import run
-from her2.errors import UserError, atomic_write, command
+from her2.run_errors import UserError, atomic_write, command
 
 ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 METHODS = ("gan", "ldm", "inpaint")

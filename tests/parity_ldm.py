@@ -16,7 +16,7 @@ from her2.discriminator import PatchGAN
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
 from her2.quantizer import Codebook, code_statistics, count_codes
 from her2.samplers import ddim_tables, ddim_timesteps, trajectory
-from her2.training import EMA
+from her2.run_training import EMA
 
 
 def schedule_of(config: dict) -> Schedule:

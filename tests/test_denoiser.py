@@ -6,7 +6,7 @@ import pytest
 import torch
 from her2.autoencoder import VQAutoencoder
 from her2.denoiser import Attention, Denoiser, LabelCode, LatentDenoiser, guided, time_embedding
-from her2.training import EMA
+from her2.run_training import EMA
 
 SMALL = dict(num_classes=6, z_channels=3, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
              num_heads=4)

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_factory import save, write_csv, write_dataset
+from data_factory import save, write_csv, write_dataset
 from PIL import Image
 
 import evaluate
-from her2 import report, run, staining
-from her2.classes import DEFAULT_CLASSES
-from her2.dataset import load_dataset, write_split
-from her2.errors import command
+from her2 import report, report_staining, run
+from her2.data_classes import DEFAULT_CLASSES
+from her2.data_folder import load_dataset, write_split
+from her2.run_errors import command
 from her2.metrics import THRESHOLDS, ProbabilityHistogram
 from her2.segmenter import UNet
 from her2.stains import compose, deconvolve
@@ -390,20 +390,21 @@ def test_instance_densities_against_a_loop():
     instance[instance == 3] = 0
     instance[0, :5] = 3                                 # five pixels: too small
     white = np.array([250.0, 248.0, 245.0])
-    found = staining.instance_densities(image, instance, 5, white)
+    found = report_staining.instance_densities(image, instance, 5, white)
     for i in (1, 2):
         assert found[i] == pytest.approx(deconvolve(image[instance == i], white)[1].mean())
     assert np.isnan(found[3]) and np.isnan(found[4])
-    assert found[3:].size == 2 and not np.isnan(staining.instance_densities(image, instance, 5, white, 9)[3])
+    assert found[3:].size == 2
+    assert not np.isnan(report_staining.instance_densities(image, instance, 5, white, 9)[3])
 
 
 @pytest.mark.parametrize("medians, ordered", [((1, 2, 3, 4), True), ((1, 3, 2, 4), False),
                                               ((1, 1, 2, 3), False)])
 def test_order_of_the_medians(medians, ordered):
     densities = {"real": {k: [m] for k, m in zip(range(1, 6), (*medians, 0))}}
-    summary = staining.summary(densities, DEFAULT_CLASSES)
+    summary = report_staining.summary(densities, DEFAULT_CLASSES)
     assert summary["real"]["ordered"] is ordered
-    assert staining.table(summary)[1][-1] == ("yes" if ordered else "no")
+    assert report_staining.table(summary)[1][-1] == ("yes" if ordered else "no")
 
 
 # ---- the table's arithmetic ----------------------------------------------------------------------

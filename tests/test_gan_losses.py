@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from her2.blocks import frozen, init_weights
+from her2.net_blocks import frozen, init_weights
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN, discriminate
 from her2.gan_losses import (adaptive_weight, adversarial_loss, feature_matching, hinge_discriminator,
                              hinge_generator, kl_divergence, saturated_share)
-from her2.perceptual import LPIPS, VGG19Loss
-from her2.seeds import generator as random
+from her2.net_perceptual import LPIPS, VGG19Loss
+from her2.run_seeds import generator as random
 from her2.spade import SPADEGenerator, VAEEncoder, reparameterize
 
 

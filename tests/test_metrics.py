@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from her2.classes import DEFAULT_CLASSES
+from her2.data_classes import DEFAULT_CLASSES
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
 from her2.metrics import (BINS, THRESHOLDS, ProbabilityHistogram, class_scores, confusion_matrix, matched,
                           normalise)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from her2 import microscope, phantom
-from her2.annotations import read_annotations, transform_polygons
-from her2.classes import DEFAULT_CLASSES
-from her2.errors import UserError
+from her2 import phantom, phantom_microscope
+from her2.data_annotations import read_annotations, transform_polygons
+from her2.data_classes import DEFAULT_CLASSES
+from her2.run_errors import UserError
 from her2.polygons import paint, polygon_area
 from her2.stains import deconvolve, white_point
-from her2.textures import ANGLES, Noise, Star, squeeze, wobbly_radii
+from her2.phantom_textures import ANGLES, Noise, Star, squeeze, wobbly_radii
 
 TINY = phantom.PRESETS["tiny"]
 SMALLER = replace(TINY, size=96, slides=(4, 4, 4))   # seconds matter in tests; the model is the same
@@ -100,26 +100,26 @@ def test_clip_of_a_square_that_sticks_out_at_a_corner():
 def test_tiles_fit_without_a_seam(monkeypatch):
     scene, _ = phantom.scene_of(SMALLER, 3, 2, 0)
     scene.style.noise = 0.0
-    whole = microscope.render(scene, 1.0, 96, (3, 2, 0))
-    monkeypatch.setattr(microscope, "TILE", 40)
-    assert np.abs(microscope.render(scene, 1.0, 96, (3, 2, 0)).astype(int) - whole).max() <= 1
+    whole = phantom_microscope.render(scene, 1.0, 96, (3, 2, 0))
+    monkeypatch.setattr(phantom_microscope, "TILE", 40)
+    assert np.abs(phantom_microscope.render(scene, 1.0, 96, (3, 2, 0)).astype(int) - whole).max() <= 1
 
 
 def test_a_section_twice_as_thick_has_twice_the_dye():
     scene, _ = phantom.scene_of(SMALLER, 0, 3, 0)
     axis = np.arange(20.0, 60.0)
-    once = microscope.amounts(scene, axis, axis)
+    once = phantom_microscope.amounts(scene, axis, axis)
     scene.style = replace(scene.style, haematoxylin=2 * scene.style.haematoxylin, dab=2 * scene.style.dab)
-    for a, b in zip(once, microscope.amounts(scene, axis, axis)):
+    for a, b in zip(once, phantom_microscope.amounts(scene, axis, axis)):
         assert a.max() > 0.2 and np.allclose(b, 2 * a)
 
 
 def test_the_border_between_two_cells_is_the_same_from_both_sides():
     first, second = np.array([3, 7, 9], np.int32), np.array([7, 3, 2], np.int32)
-    coin = microscope._coin(first, second)
+    coin = phantom_microscope._coin(first, second)
     assert coin[0] == coin[1] != coin[2]
     i, j = np.meshgrid(np.arange(200, dtype=np.int32), np.arange(200, 400, dtype=np.int32))
-    share = (microscope._coin(i, j) < 0.4).mean()
+    share = (phantom_microscope._coin(i, j) < 0.4).mean()
     assert abs(share - 0.4) < 0.01
 
 
@@ -129,7 +129,8 @@ def test_resolution_changes_the_sampling_and_not_the_tissue():
     for preset in (SMALLER, fine):
         scene, polygons = phantom.scene_of(preset, 5, 1, 0)
         scene.style.noise = 0.0
-        pictures.append(microscope.render(scene, preset.um_per_px, preset.size, (5, 1, 0)).astype(float))
+        picture = phantom_microscope.render(scene, preset.um_per_px, preset.size, (5, 1, 0))
+        pictures.append(picture.astype(float))
     averaged = pictures[1].reshape(96, 2, 96, 2, 3).mean(axis=(1, 3))
     assert np.abs(averaged - pictures[0]).mean() < 2.5 < np.abs(averaged - averaged.mean(axis=(0, 1))).mean()
 

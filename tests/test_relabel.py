@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from her2.classes import DEFAULT_CLASSES, ClassTable, TissueClass
+from her2.data_classes import DEFAULT_CLASSES, ClassTable, TissueClass
 from her2.relabel import relabel, repaint_mask
-from her2.seeds import generator
+from her2.run_seeds import generator
 
 
 def checkerboard(n):

@@ -9,9 +9,9 @@ from typing import Literal
 import pytest
 import torch
 
-from her2 import config as configuration
-from her2 import run, training
-from her2.errors import UserError, atomic_write
+from her2 import run_config as configuration
+from her2 import run, run_training
+from her2.run_errors import UserError, atomic_write
 
 
 @dataclass
@@ -183,7 +183,7 @@ def test_ema_closed_form():
     """Constant weights p after start p0: mean = p + (p0 - p) * product of d_n = min(d, (1+n) / (10+n))."""
     net = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(net.weight, 5.0)
-    ema = training.EMA(net, 0.3)
+    ema = run_training.EMA(net, 0.3)
     torch.nn.init.constant_(net.weight, 2.0)
     for _ in range(6):
         ema.update(net)
@@ -195,7 +195,7 @@ def test_learning_rate_warms_up_then_follows_the_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
 
     def rate(step, schedule):
-        training.set_learning_rate(optimizer, 2.0, step, 10, 110, schedule)
+        run_training.set_learning_rate(optimizer, 2.0, step, 10, 110, schedule)
         return optimizer.param_groups[0]["lr"]
 
     assert [rate(s, "constant") for s in (0, 4, 9, 10, 109)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
@@ -206,10 +206,10 @@ def test_divergence_stops_the_run_with_a_diagnosis(tmp_path):
     net = torch.nn.Linear(2, 2)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": 2.0}, {"net": net}, ["a.png"])
+    run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": 2.0}, {"net": net}, ["a.png"])
     net.bias.grad[1] = math.nan
     with pytest.raises(UserError, match="grad_norm not finite at step 3"):
-        training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.nan}, {"net": net},
+        run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.nan}, {"net": net},
                                   ["a.png"])
     told = json.loads((tmp_path / "diagnosis.json").read_text(encoding="utf-8"))
     assert (told["largest_gradient"]["parameter"] == "net.bias" and told["batch"] == ["a.png"]
@@ -218,9 +218,10 @@ def test_divergence_stops_the_run_with_a_diagnosis(tmp_path):
 
 def test_infinite_gradients_are_the_scalers_business_under_fp16(tmp_path):
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], scaler)
+    run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], scaler)
     with pytest.raises(UserError, match="loss not finite"):
-        training.stop_if_diverged(tmp_path, 3, {"loss": math.inf}, {"grad_norm": math.inf}, {}, [], scaler)
+        run_training.stop_if_diverged(tmp_path, 3, {"loss": math.inf}, {"grad_norm": math.inf}, {}, [],
+                                      scaler)
     used_up = torch.amp.GradScaler("cpu", init_scale=0.5, enabled=True)
     with pytest.raises(UserError, match="grad_norm not finite"):
-        training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], used_up)
+        run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], used_up)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from her2 import segmenter
-from her2.errors import UserError
+from her2.run_errors import UserError
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.segmenter import UNet, encoder_weights, predict_roi, reflected, tile_spans
 

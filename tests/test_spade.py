@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from her2.blocks import SpectralConv2d, frozen, init_weights, load_strict
+from her2.net_blocks import SpectralConv2d, frozen, init_weights, load_strict
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN
-from her2.seeds import generator as random
+from her2.run_seeds import generator as random
 from her2.spade import SPADEGenerator, SPADENorm, SPADEResBlock, VAEEncoder, recalibrate_norm, reparameterize
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from her2.staining import instance_densities
+from her2.report_staining import instance_densities
 from her2.stains import (DAB, HAEMATOXYLIN, STAINS, compose, deconvolve, optical_density, stain_jitter,
                          stain_matrix, white_point)
 

@@ -12,8 +12,11 @@ MODULES = {path.stem: path for path in sorted((ROOT / "her2").glob("*.py")) if p
 SCRIPTS = ["train_gan.py", "train_ldm.py", "train_seg.py", "generate.py", "evaluate.py"]
 # The mathematics and the networks: each can be copied into another project with at most one sibling.
 CORE = ["diffusion", "losses", "gan_losses", "metrics", "polygons", "relabel", "stains", "frechet",
-        "quantizer", "spade", "autoencoder", "denoiser", "segmenter", "discriminator", "perceptual",
+        "quantizer", "spade", "autoencoder", "denoiser", "segmenter", "discriminator", "net_perceptual",
         "samplers", "inpainting"]
+METHODS = set(CORE) - {"net_perceptual"}
+COMMANDS = {"data", "phantom", "study", "predict", "lessons", "benchmark", "audit", "cluster"}
+FAMILIES = ("data", "phantom", "draw", "run", "report", "net", "study", "lessons")
 
 
 def imports(path) -> set:
@@ -46,6 +49,21 @@ def test_imports_have_no_cycle():
         visit(name)
 
 
+def test_a_plain_name_is_a_method_or_a_command_and_what_serves_carries_its_family():
+    for name in MODULES:
+        family = name.split("_")[0] in FAMILIES
+        assert name in METHODS | COMMANDS or family, f"her2/{name}.py: neither method, command nor family"
+
+
+def test_tests_follow_the_families():
+    topics = {*MODULES, *(script[:-3] for script in SCRIPTS), "evaluate"}
+    general = {"structure", "parity", "full"}           # of the whole project: no single file is their topic
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        topic = path.stem.removeprefix("test_")
+        known = any(topic == t or topic.startswith(t + "_") for t in topics) or topic.split("_")[0] in general
+        assert known, f"tests/{path.name}: its name says no module or family"
+
+
 def test_no_module_imports_a_script_and_only_the_study_stands_on_top():
     for name, path in MODULES.items():
         assert not {script[:-3] for script in SCRIPTS} & imports(path), f"{name} imports a script"
@@ -54,7 +72,7 @@ def test_no_module_imports_a_script_and_only_the_study_stands_on_top():
 
 @pytest.mark.parametrize("name", CORE)
 def test_core_files_can_be_copied_alone(name):
-    assert len(siblings(name) - {"errors"}) <= 1, f"{name} needs {siblings(name)}"
+    assert len(siblings(name) - {"run_errors"}) <= 1, f"{name} needs {siblings(name)}"
 
 
 @pytest.mark.parametrize("path", [*MODULES.values(), *(ROOT / s for s in SCRIPTS),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_factory import rectangles, save, write_csv
+from data_factory import rectangles, save, write_csv
 from PIL import Image
 
 from her2 import study
-from her2.classes import DEFAULT_CLASSES
+from her2.data_classes import DEFAULT_CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,0 +1,121 @@
+"""Annotations of one image: any of the five formats -> polygons in image pixels with class ids.
+
+    read_annotations     file -> polygons in the file's coordinates, and a count of what was skipped
+    transform_polygons   p_image = (p - (x, y)) / downsample, for crops that kept the slide's annotations
+    place_polygons       the same, and refuses annotations that miss the image
+    polygon_classes      class names -> ids, and refuses unknown ones
+
+The format is told by the content, not by the suffix: EXACT and COCO both write `.json`, QuPath writes either.
+Everything that a file can get wrong is a UserError that names the file, what was found and what to do.
+Source: paper, section 2.1 (annotated in EXACT); the other formats are what other laboratories have.
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
+from her2.data_checks import REMEDY, Found, Polygon, show
+from her2.data_classes import ClassTable, parse_json, read_text
+from her2.run_errors import UserError, one_line
+
+
+def read_annotations(path, image=None) -> tuple[list[Polygon], Counter]:
+    """The polygons of a file, in its order, and how many annotations of which other kind it holds.
+
+    `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. UserError for a
+    file of no known format, and where polygons are broken: of fewer than three points, without area, with
+    coordinates that are no finite numbers, with an id that stands twice. Polygons may cross themselves, lie
+    partly outside the image and have any number of points.
+    """
+    found = Found(path)
+    reader, content = _reader(read_text(path, REMEDY), path)
+    reader(content, found, image)
+    if found.problems:
+        more = f" (and {len(found.problems) - 3} more)" if len(found.problems) > 3 else ""
+        raise UserError(one_line(f"{path}: {'; '.join(found.problems[:3])}{more}; correct or delete "
+                                 "them in the annotation program and export again"))
+    return found.polygons, found.skipped
+
+
+def _reader(text, path):
+    """The reader that a file's content asks for, and what to give it: the text, or its JSON value."""
+    start = text.lstrip()[:1]
+    if not start:
+        raise UserError(f"{path}: an empty file; {REMEDY}, or leave the column empty for an image without")
+    if start == "<":
+        return read_asap, text
+    if start not in "{[":
+        if "|" not in text.lstrip().splitlines()[0]:
+            raise UserError(f"{path}: begins with {show(text.lstrip()[:30])}, no known format; {REMEDY}")
+        return read_exact_text, text
+
+    obj = parse_json(text, path, REMEDY)
+    if isinstance(obj, list):
+        if not obj or isinstance(obj[0], dict) and obj[0].get("type") == "Feature":
+            return read_geojson, obj
+        if isinstance(obj[0], dict) and "vector" in obj[0]:
+            return read_exact_rest, obj
+    elif obj.get("type") in ("FeatureCollection", "Feature"):
+        return read_geojson, obj
+    elif "results" in obj:
+        return read_exact_rest, obj
+    elif "annotations" in obj:
+        return read_coco, obj
+    raise UserError(f"{path}: JSON of another kind ({show(obj)}); {REMEDY}")
+
+
+def transform_polygons(polygons, x: float = 0.0, y: float = 0.0, downsample: float = 1.0) -> list[Polygon]:
+    """p_image = (p - (x, y)) / downsample, for all polygons."""
+    assert downsample > 0, f"downsample is an image pixel in annotation pixels, found {downsample}"
+    return [replace(p, rings=[(ring - (x, y)) / downsample for ring in p.rings]) for p in polygons]
+
+
+def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: float = 0.0,
+                   downsample: float = 1.0) -> tuple[list[Polygon], Counter]:
+    """The polygons in pixels of an image of this size, without those that lie outside, which are counted.
+
+    Annotations of an image that is not moved or scaled are its own: one outside is a mistake (x and y
+    swapped, or coordinates of the slide). A crop of a slide (x, y, downsample given) leaves annotations of
+    the slide outside, but where it leaves all of them the numbers are wrong. Both mistakes are a UserError.
+    """
+    placed = transform_polygons(polygons, x, y, downsample)
+    kept = [p for p in placed if touches(p, height, width)]
+    outside = [p for p in placed if not touches(p, height, width)]
+    if outside and (not kept or (x, y, downsample) == (0, 0, 1)):
+        low, high = outside[0].rings[0].min(axis=0), outside[0].rings[0].max(axis=0)
+        where = f"x {low[0]:g} to {high[0]:g}, y {low[1]:g} to {high[1]:g}"
+        raise UserError(
+            f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} "
+            f"pixels (annotation {show(outside[0].source_id)}: {where}); correct x, y, downsample in "
+            f"slides.csv (now {x:g}, {y:g}, {downsample:g})")
+    return kept, Counter({"outside the image": len(outside)} if outside else {})
+
+
+def touches(polygon, height: int, width: int) -> bool:
+    """Whether the polygon's bounding box reaches into the image."""
+    low, high = polygon.rings[0].min(axis=0), polygon.rings[0].max(axis=0)
+    return bool((high > 0).all() and low[0] < width and low[1] < height)
+
+
+def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:
+    """The class id of each polygon. UserError when a name is not in the class table."""
+    names = list(dict.fromkeys(p.name for p in polygons))
+    known, unknown = {}, []
+    for name in names:
+        try:
+            known[name] = classes.id_of(name)
+        except KeyError:
+            unknown.append(name)
+    if unknown:
+        where = next(p.source_id for p in polygons if p.name in unknown)
+        alias = json.dumps({"aliases": {unknown[0][:60]: classes.names[0]}}, ensure_ascii=False)
+        raise UserError(one_line(
+            f"{path}: unknown class {_listed(unknown)} (annotation {show(where)}); names seen: "
+            f"{_listed(names)}; names known: {_listed([*classes.names, *classes.aliases])}; rename it "
+            f"where it was drawn, or add an alias for its class to classes.json beside slides.csv: {alias}"))
+    return [known[p.name] for p in polygons]
+
+
+def _listed(names) -> str:
+    return ", ".join(show(name) if name else "(none)" for name in names[:30]) + ", ..." * (len(names) > 30)

@@ -1,0 +1,257 @@
+"""The class table: one list of tissue classes for drawing, sampling, one-hot coding, metrics and figures.
+
+A pixel's label is the id of a class, 0 = background. The default table is the paper's (section 2.1): the four
+HER2 scores and the carcinoma in situ, whose subtype an annotator cannot score:
+
+    id  name        tumor  variance        `tumor`     counts as tumor for the segmentation network
+    0   Background  no     no              `variance`  its recall enters the subtype variance
+    1   0           yes    yes
+    2   1+          yes    yes
+    3   2+          yes    yes
+    4   3+          yes    yes
+    5   LCIS/DCIS   yes    no
+
+A dataset may bring `classes.json`, in one of three forms:
+
+    [{"id": 0, "name": "Background", "tumor": false, "variance": false, "color": [255, 255, 255],
+      "aliases": ["Stroma"]}, ...]                                      replaces the table
+    {"classes": [...as above...], "aliases": {"Normal duct": "Background"}}   the same, aliases apart
+    {"aliases": {"Tumor three plus": "3+"}}                             the default table with more names
+
+Names are compared without regard to case and white space. The default aliases follow a class that keeps its
+id and name, unless the file gives the alias another meaning.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from her2.run_errors import UserError, one_line
+
+MAX_CLASSES = 256  # labels are 8-bit PNG files
+REMEDY = ("write a list of {\"id\", \"name\", \"tumor\", \"variance\", \"color\", \"aliases\"}, or "
+          "{\"aliases\": {\"your name\": \"class name\"}}, or remove the file to get the default table")
+
+
+@dataclass(frozen=True)
+class TissueClass:
+    id: int                       # the pixel value in labels and masks
+    name: str                     # as it stands in tables and in results.json
+    tumor: bool                   # False: background for the segmentation network
+    variance: bool                # its recall enters the subtype variance
+    color: tuple[int, int, int]   # RGB, 0..255
+
+
+def normal_form(name: str) -> str:
+    """`name` without white space and case: the form in which names are compared."""
+    return "".join(name.split()).casefold()
+
+
+class ClassTable:
+    """Classes with ids 0..K-1, found by id or by name. Raises ValueError where the table contradicts itself.
+
+    `aliases` maps further names to ids. len(table) is K.
+    """
+
+    def __init__(self, classes, aliases=None):
+        self.classes = list(classes)
+        ids = [c.id for c in self.classes]
+        if ids != list(range(len(ids))) or not 2 <= len(ids) <= MAX_CLASSES:
+            raise ValueError(f"ids are {ids}; they must be 0, 1, 2, ... in order, 2 to {MAX_CLASSES} classes")
+        if self.classes[0].tumor:
+            raise ValueError(f"class 0 ({self.classes[0].name!r}) is the background and cannot be tumor")
+        if not self.tumor_ids:
+            raise ValueError("no class is tumor; at least one must have \"tumor\": true")
+        for c in self.classes:
+            if c.variance and not c.tumor:
+                raise ValueError(f"class {c.id} ({c.name!r}) has \"variance\": true but is no tumor")
+        if len(set(c.color for c in self.classes)) < len(ids):
+            raise ValueError("two classes have the same color; give each its own")
+
+        self._ids = {}
+        for c in self.classes:
+            if self._ids.setdefault(normal_form(c.name), c.id) != c.id or not normal_form(c.name):
+                raise ValueError(f"name {c.name!r} is empty or used twice (case and spaces do not count)")
+        self.aliases = {}
+        for alias, class_id in (aliases or {}).items():
+            if not 0 <= class_id < len(ids):
+                raise ValueError(f"alias {alias!r} means class {class_id}; the ids are 0 to {len(ids) - 1}")
+            known = self._ids.setdefault(normal_form(alias), class_id)
+            if known != class_id:
+                raise ValueError(f"alias {alias!r} has two meanings: class {known} and class {class_id}")
+            self.aliases[alias] = class_id
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, ClassTable) and (self.classes, self._ids) == (other.classes, other._ids)
+
+    @property
+    def names(self) -> list[str]:
+        return [c.name for c in self.classes]
+
+    @property
+    def tumor_ids(self) -> list[int]:
+        return [c.id for c in self.classes if c.tumor]
+
+    @property
+    def variance_ids(self) -> list[int]:
+        """The rows whose recalls make the subtype variance (the four HER2 scores, in the default table)."""
+        return [c.id for c in self.classes if c.variance]
+
+    @property
+    def colors(self) -> np.ndarray:
+        """(K, 3) uint8: colors[label] is the label as a picture."""
+        return np.array([c.color for c in self.classes], dtype=np.uint8)
+
+    def palette(self) -> list[int]:
+        """The colors as one flat list, for a Pillow image of mode 'P' (`image.putpalette`)."""
+        return self.colors.reshape(-1).tolist()
+
+    def id_of(self, name: str) -> int:
+        """The id of the class of this name or alias. Raises KeyError(name) when there is none."""
+        class_id = self._ids.get(normal_form(name))
+        if class_id is None:
+            raise KeyError(name)
+        return class_id
+
+    def to_json(self) -> list[dict]:
+        """What `from_json` and `classes.json` take: one object per class."""
+        return [{"id": c.id, "name": c.name, "tumor": c.tumor, "variance": c.variance, "color": list(c.color),
+                 "aliases": [alias for alias, class_id in self.aliases.items() if class_id == c.id]}
+                for c in self.classes]
+
+    @staticmethod
+    def from_json(obj, path="classes.json") -> "ClassTable":
+        """The table in `obj` (see the module's docstring for the forms). `path` names it in the UserError."""
+        if isinstance(obj, dict) and not {"classes", "aliases"} & obj.keys():
+            raise _error(path, f"found an object with neither \"classes\" nor \"aliases\": {_show(obj)}")
+        if not isinstance(obj, dict):
+            obj = {"classes": obj}
+        default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]
+        rows, more = obj.get("classes", default), obj.get("aliases", {})
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise _error(path, f"the classes are {_show(rows)}, not a list of objects")
+        if not isinstance(more, dict):
+            raise _error(path, f"\"aliases\" is {_show(more)}, not an object of alias: class name")
+        classes = [_class_from_json(row, path) for row in rows]
+
+        by_name = {normal_form(c.name): c.id for c in classes}
+        aliases = [(alias, row["id"]) for row in rows for alias in _aliases_of(row, path)]
+        for alias, target in more.items():
+            class_id = by_name.get(normal_form(target)) if isinstance(target, str) else target
+            if not _is_int(class_id):
+                raise _error(path, f"alias {alias!r} means {_show(target)}, which is no class name and no id")
+            aliases.append((alias, class_id))
+        meanings = {normal_form(alias): class_id for alias, class_id in aliases}
+        twice = [alias for alias, class_id in aliases if meanings[normal_form(alias)] != class_id]
+        if twice:
+            raise _error(path, f"the aliases {_show(twice)} have two meanings each")
+        inherited = {alias: class_id for alias, class_id in DEFAULT_ALIASES.items()
+                     if normal_form(alias) not in {**meanings, **by_name}
+                     and classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id]}
+        try:
+            return ClassTable(classes, {**dict(aliases), **inherited})
+        except ValueError as error:
+            raise _error(path, error) from error
+
+
+def _error(path, what) -> UserError:
+    return UserError(f"{path}: {one_line(what)}; {REMEDY}")
+
+
+def _show(value) -> str:
+    text = one_line(repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _aliases_of(row, path) -> list[str]:
+    aliases = row.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+        raise _error(path, f"class {_show(row['name'])}: aliases is {_show(aliases)}, not a list of names")
+    return aliases
+
+
+def _class_from_json(row, path) -> TissueClass:
+    """One row of classes.json. Every key is asked for: a forgotten "tumor" must not quietly mean False."""
+    keys = ("id", "name", "tumor", "variance", "color")
+    missing = [key for key in keys if key not in row]
+    unknown = sorted(row.keys() - {*keys, "aliases"})
+    if missing or unknown:
+        raise _error(path, f"class {_show(row.get('name', row))} lacks {missing}, has unknown keys {unknown}")
+    class_id, name, tumor, variance, color = (row[key] for key in keys)
+    if isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color):
+        color = list(bytes.fromhex(color[1:]))
+    for key, good, wanted in (
+        ("id", _is_int(class_id), "a whole number"),
+        ("name", isinstance(name, str), "a text"),
+        ("tumor", isinstance(tumor, bool), "true or false"),
+        ("variance", isinstance(variance, bool), "true or false"),
+        ("color", isinstance(color, list) and [_is_int(v) and 0 <= v <= 255 for v in color] == [True] * 3,
+         "[red, green, blue] from 0 to 255 or \"#rrggbb\""),
+    ):
+        if not good:
+            raise _error(path, f"class {_show(name)}: {key} is {_show(row[key])}, not {wanted}")
+    return TissueClass(class_id, name, tumor, variance, tuple(color))
+
+
+# PAPER: the paper names no class ids; these follow its order of the subtypes, background first.
+# Hard Negative, Necrosis and To Verify are what the authors' annotation server calls background.
+DEFAULT_ALIASES = {
+    "negative": 1, "HER2 0": 1, "HER2 1+": 2, "1": 2, "HER2 2+": 3, "2": 3, "HER2 3+": 4, "3": 4,
+    "DCIS": 5, "LCIS": 5, "DCIS/LCIS": 5,
+    "Hard Negative": 0, "Necrosis": 0, "To Verify": 0, "Stroma": 0, "Normal": 0,
+}
+DEFAULT_CLASSES = ClassTable([
+    TissueClass(0, "Background", False, False, (255, 255, 255)),
+    TissueClass(1, "0", True, True, (214, 39, 199)),
+    TissueClass(2, "1+", True, True, (23, 190, 207)),
+    TissueClass(3, "2+", True, True, (44, 160, 44)),
+    TissueClass(4, "3+", True, True, (214, 39, 40)),
+    TissueClass(5, "LCIS/DCIS", True, False, (240, 200, 20)),
+], DEFAULT_ALIASES)
+
+
+def read_text(path, remedy: str) -> str:
+    """A text file in UTF-8, with or without a byte-order mark. UserError with `remedy` otherwise."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); {remedy}") from error
+
+
+def parse_json(text: str, path, remedy: str):
+    """The value of a JSON text. UserError with `remedy` where it is none, too deep, or names a key twice."""
+    def unique(pairs):
+        obj = dict(pairs)
+        if len(obj) < len(pairs):
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return obj
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:  # JSONDecodeError, a repeated key, a whole number of thousands of digits
+        what = "an empty file" if not text.strip() else f"not JSON ({error})"
+        raise UserError(f"{path}: {one_line(what)}; {remedy}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: brackets nested too deeply to be read; {remedy}") from error
+
+
+def load_classes(folder) -> ClassTable:
+    """The class table of a dataset folder: its `classes.json`, or the default. UserError on a bad file."""
+    path = Path(folder) / "classes.json"
+    if not path.exists():
+        return DEFAULT_CLASSES
+    return ClassTable.from_json(parse_json(read_text(path, REMEDY), path, REMEDY), path)

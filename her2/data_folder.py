@@ -1,0 +1,174 @@
+"""A dataset folder: its class table, its regions, and which split each of them belongs to.
+
+`load_dataset` reads slides.csv, classes.json and the images' headers, and decides the split; pixels are the
+business of `data_regions` and `data_patches`. Runs that are compared must share their split, so it depends
+on a seed of its own and is written into every run folder (`write_split`).
+
+A synthetic dataset is the same kind of folder with `manifest.jsonl`, one JSON object per image:
+
+    {"image": "images/00001.png", "source_image": "images/a.png", "source_slide": "A", "x": .., "y": .., ...}
+
+`check_synthetic` reads there that no synthetic image was made from a validation or test slide.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from her2.data_classes import DEFAULT_CLASSES, ClassTable, load_classes, parse_json, read_text
+from her2.run_errors import UserError, atomic_write
+from her2.data_slides import ROI, SPLITS, assign_splits, read_slides
+
+
+@dataclass
+class Dataset:
+    root: Path
+    classes: ClassTable
+    rois: list[ROI]
+    notes: list[str] = field(default_factory=list)   # what the user should know, one line each
+
+    def split(self, name: str) -> list[ROI]:
+        """The regions of "train", "val" or "test", in the order of slides.csv."""
+        assert name in SPLITS, f"split {name!r}, known are {SPLITS}"
+        return [roi for roi in self.rois if roi.split == name]
+
+    def slides(self) -> dict:
+        """{slide: split}"""
+        return {roi.slide: roi.split for roi in self.rois}
+
+    def files(self) -> list[Path]:
+        """The small files that say what the dataset is; a run goes on only while they stay the same."""
+        return [self.root / name for name in ("slides.csv", "classes.json", "manifest.jsonl")]
+
+
+def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
+    """(dataset, problems): everything that can be said without decoding an image. Problems: one line each.
+
+    The dataset leaves out the rows that have a problem. Arguments as in `load_dataset`.
+    """
+    root = Path(root)
+    rois, problems, notes = read_slides(root)
+    try:
+        classes = load_classes(root)
+    except UserError as error:
+        classes = DEFAULT_CLASSES
+        problems.append(str(error))
+    if not problems and not any(roi.split for roi in rois):
+        table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, problems, notes)
+        rois = [replace(roi, split=table.get(roi.slide, "train")) for roi in rois]
+    return Dataset(root, classes, rois, notes), problems
+
+
+def _split_table(root, scores, seed, split, problems, notes) -> dict:
+    """{slide: split} for a dataset without a split column; problems and notes are appended to."""
+    path = root / "slides.csv"
+    if split is not None:
+        unknown = sorted(set(scores) - set(split))
+        if unknown:
+            problems.append(f"{path}: slide {unknown[0]!r} is not in the split of the other run, so the data "
+                            "have changed since; train again, or add a split column")
+        return split
+    if (root / "manifest.jsonl").exists():
+        return dict.fromkeys(scores, "train")  # synthetic images are made for training
+    if len(scores) < 3:
+        problems.append(f"{path}: {len(scores)} slides cannot be split into train, val and test; add slides, "
+                        "or a split column")
+        return {}
+    notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
+    return assign_splits(scores, seed)
+
+
+def load_dataset(root, seed: int = 0, require=SPLITS, split=None) -> Dataset:
+    """The dataset in the folder `root`, headers checked, nothing decoded. UserError names the first problem.
+
+    `seed` draws the split where slides.csv has none (it is not the seed of a training run); `split` is
+    another run's `read_split` and takes its place. The splits in `require` must hold an image each.
+    """
+    dataset, problems = inspect_dataset(root, seed, split)
+    problems += [] if problems else empty_splits(dataset, require)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems: python -m her2.data {root} lists them all)"
+        raise UserError(problems[0] + (more if len(problems) > 1 else ""))
+    return dataset
+
+
+def empty_splits(dataset: Dataset, require=SPLITS) -> list[str]:
+    """One problem per split of `require` that holds no image."""
+    return [f"{dataset.root / 'slides.csv'}: no image in the split {name!r}; give it a slide in the split "
+            "column, or empty that column to have the slides split 60/20/20"
+            for name in require if not dataset.split(name)]
+
+
+def write_split(path, dataset: Dataset) -> None:
+    """Write {slide: split} of the dataset as JSON, so that later programs use the same split."""
+    atomic_write(path, json.dumps({"slides": dataset.slides()}, indent=1, ensure_ascii=False))
+
+
+def read_split(path) -> dict:
+    """{slide: split} as `write_split` wrote it."""
+    remedy = "make the run that it belongs to again"
+    content = parse_json(read_text(path, remedy), path, remedy)
+    table = content.get("slides") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not all(split in SPLITS for split in table.values()):
+        raise UserError(f"{path}: not a table of slides and their splits; {remedy}")
+    return table
+
+
+def load_synthetic(folder) -> Dataset:
+    """A folder made by generate.py: a dataset whose images are all for training."""
+    path = Path(folder) / "manifest.jsonl"
+    dataset = load_dataset(folder, require=("train",))
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so nothing tells which slides the images come from; use a "
+                        "folder that generate.py has completed")
+    held_out = [roi for roi in dataset.rois if roi.split != "train"]
+    if held_out:
+        raise UserError(f"{Path(folder) / 'slides.csv'}: {held_out[0].name} is in the split "
+                        f"{held_out[0].split!r}; synthetic images are for training only, remove the split "
+                        "column")
+    return dataset
+
+
+def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
+    """UserError when an image of `synthetic` was made from a slide that is not a training slide of `real`.
+
+    If the folder holds the split.json of the generating networks, their training slides are checked as well.
+    """
+    if synthetic.classes != real.classes:
+        raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
+                        f"something else; make the images again: python generate.py --data {real.root}")
+    path = synthetic.root / "manifest.jsonl"
+    remedy = "make the images again: python generate.py --data DIR with the same DIR"
+    entries = _read_manifest(path, remedy)
+    known, slides = {roi.name: roi for roi in real.rois}, real.slides()
+    for roi in synthetic.rois:
+        if roi.name not in entries:
+            raise UserError(f"{path}: nothing about {roi.name}, so its source is unknown; {remedy}")
+        image, slide = entries[roi.name]
+        if image not in known or known[image].slide != slide:
+            raise UserError(f"{path}: {roi.name} was made from {image} of slide {slide}, which is not in "
+                            f"{real.root}; {remedy}")
+        if slides[slide] != "train":
+            raise UserError(f"{path}: {roi.name} was made from slide {slide}, a {slides[slide]} slide of "
+                            f"{real.root}, which training must never see; {remedy} and the same split")
+    path = synthetic.root / "split.json"
+    if path.exists():
+        for slide, split in read_split(path).items():
+            if split == "train" and slides.get(slide, "train") != "train":
+                raise UserError(f"{path}: the generating network was trained on slide {slide}, a "
+                                f"{slides[slide]} slide of {real.root}; train it again with the same split")
+
+
+def _read_manifest(path, remedy) -> dict:
+    """{image: (source image, source slide)}"""
+    entries = {}
+    for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
+        if line.strip():
+            entry = parse_json(line, f"{path}: line {number}", remedy)
+            values = [entry.get(key) for key in ("image", "source_image", "source_slide")] \
+                if isinstance(entry, dict) else [None]
+            if not all(isinstance(value, str) for value in values):
+                raise UserError(f"{path}: line {number} has no \"image\", \"source_image\" and "
+                                f"\"source_slide\"; {remedy}")
+            entries[values[0]] = tuple(values[1:])
+    return entries

@@ -1,0 +1,231 @@
+"""Readers of the annotation programs' files: from text, JSON or XML to polygons with class names.
+
+    EXACT, text   slide|class|{"x1": 1, "y1": 2, ...}|        one annotation a line; integer pixels, no holes
+    EXACT, REST   {"results": [{"vector": {"x1": 1, ...}, "annotation_type": {"name", "vector_type"}}]}
+    QuPath        GeoJSON: Polygon or MultiPolygon, class in properties.classification
+    ASAP          XML: Annotation/Coordinates/Coordinate, class in PartOfGroup
+    COCO          {"images", "categories", "annotations": [{"category_id", "segmentation"}]}
+
+Coordinates are pixels, x right, y down. Each reader fills a `Found`; annotation_parts says what is skipped
+and what is refused. Source: the files that these programs write; the paper (section 2.1) used EXACT.
+"""
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+
+from her2.data_checks import REMEDY, Malformed, as_list, as_name, as_object, choose_image, rows_of, show
+from her2.data_classes import parse_json
+from her2.run_errors import UserError
+from her2.polygons import outlines
+
+EXACT_POLYGON = 5           # vector_type: 1 box, 2 point, 3 line, 4 lines, 6 fixed box, 7 whole image
+GEOJSON_OTHERS = ("Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
+ASAP_POLYGONS = ("Polygon", "Spline", "Rectangle")   # a spline's control points are taken as corners
+ASAP_OTHERS = ("Dot", "PointSet", "Measurement", "None")
+DECIMAL = re.compile(r"[+-]?[0-9]+([.,][0-9]*)?([eE][+-]?[0-9]+)?")   # ASAP writes a comma in some locales
+MAX_MASK_PIXELS = 1 << 29   # of a run-length coded mask: 512 MiB
+
+
+def exact_vector(vector) -> list:
+    """x1, y1, x2, y2, ... of {"x1":, "y1":, ...}; other keys, such as "frame", may stand among them."""
+    count = sum(1 for key in as_object(vector) if re.fullmatch("[xy][0-9]+", key))
+    keys = [f"{axis}{k}" for k in range(1, (count + 1) // 2 + 1) for axis in "xy"]
+    missing = [key for key in keys if key not in vector]
+    if missing:   # reading up to the gap would give another polygon
+        raise Malformed(f"lacks {missing[0]} although it has {count} coordinates")
+    return [vector[key] for key in keys]
+
+
+def read_exact_text(text, found, image=None):
+    """The text export. The last bar may be missing and a comma may stand before the brace; "not in image"
+    says that an annotator found nothing there. The first column names the slide, there may be several."""
+    lines = [(number, line.split("|", 2)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    slides = {parts[0].strip(): parts[0].strip() for _, parts in lines}
+    slide = choose_image(slides, image, found.path) if len(slides) > 1 else None
+    for number, parts in lines:
+        with found.annotation(f"line {number}"):
+            last = "|".join(parts).strip().rstrip("|").rpartition("|")[2].strip()
+            if slide is not None and parts[0].strip() != slide:
+                found.skipped["of another image"] += 1
+                continue
+            if last.lower() == "not in image":
+                found.skipped["not in image"] += 1
+                continue
+            if len(parts) < 3 or not last.startswith("{"):
+                raise Malformed(f"is {show('|'.join(parts))}, not slide|class|{{\"x1\": 1, \"y1\": 2, ...}}|")
+            try:
+                vector = parse_json(re.sub(r",\s*}$", "}", last), "cut off or damaged", remedy="")
+            except UserError as error:
+                raise Malformed(f"is {str(error).rstrip('; ')}") from error
+            numbers = exact_vector(vector)
+            if len(numbers) in (2, 4):   # points and boxes: this format does not name the type
+                found.skipped[f"point or box ({len(numbers) // 2} vertices)"] += 1
+            else:
+                found.add([numbers], parts[1].strip(), number)
+
+
+def exact_type(kind) -> tuple:
+    """(class name, vector_type or None) of an annotation_type: an object, an id, or null."""
+    if type(kind) is int:   # an id must not pass for a class: type 3 is not the score 3
+        return f"annotation_type {kind}", None
+    kind = {} if kind is None else as_object(kind)
+    vector_type = kind.get("vector_type")
+    if vector_type is not None and type(vector_type) is not int:
+        raise Malformed(f"has vector_type {show(vector_type)}, not a whole number")
+    return as_name(kind.get("name")), vector_type
+
+
+def read_exact_rest(obj, found, image=None):
+    """What EXACT's REST interface answers: an object with "results", or the list alone. Deleted annotations
+    stay in it, and so do those that say something of the whole image (vector null)."""
+    page = obj if isinstance(obj, dict) else {"results": obj}
+    if page.get("next") or page.get("previous"):
+        raise UserError(f"{found.path}: one page of several (\"next\" or \"previous\" is set), the rest is "
+                        "missing; ask EXACT for all annotations with a larger limit")
+    sources = set()
+    for number, row in enumerate(rows_of(page["results"], "results", found.path), 1):
+        with found.annotation(f"annotation {number}"):
+            if "vector" not in as_object(row):
+                raise Malformed(f"is {show(row)}, without a vector")
+            name, vector_type = exact_type(row.get("annotation_type"))
+            deleted, vector, source = row.get("deleted"), row.get("vector"), row.get("image")
+            if deleted not in (None, False, True):
+                raise Malformed(f"has \"deleted\": {show(deleted)}, neither true nor false")
+            if deleted or vector is None:
+                found.skipped["deleted" if deleted else "vector null"] += 1
+            elif vector_type not in (None, EXACT_POLYGON):
+                found.skipped[f"vector_type {vector_type}"] += 1
+            else:
+                found.add([exact_vector(vector)], name, found.new_id(row.get("id"), number))
+                sources.add(show(source))
+    if len(sources - {"None"}) > 1:
+        raise UserError(f"{found.path}: annotations of several images ({', '.join(sorted(sources)[:5])}) "
+                        "without their names; export one file per image")
+
+
+def qupath_class(properties) -> str:
+    """QuPath's versions write the class as {"name"}, as {"names": [...]}, as a text, or leave it out."""
+    kind = properties.get("classification")
+    if isinstance(kind, dict):
+        if kind.get("names") is not None:   # a derived class, which QuPath shows as "Tumor: 3+"
+            return ": ".join(as_name(name) for name in as_list(kind["names"]))
+        kind = kind.get("name")
+    return as_name(properties.get("name") if kind is None else kind)
+
+
+def read_geojson(obj, found, image=None):
+    """QuPath's export: a FeatureCollection, a list of features, or one. Rings after the first are holes."""
+    features = obj
+    if isinstance(obj, dict):
+        features = [obj] if obj["type"] == "Feature" else obj.get("features")
+    for number, feature in enumerate(rows_of(features, "features", found.path), 1):
+        with found.annotation(f"feature {number}"):
+            if as_object(feature).get("type") != "Feature":
+                raise Malformed(f"has the type {show(feature.get('type'))}, not Feature")
+            geometry = as_object(feature.get("geometry") or {"type": None})
+            kind, parts = geometry.get("type"), geometry.get("coordinates")
+            if kind is None or kind in GEOJSON_OTHERS:
+                found.skipped[f"geometry {kind}"] += 1
+                continue
+            if kind not in ("Polygon", "MultiPolygon"):
+                raise Malformed(f"has the geometry {show(kind)}, which GeoJSON does not know")
+            name = qupath_class(as_object(feature.get("properties") or {}))
+            source_id = found.new_id(feature.get("id"), number)
+            # PAPER: an instance is one drawn polygon; the parts of a MultiPolygon are instances of their own.
+            for rings in as_list([parts] if kind == "Polygon" else parts, least=1):
+                numbers = [[value for point in as_list(ring) for value in as_list(point, least=2)[:2]]
+                           for ring in as_list(rings, least=1)]
+                found.add(numbers, name, source_id)
+
+
+def asap_number(text) -> float:
+    # Not float() alone: it also takes "nan", "1_0" and the digits of other scripts.
+    if text is None or not DECIMAL.fullmatch(text.strip()):
+        raise Malformed(f"has the coordinate {show(text)}, not a number")
+    return float(text.strip().replace(",", "."))
+
+
+def read_asap(text, found, image=None):
+    """ASAP's XML. Coordinates count by their Order, not by their place; the class is the group, if any."""
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise UserError(f"{found.path}: declares a document type or entities, refused since entities can "
+                        "expand without end; remove the declaration, ASAP writes none")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise UserError(f"{found.path}: not whole XML ({error}); {REMEDY}") from error
+    if root.tag != "ASAP_Annotations" and root.find(".//Annotation/Coordinates") is None:
+        raise UserError(f"{found.path}: XML of another kind, the outermost element is {show(root.tag)}, not "
+                        f"ASAP_Annotations; {REMEDY}")
+    for number, annotation in enumerate(root.iter("Annotation"), 1):
+        with found.annotation(f"annotation {number} ({show(annotation.get('Name'))})"):
+            kind, group = annotation.get("Type"), annotation.get("PartOfGroup")
+            if kind in ASAP_OTHERS:
+                found.skipped[f"type {kind}"] += 1
+                continue
+            if kind not in ASAP_POLYGONS:
+                raise Malformed(f"has the type {show(kind)}, which ASAP does not know")
+            points = annotation.findall("Coordinates/Coordinate")
+            orders = [point.get("Order") for point in points]
+            if any(order is not None for order in orders):
+                numbers = [asap_number(order) for order in orders]
+                if len(set(numbers)) < len(numbers):
+                    raise Malformed("has two coordinates of the same Order")
+                points = [points[k] for k in np.argsort(numbers)]
+            name = as_name(annotation.get("Name") if group in (None, "None") else group)
+            found.add([[asap_number(point.get(axis)) for point in points for axis in "XY"]], name, number)
+
+
+def run_length_polygons(code) -> list:
+    """The polygons of a COCO mask {"size": [h, w], "counts": runs of 0 and 1 in turn, column by column}."""
+    size, counts = as_list(code.get("size"), least=2), code.get("counts")
+    if isinstance(counts, str):
+        raise Malformed("has compressed run lengths, which are not read (export polygons or plain counts)")
+    if not all(type(v) is int and v >= 0 for v in [*size, *as_list(counts)]) or len(size) != 2:
+        raise Malformed(f"has the size {show(size)} and counts {show(counts)}, not whole numbers from 0")
+    height, width = size
+    # Before anything of that size is made: a few bytes can ask for terabytes.
+    if not 0 < height * width <= MAX_MASK_PIXELS or sum(counts) != height * width:
+        raise Malformed(f"has counts that sum to {sum(counts)} in a mask of {height} x {width} pixels")
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    polygons = outlines(flat.reshape(width, height).T)
+    if not polygons:
+        raise Malformed("has a mask without a pixel")
+    return [[ring.ravel().tolist() for ring in rings] for rings in polygons]
+
+
+def read_coco(obj, found, image=None):
+    """COCO's object detection format. One file usually covers many images: `image` chooses by file name."""
+    names, images = {}, {}
+    for what, key, table in (("categories", "name", names), ("images", "file_name", images)):
+        for row in rows_of(obj.get(what, []), what, found.path):
+            if not isinstance(row, dict) or type(row.get("id")) is not int or row["id"] in table:
+                raise UserError(f"{found.path}: {what} has {show(row)}, without an id of its own; {REMEDY}")
+            table[row["id"]] = row.get(key)
+    rows = rows_of(obj["annotations"], "annotations", found.path)
+    sources = images or {row.get("image_id"): row.get("image_id") for row in rows
+                         if isinstance(row, dict) and type(row.get("image_id")) is int}
+    wanted = choose_image(sources, image, found.path) if len(sources) > 1 else None
+    for number, row in enumerate(rows, 1):
+        with found.annotation(f"annotation {number}"):
+            category, source = as_object(row).get("category_id"), row.get("image_id")
+            if sources and (type(source) is not int or source not in sources):
+                raise Malformed(f"has the image_id {show(source)}, which is none of the images")
+            if type(category) is not int or category not in names:
+                raise Malformed(f"has the category_id {show(category)}, which is none of the categories")
+            if wanted is not None and source != wanted:
+                found.skipped["of another image"] += 1
+                continue
+            shape = row.get("segmentation")
+            if shape is None or shape == []:
+                found.skipped["without segmentation"] += 1
+                continue
+            source_id, name = found.new_id(row.get("id"), number), as_name(names[category])
+            if isinstance(shape, dict):
+                polygons = run_length_polygons(shape)
+            else:   # the parts of one object; some sets write a single part without the outer list
+                polygons = [[part] for part in (shape if isinstance(as_list(shape)[0], list) else [shape])]
+            for rings in polygons:
+                found.add([as_list(ring) for ring in rings], name, source_id)

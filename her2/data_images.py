@@ -1,0 +1,166 @@
+"""Pictures from disk, read so that a wrong file is named and never misread.
+
+A dataset promises 8-bit RGB (`image`), 8-bit class ids (`mask`) and 16- or 32-bit instance ids
+(`instances`). Pillow opens far more than that and converts much of it without a word: a 16-bit colour PNG
+loses its low byte, a 4-bit grey one is multiplied by 17, a rotated photograph comes back with sides
+swapped beside its own polygons. Each of these would train a network on something that nobody meant, so
+whatever is not exactly the promised kind is refused in one line that says how to convert it.
+
+Everything but the pixels is decided from the header, before any memory is taken for them. A PNG carries
+checksums: they are verified, because the decoder alone reads some damaged files without complaint.
+"""
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from her2.run_errors import UserError, one_line
+
+# A region of 1.5 mm at 0.242 um/px (the paper's) has 38 M pixels; decoding takes 3 bytes for each.
+MAX_PIXELS = 20000 * 20000
+MAX_INSTANCE = 2**24 - 1  # tables by instance id stay small
+ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+ORIENTATION = 0x0112  # EXIF 2.3, table 4; 1 = upright
+# What Pillow's decoders raise on damaged files, found by feeding them mutations of valid ones.
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
+          AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error)
+
+# Pillow's own limit stands below ours and is only a guess at what a user wants to open.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def read_size(path) -> tuple[int, int]:
+    """(height, width) of a colour image from its header. UserError if it is not an 8-bit RGB picture."""
+    with _open(path, ENDINGS) as picture:
+        _check_colour(path, picture)
+        return picture.height, picture.width
+
+
+def read_image(path) -> np.ndarray:
+    """The pixels of a PNG, JPEG or TIFF as uint8 (H, W, 3). UserError for all that is not 8-bit RGB."""
+    with _open(path, ENDINGS) as picture:
+        _check_colour(path, picture)
+        return _pixels(path, picture)
+
+
+def read_mask(path) -> np.ndarray:
+    """Class ids as uint8 (H, W) from an 8-bit grey PNG, or from the indices of one with a palette."""
+    remedy = "save it as an 8-bit PNG whose grey value (or palette index) is the class id"
+    with _open(path, {".png": "PNG"}, remedy) as picture:
+        if picture.mode in ("RGB", "RGBA", "LA", "PA", "CMYK"):
+            raise UserError(f"{path}: a colour picture ({picture.mode}) where a mask belongs; {remedy}")
+        # A grey PNG of 2 or 4 bits is stretched to 0..255 by the decoder; palette indices never are.
+        if picture.mode not in ("L", "P") or picture.mode == "L" and _bits(path, picture) != 8:
+            raise UserError(f"{path}: {_bits(path, picture)}-bit values where 8-bit class ids belong; "
+                            f"{remedy}")
+        return _pixels(path, picture)
+
+
+def read_instances(path) -> np.ndarray:
+    """Instance ids as int32 (H, W) from a 16-bit grey PNG, or from a 16- or 32-bit TIFF. 0 = background."""
+    remedy = "save it as a 16-bit grey PNG (or a 32-bit TIFF) whose value is the instance id, 0 = background"
+    with _open(path, {key: value for key, value in ENDINGS.items() if value != "JPEG"}, remedy) as picture:
+        # Pillow calls 16-bit grey "I;16" or, before version 11, "I" in a PNG.
+        if not picture.mode.startswith("I") or _bits(path, picture) not in (16, 32):
+            raise UserError(f"{path}: pixels of kind {picture.mode} where instance ids belong; {remedy}")
+        ids = _pixels(path, picture).astype(np.int64)
+    if ids.min() < 0 or ids.max() > MAX_INSTANCE:
+        raise UserError(f"{path}: instance ids from {ids.min()} to {ids.max()}; number them 1, 2, 3, ... (up "
+                        f"to {MAX_INSTANCE}), 0 = background")
+    return ids.astype(np.int32)
+
+
+def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
+    """The opened picture, header checked: kind and ending agree, one frame, upright, not too large."""
+    path = Path(path)
+    wanted = endings.get(path.suffix.lower())
+    if wanted is None:
+        raise UserError(f"{path}: a file name ending in {path.suffix or 'nothing'!r}; {remedy} "
+                        f"({', '.join(sorted(endings))})")
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: an empty file (0 bytes); copy it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the others are about metadata that nobody reads
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=sorted(set(ENDINGS.values())))
+            kind = "JPEG" if picture.format == "MPO" else picture.format
+            frames = getattr(picture, "n_frames", 1)
+            # A PNG may carry the tag behind its pixels: `_pixels` asks again.
+            early = picture.format != "PNG" or "exif" in picture.info
+            orientation = picture.getexif().get(ORIENTATION, 1) if early else 1
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path}: above the limit of {MAX_PIXELS // 10**6} million pixels "
+                        f"({one_line(error)[:60]}); cut it into regions") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"{path}: not a readable PNG, JPEG or TIFF; {remedy}") from error
+    except DAMAGE as error:
+        raise UserError(f"{path}: {_reason(error)}; copy the file again, or {remedy}") from error
+    try:
+        if kind != wanted:
+            raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
+        if frames != 1:
+            raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant by "
+                            "itself")
+        _check_upright(path, orientation)
+    except UserError:
+        picture.close()
+        raise
+    return picture
+
+
+def _check_upright(path, orientation):
+    if orientation not in (0, 1):
+        raise UserError(f"{path}: the EXIF tag asks viewers to turn the picture (orientation {orientation}), "
+                        "so pixels and annotations may disagree; turn the pixels and save it without the tag")
+
+
+def _check_colour(path, picture):
+    bits = _bits(path, picture)
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        found = "an alpha channel (transparency)"
+    elif bits != 8:
+        found = f"{bits} bits per sample"
+    elif picture.mode != "RGB":
+        found = {"L": "grey values", "P": "a colour palette", "CMYK": "CMYK colours"}.get(
+            picture.mode, f"pixels of kind {picture.mode}")
+    else:
+        return
+    raise UserError(f"{path}: {found} where 8-bit RGB belongs; convert it, for example in Python: "
+                    "PIL.Image.open(old).convert('RGB').save(new)")
+
+
+def _bits(path, picture) -> int:
+    """Bits per sample as the file has them: the mode alone does not tell 8-bit from 16-bit colour."""
+    if picture.format == "PNG":
+        with open(path, "rb") as file:
+            return file.read(25)[24]  # IHDR stands first, at a fixed place (PNG specification, 11.2.2)
+    if picture.format == "TIFF":
+        bits = set(picture.tag_v2.get(258, (1,)))
+        return bits.pop() if len(bits) == 1 else max(bits)
+    return 8
+
+
+def _pixels(path, picture) -> np.ndarray:
+    try:
+        if picture.format == "PNG":
+            with Image.open(path, formats=["PNG"]) as again:
+                again.verify()  # the checksums; a verified picture cannot be decoded, hence a second handle
+        pixels = np.array(picture)
+        _check_upright(path, picture.getexif().get(ORIENTATION, 1))
+        return pixels
+    except MemoryError as error:
+        raise UserError(f"{path}: {picture.width} x {picture.height} pixels do not fit into memory; "
+                        "cut it into regions") from error
+    except DAMAGE as error:
+        raise UserError(f"{path}: truncated or damaged ({_reason(error)}); copy the file again") from error
+
+
+def _reason(error) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(error) or type(error).__name__

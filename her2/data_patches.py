@@ -1,0 +1,226 @@
+"""Random patches for training, and whole regions for evaluation.
+
+How a patch is chosen decides what a network learns (section 3 of the paper compares the first two):
+
+    tumor     a pixel uniform over all tumor pixels of the split, whatever their subtype
+    subtype   a subtype uniform over those present, then a pixel uniform over its pixels
+    uniform   a region in proportion to its pixels, then a position uniform over all that fit into it
+
+The patch is centred on the pixel, moved by up to a quarter of its side (else the network would learn that
+the centre is always tumor) and pushed back inside the region.
+
+Sample `index` of the batch of `step` is a function of (seed, step, index) alone. A run that is interrupted,
+or split over processes, therefore sees the same patches as one that is not.
+
+Synthetic images join as the paper adds them (+ 50 % ... + 400 %): the training set is `num_patches` real
+patches, as many as tile the training regions once, and the first ratio * num_patches synthetic images.
+Training draws uniformly from both together, so a sample is real with probability 1 / (1 + ratio).
+
+Dimension letters: B batch, P side of the patch, H, W region.
+"""
+
+import math
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from her2.data_folder import Dataset
+from her2.run_errors import UserError
+from her2.data_regions import open_roi, tile_files
+from her2.run_seeds import generator, numpy_generator
+from her2.stains import stain_jitter
+from her2.data_tiles import open_tile
+
+SAMPLINGS = ("tumor", "subtype", "uniform")
+
+
+def to_tensors(image, label, instance):
+    """One window -> image (3, H, W) float32 in [-1, 1], label (H, W) int64, instance (H, W) int32."""
+    image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)             # (3, H, W) uint8
+    return (image.float().div(127.5).sub(1).contiguous(), torch.from_numpy(label).long(),
+            torch.from_numpy(instance).int())
+
+
+def dihedral(tensor: torch.Tensor, k: int) -> torch.Tensor:
+    """One of the 8 flips and rotations, on the last two axes: k % 4 quarter turns, then k // 4 flips."""
+    assert k in range(8), f"k is {k}, expected 0..7"
+    tensor = torch.rot90(tensor, k % 4, (-2, -1))
+    return tensor.flip(-1) if k >= 4 else tensor
+
+
+def tiling(height: int, width: int, patch: int) -> list[tuple[int, int]]:
+    """Corners (y, x) of the fewest patches that cover height x width; the last ones are moved inside."""
+    assert height >= patch <= width, f"a patch of {patch} does not fit into {height} x {width}"
+    def starts(n):
+        return [min(i * patch, n - patch) for i in range(math.ceil(n / patch))]
+    return [(y, x) for y in starts(height) for x in starts(width)]
+
+
+def patches_that_tile(rois, patch: int) -> int:
+    """The "dataset size" of the paper's + 50 % ... + 400 %."""
+    # PAPER: not defined there; ours is the number of patches that cover the training regions once.
+    return sum(len(tiling(roi.height, roi.width, patch)) for roi in rois)
+
+
+def _check_patch(rois, patch, where):
+    small = [roi for roi in rois if min(roi.height, roi.width) < patch]
+    if small:
+        raise UserError(f"{where}: {small[0].name} has {small[0].width} x {small[0].height} pixels, less "
+                        f"than a patch of {patch}; use a smaller --patch or larger images ({len(small)} "
+                        "images are too small)")
+
+
+class PatchSampler:
+    """Random patches of one split of a real dataset. UserError where no patch can be drawn.
+
+    flips   augment with the 8 flips and rotations, the same for image, label and instance
+    stain   strength of the stain jitter of the image: 1 = mild, 0 = off (generative models are to learn the
+            stain as it is)
+    """
+
+    def __init__(self, dataset: Dataset, split: str, patch: int, sampling: str = "subtype", seed: int = 0,
+                 flips: bool = True, stain: float = 0.0, cache="cache"):
+        assert sampling in SAMPLINGS, f"sampling {sampling!r}, known are {SAMPLINGS}"
+        self.rois, self.patch, self.sampling, self.seed = dataset.split(split), patch, sampling, seed
+        self.flips, self.stain = flips, stain
+        if not self.rois:
+            raise UserError(f"{dataset.root / 'slides.csv'}: no image in the split {split!r}; add a slide to "
+                            "it")
+        _check_patch(self.rois, patch, dataset.root)
+        self.num_patches = patches_that_tile(self.rois, patch)
+        self.files = tile_files(self.rois, dataset.classes, cache)
+        tumor = dataset.classes.tumor_ids
+        counts = {c: np.array([open_tile(file).count([c]) for file in self.files]) for c in tumor}
+        self.present = [c for c in tumor if counts[c].any()]
+        if sampling != "uniform" and not self.present:
+            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images or use "
+                            "another split")
+        if sampling == "subtype" and len(self.present) < len(tumor):
+            absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
+            print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other subtypes "
+                  "are sampled uniformly", file=sys.stderr)
+        # Groups of classes whose pixels are drawn from alike; per group the running sum over regions of
+        # what is drawn from (pixels of its classes, or all pixels). PAPER: "uniformly across all tumor
+        # subtypes": all five, LCIS/DCIS is one of them.
+        self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
+        self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups]
+        if sampling == "uniform":
+            self.groups, self.ends = [None], [np.cumsum([roi.height * roi.width for roi in self.rois])]
+
+    def place(self, rng: np.random.Generator) -> tuple[int, int, int]:
+        """(index of the region, y, x) of a random patch."""
+        k = int(rng.integers(len(self.groups)))
+        rank = int(rng.integers(self.ends[k][-1]))
+        which = int(np.searchsorted(self.ends[k], rank, side="right"))
+        roi, p = self.rois[which], self.patch
+        if self.sampling == "uniform":
+            return which, int(rng.integers(roi.height - p + 1)), int(rng.integers(roi.width - p + 1))
+        before = int(self.ends[k][which - 1]) if which else 0
+        centre = open_tile(self.files[which]).pixel(self.groups[k], rank - before)
+        y, x = np.array(centre) - p // 2 + rng.integers(-(p // 4), p // 4 + 1, size=2)
+        return which, int(np.clip(y, 0, roi.height - p)), int(np.clip(x, 0, roi.width - p))
+
+    def draw(self, rng: np.random.Generator):
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch, not augmented."""
+        which, y, x = self.place(rng)
+        pixels = open_tile(self.files[which]).window(y, x, self.patch, self.patch)
+        return *pixels, f"{self.rois[which].name} x={x} y={y}"
+
+    def window(self, which: int, y: int, x: int):
+        """The tensors of the patch of region `which` at row y, column x, not augmented."""
+        return to_tensors(*open_tile(self.files[which]).window(y, x, self.patch, self.patch))
+
+    def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
+        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
+        return make_batch(self, step, range(batch_size)[start:stop])
+
+
+class MixedSampler:
+    """Patches of `real` and images of `synthetic` (`load_synthetic`), the latter `ratio` times as many.
+
+    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`.
+    """
+
+    def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
+        assert ratio > 0, f"ratio is {ratio}, it must be positive; without synthetic images use PatchSampler"
+        self.real, self.ratio, self.patch, self.num_patches = real, ratio, real.patch, real.num_patches
+        self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
+        wanted = max(1, round(ratio * real.num_patches))
+        if len(synthetic.rois) < wanted:
+            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs "
+                            f"{wanted}; make more: python generate.py --out {synthetic.root} --ratio "
+                            f"{ratio:g}")
+        self.rois = synthetic.rois[:wanted]
+        _check_patch(self.rois, real.patch, synthetic.root)
+        self.files = tile_files(self.rois, synthetic.classes, cache)
+
+    def draw(self, rng: np.random.Generator):
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented."""
+        if rng.random() < 1 / (1 + self.ratio):
+            return self.real.draw(rng)
+        which = int(rng.integers(len(self.rois)))
+        tile = open_tile(self.files[which])
+        y, x = int(rng.integers(tile.height - self.patch + 1)), int(rng.integers(tile.width - self.patch + 1))
+        return *tile.window(y, x, self.patch, self.patch), self.rois[which].name
+
+    def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
+        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
+        return make_batch(self, step, range(batch_size)[start:stop])
+
+
+def make_batch(sampler, step: int, indices) -> dict:
+    """Draw and augment the samples `indices` of the batch of `step`.
+
+    Returns a dict of image (B, 3, P, P) float32 in [-1, 1], label (B, P, P) int64, instance (B, P, P) int32
+    and names, a list of B texts that say where each sample comes from.
+    """
+    images, labels, instances, names = [], [], [], []
+    for index in indices:
+        rng = numpy_generator(sampler.seed, "patch", step, index)
+        *arrays, name = sampler.draw(rng)
+        image, label, instance = map(torch.from_numpy, arrays)
+        k = int(rng.integers(8)) if sampler.flips else 0
+        images.append(dihedral(image.permute(2, 0, 1), k))
+        labels.append(dihedral(label, k))
+        instances.append(dihedral(instance, k))
+        names.append(name)
+    image = torch.stack(images).float().div_(127.5).sub_(1)                            # (B, 3, P, P)
+    if sampler.stain > 0:
+        for one, index in zip(image, indices):
+            one[:] = stain_jitter(one[None], generator(sampler.seed, "stain", step, index),
+                                  scale=0.1 * sampler.stain, shift=0.01 * sampler.stain)[0]
+    return {"image": image, "label": torch.stack(labels).long(), "instance": torch.stack(instances),
+            "names": names}
+
+
+class _Steps(torch.utils.data.Dataset):
+    """The batches of steps first..last-1 as a map-style dataset, for worker processes."""
+
+    def __init__(self, sampler, first, last, arguments):
+        self.sampler, self.first, self.last, self.arguments = sampler, first, last, arguments
+
+    def __len__(self):
+        return max(0, self.last - self.first)
+
+    def __getitem__(self, k):
+        return self.sampler.batch(self.first + k, *self.arguments)
+
+
+def loader(sampler, first_step: int, last_step: int, batch_size: int, start: int = 0, stop=None,
+           workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """An iterable over the batches of steps first_step..last_step-1, in order; `workers` make them ahead."""
+    steps = _Steps(sampler, first_step, last_step, (batch_size, start, stop))
+    # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
+    # make other random numbers depend on how often a run was resumed. No batch uses it.
+    return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory,
+                      generator=torch.Generator(), multiprocessing_context="spawn" if workers else None)
+
+
+def iterate_rois(dataset: Dataset, split: str, cache="cache"):
+    """The regions of a split, whole, one at a time: (roi, image, label, instance) with a batch axis of 1."""
+    for roi in dataset.split(split):
+        tile = open_roi(roi, dataset.classes, cache)
+        image, label, instance = to_tensors(*tile.window(0, 0, tile.height, tile.width))
+        yield roi, image[None], label[None], instance[None]

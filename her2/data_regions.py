@@ -1,0 +1,126 @@
+"""The pixels of one region of interest, with class and instance ids, from whatever format they come in.
+
+    image (H, W, 3) uint8        label (H, W) uint8 class ids        instance (H, W) int32, 0 = none
+
+An instance is what the paper calls a tumor tissue instance (section 2.1): a group of cells of one subtype,
+drawn as one polygon. It is the unit of relabelling, so two rules hold for every image, whatever its format:
+instance != 0 exactly where label != 0, and an instance has one class.
+
+`read_roi` decodes; `open_roi` gives the memory-mapped copy of the same (see `data_tiles`), made on first use.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from her2.data_annotations import place_polygons, polygon_classes, read_annotations
+from her2.data_classes import ClassTable
+from her2.run_errors import UserError
+from her2.data_images import read_image, read_instances, read_mask
+from her2.polygons import connected_components, paint
+from her2.data_slides import ROI
+from her2.data_tiles import VERSION, Tile, ensure_tile, open_tile, tile_arrays
+
+
+def read_roi(roi: ROI, classes: ClassTable):
+    """Decode one region: image (H, W, 3) uint8, label (H, W) uint8, instance (H, W) int32."""
+    image = read_image(roi.image)
+    if image.shape[:2] != (roi.height, roi.width):
+        raise UserError(f"{roi.image}: changed while it was used; start again")
+    if roi.mask is not None:
+        label, instance = _read_mask_and_instances(roi, classes)
+    else:
+        polygons, class_ids, _ = read_polygons(roi, classes)
+        label, instance = paint(polygons, class_ids, roi.height, roi.width)
+    return image, label, instance
+
+
+def read_polygons(roi: ROI, classes: ClassTable):
+    """The annotations of one region: (polygons, class ids, how many annotations were left out by kind).
+
+    A polygon is a list of rings in pixels of the region's image.
+    """
+    if roi.annotations is None:
+        return [], [], Counter()
+    found, skipped = read_annotations(roi.annotations, image=roi.image)
+    place = roi.x, roi.y, roi.downsample
+    polygons, outside = place_polygons(found, roi.annotations, roi.height, roi.width, *place)
+    return [p.rings for p in polygons], polygon_classes(polygons, classes, roi.annotations), skipped + outside
+
+
+def _read_mask_and_instances(roi, classes):
+    """(label uint8, instance int32) of a region with a mask, checked against table, image and each other."""
+    label = read_mask(roi.mask)
+    _check_size(roi.mask, label, roi)
+    ids = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256)).tolist()
+    unknown = [i for i in ids if i >= len(classes)]
+    table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
+    if unknown == [255] and set(ids) <= {0, 255}:
+        raise UserError(f"{roi.mask}: holds only 0 and 255, a black-and-white picture; write the class id "
+                        f"into each pixel ({table})")
+    if unknown:
+        raise UserError(f"{roi.mask}: ids {', '.join(map(str, unknown[:8]))} are not in the class table "
+                        f"({table}); correct the mask or add the classes in classes.json")
+    if roi.instances is None:
+        return label, connected_components(label)
+    instance = read_instances(roi.instances)
+    _check_size(roi.instances, instance, roi)
+    stray = int(((instance != 0) != (label != 0)).sum())
+    if stray:
+        raise UserError(f"{roi.instances}: {stray} pixels where only one of instances and mask is background "
+                        "(0); number exactly the pixels that have a class, or leave the instances cell empty")
+    class_of = np.zeros(instance.max() + 1, np.uint8)
+    class_of[instance] = label
+    torn = np.unique(instance[class_of[instance] != label])
+    if len(torn):
+        raise UserError(f"{roi.instances}: instance {torn[0]} ({len(torn)} in all) spans two classes of the "
+                        "mask; give each class its own instances, or leave the instances cell empty")
+    return label, instance
+
+
+def _check_size(path, pixels, roi):
+    if pixels.shape != (roi.height, roi.width):
+        raise UserError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but its image {roi.name} has "
+                        f"{roi.width} x {roi.height}; export both at the same size")
+
+
+def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """The tile of one region in the folder `cache`, made if it is not there yet.
+
+    Its name is a hash of all that its content depends on. The labels' files are small and enter with their
+    content; the image enters with its place, size, time and last bytes (which in a PNG hold a checksum of all
+    its pixels).
+    """
+    status = roi.image.stat()
+    with open(roi.image, "rb") as file:
+        file.seek(max(0, status.st_size - 4096))
+        tail = file.read()
+    labels = [path.read_bytes() if path else b"" for path in (roi.annotations, roi.mask, roi.instances)]
+    text = json.dumps([VERSION, str(roi.image.resolve()), status.st_size, status.st_mtime_ns, roi.x, roi.y,
+                       roi.downsample, classes.to_json(), [len(content) for content in labels]])
+    key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
+    return ensure_tile(Path(cache) / f"{roi.image.stem[:60]}-{key}.tile",
+                       lambda: tile_arrays(*read_roi(roi, classes), len(classes)))
+
+
+def tile_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
+    """`tile_file` for many regions, with a progress bar when it takes longer than a moment."""
+    bar = tqdm(rois, desc="reading regions", unit="ROI", delay=3, disable=None)
+    return [tile_file(roi, classes, cache) for roi in bar]
+
+
+def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> Tile:
+    """The memory-mapped region; decoded only on first use. See `data_tiles` for what it holds and costs."""
+    return open_tile(tile_file(roi, classes, cache))
+
+
+def class_pixels(rois: list[ROI], classes: ClassTable, cache="cache") -> dict:
+    """{class id: pixels} over all of `rois`."""
+    totals = np.zeros(len(classes), np.int64)
+    for path in tile_files(rois, classes, cache):
+        totals += open_tile(path).row_counts.sum(axis=1)
+    return dict(enumerate(totals.tolist()))

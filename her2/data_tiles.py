@@ -1,0 +1,146 @@
+"""A region of interest as one flat file, so that a patch costs a copy of its pixels and nothing else.
+
+Training draws millions of random patches from regions of, say, 6200 x 6200 pixels. Decoding the PNG for
+each would cost a second per patch, and all regions decoded would fill 100 GB of memory. So every region is
+decoded once into a file of plain arrays that the operating system maps into memory: a patch reads only the
+pages under it, and pages in memory are a cache that is given back when something else needs the room.
+
+    image       (H, W, 3) uint8
+    instance    (H, W) the smallest unsigned type that holds the largest id; 0 = background
+    class_of    (N + 1,) uint8: class id of each instance, so that  label = class_of[instance]
+    row_counts  (K, H) int32: pixels of class k in row y
+
+The label needs no map of its own because an instance has one class. The row counts make it possible to draw
+exactly uniformly from the pixels of a class without a list of them: the rank of a pixel is looked up in the
+running sum over rows, and only the one row that holds it is read (`pixel`).
+
+Cost on disk: 4 bytes per pixel up to 255 instances in a region, 5 up to 65,535: 154 MB for 6200 x 6200.
+The files can be deleted whenever no program runs. They are written beside and renamed, so a crash leaves no
+half one; a file of the wrong length or with a damaged index is made again. Flipped bits among the pixels
+are not looked for: it would mean to read every file to its end on every start.
+
+Dimension letters: H, W region; h, w window; K classes; N largest instance id.
+"""
+
+import struct
+import sys
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from her2.run_errors import atomic_write
+
+VERSION = 1  # part of every key: raise it when the layout or the meaning of the file changes
+# The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
+# class_of (in this order each is aligned to its item size).
+MAGIC = b"HER2TILE"
+NUMBERS = struct.Struct("<5q")  # H, W, K, N + 1, bytes per instance id
+
+
+class Tile:
+    """The mapped arrays of one region; see the module's docstring for their shapes. Never write to them."""
+
+    def __init__(self, class_of, row_counts, instance, image):
+        self.class_of, self.row_counts, self.instance, self.image = class_of, row_counts, instance, image
+
+    @property
+    def height(self) -> int:
+        return self.image.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.image.shape[1]
+
+    def window(self, y: int, x: int, height: int, width: int):
+        """Copies of image (h, w, 3) uint8, label (h, w) uint8, instance (h, w) int32 at row y, column x."""
+        assert 0 <= y <= self.height - height and 0 <= x <= self.width - width, \
+            f"window {height} x {width} at row {y}, column {x} leaves {self.height} x {self.width}"
+        area = slice(y, y + height), slice(x, x + width)
+        instance = np.array(self.instance[area])                                       # (h, w)
+        return np.array(self.image[area]), self.class_of[instance], instance.astype(np.int32)
+
+    def count(self, class_ids) -> int:
+        """Number of pixels whose class is one of `class_ids`."""
+        return int(self.row_counts[list(class_ids)].sum())
+
+    def pixel(self, class_ids, rank: int) -> tuple[int, int]:
+        """(row, column) of pixel number `rank` among those of `class_ids`, row by row from the top."""
+        ends = np.cumsum(self.row_counts[list(class_ids)].sum(axis=0))                 # (H,)
+        assert 0 <= rank < ends[-1], f"pixel {rank} of {ends[-1]}"
+        y = int(np.searchsorted(ends, rank, side="right"))
+        wanted = np.isin(self.class_of, class_ids)                                     # (N + 1,)
+        columns = np.flatnonzero(wanted[self.instance[y]])
+        return y, int(columns[rank - (ends[y] - len(columns))])
+
+
+def tile_arrays(image, label, instance, num_classes: int) -> dict:
+    """The four arrays of a tile, from image (H, W, 3) uint8, label (H, W) uint8 and instance (H, W) int32."""
+    class_of = np.zeros(int(instance.max()) + 1, dtype=np.uint8)
+    class_of[instance] = label
+    assert (class_of[instance] == label).all(), "an instance has more than one class"
+    height = len(label)
+    row_counts = np.zeros((num_classes, height), dtype=np.int32)
+    for y in range(height):
+        row_counts[:, y] = np.bincount(label[y], minlength=num_classes)
+    return {"class_of": class_of, "row_counts": row_counts, "image": image,
+            "instance": instance.astype(np.min_scalar_type(len(class_of) - 1))}
+
+
+def write_tile(path, arrays: dict) -> None:
+    """Write header and arrays; atomic."""
+    height, width = arrays["instance"].shape
+    numbers = NUMBERS.pack(height, width, len(arrays["row_counts"]), len(arrays["class_of"]),
+                           arrays["instance"].dtype.itemsize)
+    contents = {name: np.ascontiguousarray(array).data for name, array in arrays.items()}
+
+    def write(file):
+        file.write(MAGIC + numbers + _checksum(numbers, contents["row_counts"], contents["class_of"]))
+        for name in ("row_counts", "instance", "image", "class_of"):
+            file.write(contents[name])
+    atomic_write(path, write)
+
+
+def _checksum(*parts) -> bytes:
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value.to_bytes(4, "little")
+
+
+@lru_cache(maxsize=128)  # an open tile holds a file handle, and systems grant as few as 256 of them
+def open_tile(path) -> Tile:
+    """Map a tile file. Raises ValueError when it is not whole, FileNotFoundError when there is none."""
+    size, start = Path(path).stat().st_size, len(MAGIC) + NUMBERS.size + 4
+    if size < start:
+        raise ValueError(f"{size} bytes")
+    content = np.memmap(path, dtype=np.uint8, mode="r")  # one mapping, so one file handle, for all arrays
+    numbers = content[len(MAGIC):start - 4].tobytes()
+    height, width, num_classes, ids, item = NUMBERS.unpack(numbers)
+    shapes = {"row_counts": ((num_classes, height), "<i4"), "instance": ((height, width), f"<u{item}"),
+              "image": ((height, width, 3), "u1"), "class_of": ((ids,), "u1")}
+    lengths = [4 * num_classes * height, height * width * item, height * width * 3, ids]
+    if content[:len(MAGIC)].tobytes() != MAGIC or min(lengths) <= 0 or start + sum(lengths) != size:
+        raise ValueError(f"{size} bytes, which is not the length in its header")
+    arrays = {}
+    for (name, (shape, dtype)), length in zip(shapes.items(), lengths):
+        arrays[name] = np.ndarray(shape, dtype, buffer=content, offset=start)
+        start += length
+    if content[len(MAGIC) + NUMBERS.size:][:4].tobytes() != _checksum(numbers, arrays["row_counts"].data,
+                                                                     arrays["class_of"].data):
+        raise ValueError("wrong checksum")
+    return Tile(**arrays)
+
+
+def ensure_tile(path, build) -> Path:
+    """Make the tile file `path` from `build() -> arrays` unless a whole one is there. Returns `path`."""
+    path = Path(path)
+    if path.exists():
+        try:
+            open_tile(path)
+            return path
+        except ValueError as error:
+            print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
+    write_tile(path, build())
+    return path

@@ -1,0 +1,289 @@
+"""Pictures with Pillow and numpy alone: a canvas for drawing, and arrays of pixels shown side by side.
+
+Two kinds of picture are made here and in `draw_axes`:
+
+    images     tissue, label maps and their outlines, put in a grid with captions (the paper's Fig. 4)
+    drawings   lines, boxes and text (`Canvas`); `draw_axes` and `draw_charts` builds axes and diagrams on it (Figs. 2, 5, 6)
+
+Antialiasing is supersampling: everything is drawn `SCALE` times too large and averaged down once, so a
+line of width 1.5 looks like one. Images pasted on a canvas skip that step: their pixels stay what they are.
+
+Colours of lines are those of Okabe and Ito (2008), made to be told apart by colour-blind readers. Tissue
+classes keep the colour of their class table, everywhere.
+
+Dimension letters: B batch, H height, W width, K classes. A picture is a uint8 array (H, W, 3).
+"""
+
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from her2.run_errors import atomic_write
+
+SCALE = 2                                                           # supersampling per side
+INK, GREY, PALE = (38, 38, 38), (120, 120, 120), (225, 225, 225)    # text, axes / notes / grid lines
+BLUE, VERMILION, GREEN = (0, 114, 178), (213, 94, 0), (0, 158, 115)
+PURPLE, ORANGE, SKY = (204, 121, 167), (230, 159, 0), (86, 180, 233)
+CYCLE = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY]
+
+
+@lru_cache(maxsize=None)
+def font(size: float):
+    return ImageFont.load_default(size * SCALE)
+
+
+def printable(text) -> str:
+    """What Pillow's built-in typeface can draw of `text`: Latin without accents, and the sign +-."""
+    letters = unicodedata.normalize("NFKD", str(text).replace("\u2212", "-").replace("\u2013", "-"))
+    letters = "".join(c for c in letters if not unicodedata.combining(c))
+    return "".join(c if " " <= c <= "~" or c in "\u00b1\u00b0\u00b7\n" else "?" for c in letters)
+
+
+def text_width(text, size=14) -> float:
+    """Width of the longest line of `text`, in pixels of the finished picture."""
+    return max(font(size).getlength(line) for line in printable(text).split("\n")) / SCALE
+
+
+def tint(color, amount) -> tuple:
+    """`color` mixed with white: 1 keeps it, 0 is white. A light fill that needs no transparency."""
+    return tuple(int(round(255 - amount * (255 - c))) for c in color)
+
+
+class Canvas:
+    """A white sheet of `width` x `height` pixels. All coordinates are in pixels of the finished picture."""
+
+    def __init__(self, width, height):
+        self.width, self.height = int(round(width)), int(round(height))
+        assert 0 < self.width <= 20000 and 0 < self.height <= 20000, f"canvas of {width} x {height} pixels"
+        self.sheet = Image.new("RGB", (self.width * SCALE, self.height * SCALE), "white")
+        self.draw = ImageDraw.Draw(self.sheet)
+        self.pasted = []
+
+    def line(self, points, color=INK, width=1.0, dash=None):
+        """A polyline through `points` [(x, y), ...]; `dash` = (on, off) in pixels."""
+        points = [(float(x) * SCALE, float(y) * SCALE) for x, y in points]
+        width = max(1, int(round(width * SCALE)))
+        if dash is None:
+            self.draw.line(points, fill=color, width=width, joint="curve")
+            return
+        for (x0, y0), (x1, y1) in zip(points, points[1:]):
+            length = np.hypot(x1 - x0, y1 - y0)
+            for start in np.arange(0, length, sum(dash) * SCALE):
+                a, b = start / length, min(start + dash[0] * SCALE, length) / length
+                self.draw.line([(x0 + a * (x1 - x0), y0 + a * (y1 - y0)),
+                                (x0 + b * (x1 - x0), y0 + b * (y1 - y0))], fill=color, width=width)
+
+    def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, width=1.0):
+        corners = [min(x0, x1) * SCALE, min(y0, y1) * SCALE, max(x0, x1) * SCALE, max(y0, y1) * SCALE]
+        self.draw.rectangle(corners, fill=fill, outline=outline, width=max(1, int(round(width * SCALE))))
+
+    def dot(self, x, y, radius=3.0, fill=INK, outline=None):
+        x, y, radius = x * SCALE, y * SCALE, radius * SCALE
+        box = [x - radius, y - radius, x + radius, y + radius]
+        self.draw.ellipse(box, fill=fill, outline=outline, width=SCALE)
+
+    def diamond(self, x, y, radius=4.5, fill=INK, outline=INK):
+        corners = [(x - radius, y), (x, y - radius), (x + radius, y), (x, y + radius)]
+        corners = [(a * SCALE, b * SCALE) for a, b in corners]
+        self.draw.polygon(corners, fill=fill, outline=outline, width=SCALE)
+
+    def text(self, x, y, text, size=14, color=INK, anchor="la", turned=False):
+        """`text` at (x, y); `anchor` as in Pillow (left/middle/right + ascender/middle/descender).
+
+        `turned` writes from bottom to top, centred on (x, y): the label of a vertical axis."""
+        text = printable(text)
+        if not turned:
+            self.draw.text((x * SCALE, y * SCALE), text, color, font(size), anchor, align="center")
+            return
+        width, height = int(text_width(text, size) * SCALE) + 4, int(size * SCALE * 1.5)
+        strip = Image.new("L", (width, height), 0)
+        ImageDraw.Draw(strip).text((width // 2, height // 2), text, font=font(size), fill=255, anchor="mm")
+        strip = strip.transpose(Image.Transpose.ROTATE_90)
+        corner = (int(x * SCALE) - strip.width // 2, int(y * SCALE) - strip.height // 2)
+        self.sheet.paste(color, (*corner, corner[0] + strip.width, corner[1] + strip.height), strip)
+
+    def paste(self, image, x, y):
+        """An image (H, W, 3) uint8 with its upper left corner at (x, y), pixel for pixel."""
+        self.pasted.append((int(round(x)), int(round(y)), image))
+
+    def legend(self, entries, x, y, right, size=13, marker="line") -> float:
+        """(name, color) pairs in rows from (x, y) that end before `right`; returns the y below them."""
+        row, left = size * 1.6, x
+        for name, color in entries:
+            width = text_width(name, size) + 44
+            if x > left and x + width > right:
+                x, y = left, y + row
+            if marker == "line":
+                self.line([(x, y + row / 2), (x + 18, y + row / 2)], color, 2.5)
+            else:
+                self.rectangle(x + 3, y + row / 2 - 6, x + 15, y + row / 2 + 6, color, INK, 0.5)
+            self.text(x + 23, y + row / 2, name, size, anchor="lm")
+            x += width
+        return y + row
+
+    def array(self) -> np.ndarray:
+        """The finished picture, (H, W, 3) uint8."""
+        image = np.array(self.sheet.resize((self.width, self.height), Image.Resampling.BOX))
+        for x, y, part in self.pasted:
+            image[y:y + part.shape[0], x:x + part.shape[1]] = part
+        return image
+
+
+def save_png(path, image, palette=None) -> None:
+    """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W), as PNG: whole or not at all.
+
+    `palette`, a flat list r, g, b, r, g, b, ..., makes a (H, W) uint8 label map one that any viewer shows in
+    colour while its stored values stay the class ids. Instance ids go to 16 bit; above 65535 is an error.
+    """
+    if not isinstance(image, Image.Image):
+        image = np.asarray(image)
+        if image.dtype in (np.int32, np.int64, np.uint32) and image.ndim == 2:
+            low, high = image.min(), image.max()
+            assert low >= 0 and high <= 65535, f"ids {low}..{high} do not fit 16 bit"
+            image = image.astype(np.uint16)
+        assert image.dtype in (np.uint8, np.uint16), f"a PNG holds uint8 or uint16, found {image.dtype}"
+        assert image.ndim == 2 or image.shape[2:] == (3,), f"no picture of shape {image.shape}"
+        image = Image.fromarray(np.ascontiguousarray(image))
+    if palette is not None:
+        assert image.mode == "L", f"a palette goes with 8-bit class ids, found mode {image.mode}"
+        image.putpalette(palette)
+    atomic_write(path, lambda file: image.save(file, format="PNG"))
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) or (3, H, W) in [-1, 1] -> (B, H, W, 3) or (H, W, 3) uint8; NaN becomes black."""
+    assert image.dim() in (3, 4) and image.shape[-3] == 3, f"image of shape {tuple(image.shape)}"
+    image = torch.nan_to_num(image.detach().float().cpu(), nan=-1.0)
+    return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().numpy()
+
+
+def to_array(values) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def colorize(label, classes) -> np.ndarray:
+    """Class ids (..., H, W), tensor or array -> their colours in the class table, (..., H, W, 3) uint8."""
+    label = to_array(label)
+    low, high = label.min(), label.max()
+    assert low >= 0 and high < len(classes), f"class ids {low}..{high} of {len(classes)} classes"
+    return classes.colors[label]
+
+
+def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
+    """`image` (H, W, 3) uint8 with the rim of every tissue instance in the colour of its class.
+
+    The rim lies inside the instance, so that touching instances both keep theirs; a thin dark line
+    around it separates light class colours from light tissue. Background has no rim.
+    """
+    label = to_array(label)
+    instance = label if instance is None else to_array(instance)
+    assert image.shape == (*label.shape, 3) and instance.shape == label.shape, \
+        f"image {image.shape}, label {label.shape}, instance {instance.shape}"
+
+    def rim(thickness):
+        padded = np.pad(instance, thickness, mode="edge")
+        height, length = instance.shape
+        edge = np.zeros(instance.shape, bool)
+        for dy in range(-thickness, thickness + 1):
+            for dx in range(-thickness, thickness + 1):
+                if dy * dy + dx * dx <= thickness * thickness:
+                    edge |= padded[thickness + dy:thickness + dy + height,
+                                   thickness + dx:thickness + dx + length] != instance
+        return edge & (label > 0)
+
+    drawn = image.copy()
+    drawn[rim(width + 1)] = (40, 40, 40)
+    inner = rim(width)
+    drawn[inner] = classes.colors[label[inner]]
+    return drawn
+
+
+def fit(image, cell) -> np.ndarray:
+    """`image` (H, W, 3) or (H, W) with its longer side at `cell` pixels: whole steps up, smooth down."""
+    image = Image.fromarray(to_array(image)).convert("RGB")
+    longer = max(image.size)
+    if longer <= cell:
+        factor = max(1, cell // longer)
+        return np.array(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
+    size = [max(1, round(side * cell / longer)) for side in image.size]
+    return np.array(image.resize(size, Image.Resampling.LANCZOS))
+
+
+def samples_png(folder, step: int, classes=None, **rows) -> None:
+    """samples/stepNNNNNN.png of a run folder: one row per keyword, its name is the caption.
+
+    A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) int64 (needs `classes`),
+    or prob (B, H, W) in 0..1.
+    """
+    pictures = []
+    for batch in rows.values():
+        if batch.dim() == 4:
+            pictures.append(list(to_uint8(batch)))
+        elif batch.is_floating_point():
+            pictures.append(list(np.repeat((to_array(batch) * 255).round().astype(np.uint8)[..., None], 3,
+                                           axis=-1)))
+        else:
+            pictures.append(list(colorize(batch, classes)))
+    captions = [name.replace("_", " ") for name in rows]
+    save_png(Path(folder) / "samples" / f"step{step:06d}.png", image_grid(pictures, row_captions=captions))
+
+
+def image_grid(rows, row_captions=None, column_captions=None, title=None, cell=192, legend=()) -> np.ndarray:
+    """Images in rows and columns with captions.
+
+    rows             lists of (H, W, 3) uint8 arrays of any size, None for an empty place
+    row_captions     one short text per row, left of it; lines are separated by a line feed
+    column_captions  one text per column, above it
+    cell             width of a column in pixels: images are scaled to it
+    legend           (name, color) pairs below the images, see `class_legend`
+    """
+    assert rows and any(len(row) for row in rows), "a grid needs at least one image"
+    columns, gap, small = max(len(row) for row in rows), 6, 13
+    fitted = [[None if image is None else fit(image, cell) for image in row] for row in rows]
+    heights = [max((image.shape[0] for image in row if image is not None), default=20) for row in fitted]
+    column_width = max(image.shape[1] for row in fitted for image in row if image is not None)
+    if column_captions:
+        column_width = max(column_width, int(max(text_width(text, small) for text in column_captions)) + 1)
+    left = gap + (int(max(text_width(text, small) for text in row_captions)) + 10 if row_captions else 0)
+    lines = max((str(text).count("\n") + 1 for text in column_captions or []), default=0)
+    top = int(gap + (26 if title else 0) + (small * 1.4 * lines + 4 if lines else 0))
+    width = max(left + columns * (column_width + gap), gap * 2 + (int(text_width(title, 16)) if title else 0))
+    below = Canvas(width, 1).legend(legend, left, 4, width - gap, small, "box") if legend else 0
+    canvas = Canvas(width, top + sum(heights) + gap * len(rows) + below + (4 if legend else 0))
+    if title:
+        canvas.text(gap, gap, title, 16)
+    for i, text in enumerate(column_captions or []):
+        canvas.text(left + i * (column_width + gap) + column_width / 2, top - 5, text, small, anchor="md")
+    y = top
+    for i, row in enumerate(fitted):
+        if row_captions:
+            canvas.text(left - 9, y + heights[i] / 2, row_captions[i], small, anchor="rm")
+        for j, image in enumerate(row):
+            if image is not None:
+                x = int(left + j * (column_width + gap) + (column_width - image.shape[1]) // 2)
+                canvas.rectangle(x - 0.5, y - 0.5, x + image.shape[1], y + image.shape[0], outline=GREY)
+                canvas.paste(image, x, y)
+        y += heights[i] + gap
+    canvas.legend(legend, left, y + 2, width - gap, small, "box")
+    return canvas.array()
+
+
+def class_legend(classes, tumor_only=False) -> list:
+    """(name, color) of the class table, for `legend`."""
+    return [(entry.name, tuple(entry.color)) for entry in classes.classes if entry.tumor or not tumor_only]
+
+
+def side_by_side(rows, classes, cell=256) -> np.ndarray:
+    """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the four pictures (H, W, 3) uint8."""
+    columns = {"label": "Label asked for", "original": "Original", "gan": "GAN", "ldm": "Diffusion",
+               "inpaint": "Inpainting"}
+    present = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    rows = [{**row, "label": colorize(row["label"], classes)} for row in rows]
+    pictures = [[row.get(key) for key in present] for row in rows]
+    captions = [row.get("caption", "") for row in rows]
+    return image_grid(pictures, captions, [columns[key] for key in present], cell=cell,
+                      legend=class_legend(classes))

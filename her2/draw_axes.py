@@ -1,0 +1,224 @@
+"""Axes with round ticks, and the curves of a training run.
+
+A log holds thousands of noisy losses. `draw_curves` shows each series twice: as recorded, in a light tint,
+and as a moving median, in full colour. Numbers alone say little, so a panel takes reference values, drawn as
+dashed lines with their names in the right margin ("predicts nothing 0.69"): a curve that does not leave its
+reference has learned nothing.
+
+The range of an axis follows the smoothed curves and the 1st to 99th percentile of the records; single spikes
+run along the frame instead of flattening everything else.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from her2.draw import CYCLE, GREY, INK, PALE, Canvas, save_png, text_width, tint
+
+
+def nice_ticks(low, high, count=5) -> list:
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
+    assert math.isfinite(low) and math.isfinite(high) and low <= high, f"range {low} to {high}"
+    if low == high:
+        room = max(abs(low) * 0.1, 0.05)
+        low, high = max(low - room, 0.0) if low >= 0 else low - room, high + room
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / rough)))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def log_ticks(low, high) -> list:
+    """Ticks of a logarithmic axis around [low, high]: powers of ten, and 2 and 5 times them over few decades.
+
+    The first and last enclose the range; over many decades the powers are thinned."""
+    assert 0 < low <= high, f"a logarithmic axis from {low} to {high}"
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    if last - first > 3:
+        step = math.ceil((last - first) / 8)
+        return [10.0 ** (first + i * step) for i in range(math.ceil((last - first) / step) + 1)]
+    ticks = [float(f"{m}e{e}") for e in range(first - 1, last + 2) for m in (1, 2, 5)]
+    below = max(i for i, tick in enumerate(ticks) if tick <= low * 1.0001)
+    above = min(i for i, tick in enumerate(ticks) if tick >= high * 0.9999)
+    return ticks[below:max(above, below + 1) + 1]
+
+
+def tick_texts(ticks) -> list:
+    """One text per tick, all with the same number of decimals."""
+    largest = max(abs(t) for t in ticks)
+    steps = [b - a for a, b in zip(ticks, ticks[1:])]
+    if max(steps) > 1.5 * min(steps):                                        # logarithmic
+        return [f"{t:g}" for t in ticks]
+    if largest >= 10000:
+        return [f"{t / 1000:g}k" if t else "0" for t in ticks]
+    if 0 < largest < 0.001:
+        digits = max(0, math.floor(math.log10(largest) + 1e-9) - math.floor(math.log10(steps[0]) + 1e-9))
+        return [f"{t:.{digits}e}".replace("e-0", "e-") if t else "0" for t in ticks]
+    return [f"{t:.{max(0, -math.floor(math.log10(steps[0]) + 1e-9))}f}" for t in ticks]
+
+
+class Axes:
+    """A frame on a canvas with data coordinates. `x_range`, `y_range` are (low, high) of the data."""
+
+    def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log_y=False):
+        assert left < right and top < bottom, f"no room: {left}..{right}, {top}..{bottom}"
+        self.canvas, self.log_y = canvas, log_y
+        self.left, self.top, self.right, self.bottom = left, top, right, bottom
+        (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
+
+    def x(self, value):
+        return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
+
+    def y(self, value):
+        """Vertical place of a value; what lies beyond the range is put on the frame."""
+        low, high, value = (math.log(max(v, 1e-300)) if self.log_y else v for v in (self.y0, self.y1, value))
+        share = min(max((value - low) / (high - low), 0.0), 1.0)
+        return self.bottom - share * (self.bottom - self.top)
+
+    def frame(self, y_ticks, y_label="", x_ticks=(), x_label="", size=13):
+        """Light lines at the vertical ticks, the two axes, tick texts and labels."""
+        canvas, texts = self.canvas, tick_texts(y_ticks)
+        for tick, text in zip(y_ticks, texts):
+            if self.y0 <= tick <= self.y1:
+                canvas.line([(self.left, self.y(tick)), (self.right, self.y(tick))], PALE, 1)
+                canvas.text(self.left - 7, self.y(tick), text, size, anchor="rm")
+        if y_label:
+            room = max(text_width(text, size) for text in texts)
+            middle = (self.top + self.bottom) / 2
+            canvas.text(self.left - 7 - room - size, middle, y_label, size + 1, turned=True)
+        if len(x_ticks) > 1:
+            for tick, text in zip(x_ticks, tick_texts(x_ticks)):
+                canvas.line([(self.x(tick), self.bottom), (self.x(tick), self.bottom + 5)], INK, 1)
+                canvas.text(self.x(tick), self.bottom + 8, text, size, anchor="ma")
+        if x_label:
+            middle = (self.left + self.right) / 2
+            canvas.text(middle, self.bottom + 12 + size, x_label, size + 1, anchor="ma")
+        self.spines()
+
+    def spines(self):
+        corners = [(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)]
+        self.canvas.line(corners, INK, 1.2)
+
+    def curve(self, xs, ys, color, width=1.5):
+        """A polyline, broken where a value is not finite; a lonely point becomes a dot."""
+        run = []
+        for x, y in [*zip(xs, ys), (math.nan, math.nan)]:
+            if math.isfinite(y) and (y > 0 or not self.log_y):
+                run.append((self.x(x), self.y(y)))
+                continue
+            if len(run) == 1:
+                self.canvas.dot(*run[0], width + 0.5, color)
+            elif run:
+                self.canvas.line(run, color, width)
+            run = []
+
+    def margin_notes(self, notes, size=12):
+        """Dashed lines at (value, text), named in the right margin; texts move apart until none overlap."""
+        notes = sorted(((self.y(value), text) for value, text in notes), reverse=True)
+        lowest = math.inf
+        for y, text in notes:
+            self.canvas.line([(self.left, y), (self.right, y)], GREY, 1.2, dash=(6, 4))
+            place = min(y, lowest - size * 1.25 * (text.count("\n") + 1))
+            lowest = place
+            self.canvas.line([(self.right, y), (self.right + 8, place)], GREY, 0.7)
+            self.canvas.text(self.right + 11, place, text, size, GREY, anchor="lm")
+
+
+@dataclass
+class Panel:
+    """One diagram of `draw_curves`."""
+
+    title: str
+    series: dict                        # name in the legend -> key in the log's records
+    log_y: bool = False                 # logarithmic scale; values <= 0 are left out
+    reference: dict = field(default_factory=dict)   # name -> number, or key of a recorded one (its median)
+
+
+def moving_median(values, window) -> np.ndarray:
+    """Median of `window` neighbours (fewer at the ends): smooths noise, and a single spike leaves no trace.
+
+    Values that are not finite are left out of it; `window` below 2 changes nothing."""
+    values = np.asarray(values, float)
+    half = window // 2
+    if half < 1 or not len(values):
+        return values
+    padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    empty = np.isnan(windows).all(axis=1)
+    return np.where(empty, np.nan, np.nanmedian(np.where(empty[:, None], 0.0, windows), axis=1))
+
+
+def column(records, key) -> tuple:
+    """(steps, values) of the records that hold a number under `key`."""
+    pairs = [(r["step"], float(r[key])) for r in records if isinstance(r.get(key), (int, float))]
+    return np.array([p[0] for p in pairs], float), np.array([p[1] for p in pairs], float)
+
+
+def draw_curves(records, panels, x_label="optimiser steps", width=620, height=330) -> np.ndarray:
+    """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns.
+
+    A panel is a `Panel` or, in short, a list of keys. A series without a record is left out, a panel without
+    a series too.
+    """
+    prepared = []
+    for panel in panels:
+        if not isinstance(panel, Panel):
+            names = {key.replace("_", " "): key for key in panel}
+            panel = Panel(next(iter(names)) if len(names) == 1 else "", names)
+        curves = [(name, *column(records, key)) for name, key in panel.series.items()]
+        curves = [curve for curve in curves if np.isfinite(curve[2]).any()]
+        found = {name: column(records, key)[1] if isinstance(key, str) else np.array([float(key)])
+                 for name, key in panel.reference.items()}
+        notes = [(float(np.nanmedian(y)), name) for name, y in found.items() if np.isfinite(y).any()]
+        if curves:
+            prepared.append((panel, curves, notes))
+    if not prepared:
+        canvas = Canvas(width, 80)
+        canvas.text(20, 30, "nothing was logged yet", 14, GREY)
+        return canvas.array()
+    columns = 1 if len(prepared) == 1 else 2
+    canvas = Canvas(columns * width, math.ceil(len(prepared) / columns) * height)
+    for i, item in enumerate(prepared):
+        draw_panel(canvas, i % columns * width, i // columns * height, width, height, x_label, *item)
+    return canvas.array()
+
+
+def draw_panel(canvas, left, top, width, height, x_label, panel, curves, notes):
+    """One panel of `draw_curves`: curves = [(name, x, y)], notes = [(value, name)]."""
+    def drawable(y):
+        return y[np.isfinite(y) & ((y > 0) | (not panel.log_y))]
+
+    smooth = [moving_median(y, min(len(y) // 30, 301)) if len(y) >= 60 else y for _, _, y in curves]
+    extent = [np.percentile(drawable(y), [1, 99]) for _, _, y in curves if len(drawable(y))]
+    extent = np.concatenate([*extent, *map(drawable, smooth), drawable(np.array([v for v, _ in notes]))])
+    low, high = (float(extent.min()), float(extent.max())) if len(extent) else (0.1, 1.0)
+    ticks = (log_ticks if panel.log_y else nice_ticks)(low, high)
+    y_range = (ticks[0], ticks[-1])
+    if panel.log_y and sum(low / 1.2 <= tick <= high * 1.2 for tick in ticks) >= 2:
+        y_range = (low / 1.2, high * 1.2)       # whole decades would leave most of the frame empty
+    last = max(float(x.max()) for _, x, _ in curves) or 1.0
+    x_ticks = [tick for tick in nice_ticks(0.0, last) if tick <= last]
+
+    notes = [(value, f"{text} {value:.3g}") for value, text in notes]
+    margin = max((text_width(text, 12) for _, text in notes), default=0) + 24
+    room = max(text_width(text, 13) for text in tick_texts(ticks)) + 22
+    canvas.text(left + room, top + 10, panel.title, 15)
+    entries = [(name, CYCLE[i % len(CYCLE)]) for i, (name, *_) in enumerate(curves)]
+    upper = canvas.legend(entries, left + room, top + 32, left + width - 8) if len(curves) > 1 else top + 34
+    axes = Axes(canvas, left + room, upper + 8, left + width - margin, top + height - 48,
+                (0.0, last), y_range, panel.log_y)
+    axes.frame(ticks, "", x_ticks, x_label)
+    axes.margin_notes(notes)
+    for (_, x, y), (_, color), smoothed in zip(curves, entries, smooth):
+        if smoothed is not y:
+            axes.curve(x, y, tint(color, 0.3), 1)
+    for (_, x, _), (_, color), smoothed in zip(curves, entries, smooth):
+        axes.curve(x, smoothed, color, 1.8)
+    axes.spines()
+
+
+def curves_png(path, records, panels, **options) -> None:
+    """`draw_curves` into a file, as every training script does with its log.jsonl."""
+    save_png(path, draw_curves(records, panels, **options))

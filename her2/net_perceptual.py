@@ -1,0 +1,127 @@
+"""Perceptual distances: two images are close when a network trained on photographs sees the same in both.
+
+    VGG19Loss   sum over five layers of weight * mean |features(fake) - features(real)|, weight 1/32, 1/16,
+                1/8, 1/4, 1 from the first layer to the last: SPADE's third generator loss, used times 10
+    LPIPS       features normalised per pixel to length 1, squared difference, a learned weight per channel,
+                mean over the image, sum over five layers: part of the VQ autoencoder's reconstruction loss
+
+Neither network is trained here and neither is worth anything without its weights, so both are off unless
+the user gives a file; none is downloaded. Until then a network lives on torch's meta device, without memory.
+
+    VGG19Loss   torchvision's vgg19 (vgg19-dcbb9e9d.pth)
+    LPIPS       a checkpoint of a CompVis autoencoder that holds loss.perceptual_loss.*, or torchvision's
+                vgg16 (vgg16-397923af.pth) together with the five linear maps of LPIPS 0.1 (vgg.pth)
+
+Source: Park et al., CVPR 2019, appendix A (from Wang et al., pix2pixHD, CVPR 2018); Zhang et al., "The
+unreasonable effectiveness of deep features as a perceptual metric", CVPR 2018, eq. 1.
+Differs from the official code: nothing in the numbers. VGG19Loss takes images in [-1, 1] as they are,
+without ImageNet's mean and standard deviation, as the official one does (the factor 10 was tuned with that).
+Both stay in eval mode whatever .train() says; the official LPIPS has dropout that a stray .train() turns on.
+
+Key: B batch, C channels, h w size of a feature map.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from her2.net_blocks import load_strict
+
+VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
+VGG19 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512)
+VGG16_TAPS = (3, 8, 15, 22, 29)       # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in torchvision's numbering
+VGG19_TAPS = (1, 6, 11, 20, 29)       # relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
+VGG19_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+# Of images in [-1, 1]: ImageNet's mean and standard deviation, as LPIPS 0.1 was calibrated with.
+LPIPS_MEAN, LPIPS_DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+
+class FrozenVGG(nn.Module):
+    """The convolutions of a VGG network up to the last layer that is looked at; no gradients, always eval."""
+
+    def __init__(self, plan, taps):
+        super().__init__()
+        self.taps = taps
+        layers, width = [], 3
+        for entry in plan:
+            if entry == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(width, entry, 3, padding=1, device="meta"), nn.ReLU()]
+                width = entry
+        self.features = nn.Sequential(*layers)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    def activations(self, x: torch.Tensor) -> list:
+        """The five features of x (B, 3, H, W), each (B, C, h, w)."""
+        assert x.dim() == 4 and x.shape[1] == 3, f"images must be (B, 3, H, W), found {tuple(x.shape)}"
+        assert not self.features[0].weight.is_meta, f"{type(self).__name__} has no weights: load them first"
+        found = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.taps:
+                found.append(x)
+        return found
+
+    def load_filtered(self, state_dict: dict, rename=()) -> None:
+        """Load what lies below the last tap; classifier and deeper layers of a whole VGG file are dropped."""
+        def used(name):
+            number = re.match(r"features\.(\d+)\.", name)
+            return not name.startswith("classifier.") and (not number or int(number[1]) <= self.taps[-1])
+
+        load_strict(self, {name: value for name, value in state_dict.items() if used(name)}, rename)
+        self.float()
+
+
+class VGG19Loss(FrozenVGG):
+    """forward(fake, real) -> (): images (B, 3, H, W) in [-1, 1]; no gradient into real."""
+
+    def __init__(self):
+        super().__init__(VGG19, VGG19_TAPS)
+
+    def forward(self, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        assert fake.shape == real.shape, f"fake {tuple(fake.shape)}, real {tuple(real.shape)}: shapes differ"
+        with torch.no_grad():
+            targets = self.activations(real)
+        return sum(weight * F.l1_loss(x.float(), target.float())
+                   for weight, x, target in zip(VGG19_WEIGHTS, self.activations(fake), targets))
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of torchvision's vgg19. ValueError lists what does not fit."""
+        self.load_filtered(state_dict)
+
+
+class LPIPS(FrozenVGG):
+    """forward(a, b) -> (B,), the distance of each pair of images (B, 3, H, W) in [-1, 1]."""
+
+    def __init__(self):
+        super().__init__(VGG16, VGG16_TAPS)
+        widths = (64, 128, 256, 512, 512)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False, device="meta") for width in widths)
+        self.requires_grad_(False)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert a.shape == b.shape, f"images {tuple(a.shape)} and {tuple(b.shape)} differ in shape"
+        mean = a.new_tensor(LPIPS_MEAN)[:, None, None]
+        deviation = a.new_tensor(LPIPS_DEVIATION)[:, None, None]
+        distance = 0.0
+        features = [self.activations((image - mean) / deviation) for image in (a, b)]
+        for head, x, y in zip(self.heads, *features):
+            x, y = (f.float() / (f.float().norm(dim=1, keepdim=True) + 1e-10) for f in (x, y))  # (B, C, h, w)
+            distance = distance + head((x - y) ** 2).float().mean(dim=(1, 2, 3))                # (B,)
+        return distance
+
+    def load_official_state_dict(self, state_dict: dict) -> None:
+        """Weights of one file, or of two as {**vgg16, **linear}. ValueError lists what does not fit."""
+        inside = "perceptual_loss."
+        if any(inside in name for name in state_dict):
+            state_dict = {name.split(inside)[1]: state_dict[name] for name in state_dict if inside in name}
+        doubles = ("scaling_layer.", "lins.")       # the two constants above, and other names of lin0 to lin4
+        self.load_filtered({name: state_dict[name] for name in state_dict if not name.startswith(doubles)},
+                           rename=[(r"^net\.slice\d\.(\d+)\.", r"features.\1."),
+                                   (r"^lin(\d)\.model\.1\.", r"heads.\1.")])

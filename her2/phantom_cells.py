@@ -1,0 +1,201 @@
+"""The cells of every kind of tissue: where they lie, how large their nuclei are, how they are stained.
+
+A cell is one record of the table CELL. Its body is the region nearer to it than to any other cell, at most
+`reach` away (a Voronoi cell with a cap: free borders come out scalloped, as of real nests), and within the
+outline of its site; `microscope` draws it. Nests are filled by a jittered hexagonal lattice, walls of ducts
+by layers along the outline.
+
+HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of the
+membrane that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they
+were tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07,
+.18, .25, .65 for 0, 1+, 2+, 3+, and single nests of neighbouring subtypes overlap. Eight photographs of
+stained tissue gave .19, .21, .29, 1.1 inside polygons and less over whole images; there, too, neighbours
+overlap, and the pattern tells more than the amount.
+
+All lengths are micrometres; dyes are amounts as in `stains`.
+"""
+
+import numpy as np
+
+from her2.phantom_textures import ramp
+
+# By subtype 0, 1+, 2+, 3+: DAB of the membrane, share of the membrane that has any, DAB of the cytoplasm.
+MEMBRANE = np.array([0.0, 0.40, 0.74, 1.9])
+COMPLETE = np.array([0.0, 0.38, 0.85, 1.0])
+CYTOPLASM = np.array([0.02, 0.095, 0.11, 0.48])
+
+CELL = np.dtype([(name, np.float32) for name in (
+    "x", "y", "reach", "stretch", "angle",            # body: its centre, cap, elongation and direction
+    "nx", "ny", "radius", "ratio", "tilt", "nucleus",  # nucleus: place, size, shape, haematoxylin
+    "open",                                           # 1: vesicular nucleus with visible nucleoli; 0: dense
+    "cytoplasm", "brown", "membrane", "complete",      # haematoxylin; DAB of cytoplasm and membrane
+    "wall")])                                         # haematoxylin of the cell border
+
+# kind: pitch, jitter, nucleus radius and its spread, elongation, nuclear stain factor, cytoplasm factor, wall
+EPITHELIUM = {"tumor":       (12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
+              "dcis":        (12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
+              "duct":        (9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
+              "acinus":      (10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06),
+              "histiocytes": (14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04),
+              "fat":         (44.0, 0.26, 0.00, 0.00, 0.00, 0.00, 0.0, 0.20)}
+
+
+def hexagons(x, y, radius, pitch, jitter, rng) -> np.ndarray:
+    """(n, 2) jittered hexagonal lattice over a square around (x, y), at a random angle."""
+    k = np.arange(-int(1.5 * radius / pitch) - 2, int(1.5 * radius / pitch) + 3)
+    i, j = np.meshgrid(k, k)
+    points = np.stack([i + 0.5 * (j % 2), j * 0.866], axis=-1).reshape(-1, 2) * pitch
+    points += rng.normal(0, jitter * 0.5 * pitch, points.shape).clip(-0.45 * pitch, 0.45 * pitch)
+    angle = rng.uniform(0, np.pi)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return points @ turn + (x, y)
+
+
+def _apart(points, least: float) -> np.ndarray:
+    """Points (n, 2) pushed off those nearer than `least`, twice, half of the way each: nuclei do not fuse."""
+    for _ in range(2):
+        away = points[:, None] - points[None]                                           # (n, n, 2)
+        gap = np.maximum(np.hypot(away[..., 0], away[..., 1]), 1e-3)
+        push = np.where((gap < least) & (gap > 1e-3), (least - gap) / gap * 0.25, 0)
+        points = points + (push[..., None] * away).sum(axis=1)
+    return points
+
+
+def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Cells (CELL records) of one site, and the nuclei of the flat cells around it."""
+    pitch, jitter, radius, spread, elongation, stain, cytoplasm, wall = EPITHELIUM[site.kind]
+    pitch = pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
+    star, layers = site.star, []
+    if site.kind in ("duct", "acinus", "dcis"):
+        for k in range({"duct": 1 + int(rng.random() < 0.4), "acinus": site.layers, "dcis": 1}[site.kind]):
+            layers.append(star.ring((k + 0.55) * pitch * 0.95, pitch * 0.82, rng))
+    core = 1.5 * pitch if site.kind == "dcis" else 0.3 * pitch
+    if site.kind in ("tumor", "dcis", "histiocytes", "fat"):
+        points = hexagons(site.x, site.y, star.reach, pitch, jitter, rng)
+        points = _apart(points[star.distance(*points.T) < -core], 0.86 * pitch)
+        layers.append(np.column_stack([points, rng.uniform(0, np.pi, len(points))]))
+    points = np.concatenate(layers)
+    keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)
+    for hole_x, hole_y, hole_radius in site.holes:
+        keep &= np.hypot(points[:, 0] - hole_x, points[:, 1] - hole_y) > hole_radius
+    points = points[keep]
+
+    n = len(points)
+
+    def normal(sd):
+        return np.exp(sd * rng.standard_normal(n))
+
+    cells = np.zeros(n, CELL)
+    cells["x"], cells["y"], cells["angle"] = points.T
+    cells["reach"] = pitch * (1.5 if site.kind == "fat" else 0.86) * normal(0.07)
+    cells["stretch"] = np.clip(normal(0.15), 0.7, 1.4)
+    cells["nx"], cells["ny"] = (points[:, :2] + rng.normal(0, 0.09 * pitch, (n, 2))).T
+    cells["radius"] = radius * style.nucleus_size * np.exp(0.07 * rng.standard_normal()) * normal(spread)
+    cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * elongation)
+    cells["tilt"] = points[:, 2] + np.pi / 2 + rng.normal(0, 0.5, n)
+    cells["nucleus"] = style.nucleus_stain * stain * normal(0.20)
+    cells["cytoplasm"] = style.cytoplasm * cytoplasm * np.exp(0.15 * rng.standard_normal()) * normal(0.15)
+    cells["wall"] = wall
+    if site.kind == "fat":
+        return cells, np.zeros(0, CELL)
+    cells["brown"] = style.breath * normal(0.35) * np.exp(0.3 * rng.standard_normal())
+    if site.subtype >= 0:
+        _stain(cells, site.subtype, rng)
+        cells["open"] = np.clip(rng.normal(rng.uniform(0.3, 0.8), 0.2, n), 0, 1)
+    elif site.kind in ("duct", "acinus"):
+        cells["open"] = np.clip(rng.normal(0.35, 0.2, n), 0, 1)
+        if rng.random() < 0.2:  # normal epithelium may carry a faint membrane of its own
+            cells["membrane"], cells["complete"] = 0.14, 0.6
+    return cells, _flat_cells(site, style, rng)
+
+
+def _stain(cells, subtype: int, rng) -> None:
+    """HER2 staining of one tumor site: it differs between nests and, in patches, between neighbours."""
+    n = len(cells)
+    nest = np.exp(0.20 * rng.standard_normal())
+    wave = rng.normal(0, 1 / 28, (2, 3))   # three plane waves, 28 um / 2 pi: patches of a few cells
+    patch = sum(np.cos(cells["x"] * wave[0, k] * 2 + cells["y"] * wave[1, k] * 2 + rng.uniform(0, 6.3))
+                for k in range(3))
+    uneven = (0.0, 0.34, 0.27, 0.13)[subtype] * patch + 0.2 * rng.standard_normal(n)
+    strength = nest * np.exp(uneven)
+    cells["membrane"] = MEMBRANE[subtype] * strength
+    cells["complete"] = COMPLETE[subtype] + 0.10 * patch * (subtype in (1, 2))
+    cells["brown"] += CYTOPLASM[subtype] * strength
+    if subtype == 0 and rng.random() < 0.35:
+        # A score of 0 allows faint, incomplete membranes in up to a tenth of the cells.
+        some = rng.random(n) < 0.07
+        cells["membrane"][some], cells["complete"][some] = 0.25, 0.5
+
+
+def _flat_cells(site, style, rng) -> np.ndarray:
+    """Thin dark nuclei that line a site from outside: myoepithelium of ducts, fibroblasts of septa."""
+    spacing = {"duct": 13, "acinus": 15, "dcis": 15, "tumor": 30}.get(site.kind)
+    if spacing is None:
+        return np.zeros(0, CELL)
+    points = site.star.ring(-2.2 if site.kind != "tumor" else -4.0, spacing, rng)
+    points = points[rng.random(len(points)) < 0.75]
+    return spindles(points, style, rng)
+
+
+def spindles(points, style, rng, radius: float = 2.5) -> np.ndarray:
+    """Elongated nuclei at points (n, 3): x, y, direction."""
+    n = len(points)
+    nuclei = np.zeros(n, CELL)
+    nuclei["nx"], nuclei["ny"], nuclei["tilt"] = points.T
+    nuclei["tilt"] += rng.normal(0, 0.18, n)
+    nuclei["radius"] = radius * np.exp(0.16 * rng.standard_normal(n))
+    nuclei["ratio"] = np.exp(rng.uniform(0.45, 1.35, n))
+    nuclei["nucleus"] = style.nucleus_stain * 1.2 * np.exp(0.25 * rng.standard_normal(n))
+    nuclei["open"] = rng.uniform(0, 0.4, n)
+    return nuclei
+
+
+def round_nuclei(points, radius: float, style, rng, stain: float = 1.45) -> np.ndarray:
+    """Small dense round nuclei (lymphocytes, debris) at points (n, 2)."""
+    nuclei = np.zeros(len(points), CELL)
+    nuclei["nx"], nuclei["ny"] = points.T
+    nuclei["radius"] = radius * np.exp(0.12 * rng.standard_normal(len(points)))
+    nuclei["ratio"] = np.exp(np.abs(0.12 * rng.standard_normal(len(points))))
+    nuclei["tilt"] = rng.uniform(0, np.pi, len(points))
+    nuclei["nucleus"] = style.nucleus_stain * stain * np.exp(0.18 * rng.standard_normal(len(points)))
+    return nuclei
+
+
+def site_cells(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
+    """(cells with a body, nuclei without one) of any kind of site."""
+    empty = np.zeros(0, CELL)
+    if site.kind in EPITHELIUM:
+        cells, nuclei = epithelium(site, style, rng)
+        if site.debris:
+            x, y, radius = site.holes[0]
+            points = np.stack([x, y]) + rng.normal(0, radius * 0.4, (int(radius ** 2 / 22), 2))
+            nuclei = np.concatenate([nuclei, round_nuclei(points, 1.1, style, rng, 1.2)])
+        return cells, nuclei
+    if site.kind == "lymphocytes":
+        points = hexagons(site.x, site.y, site.star.reach, 7.4, 0.5, rng)
+        # Dense in the middle, ragged at the rim.
+        inside = -site.star.distance(*points.T) / (0.6 * site.radius)
+        return empty, round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)
+    if site.kind == "vessel":
+        return empty, spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
+    raise ValueError(f"unknown kind of site {site.kind!r}")
+
+
+def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarray:
+    """Fibroblasts and single lymphocytes wherever no site lies.
+
+    distance, angle, tissue: coarse maps (n, n) of the distance to the next site, the direction of the fibres
+    and how much of them there is (nuclei do not float in glass); axis: (n,) their coordinates;
+    patchy: (n, n) field that makes the stroma cellular in places.
+    """
+    middle, half = (axis[0] + axis[-1]) / 2, (axis[-1] - axis[0]) / 2
+    points = hexagons(middle, middle, 1.45 * half, 13.0, 0.62, rng)
+    points = points[(np.abs(points - middle) < half).all(axis=1)]
+    column, row = np.rint((points - axis[0]) / (axis[1] - axis[0])).astype(int).T
+    density = 0.34 + 0.20 * patchy[row, column]
+    density = density * ramp(tissue[row, column] - 0.6, 0.3)
+    keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density)
+    points, row, column = points[keep], row[keep], column[keep]
+    lymph = rng.random(len(points)) < 0.06 + 0.16 * style.lymph * ramp(patchy[row, column] - 0.8, 0.5)
+    fibres = spindles(np.column_stack([points, angle[row, column]])[~lymph], style, rng)
+    return np.concatenate([fibres, round_nuclei(points[lymph], 2.7, style, rng)])

@@ -1,0 +1,216 @@
+"""The picture of a scene: how much of each dye every point holds, then light through it, then the camera.
+
+    amounts   haematoxylin(y, x), dab(y, x)    from the scene, on a grid finer than the pixels
+    light     rgb = glass * 10 ** -(haematoxylin * hv + dab * dv)       Beer-Lambert, `stains.compose`
+    camera    average over the pixel, blur of the optics, noise of the sensor, 8 bits
+
+Light is averaged, not dye: a pixel half on a membrane is not the same as a pixel with half the dye.
+
+Bodies of cells are a Voronoi partition by bounded distance: a point belongs to the nearest cell i1 (distance
+d1), and lies (d2 - d1) / 2 from the border to the second nearest i2. The membrane is a bell across that
+border; whether the border between i1 and i2 is stained at all is a coin thrown once per pair, by hash.
+Distances are taken in slightly warped coordinates, which makes borders and nuclei irregular.
+
+A ROI is rendered in tiles of TILE pixels. Everything is a function of the position (the noise of the sensor
+of the tile), so memory does not grow with the ROI, and tiles fit without seams.
+Letters: (h, w) samples of a tile with its halo.
+"""
+
+import numpy as np
+
+from her2.run_seeds import numpy_generator
+from her2.stains import DAB, HAEMATOXYLIN, compose, stain_matrix
+from her2.phantom_textures import ramp
+from her2.phantom_tissue import FAR, MAP_STEP, MARGIN, Scene, fibres
+
+TILE = 512
+FINEST = 0.5   # um per sample at most: membranes are about 1.5 um wide
+MEMBRANE_WIDTH = 0.80
+
+
+def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
+    """(size, size, 3) uint8 picture of the scene. `key` makes the sensor noise (see `seeds`)."""
+    image = np.empty((size, size, 3), np.uint8)
+    for top in range(0, size, TILE):
+        for left in range(0, size, TILE):
+            height, width = min(TILE, size - top), min(TILE, size - left)
+            rng = numpy_generator(*key, "sensor", top, left)
+            tile = _tile(scene, um_per_px, top, left, height, width, rng)
+            image[top:top + height, left:left + width] = tile
+    return image
+
+
+def _tile(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
+    """One tile in colour: (height, width, 3) uint8."""
+    style = scene.style
+    sigma = style.blur / um_per_px
+    halo = int(np.ceil(3 * sigma))
+    fold = max(1, int(np.ceil(um_per_px / FINEST - 1e-9)))
+    ys, xs = (((np.arange((n + 2 * halo) * fold) + 0.5) / fold - halo + start) * um_per_px
+              for n, start in ((height, top), (width, left)))
+    haematoxylin, dab = amounts(scene, ys, xs)                                          # (h, w) each
+    vectors = stain_matrix(HAEMATOXYLIN + style.hue[0], DAB + style.hue[1])
+    rgb = compose(haematoxylin, dab, style.glass.astype(np.float32), vectors)           # (h, w, 3) in 0..1
+    rgb = rgb.reshape(height + 2 * halo, fold, width + 2 * halo, fold, 3).mean(axis=(1, 3))
+    rgb = _blur(rgb, sigma, halo)                                                       # (height, width, 3)
+    rgb += style.noise * 0.6 * rng.standard_normal(rgb.shape, dtype=np.float32)
+    return np.clip(np.rint(rgb * 255), 0, 255).astype(np.uint8)
+
+
+def _blur(rgb, sigma: float, halo: int) -> np.ndarray:
+    """Gaussian blur that eats the halo: (h + 2 halo, w + 2 halo, 3) -> (h, w, 3)."""
+    kernel = np.exp(-0.5 * (np.arange(-halo, halo + 1) / sigma) ** 2).astype(np.float32)
+    kernel /= kernel.sum()
+    height, width = rgb.shape[0] - 2 * halo, rgb.shape[1] - 2 * halo
+    rgb = sum(k * rgb[i:i + height] for i, k in enumerate(kernel))
+    return sum(k * rgb[:, i:i + width] for i, k in enumerate(kernel))
+
+
+def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
+    """Haematoxylin and DAB on the grid ys x xs (micrometres): two (h, w) float32 arrays."""
+    noise, style = scene.noise, scene.style
+    ys, xs = np.asarray(ys), np.asarray(xs)
+    warp_x, warp_y = (noise[name].tile(ys, xs, 7.0) * 0.8 + noise[name].tile(ys, xs, 2.6) * 0.22
+                      for name in ("warp_x", "warp_y"))
+    x = (xs[None] + warp_x).astype(np.float32)                                          # (h, w)
+    y = (ys[:, None] + warp_y).astype(np.float32)
+    fine, grain = noise["fine"].tile(ys, xs, 1.0), noise["grain"].tile(ys, xs, 2.3)
+    patchy = noise["patchy"].tile(ys, xs, 14.0)
+
+    first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)
+    cell = scene.cells[first] if len(scene.cells) else np.zeros(1, scene.cells.dtype)[first]
+    distance = _coarse(scene.distance, x, y).astype(np.float32)                        # (h, w) to a site
+    # A body ends where its cap or the outline of its site does, whichever comes first.
+    free = np.minimum(cell["reach"] - d1, 1.0 + 0.9 * patchy - distance)
+    body = ramp(free, 0.5)                                                              # (h, w) in 0..1
+    border = np.minimum((d2 - d1) / 2, np.maximum(free, 0))
+    nucleus, nucleus_dye = _nuclei(scene, x, y, ys, xs, fine, grain)
+
+    tissue, stroma, stroma_dab = _stroma(scene, ys, xs, x, y, distance, patchy, grain)
+    coin = _coin(first, second)
+    bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)
+    # Some neighbours have come apart: a slit of glass between them.
+    slit = np.exp(-(border / 0.55) ** 2) * (coin * 7 % 1 < 0.35 * style.retraction) * ramp(patchy, 0.8)
+    body = body * (1 - 0.9 * slit)
+    inside = body * (1 - nucleus)
+    present = ramp(cell["complete"] + 0.16 * patchy + 0.16 * grain - coin, 0.12)
+    membrane = cell["membrane"] * bell * present * np.exp(0.38 * fine + 0.30 * grain - 0.1)
+    brown = cell["brown"] * np.exp(0.30 * fine + 0.32 * grain + 0.2 * patchy - 0.12)
+    settled = style.rim * (cell["membrane"] > 0) * ramp(0.35 - tissue, 0.3) * ramp(1.5 - free, 1.0)
+    dab = body * membrane * (1 - 0.6 * nucleus) + (inside + 0.35 * nucleus * body) * brown + body * settled
+    dab = dab + (1 - body) * stroma_dab + _smears(scene, x, y, ys, xs, fine)
+    plasma = cell["cytoplasm"] * (1 + 0.28 * grain + 0.2 * fine) + cell["wall"] * bell
+    haematoxylin = (1 - body) * (1 - nucleus) * stroma + inside * plasma + nucleus_dye
+    return np.maximum(haematoxylin, 0) * style.haematoxylin, np.maximum(dab, 0) * style.dab
+
+
+def _window(ys, xs, y, x, reach) -> tuple[slice, slice]:
+    """The part of a tile within `reach` of a point."""
+    return tuple(slice(*np.searchsorted(axis, (c - reach, c + reach))) for axis, c in ((ys, y), (xs, x)))
+
+
+def _near(points_x, points_y, ys, xs, reach) -> np.ndarray:
+    """Indices of the points whose neighbourhood touches the tile."""
+    return np.flatnonzero((points_x > xs[0] - reach) & (points_x < xs[-1] + reach)
+                          & (points_y > ys[0] - reach) & (points_y < ys[-1] + reach))
+
+
+def _bodies(cells, x, y, ys, xs):
+    """Nearest and second nearest cell of every sample, and the distances: int32 and float32 (h, w)."""
+    first, second = np.zeros(x.shape, np.int32), np.zeros(x.shape, np.int32)
+    d1, d2 = np.full(x.shape, FAR, np.float32), np.full(x.shape, FAR, np.float32)
+    for k in _near(cells["x"], cells["y"], ys, xs, 1.25 * cells["reach"] * 2):
+        c = cells[k]
+        w = _window(ys, xs, c["y"], c["x"], 2.1 * c["reach"])
+        dx, dy = x[w] - c["x"], y[w] - c["y"]
+        cosine, sine = np.cos(c["angle"]), np.sin(c["angle"])
+        d = np.hypot((dx * cosine + dy * sine) / c["stretch"], (dy * cosine - dx * sine) * c["stretch"])
+        nearest = d < d1[w]
+        nearer = d < d2[w]
+        d2[w] = np.where(nearest, d1[w], np.where(nearer, d, d2[w]))
+        second[w] = np.where(nearest, first[w], np.where(nearer, k, second[w]))
+        d1[w] = np.where(nearest, d, d1[w])
+        first[w] = np.where(nearest, k, first[w])
+    return first, second, d1, d2
+
+
+def _coin(first, second) -> np.ndarray:
+    """A number in [0, 1) per pair of cells, the same from both sides."""
+    low, high = np.minimum(first, second).astype(np.uint32), np.maximum(first, second).astype(np.uint32)
+    mixed = low * np.uint32(0x9E3779B1) ^ high * np.uint32(0x85EBCA77)
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= np.uint32(0xC2B2AE3D)
+    mixed ^= mixed >> np.uint32(13)
+    return (mixed & np.uint32(0xFFFF)).astype(np.float32) / np.float32(65536)
+
+
+def _nuclei(scene, x, y, ys, xs, fine, grain):
+    """How much of a nucleus covers each sample, and its haematoxylin: two (h, w) arrays."""
+    cover, dye = np.zeros(x.shape, np.float32), np.zeros(x.shape, np.float32)
+    for group in (scene.cells, scene.nuclei):
+        for k in _near(group["nx"], group["ny"], ys, xs, 14.0):
+            c = group[k]
+            if c["radius"] == 0:
+                continue
+            long, short = c["radius"] * np.sqrt(c["ratio"]), c["radius"] / np.sqrt(c["ratio"])
+            w = _window(ys, xs, c["ny"], c["nx"], long * 1.3 + 1.5)
+            dx, dy = x[w] - c["nx"], y[w] - c["ny"]
+            cosine, sine = np.cos(c["tilt"]), np.sin(c["tilt"])
+            u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
+            rho = np.hypot(u / long, v / short)
+            alpha = ramp((1 - rho) * short, 0.45)
+            # An open nucleus has a dark rim, a pale middle with clumps and one or two nucleoli.
+            profile = 1 + c["open"] * (0.42 * ramp(rho - 0.78, 0.2) - 0.22)
+            profile = profile + (0.12 + 0.22 * c["open"]) * grain[w]
+            for turn in (0.3, 0.62)[:1 + k % 2]:
+                spot = np.array([np.cos(k * 2.4 + turn * 9), np.sin(k * 2.4 + turn * 9)]) * turn * short
+                nucleolus = np.exp(-((u - spot[0]) ** 2 + (v - spot[1]) ** 2) / 0.7)
+                profile = profile + 0.75 * c["open"] * nucleolus
+            stain = alpha * c["nucleus"] * np.maximum(profile + 0.10 * fine[w], 0.25)
+            dye[w] = np.maximum(dye[w], stain)
+            cover[w] = np.maximum(cover[w], alpha)
+    return cover, dye
+
+
+def _coarse(grid, x, y) -> np.ndarray:
+    """Bilinear values of a coarse map at points."""
+    j, i = (x + MARGIN) / MAP_STEP, (y + MARGIN) / MAP_STEP
+    j0, i0 = j.astype(np.int32).clip(0, grid.shape[1] - 2), i.astype(np.int32).clip(0, grid.shape[0] - 2)
+    fj, fi = j - j0, i - i0
+    return ((grid[i0, j0] * (1 - fj) + grid[i0, j0 + 1] * fj) * (1 - fi)
+            + (grid[i0 + 1, j0] * (1 - fj) + grid[i0 + 1, j0 + 1] * fj) * fi)
+
+
+def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
+    """What lies outside the cells: (how much tissue there is, its haematoxylin, its DAB), (h, w) each."""
+    noise, style = scene.noise, scene.style
+    owner = scene.owner[_cell_of(y), _cell_of(x)]                                       # (h, w), -1 = none
+    hollow = ("fat", "duct", "vessel", "dcis", "tumor", "acinus")
+    none = [(0,) * 5]                              # row -1, for where no site is near
+    table = np.array([(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites] + none, np.float32)
+    cleft, fill_h, fill_d, hollow, debris = np.moveaxis(table[owner], -1, 0)            # (h, w) each
+
+    streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)
+    tissue = tissue * ramp(distance - cleft * ramp(patchy + 0.4, 0.7), 0.6) ** (cleft > 0)
+    dye = style.stroma * (1 + 0.33 * style.fibre * streaks + 0.18 * grain + 0.20 * patchy)
+    within = ramp(-distance, 0.7) * hollow
+    texture = np.maximum(1 + (0.25 + 0.6 * debris) * grain + 0.3 * patchy * debris, 0)
+    haematoxylin = tissue * np.maximum(dye, 0.02) * (1 - within) + within * fill_h * texture
+    dab = tissue * (1 - within) * 0.25 * style.breath + within * fill_d * texture
+    return tissue * (1 - within), haematoxylin, dab
+
+
+def _cell_of(position) -> np.ndarray:
+    """Index into the coarse maps."""
+    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)
+
+
+def _smears(scene, x, y, ys, xs, fine) -> np.ndarray:
+    """Brown that has nothing to do with HER2: smears of chromogen and granules of pigment."""
+    dab = np.zeros(x.shape, np.float32)
+    for sx, sy, radius, amount, granular in scene.smears:
+        w = _window(ys, xs, sy, sx, 2.2 * radius)
+        spread = np.exp(-((x[w] - sx) ** 2 + (y[w] - sy) ** 2) / (0.6 * radius) ** 2)
+        texture = 2.2 * ramp(fine[w] - 1.1, 0.3) if granular else 0.35 * np.exp(0.4 * fine[w])
+        dab[w] += amount * spread * texture
+    return dab

@@ -1,0 +1,291 @@
+"""What stands where in one region of interest (ROI): nests, ducts, fat, stroma.
+
+    style = draw_style(rng)                               one per slide: stain, scanner, habit of the tissue
+    scene = lay_out(style, mix, tumor_share, size, rng)   one per ROI; `microscope` makes the picture
+
+Order of events. (1) Sites (tumor nests, ducts, lobules, fat, ...) are placed with a size each, nests close
+to each other, so that they squeeze one another into sheets with septa between them. (2) Each site gets an
+outline: a wobbly ellipse, cut where its neighbours begin. (3) `cells` fills them. (4) Two coarse maps
+(signed distance to the next site, direction of the fibres) carry the stroma.
+
+Only a tumor site has a HER2 subtype, 0 to 3 (for 0, 1+, 2+, 3+). LCIS/DCIS has one as well, since it is
+stained like the tumor beside it, but its label does not tell. Everything else is background, however much
+it looks like tumor: lobules (groups of small acini with nuclei like those of tumor) are what makes subtype 0
+hard, as normal breast tissue does in the paper. All lengths are micrometres, after photographs at 40x.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from her2.phantom_cells import CELL, site_cells, stroma_nuclei
+from her2.phantom_textures import Noise, Star, ramp, squeeze, wobbly_radii
+
+MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its border cuts through nests
+MAP_STEP = 2.0     # grid of the coarse maps
+FAR = 60.0         # the distance map ends here
+SMALLEST_NEST = 15.0   # mean radius; what neighbours squeeze below it disappears
+TOWARDS_BLUE = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+TOWARDS_YELLOW = np.array([[0.0, 0.0, 0.0], [-0.5, -1.0, 0.4]])
+FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
+
+# kind: number per mm^2, radius from and to, wobble, spread of the aspect, gap to the neighbours
+KINDS = {"tumor":       (0, 24, 95, 0.22, 0.50, 7),   "dcis": (0, 38, 62, 0.04, 0.08, 14),
+         "duct":        (11, 15, 32, 0.07, 0.20, 12), "lobule": (8, 30, 52, 0.10, 0.20, 10),
+         "histiocytes": (4, 20, 42, 0.18, 0.30, 6),   "lymphocytes": (7, 14, 36, 0.22, 0.40, 6),
+         "fat":         (6, 40, 75, 0.12, 0.30, 4),   "vessel": (12, 7, 14, 0.08, 0.30, 8)}
+
+
+@dataclass
+class Style:
+    """What all ROIs of a slide share. The spreads are such that subtype effects still stand out of the
+    differences between slides: twice as wide, false positives on unseen slides drowned them."""
+    haematoxylin: float       # strength of the two stains (the thickness of the section scales both)
+    dab: float
+    hue: np.ndarray           # (2, 3) added to the two stain vectors: another batch of dye, another scanner
+    glass: np.ndarray         # (3,) colour of clear glass, 0..1
+    blur: float               # standard deviation of the optics
+    noise: float              # of the sensor, 0..1
+    breath: float             # DAB in the cytoplasm of every epithelium: unspecific, not HER2
+    stroma: float             # haematoxylin of the fibres
+    cytoplasm: float
+    nucleus_size: float
+    nucleus_stain: float
+    fibre: float              # contrast of the fibres
+    loose: float              # how much glass shows between them
+    fat: float
+    lymph: float
+    retraction: float         # how often nests have shrunk away from the stroma
+    rim: float                # DAB that settled along free edges
+    flow: float               # direction of the fibres
+
+
+def draw_style(rng: np.random.Generator) -> Style:
+    """One slide's style."""
+    normal, uniform = rng.standard_normal, rng.uniform
+    thickness = np.exp(0.06 * normal())
+    return Style(
+        haematoxylin=thickness * np.exp(0.13 * normal()), dab=thickness * np.exp(0.13 * normal()),
+        # Photographed dyes are bluer and yellower than the published vectors, by an amount of its own each.
+        hue=(0.015 * normal((2, 3)) + uniform(0.02, 0.10) * TOWARDS_BLUE
+             + uniform(0.02, 0.13) * TOWARDS_YELLOW),
+        glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),
+        blur=uniform(0.25, 0.60), noise=uniform(0.006, 0.018),
+        breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),
+        stroma=0.115 * np.exp(0.22 * normal()), cytoplasm=0.075 * np.exp(0.22 * normal()),
+        nucleus_size=np.exp(0.05 * normal()), nucleus_stain=0.41 * np.exp(0.11 * normal()),
+        fibre=np.exp(0.25 * normal()), loose=uniform(-0.4, 0.7), fat=uniform(0, 1), lymph=uniform(0, 1),
+        retraction=uniform(0.15, 0.7), rim=max(0.0, 0.3 * normal()), flow=uniform(0, np.pi))
+
+
+@dataclass
+class Site:
+    kind: str                                     # a key of KINDS, or "acinus"
+    x: float
+    y: float
+    radius: float
+    subtype: int = -1                             # 0..3 for tumor and dcis
+    star: Star | None = None
+    layers: int = 0                               # of cells, in an acinus
+    holes: list = field(default_factory=list)     # (x, y, radius) without cells: lumens
+    fill: tuple[float, float] = (0.0, 0.0)        # haematoxylin and DAB of what lies in them
+    debris: bool = False                          # necrosis
+    cleft: float = 0.0                            # width of the glass around it
+
+
+@dataclass
+class Scene:
+    style: Style
+    size: float
+    sites: list[Site]
+    cells: np.ndarray         # CELL records with a body
+    nuclei: np.ndarray        # CELL records without one: stroma, lymphocytes, debris
+    smears: np.ndarray        # (n, 5) x, y, radius, DAB, 1 if granular: brown that is no staining
+    distance: np.ndarray      # coarse map (rows y, columns x from -MARGIN on): distance to the next site
+    owner: np.ndarray         # coarse map: that site, -1 = none within FAR
+    edge: tuple | None        # edge of the section: x, y, direction beyond which there is glass
+    noise: dict               # name of FIELDS -> Noise
+
+
+def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, duct: bool = False) -> Scene:
+    """One ROI of `size` x `size` um.
+
+    mix: (4,) shares of the subtypes; tumor_share: of the area; first: subtype of the first nest, so that
+    a slide shows its own score; duct: whether an LCIS/DCIS is certain.
+    """
+    assert len(mix) == 4 and size > 0, f"four shares and a positive size, found {mix}, {size}"
+    noise = {name: Noise(rng) for name in FIELDS}
+    edge = None
+    if rng.random() < 0.22:
+        angle, offset = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.25, 0.42)
+        edge = (size / 2 + np.cos(angle) * offset, size / 2 + np.sin(angle) * offset, angle)
+    sites = _place(style, np.asarray(mix, float), tumor_share, size, rng, first, duct, edge)
+    _outline(sites, style, rng)
+    sites = [s for s in sites if s.kind != "tumor" or s.star.radii.mean() > SMALLEST_NEST]
+    sites = [part for site in sites for part in (_acini(site, rng) if site.kind == "lobule" else [site])]
+    axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
+    distance, owner = _distance_map(sites, axis)
+    angle = fibre_angle(noise, style, distance, axis)
+    _, tissue = fibres(noise, style, edge, axis, axis, distance, owner)
+    filled = [site_cells(site, style, rng) for site in sites]
+    stroma = stroma_nuclei(distance, angle, tissue, axis, noise["patchy"].tile(axis, axis, 45.0), style, rng)
+    smears = np.zeros((rng.poisson(10 * (size / 1000) ** 2 + 0.4), 5))
+    for row in smears:
+        granular = rng.random() < 0.5
+        row[:] = (*rng.uniform(0, size, 2), rng.uniform(5, 20), rng.uniform(0.2, 0.9), granular)
+    return Scene(style, size, sites, np.concatenate([c for c, _ in filled] or [np.zeros(0, CELL)]),
+                 np.concatenate([n for _, n in filled] + [stroma]), smears, distance, owner, edge, noise)
+
+
+def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
+    """Sites with centres and radii. Wanted area is dealt out subtype by subtype, so that small sets have
+    all of them; a site that finds no room shrinks, then gives up."""
+    sites, extent = [], size + 2 * MARGIN
+    wanted, covered = tumor_share * extent ** 2, np.zeros(4)
+
+    def put(kind, radius, subtype=-1, inside=False):
+        low, high = (0.22 * size, 0.78 * size) if inside else (-MARGIN, size + MARGIN)
+        others = np.array([(s.x, s.y, s.radius, s.kind in ("tumor", "dcis")) for s in sites]).reshape(-1, 4)
+        for attempt in range(90):
+            if attempt and attempt % 30 == 0:
+                radius *= 0.78
+            x, y = rng.uniform(low, high, 2)
+            nests = others[others[:, 3] == 1]
+            if kind == "tumor" and len(nests) and not inside and rng.random() < 0.65:
+                near, angle = nests[rng.integers(len(nests))], rng.uniform(0, 2 * np.pi)
+                away = (near[2] + radius) * rng.uniform(0.85, 1.05)
+                x, y = near[0] + away * np.cos(angle), near[1] + away * np.sin(angle)
+            if edge and (x - edge[0]) * np.cos(edge[2]) + (y - edge[1]) * np.sin(edge[2]) > -0.8 * radius:
+                continue
+            if not (low <= x <= high and low <= y <= high):
+                continue
+            close = {"tumor": 0.80, "dcis": 0.92}.get(kind, 1.0)
+            room = np.hypot(others[:, 0] - x, others[:, 1] - y) - close * (others[:, 2] + radius)
+            if room.min(initial=1) > 0:
+                sites.append(Site(kind, x, y, radius, subtype))
+                return radius
+        return 0.0
+
+    def radius_of(kind):
+        _, low, high, *_ = KINDS[kind]
+        high = min(high, 0.32 * size)
+        return float(np.exp(rng.uniform(np.log(min(low, high)), np.log(high))))
+
+    def subtype_of():
+        lack = np.maximum(mix * covered.sum() - covered, 0) + 0.35 * mix * (covered.sum() / 4 + 1)
+        return int(rng.choice(4, p=lack / lack.sum()))
+
+    if duct:
+        put("dcis", radius_of("dcis"), subtype_of(), inside=True)
+    radius = min(radius_of("tumor") * 1.3, np.sqrt(wanted / np.pi) * 0.85, 0.3 * size)
+    covered[first] += np.pi * put("tumor", radius, first, inside=True) ** 2
+    failures = 0
+    while covered.sum() < wanted and failures < 10:
+        kind = "dcis" if rng.random() < 0.13 else "tumor"
+        subtype = subtype_of()
+        radius = put(kind, radius_of(kind), subtype)
+        failures += radius == 0
+        covered[subtype] += np.pi * radius ** 2 if kind == "tumor" else 0
+    for kind, (rate, *_) in KINDS.items():
+        habit = {"fat": 2 * style.fat, "lymphocytes": 2 * style.lymph}.get(kind, 1.0)
+        for _ in range(rng.poisson(rate * habit * (extent / 1000) ** 2)):
+            put(kind, radius_of(kind))
+    return sites
+
+
+def _outline(sites, style, rng) -> None:
+    """Outlines, lumens and clefts of all sites."""
+    x, y, weight = (np.array([getattr(s, name) for s in sites]) for name in ("x", "y", "radius"))
+    for k, site in enumerate(sites):
+        _, _, _, wobble, spread, gap = KINDS[site.kind]
+        radii = wobbly_radii(site.radius, wobble, np.exp(abs(rng.normal(0, spread))),
+                             style.flow + rng.normal(0, 0.5), rng)
+        site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, gap * rng.uniform(0.8, 1.6)))
+        inner = site.star.radii.min()
+        if site.kind == "tumor":
+            site.cleft = rng.uniform(1.5, 6) if rng.random() < style.retraction else 0.0
+            if rng.random() < 0.3:  # gland-like spaces in the nest
+                site.holes = [_spot(site, inner, rng.uniform(7, 12), rng) for _ in range(rng.integers(1, 4))]
+        elif site.kind == "dcis":
+            kind = rng.random()
+            if kind < 0.35:    # comedo: dead cells in the middle
+                site.holes, site.debris, site.fill = [(site.x, site.y, inner * 0.5)], True, (0.10, 0.10)
+            elif kind < 0.75:  # cribriform: several punched-out lumens
+                site.holes = [_spot(site, inner, rng.uniform(8, 13), rng) for _ in range(rng.integers(2, 6))]
+                site.fill = (0.02, 0.01)
+        elif site.kind == "duct":
+            site.fill = (rng.uniform(0, 0.06), rng.uniform(0, 0.03))
+        elif site.kind == "vessel":
+            site.fill = (0.02, rng.choice([0.0, 0.06]))
+
+
+def _spot(site, inner, radius, rng) -> tuple[float, float, float]:
+    """A round lumen somewhere in the middle of a site."""
+    away, angle = inner * 0.55 * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
+    return site.x + away * np.cos(angle), site.y + away * np.sin(angle), radius
+
+
+def _acini(lobule: Site, rng) -> list[Site]:
+    """A lobule becomes a group of small, mostly solid glands."""
+    acini = []
+    for _ in range(60):
+        radius = rng.uniform(11, 18)
+        away, angle = (lobule.radius - 0.6 * radius) * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
+        x, y = lobule.x + away * np.cos(angle), lobule.y + away * np.sin(angle)
+        if all(np.hypot(x - a.x, y - a.y) > 0.92 * (radius + a.radius) for a in acini):
+            acini.append(Site("acinus", x, y, radius, layers=int(rng.choice([1, 2, 2])),
+                              star=Star(x, y, wobbly_radii(radius, 0.08, np.exp(abs(rng.normal(0, 0.2))),
+                                                           rng.uniform(0, np.pi), rng))))
+    return acini
+
+
+def _distance_map(sites, axis) -> tuple[np.ndarray, np.ndarray]:
+    """(n, n) signed distance to the nearest site, clipped at FAR, and the index of that site."""
+    distance, owner = np.full((len(axis),) * 2, FAR), np.full((len(axis),) * 2, -1, np.int32)
+    for k, site in enumerate(sites):
+        reach = site.star.reach + FAR
+        rows, columns = (slice(*np.searchsorted(axis, (c - reach, c + reach))) for c in (site.y, site.x))
+        d = site.star.distance(axis[None, columns], axis[rows, None])
+        closer = d < distance[rows, columns]
+        distance[rows, columns][closer] = d[closer]
+        owner[rows, columns][closer] = k
+    return distance, owner
+
+
+def flow_coordinates(noise, style, ys, xs) -> tuple[np.ndarray, np.ndarray]:
+    """(along, across) the fibres on the grid ys x xs: a straight direction, bent by slow noise."""
+    bend = (30 * noise["slow"].tile(ys, xs, 100.0) + 10 * noise["patchy"].tile(ys, xs, 37.0)
+            + 3.0 * noise["loose"].tile(ys, xs, 14.0))
+    cosine, sine = np.cos(style.flow), np.sin(style.flow)
+    return xs[None] * cosine + ys[:, None] * sine, ys[:, None] * cosine - xs[None] * sine + bend
+
+
+def fibre_angle(noise, style, distance, axis) -> np.ndarray:
+    """(n, n) direction of the fibres: around the next site near it, with the flow elsewhere."""
+    _, across = flow_coordinates(noise, style, axis, axis)
+    gradient_y, gradient_x = np.gradient(np.where(distance < 14, distance, across))
+    return np.arctan2(gradient_y, gradient_x) + np.pi / 2
+
+
+def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray]:
+    """(streaks, tissue) on the grid ys x xs: texture of the fibres (mean 0), and where there are any (0..1).
+
+    Streaks are noise stretched along the flow, and around a site along its outline; where they and slower
+    noise are low, or beyond the edge of the section, glass shows.
+    """
+    along, across = flow_coordinates(noise, style, ys, xs)
+    free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0)
+            + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)
+            + 0.35 * noise["grain"].at(across, along, 0.9, 14.0))
+    x_plus_y = xs[None] + ys[:, None]
+    around = (0.6 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 30.0)
+              + 0.4 * noise["loose"].at(distance, x_plus_y + 40 * owner, 4.5, 60.0))
+    ring = ramp(10 - distance, 6)
+    streaks = free * (1 - ring) + around * ring                                         # (h, w)
+    slow = noise["slow"].tile(ys, xs, 34.0) + 0.45 * noise["patchy"].tile(ys, xs, 14.0)
+    tissue = ramp(0.42 * streaks + 0.85 * slow + 1.25 + 0.5 * ring - style.loose, 0.4)
+    if edge:
+        x, y, angle = edge
+        beyond = (xs[None] - x) * np.cos(angle) + (ys[:, None] - y) * np.sin(angle)
+        tissue = tissue * ramp(-beyond - 9 * noise["patchy"].tile(ys, xs, 14.0), 1.5)
+    return streaks, tissue

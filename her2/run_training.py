@@ -1,0 +1,181 @@
+"""Small things that every training loop calls: device, mixed precision, EMA, warm-up, check for divergence.
+
+None of them owns a step counter or knows a loss: the loop of each script stays visible in that script.
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from her2 import run
+from her2.run_errors import UserError, one_line
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is the GPU when there is one. UserError when 'cuda' is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; "
+                        "use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Precision:
+    """Mixed precision as one code path that does nothing on the CPU.
+
+    autocast()  context for the forward pass: bf16 where the GPU has it, else fp16 (`amp` = auto), off on the
+                CPU (bf16 on an ordinary CPU is many times slower than fp32).
+    scaler()    a GradScaler, enabled for fp16 only: bf16 has the exponent range of fp32 and needs none.
+    """
+
+    def __init__(self, device: torch.device, amp: str):
+        assert amp in ("auto", "off", "bf16", "fp16"), f"amp is auto, off, bf16 or fp16, found {amp!r}"
+        self.device, self.dtype = device, None
+        if device.type == "cuda" and amp != "off":
+            # Older GPUs emulate bf16 and report it as supported; fp16 is many times faster there.
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            bf16 = amp == "bf16" or (amp == "auto" and native)
+            self.dtype = torch.bfloat16 if bf16 else torch.float16
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16,
+                              enabled=self.dtype is not None)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def __str__(self):
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+
+class EMA:
+    """Exponential moving average of a module's parameters.
+
+        m <- d m + (1 - d) p,  with d = min(decay, (1 + n) / (10 + n))
+
+    n counts the updates: early on the average forgets the initial weights fast (as in latent-diffusion's
+    LitEma, where n is incremented before its first use). Buffers are copied. `module` is the averaged copy,
+    in eval mode.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for mean, value in zip(self.module.parameters(), module.parameters(), strict=True):
+            mean.lerp_(value.to(mean.dtype), 1 - decay)
+        for mean, value in zip(self.module.buffers(), module.buffers(), strict=True):
+            mean.copy_(value)
+
+    def state_dict(self) -> dict:
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.module.load_state_dict(state["module"])
+        self.updates = state["updates"]
+
+
+def set_learning_rate(optimizer, lr: float, step: int, warmup: int, steps: int, schedule: str) -> None:
+    """Linear warm-up over the first `warmup` steps, then constant or half a cosine that is 0 at `steps`.
+
+    step counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch size
+    or devices.
+    """
+    factor = min(1.0, (step + 1) / max(warmup, 1))
+    if schedule == "cosine" and step >= warmup:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * factor
+
+
+def load_official(network, content, path) -> None:
+    """Official weights into `network`, also from a checkpoint's "state_dict". UserError when they misfit."""
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
+    if (not isinstance(state_dict, dict)
+            or not any(isinstance(value, torch.Tensor) for value in state_dict.values())):
+        raise UserError(f"{path}: holds no tensors by name; "
+                        "give a state_dict, or a checkpoint with one inside")
+    try:
+        network.load_official_state_dict(state_dict)
+    except ValueError as error:
+        raise UserError(f"{path}: {one_line(error)[:300]}; "
+                        "check that the file belongs to this network and these sizes") from None
+
+
+def refuse_leak(content: dict, dataset, path) -> None:
+    """UserError when the model in `content` was trained on slides that are val or test in `dataset` now."""
+    now = dataset.slides()
+    leaked = sorted(slide for slide, split in content["split"].items()
+                    if split == "train" and now.get(slide, "train") != "train")
+    if leaked:
+        raise UserError(f"{path}: was trained on {', '.join(leaked[:5])}, which {dataset.root} holds for "
+                        "validation or test; train it on this dataset with this --split-seed")
+
+
+def frozen_loss(cls, path: str, device):
+    """The perceptual loss `cls` with the weights in `path`; None for no path, UserError when they misfit."""
+    if not path:
+        return None
+    network = cls()
+    load_official(network, run.load_file(path), path)
+    return network.to(device)
+
+
+def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
+    """label (B, H, W) of class ids -> (B, K, H, W) float on `device`."""
+    return F.one_hot(label.to(device), num_classes).movedim(-1, 1).float()
+
+
+def peak_memory(device: torch.device):
+    """Most memory in use so far, in MiB: of the GPU, or of the process (None where the system is silent)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource                     # not on Windows
+    except ImportError:
+        return None
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def grad_norm(parameters, clip: float) -> float:
+    """The L2 norm of all gradients, which are scaled down to `clip` when above. Unscale fp16 ones first."""
+    return float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+
+
+def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dict, names,
+                     scaler=None) -> None:
+    """UserError when a loss or a gradient norm is not finite, after writing `diagnosis.json`.
+
+    losses, norms: {name: number or scalar tensor}. networks: {name: module}, searched for the largest
+    gradient. names: the batch's images. Under fp16 an infinite gradient is the scaler's ordinary business (it
+    skips the step and halves its scale), until the scale is below 1: then no scale helps, and a run that
+    skips every step would end untrained, in silence.
+    """
+    losses = {name: run.number(value) for name, value in losses.items()}
+    if scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1:
+        norms = {}
+    broken = [name for name, value in {**losses, **norms}.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    largest = {}
+    for network_name, network in networks.items():
+        for name, parameter in network.named_parameters():
+            if parameter.grad is not None:
+                value = float(parameter.grad.detach().abs().nan_to_num(nan=math.inf).max())
+                largest[f"{network_name}.{name}"] = value
+    worst = max(largest, key=largest.get, default=None)
+    run.write_json(Path(folder) / "diagnosis.json", {
+        "step": step, "not_finite": broken, "losses": {name: repr(value) for name, value in losses.items()},
+        "grad_norms": {name: repr(float(value)) for name, value in norms.items()},
+        "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}, "batch": list(names)})
+    raise UserError(f"{folder}: {', '.join(broken)} not finite at step {step} "
+                    f"(see {Path(folder) / 'diagnosis.json'}); the last checkpoint is intact; "
+                    "try a lower --lr, a longer --warmup, or --amp off, with another --out")

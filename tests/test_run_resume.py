@@ -1,0 +1,262 @@
+"""Interruptions: killed runs end with the bits of whole ones; Ctrl-C, full disk, second process: one line.
+
+The long version with a hundred kills is `python tests/kill_harness.py`.
+"""
+
+import errno
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from her2 import run, run_errors, run_lock
+from her2.run_errors import UserError, atomic_write, command
+from run_kill_harness import (LOOPS, command_line, differences, half_pictures, interrupt, prepare, progress,
+                              start)
+
+ROOT = Path(__file__).resolve().parents[1]
+# One kill of each kind that is cheap to hit, spread over the loops; the harness takes all kinds for each.
+AIMS = {"autoencoder": ["checkpoint"], "diffusion": ["training"], "GAN": ["checkpoint"],
+        "segmentation": ["sample"], "generate": ["training"]}
+
+
+def in_process(line):
+    """Exit status of a script run inside this process (torch is imported once)."""
+    with pytest.raises(SystemExit) as stop:
+        command(importlib.import_module(Path(line[0]).stem).main, line[1:])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Dataset and uninterrupted runs of all loops, at one thread as in the processes that are killed."""
+    folder = tmp_path_factory.mktemp("runs")
+    prepare(folder)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in LOOPS:
+        assert in_process(command_line(name, folder, name)) == 0
+    yield folder
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_killed_run_ends_with_the_same_bits(root, name):
+    hit, wrong = interrupt(name, root, f"{name}-killed", AIMS[name], 20, random.Random(0))
+    assert hit.total() >= 1 and not wrong
+    assert in_process(command_line(name, root, f"{name}-killed")) == 0
+    assert differences(root / name, root / f"{name}-killed") == []
+
+
+def test_the_comparison_can_fail(root):
+    """Another seed gives another outcome, in everything that is compared."""
+    line = [*command_line("segmentation", root, "other"), "--seed", "1"]
+    assert in_process(line) == 0
+    assert ({"log.jsonl", "model.pt", "samples/step000004.png"}
+            <= set(differences(root / "segmentation", root / "other")))
+    picture = root / "other" / "samples" / "step000004.png"
+    picture.write_bytes(picture.read_bytes()[:-20])
+    assert len(half_pictures(root / "other")) == 1
+
+
+class Failing:
+    """An open file that takes `room` bytes and then raises `error` for each further one."""
+
+    def __init__(self, file, room, error):
+        self.file, self.room, self.error = file, room, error
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise self.error
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason):
+        self.file.close()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name, file, number, room, error", [
+    ("diffusion", "last.new.pt", 2, 100_000, FULL), ("GAN", "model.pt", 2, 0, FULL),
+    ("segmentation", "curves.png", 2, 10, FULL), ("generate", "000005.png", 1, 10, FULL),
+    ("autoencoder", "last.new.pt", 3, 100_000, KeyboardInterrupt())])
+def test_a_write_that_ends_halfway_loses_nothing(root, name, file, number, room, error, monkeypatch, capsys):
+    """Writing number `number` of `file` ends after `room` bytes. What was there stays, the run goes on."""
+    out, count, opened = f"{name}-halfway", 0, open
+
+    def opening(path, *mode):
+        nonlocal count
+        count += Path(path).name.startswith(file)
+        hit = Path(path).name.startswith(file) and count >= number
+        return Failing(opened(path, *mode), room, error) if hit else opened(path, *mode)
+
+    monkeypatch.setattr(run_errors, "open", opening, raising=False)
+    line = command_line(name, root, out)
+    status, start_of_line, words = ((2, "error:", "the disk is full") if error is FULL
+                                    else (130, "interrupted:", "goes on"))
+    assert in_process(line) == status
+    told = [text for text in capsys.readouterr().err.splitlines() if text.startswith(start_of_line)]
+    assert len(told) == 1 and words in told[0] and (file in told[0] or error is not FULL)
+    monkeypatch.undo()
+    assert not list((root / out).rglob("*.tmp"))
+    whole = list((root / out).glob("last*.pt"))
+    assert len(whole) == min(number - 1, 2) or name in ("generate", "segmentation")
+    for path in whole:
+        run.check_archive(path)
+    assert in_process(line) == 0
+    assert differences(root / name, root / out) == []
+
+
+def test_torch_and_pillow_do_not_hide_that_the_disk_is_full(tmp_path):
+    """Their own errors are of other kinds; what the file said is what counts."""
+    if os.name != "posix":
+        return                              # no limits on the size of files there
+    program = ("import resource, signal, sys, torch, numpy as np\n"
+               "from her2 import run, figures\nfrom her2.run_errors import command\n"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+               "state = {'a': torch.rand(10000)}\n"
+               "tensor = lambda argv: run.save_model(argv[0], 'gan', {}, state)\n"
+               "image = np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)\n"
+               "picture = lambda argv: figures.save_png(argv[0] + '/a.png', image)\n"
+               "command({'tensor': tensor, 'picture': picture}[sys.argv[1]], sys.argv[2:])\n")
+    for kind, file in (("tensor", "model.pt"), ("picture", "a.png")):
+        done = subprocess.run([sys.executable, "-c", program, kind, str(tmp_path)], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert file in done.stderr and "too large for this disk" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_one_line_with_the_command_that_goes_on(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train_seg.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with pytest.raises(SystemExit) as stop:
+        command(interrupted, ["--out", "my runs/a"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith("goes on: python train_seg.py --out 'my runs/a'\n")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("her2.study"))
+    with pytest.raises(SystemExit):
+        command(interrupted, ["--seed", "1"])
+    assert capsys.readouterr().err.endswith("goes on: python -m her2.study --seed 1\n")
+
+
+def test_a_complete_run_is_left_alone(root, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (root / "segmentation").rglob("*")}
+    assert in_process(command_line("segmentation", root, "segmentation")) == 0
+    assert "complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (root / "segmentation").rglob("*")} == before
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_model(root, capsys):
+    table = root / "data" / "slides.csv"
+    before = table.read_bytes()
+    try:
+        table.write_bytes(before.replace(b"s1,1,train", b"s1,1,test"))
+        for name in LOOPS:
+            assert in_process(command_line(name, root, name)) == 2
+            told = capsys.readouterr().err.splitlines()[-1]
+            assert "slides.csv" in told or "was trained on s1" in told
+    finally:
+        table.write_bytes(before)
+    other = root / "autoencoder" / "model.pt"
+    before = other.read_bytes()
+    try:
+        content = run.load_model(other, "autoencoder")
+        content["step"] = 5
+        atomic_write(other, lambda file: torch.save(content, file))
+        assert in_process(command_line("diffusion", root, "diffusion")) == 2
+        assert "another content of" in capsys.readouterr().err
+    finally:
+        other.write_bytes(before)
+
+
+def test_two_processes_do_not_work_in_one_folder(root, tmp_path):
+    """The first one holds the folder until it ends, however it ends."""
+    program = ("import sys, time\nfrom her2 import lock\nlock.hold(sys.argv[1])\n"
+               "print('held', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+                             text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is working in this folder"):
+            run_lock.hold(tmp_path)
+    finally:
+        first.kill()
+        first.communicate()
+    run_lock.hold(tmp_path)
+    run_lock.hold(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == {}
+
+
+STUDY = """
+import sys
+from her2 import study
+from her2.run_errors import command
+def stages(config):
+    return [(name, ["-m", "stage", name, config.out], config.out + "/" + name)
+            for name in ("one", "two", "report")]
+study.stages = stages
+command(study.main, sys.argv[1:])
+"""
+STAGE = """
+import pathlib, sys, time
+name, out = sys.argv[1:]
+with open(pathlib.Path(out) / "journal.txt", "a") as file:
+    file.write(name + "\\n")
+if name == "two":
+    time.sleep(1)
+folder = pathlib.Path(out) / name
+folder.mkdir(exist_ok=True)
+(folder / "results.json").write_text("{}")
+"""
+
+
+def test_the_study_resumes_stage_by_stage(tmp_path):
+    """Killed in its second stage of three: the first is not run again, the second is, the third follows."""
+    (tmp_path / "stage.py").write_text(STAGE, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    line = [sys.executable, "-c", STUDY, "--out", str(tmp_path / "out")]
+    journal = tmp_path / "out" / "journal.txt"
+    first = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
+    while first.poll() is None and not (journal.exists() and "two" in journal.read_text(encoding="utf-8")):
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert journal.read_text(encoding="utf-8").split() == ["one", "two", "two", "report"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == {}
+
+
+def test_interrupting_a_process(root):
+    """A real Ctrl-C (SIGINT) where the system knows it: exit status 130, one line, no traceback."""
+    if os.name != "posix":
+        return                              # console events on Windows would reach the tests themselves
+    import signal
+    folder, errors_file = root / "sigint", root / "sigint.err"
+    process = start(command_line("segmentation", root, "sigint"), errors_file)
+    while process.poll() is None and not progress(folder):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    text = errors_file.read_text(encoding="utf-8")
+    assert text.count("interrupted:") == 1 and "Traceback" not in text
