@@ -24,8 +24,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from her2 import run_config as configuration
-from her2 import draw, draw_axes, run, run_training
+from her2 import draw, draw_axes, run, run_config as configuration, run_training
 from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
 from her2.net_blocks import frozen, init_weights
 from her2.data_folder import load_dataset, write_split

@@ -3,7 +3,7 @@
 Two kinds of picture are made here and in `draw_axes`:
 
     images     tissue, label maps and their outlines, put in a grid with captions (the paper's Fig. 4)
-    drawings   lines, boxes and text (`Canvas`); `draw_axes` and `draw_charts` builds axes and diagrams on it (Figs. 2, 5, 6)
+    drawings   lines, boxes and text (`Canvas`); `draw_axes`, `draw_charts` build Figs. 2, 5, 6 on it
 
 Antialiasing is supersampling: everything is drawn `SCALE` times too large and averaged down once, so a
 line of width 1.5 looks like one. Images pasted on a canvas skip that step: their pixels stay what they are.
