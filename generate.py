@@ -35,8 +35,7 @@ from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.run_errors import UserError, atomic_write, command
-from her2.phantom import default_phantom
-from her2.run_provenance import file_hash
+from her2.run_provenance import file_hash, input_hashes, trained_with, warn_if_stale
 from her2.relabel import relabel, repaint_mask
 from her2.data_patches import PatchSampler
 from her2.samplers import ddim_timesteps, image_noise, sample
@@ -83,14 +82,15 @@ PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch
 
 
 def main(argv):
-    config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py",
+                                 source=lambda config: trained_with(model_of(config), config))
     config.out = config.out or f"data/synth-{config.method}"
-    config.model = config.model or ("runs/gan" if config.method == "gan" else "runs/ldm")
+    config.model = model_of(config)
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
     # ---- model ---------------------------------------------------------------------------------------------
-    content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion")
+    content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion", config.data)
     if config.method == "gan":
         painter = SpadePainter(content, config, device)
     else:
@@ -99,7 +99,6 @@ def main(argv):
         raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
-    config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
@@ -115,7 +114,9 @@ def main(argv):
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
 
-    folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
+    folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
+                          input_hashes(config, "model", data=dataset))
+    warn_if_stale(config.model, dataset, config.cache)
     manifest = Manifest(folder / "manifest.jsonl")
     checkpoint = file_hash(run.model_file(config.model))[:16]
     done = manifest.finished(folder, checkpoint)
@@ -162,9 +163,15 @@ def main(argv):
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    print(f"done: {folder}, {count} images; "
-          f"next: python train_seg.py --synthetic {folder} --ratio {config.ratio}")
+    hint = configuration.next_command("train_seg.py", config, "--synthetic", folder, "--ratio", config.ratio,
+                                      "--out", f"runs/seg-{folder.name.removeprefix('synth-')}")
+    print(f"done: {folder}, {count} images; next: {hint}")
     return 0
+
+
+def model_of(config) -> str:
+    """The run folder of the model; without --model the one that its training script writes by default."""
+    return config.model or ("runs/gan" if config.method == "gan" else "runs/ldm")
 
 
 class SpadePainter:

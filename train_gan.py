@@ -34,6 +34,7 @@ from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_genera
 from her2.net_perceptual import VGG19Loss
 from her2.phantom import default_phantom
 from her2.data_patches import PatchSampler, loader
+from her2.run_provenance import input_hashes
 from her2.run_seeds import generator
 from her2.spade import SPADEGenerator, VAEEncoder, recalibrate_norm, reparameterize
 
@@ -115,7 +116,8 @@ def main(argv):
             run_training.load_official(module, run.load_file(path), path)
     perceptual = run_training.frozen_loss(VGG19Loss, config.vgg, device)
 
-    folder = run.open_run("train_gan.py", config, device, ["train_gan.py", *argv], dataset.files())
+    folder = run.open_run("train_gan.py", config, device, ["train_gan.py", *argv],
+                          input_hashes(config, "init", "vgg", data=dataset))
     for module in (net, encoder, disc):
         module.to(device, memory_format=torch.channels_last).train()
     painters = [*net.parameters(), *encoder.parameters()]
@@ -215,7 +217,9 @@ def main(argv):
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step, idle=idle)
             clock, images = time.perf_counter(), 0
-    print(f"done: {folder / 'model.pt'}; next: python generate.py --method gan --model {folder}")
+    hint = configuration.next_command("generate.py", config, "--method", "gan", "--model", folder,
+                                      "--out", f"data/synth-{folder.name}")
+    print(f"done: {folder / 'model.pt'}; next: {hint}")
     return 0
 
 

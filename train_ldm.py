@@ -38,6 +38,7 @@ from her2.net_perceptual import LPIPS
 from her2.phantom import default_phantom
 from her2.quantizer import count_codes, restart_dead_codes
 from her2.data_patches import PatchSampler, loader
+from her2.run_provenance import input_hashes, trained_with, warn_if_stale
 from her2.samplers import image_noise, sample
 from her2.run_seeds import generator
 
@@ -135,14 +136,20 @@ def main(argv):
             AutoencoderConfig, AUTOENCODER_PRESETS, rest, __doc__, "train_ldm.py --stage autoencoder"), argv)
     if stage.stage == "diffusion":
         return train_diffusion(configuration.parse(
-            DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
+            DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion", source),
+            argv)
     about = __doc__ + ("\nWithout --stage only the flags below are known; "
                        "each stage has more: --stage NAME --help.")
     parser = configuration.Parser(prog="train_ldm.py", description=about)
     configuration.add_fields(parser, Common, {})
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
     train_autoencoder(configuration.build(AutoencoderConfig, AUTOENCODER_PRESETS, common), argv)
-    return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common), argv)
+    return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common, source), argv)
+
+
+def source(config) -> dict:
+    """The diffusion stage sees the data, the split and the patches that its autoencoder saw."""
+    return trained_with(config.autoencoder, config)
 
 
 def open_data(config):
@@ -173,7 +180,7 @@ def train_autoencoder(config, argv) -> int:
     perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
 
     folder = run.open_run("train_ldm.py --stage autoencoder", config, device, ["train_ldm.py", *argv],
-                          dataset.files())
+                          input_hashes(config, "init", "lpips", data=dataset))
     model.to(device, memory_format=torch.channels_last)
     disc.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
@@ -288,14 +295,17 @@ def train_autoencoder(config, argv) -> int:
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step, codes_used=codes_used, usage=usage)
             clock, images = time.perf_counter(), 0
-    print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
+    hint = configuration.next_command(
+        "train_ldm.py", config, "--stage", "diffusion", "--autoencoder", folder,
+        "--out", folder.with_name("ldm" if folder.name == "vq" else f"{folder.name}-ldm"))
+    print(f"done: {folder / 'model.pt'}; next: {hint}")
     return 0
 
 
 def train_diffusion(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    content = run.load_model(config.autoencoder, "autoencoder")
+    content = run.load_model(config.autoencoder, "autoencoder", config.data)
     autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
     dataset, sampler = open_data(config)
     run_training.refuse_leak(content, dataset, config.autoencoder)
@@ -330,8 +340,9 @@ def train_diffusion(config, argv) -> int:
             raise UserError("--init: official weights name eps; "
                             "add --parametrisation eps --no-zero-terminal-snr")
         run_training.load_official(denoiser, run.load_file(config.init), config.init)
-    inputs = [*dataset.files(), run.model_file(config.autoencoder)]
+    inputs = input_hashes(config, "autoencoder", "init", data=dataset)
     folder = run.open_run("train_ldm.py --stage diffusion", config, device, ["train_ldm.py", *argv], inputs)
+    warn_if_stale(config.autoencoder, dataset, config.cache)
     denoiser.to(device, memory_format=torch.channels_last)
     schedule.to(device)
     ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
@@ -427,7 +438,9 @@ def train_diffusion(config, argv) -> int:
                            split=dataset.slides(), drop_label=config.drop_label)
             run.save_checkpoint(folder, saved, step=step, sums=sums, counts=counts)
             clock, images = time.perf_counter(), 0
-    print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
+    hint = configuration.next_command("generate.py", config, "--method", "ldm", "--model", folder,
+                                      "--out", f"data/synth-{folder.name}")
+    print(f"done: {folder / 'model.pt'}; next: {hint}")
     return 0
 
 

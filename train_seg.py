@@ -28,6 +28,7 @@ from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
+from her2.run_provenance import input_hashes, trained_with, warn_if_stale
 from her2.data_patches import MixedSampler, PatchSampler, iterate_rois, loader
 from her2.segmenter import UNet, encoder_weights, predict_roi
 
@@ -77,7 +78,7 @@ PRESETS = {
 
 
 def main(argv):
-    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py", source)
     if config.patch % 32:
         raise UserError(f"--patch: found {config.patch}; "
                         "the network halves five times, give a multiple of 32")
@@ -100,6 +101,7 @@ def main(argv):
     dataset = load_dataset(config.data, seed=config.split_seed)
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
                            cache=config.cache)
+    synthetic = None
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset)         # no image made from a val or test slide
@@ -115,14 +117,15 @@ def main(argv):
         run_training.load_official(network, run.load_file(initial), initial)
     autoencoder = None
     if config.reconstruct:
-        content = run.load_model(config.reconstruct, "autoencoder")
+        content = run.load_model(config.reconstruct, "autoencoder", config.data)
         run_training.refuse_leak(content, dataset, config.reconstruct)
         autoencoder = run.build_model(VQAutoencoder, content,
                                       config.reconstruct).requires_grad_(False).to(device)
 
-    inputs = dataset.files() + (synthetic.files() if config.synthetic else [])
-    inputs += [run.model_file(config.reconstruct)] if config.reconstruct else []
+    inputs = input_hashes(config, "reconstruct", "init", data=dataset, synthetic=synthetic)
     folder = run.open_run("train_seg.py", config, device, ["train_seg.py", *argv], inputs)
+    for source_run in filter(None, (config.reconstruct, config.synthetic)):
+        warn_if_stale(source_run, dataset, config.cache)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     scaler = precision.scaler()
@@ -202,8 +205,15 @@ def main(argv):
             run.save_checkpoint(folder, saved, step=step)
             network.train()
             clock, images = time.perf_counter(), 0
-    print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
+    hint = configuration.next_command("evaluate.py", config, folder)
+    print(f"done: {folder / 'model.pt'}; next: {hint}")
     return 0
+
+
+def source(config) -> dict:
+    """With synthetic images or a reconstruction: the data, the split and the patches that those come from."""
+    name = config.synthetic or config.reconstruct
+    return trained_with(name, config) if name else {}
 
 
 def validate(network, dataset, config, precision, device) -> dict:

@@ -15,9 +15,12 @@ import dataclasses
 import inspect
 import math
 import re
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from her2.run_errors import UserError
+from her2.run_errors import UserError, shell
+
+ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
 POSITIVE = (1e-12, math.inf)
@@ -91,20 +94,39 @@ def check_ranges(config) -> None:
                 raise UserError(f"--{name.replace('_', '-')}: found {value}; give a number {allowed}")
 
 
-def build(cls, presets: dict, given: dict):
-    """The configuration: the dataclass's defaults, then the preset, then the flags that were given."""
+def build(cls, presets: dict, given: dict, source=None):
+    """The configuration: the dataclass's defaults, then the preset, then the flags that were given.
+
+    `source(configuration) -> {field: value}` is what a trained network that it names was made with: that
+    stands above the preset, for a network is used on its own data and at its own size.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     preset = given.get("preset") or next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
     unknown = set(presets[preset]) - names
     assert not unknown, f"preset {preset!r} of {cls.__name__} sets unknown fields {sorted(unknown)}"
-    values = {**presets[preset], **{name: value for name, value in given.items() if value is not None}}
-    config = cls(**values)
+    given = {name: value for name, value in given.items() if value is not None}
+    config = cls(**{**presets[preset], **given})
+    if source is not None:
+        config = cls(**{**presets[preset], **source(config), **given})
     check_ranges(config)
     return config
 
 
-def parse(cls, presets: dict, argv, description: str, prog: str):
-    """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it."""
+def next_command(script: str, config, *flags) -> str:
+    """The command line of another script that goes on from a run of `config`: `flags`, and what it chose."""
+    words = ["python", script if Path.cwd() == ROOT else ROOT / script, *flags]
+    for name in ("data", "split_seed", "preset", "device", "amp", "cache"):
+        value = getattr(config, name)
+        if value != getattr(type(config), name) and (name, script) != ("split_seed", "evaluate.py"):
+            words += ["--" + name.replace("_", "-"), value]
+    return shell(words)
+
+
+def parse(cls, presets: dict, argv, description: str, prog: str, source=None):
+    """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it.
+
+    `source` as for `build`.
+    """
     parser = Parser(prog=prog, description=inspect.cleandoc(description))
     add_fields(parser, cls, presets)
-    return build(cls, presets, vars(parser.parse_args(argv)))
+    return build(cls, presets, vars(parser.parse_args(argv)), source)

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def one_line(text) -> str:
     return " ".join(str(text).split())
 
 
+def shell(words) -> str:
+    """A command line to paste into this system's shell, whatever blanks and quotes its paths hold."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def command(main, argv=None):
     """Run `main(argv)` as a program: exit status 0, or 2 with one line on stderr, or 130 after Ctrl-C.
 
@@ -49,7 +56,7 @@ def command(main, argv=None):
         spec = sys.modules["__main__"].__spec__     # python -m her2.study: argv[0] would be the module's file
         program = ["-m", spec.name] if spec is not None and spec.name.startswith("her2.") else [sys.argv[0]]
         print("interrupted: nothing that was saved is lost, this command goes on: "
-              f"python {shlex.join([*program, *argv])}", file=sys.stderr)
+              f"{shell(['python', *program, *argv])}", file=sys.stderr)
         status = 130
     except OSError as error:
         if error.errno not in MACHINE:
