@@ -35,7 +35,7 @@ from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.run_errors import UserError, atomic_write, command
-from her2.run_provenance import file_hash, input_hashes, trained_with, warn_if_stale
+from her2.run_provenance import file_hash, input_hashes, warn_if_stale
 from her2.relabel import relabel, repaint_mask
 from her2.data_patches import PatchSampler
 from her2.samplers import ddim_timesteps, image_noise, sample
@@ -75,6 +75,10 @@ class Config:
                                     # the old staining leak through the encoder's receptive field
     cache: str = "cache"            # folder for the decoded images
 
+    def __post_init__(self):
+        self.out = self.out or f"data/synth-{self.method}"
+        self.model = self.model or ("runs/gan" if self.method == "gan" else "runs/ldm")
+
 
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
@@ -82,10 +86,7 @@ PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch
 
 
 def main(argv):
-    config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py",
-                                 source=lambda config: trained_with(model_of(config), config))
-    config.out = config.out or f"data/synth-{config.method}"
-    config.model = model_of(config)
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
@@ -163,15 +164,10 @@ def main(argv):
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    hint = configuration.next_command("train_seg.py", config, "--synthetic", folder, "--ratio", config.ratio,
-                                      "--out", f"runs/seg-{folder.name.removeprefix('synth-')}")
-    print(f"done: {folder}, {count} images; next: {hint}")
+    print(f"done: {folder}, {count} images; next: " + configuration.next_command(
+        "train_seg.py", config, "--synthetic", folder, "--ratio", config.ratio,
+        "--out", f"runs/seg-{folder.name.removeprefix('synth-')}"))
     return 0
-
-
-def model_of(config) -> str:
-    """The run folder of the model; without --model the one that its training script writes by default."""
-    return config.model or ("runs/gan" if config.method == "gan" else "runs/ldm")
 
 
 class SpadePainter:

@@ -217,9 +217,8 @@ def main(argv):
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step, idle=idle)
             clock, images = time.perf_counter(), 0
-    hint = configuration.next_command("generate.py", config, "--method", "gan", "--model", folder,
-                                      "--out", f"data/synth-{folder.name}")
-    print(f"done: {folder / 'model.pt'}; next: {hint}")
+    print(f"done: {folder / 'model.pt'}; next: " + configuration.next_command(
+        "generate.py", config, "--method", "gan", "--model", folder, "--out", f"data/synth-{folder.name}"))
     return 0
 
 

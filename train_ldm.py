@@ -38,7 +38,7 @@ from her2.net_perceptual import LPIPS
 from her2.phantom import default_phantom
 from her2.quantizer import count_codes, restart_dead_codes
 from her2.data_patches import PatchSampler, loader
-from her2.run_provenance import input_hashes, trained_with, warn_if_stale
+from her2.run_provenance import input_hashes, warn_if_stale
 from her2.samplers import image_noise, sample
 from her2.run_seeds import generator
 
@@ -136,20 +136,14 @@ def main(argv):
             AutoencoderConfig, AUTOENCODER_PRESETS, rest, __doc__, "train_ldm.py --stage autoencoder"), argv)
     if stage.stage == "diffusion":
         return train_diffusion(configuration.parse(
-            DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion", source),
-            argv)
+            DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
     about = __doc__ + ("\nWithout --stage only the flags below are known; "
                        "each stage has more: --stage NAME --help.")
     parser = configuration.Parser(prog="train_ldm.py", description=about)
     configuration.add_fields(parser, Common, {})
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
     train_autoencoder(configuration.build(AutoencoderConfig, AUTOENCODER_PRESETS, common), argv)
-    return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common, source), argv)
-
-
-def source(config) -> dict:
-    """The diffusion stage sees the data, the split and the patches that its autoencoder saw."""
-    return trained_with(config.autoencoder, config)
+    return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common), argv)
 
 
 def open_data(config):
@@ -295,10 +289,9 @@ def train_autoencoder(config, argv) -> int:
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step, codes_used=codes_used, usage=usage)
             clock, images = time.perf_counter(), 0
-    hint = configuration.next_command(
+    print(f"done: {folder / 'model.pt'}; next: " + configuration.next_command(
         "train_ldm.py", config, "--stage", "diffusion", "--autoencoder", folder,
-        "--out", folder.with_name("ldm" if folder.name == "vq" else f"{folder.name}-ldm"))
-    print(f"done: {folder / 'model.pt'}; next: {hint}")
+        "--out", folder.with_name("ldm" if folder.name == "vq" else f"{folder.name}-ldm")))
     return 0
 
 
@@ -438,9 +431,8 @@ def train_diffusion(config, argv) -> int:
                            split=dataset.slides(), drop_label=config.drop_label)
             run.save_checkpoint(folder, saved, step=step, sums=sums, counts=counts)
             clock, images = time.perf_counter(), 0
-    hint = configuration.next_command("generate.py", config, "--method", "ldm", "--model", folder,
-                                      "--out", f"data/synth-{folder.name}")
-    print(f"done: {folder / 'model.pt'}; next: {hint}")
+    print(f"done: {folder / 'model.pt'}; next: " + configuration.next_command(
+        "generate.py", config, "--method", "ldm", "--model", folder, "--out", f"data/synth-{folder.name}"))
     return 0
 
 

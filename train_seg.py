@@ -28,7 +28,7 @@ from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
-from her2.run_provenance import input_hashes, trained_with, warn_if_stale
+from her2.run_provenance import input_hashes, warn_if_stale
 from her2.data_patches import MixedSampler, PatchSampler, iterate_rois, loader
 from her2.segmenter import UNet, encoder_weights, predict_roi
 
@@ -78,7 +78,7 @@ PRESETS = {
 
 
 def main(argv):
-    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py", source)
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
     if config.patch % 32:
         raise UserError(f"--patch: found {config.patch}; "
                         "the network halves five times, give a multiple of 32")
@@ -205,15 +205,8 @@ def main(argv):
             run.save_checkpoint(folder, saved, step=step)
             network.train()
             clock, images = time.perf_counter(), 0
-    hint = configuration.next_command("evaluate.py", config, folder)
-    print(f"done: {folder / 'model.pt'}; next: {hint}")
+    print(f"done: {folder / 'model.pt'}; next: {configuration.next_command('evaluate.py', config, folder)}")
     return 0
-
-
-def source(config) -> dict:
-    """With synthetic images or a reconstruction: the data, the split and the patches that those come from."""
-    name = config.synthetic or config.reconstruct
-    return trained_with(name, config) if name else {}
 
 
 def validate(network, dataset, config, precision, device) -> dict:

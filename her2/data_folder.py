@@ -36,10 +36,6 @@ class Dataset:
         """{slide: split}"""
         return {roi.slide: roi.split for roi in self.rois}
 
-    def files(self) -> list[Path]:
-        """The small files that say what the dataset is; a run goes on only while they stay the same."""
-        return [self.root / name for name in ("slides.csv", "classes.json", "manifest.jsonl")]
-
 
 def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
     """(dataset, problems): everything that can be said without decoding an image. Problems: one line each.

@@ -93,7 +93,7 @@ def open_run(script: str, config, device, command, inputs=None) -> Path:
             raise UserError(f"{folder}: is stale, its input is another than when it was begun "
                             f"({in_short(stale)}); restore that, or delete the folder to make it again")
         for name in [name for name in same if old["fields"].get(name) != fields[name]]:
-            print(f"note: {folder}: --{name} {fields[name]} has the content that {old['fields'].get(name)} had")
+            print(f"note: {folder}: --{name} {fields[name]} has the content of {old['fields'].get(name)}")
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from her2.run_errors import UserError, shell
+from her2.run_provenance import trained_with
 
 ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 
+SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
 POSITIVE = (1e-12, math.inf)
 COUNT = (1, 10**9)
@@ -94,11 +96,11 @@ def check_ranges(config) -> None:
                 raise UserError(f"--{name.replace('_', '-')}: found {value}; give a number {allowed}")
 
 
-def build(cls, presets: dict, given: dict, source=None):
+def build(cls, presets: dict, given: dict):
     """The configuration: the dataclass's defaults, then the preset, then the flags that were given.
 
-    `source(configuration) -> {field: value}` is what a trained network that it names was made with: that
-    stands above the preset, for a network is used on its own data and at its own size.
+    What a trained network or a synthetic set that it names was made with stands above the preset: a network
+    is used on its own data, with their split, and at its own size.
     """
     names = {field.name for field in dataclasses.fields(cls)}
     preset = given.get("preset") or next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
@@ -106,8 +108,9 @@ def build(cls, presets: dict, given: dict, source=None):
     assert not unknown, f"preset {preset!r} of {cls.__name__} sets unknown fields {sorted(unknown)}"
     given = {name: value for name, value in given.items() if value is not None}
     config = cls(**{**presets[preset], **given})
+    source = next(filter(None, (getattr(config, name, "") for name in SOURCES)), None)
     if source is not None:
-        config = cls(**{**presets[preset], **source(config), **given})
+        config = cls(**{**presets[preset], **trained_with(source, config), **given})
     check_ranges(config)
     return config
 
@@ -122,11 +125,8 @@ def next_command(script: str, config, *flags) -> str:
     return shell(words)
 
 
-def parse(cls, presets: dict, argv, description: str, prog: str, source=None):
-    """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it.
-
-    `source` as for `build`.
-    """
+def parse(cls, presets: dict, argv, description: str, prog: str):
+    """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it."""
     parser = Parser(prog=prog, description=inspect.cleandoc(description))
     add_fields(parser, cls, presets)
-    return build(cls, presets, vars(parser.parse_args(argv)), source)
+    return build(cls, presets, vars(parser.parse_args(argv)))

@@ -23,7 +23,6 @@ import torch
 from data_factory import save, write_csv, write_dataset
 from PIL import Image
 
-import evaluate
 import generate
 import train_gan
 import train_ldm
@@ -292,7 +291,7 @@ def test_what_only_moved_is_accepted_finished_or_half_done(trained):
     for name in ("ldm", "gan", "seg", "seg-gan", "seg-vq"):
         words = [where.get(word, word) for word in CHAIN[name]]
         out = succeed(*words, "--out", name)
-        assert "--data new place has the content" in out, out
+        assert "--data new place has the content of" in out, out
         assert stale(name) and stale(name, data="new place", autoencoder="vq-2", reconstruct="vq-2",
                                      synthetic="synth-2") == []
     assert Path("gan/model.pt").read_bytes() == bits
