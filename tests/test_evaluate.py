@@ -25,7 +25,7 @@ from her2.segmenter import UNet
 from her2.stains import compose, deconvolve
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = {"seed": 0, "steps": 10, "sampling": "subtype", "synthetic": "", "ratio": 1.0, "reconstruct": "",
+FIELDS = {"seed": 0, "steps": 10, "sampling": "subtype", "synthetic": "", "ratio": 1.0,
           "lr": 0.1}
 
 
@@ -414,15 +414,18 @@ def test_order_of_the_medians(medians, ordered):
     ({"sampling": "subtype", "synthetic": "x", "ratio": 0.5}, "gan", "gan-50"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 4.0}, "inpaint", "inpaint-400"),
     ({"sampling": "tumor", "synthetic": "x", "ratio": 1.0}, "ldm", "ldm-100-tumor"),
-    ({"sampling": "subtype", "reconstruct": "runs/vq"}, "", "reconstructed"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "reconstruct", "reconstruct-100"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "ldm-same", "ldm-100-same"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0, "name": "my fork"}, "ldm", "my fork"),
 ])
 def test_names_of_configurations(fields, method, name):
-    assert report.configuration_name({"synthetic": "", "reconstruct": "", **fields}, method) == name
+    assert report.configuration_name({"synthetic": "", **fields}, method) == name
 
 
 def test_order_of_configurations():
     protocol = ["tumor", "subtype", *(f"{method}-{ratio}" for ratio in (50, 100, 200, 400)
-                                      for method in ("gan", "ldm", "inpaint")), "reconstructed"]
+                                      for method in ("gan", "ldm", "inpaint")), "ldm-100-same",
+                "oracle-100", "restain-100", "reconstruct-100", "a fork"]
     assert sorted(sorted(protocol), key=report.order) == protocol
 
 
