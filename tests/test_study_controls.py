@@ -1,4 +1,4 @@
-"""The controls of the study: what the phantom renders again, what is restained, what only the autoencoder did."""
+"""The controls of the study: tissue that the phantom renders again, and instances that are restained."""
 
 import json
 
@@ -39,7 +39,7 @@ def scene(seed=4, slide=1):
 
 
 def test_filling_a_nest_anew_changes_nothing_outside_it():
-    """The oracle's promise: outlines, background and slide stay to the bit; inside, the new staining shows."""
+    """Outlines, background and slide stay to the bit; inside, the new staining shows."""
     before = scene()
     nests = [k for k, site in enumerate(before.sites) if site.kind == "tumor"]
     k = max(nests, key=lambda k: before.sites[k].radius)
@@ -63,7 +63,8 @@ def test_staining_follows_the_class_asked_for():
     nests = [k for k, site in enumerate(before.sites) if site.kind == "tumor"]
     densities = []
     for class_id in phantom.SUBTYPE_CLASS:
-        image = render(study_controls.with_classes(before, dict.fromkeys(nests, class_id), (1,)), 1.0, 256, (1,))
+        after = study_controls.with_classes(before, dict.fromkeys(nests, class_id), (1,))
+        image = render(after, 1.0, 256, (1,))
         owner = np.zeros((256, 256), bool)
         y, x = np.mgrid[:256, :256] + 0.5
         for k in nests:
@@ -76,12 +77,12 @@ def test_a_window_is_a_part_of_the_whole():
     one = scene()
     whole = render(one, 1.0, 256, (0,))
     part = window(one, 1.0, 64, 100, 64, 64, numpy_generator(0, "sensor", 0, 0)).astype(int)
-    assert np.abs(part - whole[64:128, 100:164]).max() < 25        # the noise of the sensor is all that differs
+    assert np.abs(part - whole[64:128, 100:164]).max() < 25        # only the sensor's noise differs
     assert np.abs((part - whole[64:128, 100:164]).mean()) < 0.2
 
 
 def test_oracle_and_restain_have_the_labels_of_a_generator(folder):
-    """All methods of one seed paint the same relabelled patches, so that their images can be compared in pairs."""
+    """All methods of one seed paint the same relabelled patches: their images come in pairs."""
     (_, first, oracle), (_, second, restain) = make(folder, "oracle"), make(folder, "restain")
     same = [{key: line[key] for key in ("source_image", "x", "y", "instances")} for line in first]
     assert same == [{key: line[key] for key in same[0]} for line in second]
