@@ -1,18 +1,18 @@
 """The statistics of the study: what a handful of seeds can say about a claim, every formula by hand.
 
-The unit is a seed: its own tissue, generators and segmenters. Its arms share its slides, so everything is said
-about paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
+The unit is a seed: its own tissue, generators and segmenters. Its arms share its slides, so all is said about
+paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
 
     t interval    mean(d) +- q s / sqrt(n), s with n - 1, P(|T| <= q) = level for n - 1 degrees of freedom
     bootstrap     n seeds drawn with replacement, in each its slides, as many per HER2 score as it has;
-                  the 2.5 and 97.5 % points of mean(d). Both arms get the same slides; the thresholds stay
+                  percentiles of mean(d). Both arms get the same slides; the thresholds stay
     sign flip     share of the 2^n ways to swap the arms within seeds that give a mean at least as far from 0:
                   exact without any law of d, and never below 2 / 2^n
     Holm          the i-th smallest of m p-values against .05 / (m + 1 - i), until the first that is larger
     efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
 
 Variances are compared by their ratio, as log(max(variance, FLOOR)). Decisions rest on the t interval; the
-bootstrap knows the slides, but has only n seeds to draw from, and is shown beside.
+bootstrap has only n seeds to draw from, and is shown beside.
 
     base = outcome(val, test, scores, classes)                  of `subtype`; counts (S, K, BINS), S scores
     other = outcome(val, test, scores, classes, base.figures["half"]["fpr"])    any other arm of that seed
@@ -25,10 +25,9 @@ Points of operation: "best" (the threshold with the best Dice on val), "half" (0
 false-positive rate = that of the baseline of the seed at 0.5). Figures: the keys of `rates`, and
 "average_precision" (no point, no bootstrap). A seed in which a figure does not exist (NaN) is left out.
 
-Sources: Abramowitz & Stegun 26.7.3-4 (Student's law for whole degrees of freedom); Holm, Scand J Stat 6
-(1979); Efron & Tibshirani, An Introduction to the Bootstrap (1993), ch. 8, 13. PAPER: reports five repetitions
-and no test; margins, floor and the family of four are decisions of this study.
-
+Sources: Student's law, Abramowitz & Stegun 26.7.3-4; Holm, Scand J Stat 6 (1979); Efron & Tibshirani, An
+Introduction to the Bootstrap (1993); expanded percentiles, Hesterberg, Am Stat 69 (2015). PAPER: five
+repetitions and no test are reported; margins, floor and the family of four are decisions of this study.
 Key: S slides, K classes, n seeds, R replicates.
 """
 
@@ -50,13 +49,11 @@ CLAIMS = {"P1": ("subtype", "tumor", "best", "dice"),               # better arm
           "P4": ("ldm-100", "subtype", "matched", "log_variance")}
 
 
-# ---- one arm in one seed -----------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Outcome:
-    """A run at its three points of operation; S test slides, their scores are the strata of the bootstrap."""
+    """One arm in one seed, at its three points of operation."""
 
-    scores: tuple
+    scores: tuple           # of the S test slides: the strata of the bootstrap
     thresholds: dict        # {point: threshold}
     tables: dict            # {point: (S, K, 2) int64}, pixels called no | tumor
     figures: dict           # {point: {figure: float}}, over all slides
@@ -69,12 +66,12 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
     equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
     thresholds = {"best": best_threshold(np.sum(val, axis=0), classes), "half": 0.5, "matched": equal or 0.5}
-    slides = [ProbabilityHistogram(classes, counts) for counts in test]
+    slides, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}
     tables = {point: np.stack([slide.confusion(t) for slide in slides]) for point, t in thresholds.items()}
-    precision = {"average_precision": average_precision(whole.counts, classes)}
-    return Outcome(tuple(scores), thresholds, tables, {
-        point: {**{name: float(x) for name, x in rates(table.sum(axis=0), classes).items()}, **precision}
-        for point, table in tables.items()})
+    for point, table in tables.items():
+        figures[point] = {name: float(value) for name, value in rates(table.sum(axis=0), classes).items()}
+        figures[point]["average_precision"] = average_precision(whole.counts, classes)
+    return Outcome(tuple(scores), thresholds, tables, figures)
 
 
 def best_threshold(counts, classes) -> float:
@@ -85,7 +82,7 @@ def best_threshold(counts, classes) -> float:
 
 
 def average_precision(counts, classes) -> float:
-    """Sum of precision * gain of recall from the surest bin down; counts (K, BINS), NaN without tumor.
+    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down; NaN without tumor.
 
     The pixels of a bin are tied: they enter together, at the precision after the last of them.
     """
@@ -95,10 +92,7 @@ def average_precision(counts, classes) -> float:
 
 
 def rates(confusion, classes) -> dict:
-    """Counts (..., K, 2) -> {figure: (...)}: `metrics.report` for many tables at once, NaN for its None.
-
-    Figures: "dice", "precision", "fpr", "variance", "log_variance", and "recall NAME" of each tumor class.
-    """
+    """Counts (..., K, 2) -> {figure: (...)}: `metrics.report` for many tables at once, NaN for its None."""
     confusion, tumor = np.asarray(confusion, dtype=np.float64), classes.tumor_ids
     tp, fn = confusion[..., tumor, 1].sum(axis=-1), confusion[..., tumor, 0].sum(axis=-1)
     fp, tn = confusion[..., 1].sum(axis=-1) - tp, confusion[..., 0].sum(axis=-1) - fn
@@ -112,11 +106,8 @@ def rates(confusion, classes) -> dict:
                 **{f"recall {classes.names[k]}": recall[..., k] for k in tumor}}
 
 
-# ---- intervals and tests -----------------------------------------------------------------------------------
-
 def t_within(t: float, freedom: int) -> float:
     """P(-t <= T <= t) of Student's law, a sum of powers of cos(theta), tan(theta) = t / sqrt(freedom)."""
-    assert freedom >= 1 and t >= 0, f"{freedom} degrees of freedom, t = {t}"
     theta, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
     term = total = float(freedom > 1)
     for k in range(1 + odd, freedom - 2, 2):
@@ -130,17 +121,16 @@ def t_within(t: float, freedom: int) -> float:
 def t_quantile(level: float, freedom: int) -> float:
     """The t with P(|T| <= t) = level, by bisection: t_quantile(0.95, 4) = 2.776."""
     assert 0 < level < 1, level
-    low, high = 0.0, 1.0
-    while t_within(high, freedom) < level:
-        high *= 2
+    low, high = 0.0, math.pi / 2                # of the angle whose tangent is t / sqrt(freedom)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, freedom) < level else (low, middle)
-    return high
+        enough = t_within(math.sqrt(freedom) * math.tan(middle), freedom) >= level
+        low, high = (low, middle) if enough else (middle, high)
+    return math.sqrt(freedom) * math.tan(high)
 
 
 def t_interval(differences, level: float = 1 - ALPHA) -> dict:
-    """{"mean", "low", "high", "level", "n", "p"}: mean of n >= 1 paired differences; p two-sided, of mean 0.
+    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0.
 
     A single seed leaves everything open: low and high are None, p is 1.
     """
@@ -162,8 +152,8 @@ def sign_flip(differences) -> float:
     return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).mean())  # but for rounding
 
 
-def holm(p_values, alpha: float = ALPHA) -> tuple[list, list]:
-    """m p-values -> adjusted p-values, and the level at which each interval says the same as its p <= alpha.
+def holm(p_values) -> tuple[list, list]:
+    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= ALPHA.
 
     From the first hypothesis that stands on, the level stays: nothing is tested after it.
     """
@@ -171,17 +161,16 @@ def holm(p_values, alpha: float = ALPHA) -> tuple[list, list]:
     adjusted, levels = [0.0] * m, [0.0] * m
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (m - rank) * p_values[i]))
-        stood = rank if stood is None and largest > alpha else stood
-        adjusted[i], levels[i] = largest, 1 - alpha / (m - (rank if stood is None else stood))
+        stood = rank if stood is None and largest > ALPHA else stood
+        adjusted[i], levels[i] = largest, 1 - ALPHA / (m - (rank if stood is None else stood))
     return adjusted, levels
 
 
 @lru_cache(maxsize=8)
 def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list]:
-    """Draws of the bootstrap: which seed stands at each place (R, n), and its slides' weights there.
+    """Draws of the bootstrap: the seed at each place (R, n); per seed the weights of its slides (places, S).
 
-    `scores`: the strata of the slides of each of n seeds. The weights are one (places, S) table per seed, a
-    row for each place at which it stands, in the order of which == seed.
+    `scores`: n tuples, the strata of the slides of each seed. The order of weights is that of which == seed.
     """
     rng = np.random.default_rng(key)
     which, weights = rng.integers(len(scores), size=(replicates, len(scores))), []
@@ -193,11 +182,12 @@ def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list
     return which, weights
 
 
-def percentiles(values) -> list:
-    return [float(x) for x in np.nanquantile(values, [ALPHA / 2, 1 - ALPHA / 2])]
+def percentiles(replicates, n: int) -> list:
+    """[low, high] of resamples of n seeds, wider than the 2.5 and 97.5 % points."""
+    # Resamples scatter by the sd with n, not n - 1, and know no t law: z = 1.96 becomes sqrt(n / (n - 1)) q.
+    tails = math.erfc(math.sqrt(n / (n - 1) / 2) * t_quantile(1 - ALPHA, n - 1)) if n > 1 else ALPHA
+    return [float(x) for x in np.nanquantile(replicates, [tails / 2, 1 - tails / 2])]
 
-
-# ---- the study ---------------------------------------------------------------------------------------------
 
 class Study:
     """arms: {name: {seed: Outcome}}. `replicates` and `key` decide the bootstrap, the same for all arms."""
@@ -224,32 +214,30 @@ class Study:
         return drawn.mean(axis=1)
 
     def difference(self, new, old, point, figure):
-        """Of `new` - `old`: t_interval's fields, "seeds", "values", "sign_flip", "bootstrap"; None without."""
+        """t_interval of `new` - `old`, "seeds", "values", "sign_flip", "bootstrap"; None without a pair."""
         seeds, (a, b) = self.values((new, old), point, figure)
         if not seeds:
             return None
         assert all(self.arms[new][s].scores == self.arms[old][s].scores for s in seeds), "not the same slides"
         drawn = None
-        if figure != "average_precision":
-            drawn = percentiles(self.replicated(new, seeds, point, figure)
-                                - self.replicated(old, seeds, point, figure))
+        if self.replicates and figure != "average_precision":
+            a_drawn, b_drawn = (self.replicated(arm, seeds, point, figure) for arm in (new, old))
+            drawn = percentiles(a_drawn - b_drawn, len(seeds))
         return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(),
                 "sign_flip": sign_flip(a - b), "bootstrap": drawn}
 
     def efficiency(self, arm, baseline, oracle, point, figure):
-        """[ratio, low, high]: the share of the oracle's gain that the arm reaches.
-
-        None without a common seed, or when the oracle's bootstrap interval has 0: nothing to divide by.
-        """
+        """[share of the oracle's gain that the arm reaches, low, high]; None where that gain may be 0."""
         names = (arm, baseline, oracle)
         seeds, table = self.values(names, point, figure)
         if not seeds:
             return None
         a, b, c = (self.replicated(name, seeds, point, figure) for name in names)
-        low, high = percentiles(c - b)
+        low, high = percentiles(c - b, len(seeds))
+        if low <= 0 <= high:
+            return None
         mean = table.mean(axis=1)
-        ratio = (mean[0] - mean[1]) / (mean[2] - mean[1])
-        return None if low <= 0 <= high else [float(ratio), *percentiles((a - b) / (c - b))]
+        return [float((mean[0] - mean[1]) / (mean[2] - mean[1])), *percentiles((a - b) / (c - b), len(seeds))]
 
     def primaries(self) -> list:
         """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle", "verdict", "sentence".
@@ -270,39 +258,42 @@ class Study:
 
 
 def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
-    """(verdict, sentence); `found` and `oracle` as of `t_interval` or None. The first that holds:
+    """(verdict, sentence); `found` and `oracle` as of `t_interval`, or None. The first that holds:
 
     reproduced       the interval is without 0, its mean reaches the margin on the paper's side, and the mean
                      at the matched false-positive rate has the same sign
-    contradicted     the interval excludes even the margin, the oracle's is without 0 and its mean has it
     not answerable   the oracle's interval includes 0
+    contradicted     the interval excludes even the margin, and the oracle shows it, by interval and mean
     undecided        anything else
     """
     new, old, point, figure = CLAIMS[claim]
-    margin, sign = abs(MARGIN[figure]), math.copysign(1, MARGIN[figure])
+    margin, sign = abs(MARGIN[figure]), np.sign(MARGIN[figure])
 
-    def zero_outside(one):
-        return one["n"] > 1 and not one["low"] <= 0 <= one["high"]
+    def ends(one):
+        return one["low"], one["high"]
+
+    def has_zero(one):
+        return one["n"] < 2 or one["low"] <= 0 <= one["high"]
 
     def shows(one):
-        return zero_outside(one) and sign * one["mean"] >= margin
+        return not has_zero(one) and sign * one["mean"] >= margin
 
     def amount(value):
         return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {math.exp(value):.2f}"
 
     def spoken(one):
-        ends = f"{amount(one['low'])} to {amount(one['high'])}" if one["n"] > 1 else "no interval"
-        return f"{amount(one['mean'])} ({100 * one['level']:.4g} %: {ends}, n = {one['n']})"
+        between = " to ".join(map(amount, ends(one))) if one["n"] > 1 else "no interval"
+        return f"{amount(one['mean'])} ({100 * one['level']:.4g} %: {between}, n = {one['n']})"
 
-    if not found:
-        return "undecided", f"{claim}: undecided; no seed has both {new} and {old}."
     name = "undecided"
-    if shows(found) and matched is not None and sign * matched > 0:
+    if not found:
+        return name, f"{claim}: {name}; no seed has both {new} and {old}."
+    if shows(found) and sign * (matched or 0) > 0:
         name = "reproduced"
-    elif oracle and shows(oracle) and found["n"] > 1 and max(sign * found[e] for e in ("low", "high")) < margin:
-        name = "contradicted"
-    elif oracle and oracle["n"] > 1 and not zero_outside(oracle):
+    elif oracle and has_zero(oracle) and oracle["n"] > 1:
         name = "not answerable"
+    elif oracle and shows(oracle) and found["n"] > 1 and max(sign * x for x in ends(found)) < margin:
+        name = "contradicted"
     what = "Dice" if figure == "dice" else "subtype variance"
     equal = "" if point == "matched" or matched is None else f", {amount(matched)} at equal FPR"
     return name, (f"{claim}, {what} of {new} against {old}: {name}; {spoken(found)}{equal}; "
