@@ -52,7 +52,7 @@ class Config:
     seed: int = 0                   # decides the patches, the new subtypes and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     method: Literal["gan", "ldm", "inpaint"] = "ldm"    # which generative model paints the images
     model: str = ""                 # its run folder; empty: runs/gan, or runs/ldm for ldm and inpaint
     ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once;

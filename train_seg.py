@@ -40,7 +40,7 @@ class Config:
     seed: int = 0                   # decides the initial weights, the batches and the augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     steps: int = 240                # optimiser steps
     batch: int = 16                 # patches per step
     lr: float = 1e-3                # step size that Adam sees; never rescaled
