@@ -59,7 +59,7 @@ class Tile:
             f"window {height} x {width} at row {y}, column {x} leaves {self.height} x {self.width}"
         area = slice(y, y + height), slice(x, x + width)
         instance = np.array(self.instance[area])                                       # (h, w)
-        return np.array(self.image[area]), self.class_of[instance], instance.astype(np.int32)
+        return np.array(self.image[area]), self.class_of.take(instance), instance.astype(np.int32)
 
     def count(self, class_ids) -> int:
         """Number of pixels whose class is one of `class_ids`."""
