@@ -23,6 +23,7 @@ from tqdm import tqdm
 from her2 import run_config as configuration
 from her2 import draw, draw_axes, run, run_training
 from her2.autoencoder import VQAutoencoder
+from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
 from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
@@ -104,8 +105,9 @@ def main(argv):
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset)         # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
-    is_tumor = torch.zeros(len(dataset.classes), dtype=torch.long)
+    is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
+    is_tumor[IGNORE] = IGNORE
 
     # ---- network, optimiser --------------------------------------------------------------------------------
     torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
