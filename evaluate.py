@@ -44,7 +44,7 @@ class Config:
     preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
     seed: int = 0                   # which examples Fig. 4 shows
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     batch: int = 4                  # tiles at a time; changes nothing but speed and memory
     tile: int = 256                 # side of the tiles in which an ROI is predicted, divisible by 32
     overlap: int = 64               # pixels that neighbouring tiles share; only their centres are kept

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from her2 import run_config as configuration
 from her2 import draw, inpainting, run, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
+from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
@@ -53,7 +54,7 @@ class Config:
     seed: int = 0                   # decides the patches, the new subtypes and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     method: Literal["gan", "ldm", "inpaint", "oracle", "fresh", "restain", "reconstruct"] = "ldm"  # what
                                     # paints: a generative model, or a control of her2/study_controls.py
     model: str = ""                 # its run folder; empty: runs/gan, runs/vq for reconstruct, else runs/ldm
@@ -299,8 +300,8 @@ def keep(patch):
     """--no-relabel: the real label, every instance mapped to its own class."""
     mapping = {}
     for j in patch["instance"].unique().tolist():
-        if j:
-            old = int(patch["label"][patch["instance"] == j][0])
+        old = int(patch["label"][patch["instance"] == j][0])
+        if j and old != IGNORE:
             mapping[j] = (old, old)
     return patch["label"], mapping
 

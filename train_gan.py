@@ -46,7 +46,7 @@ class Config:
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from her2 import run_config as configuration
 from her2 import draw, draw_axes, run, run_training
+from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
 from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
@@ -39,7 +40,7 @@ class Config:
     seed: int = 0                   # decides the initial weights, the batches and the augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     steps: int = 240                # optimiser steps
     batch: int = 16                 # patches per step
     lr: float = 1e-3                # step size that Adam sees; never rescaled
@@ -104,8 +105,9 @@ def main(argv):
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset)         # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
-    is_tumor = torch.zeros(len(dataset.classes), dtype=torch.long)
+    is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
+    is_tumor[IGNORE] = IGNORE
 
     # ---- network, optimiser --------------------------------------------------------------------------------
     torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators

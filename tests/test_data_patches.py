@@ -305,7 +305,7 @@ def test_regions_come_whole_for_evaluation(tmp_path):
 def test_the_real_half_of_a_mixed_batch_is_the_batch_without_synthetic_images(tmp_path):
     write_dataset(tmp_path / "real", slides=4)
     real, synthetic = mixed(tmp_path, 1.0)
-    real.uniform, real.stain = 0.25, 1.0
+    real = PatchSampler(load_dataset(tmp_path / "real"), "train", 24, cache=tmp_path, stain=1.0, uniform=0.25)
     sampler = MixedSampler(real, synthetic, 1.0, cache=tmp_path)
     same = 0
     for step in range(5):
@@ -322,7 +322,7 @@ def test_the_share_of_uniform_patches_is_what_was_asked_for(tmp_path):
     """A region without tumor is only ever reached by the uniform share."""
     write_dataset(tmp_path, slides=4)
     sampler = PatchSampler(load_dataset(tmp_path), "train", 24, "subtype", cache=tmp_path, uniform=0.25)
-    sampler.ends = [np.array([end[0]] * len(end)) for end in sampler.ends]        # all tumor is in region 0
+    sampler.ends = [np.array([end[0]] * len(end)) for end in sampler.ends]
     elsewhere = sum(sampler.place(numpy_generator("share", k))[0] != 0 for k in range(4000))
     expected = 0.25 * (1 - sampler.area[0] / sampler.area[-1])
     assert abs(elsewhere / 4000 - expected) < 5 * math.sqrt(expected / 4000)
