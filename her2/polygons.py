@@ -282,26 +282,3 @@ def outlines(mask: np.ndarray, corners: bool = True) -> list:
         y, x = np.divmod(corner[bend], width + 1)
         rings.setdefault(component[ring[0]], []).append(np.stack([x, y], axis=1).astype(np.float64))
     return [sorted(part, key=_signed_area, reverse=True) for part in rings.values()]  # holes are negative
-
-
-def simplify(ring, tolerance: float) -> np.ndarray:
-    """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays.
-
-    A pixel changes sides only where its centre is within `tolerance` of the ring, so below half a pixel none
-    does on a ring of pixel borders. A ring that would lose its area stays as it is. Source: Douglas and
-    Peucker, Cartographica 10 (1973), with the distance to the segment, not to its line.
-    """
-    points = np.vstack([ring, ring[:1]]).astype(np.float64)                   # closed: (n + 1, 2)
-    far = int(np.hypot(*(points - points[0]).T).argmax())
-    keep = np.isin(np.arange(len(points)), [0, far])
-    todo = [(0, far), (far, len(ring))]
-    while todo:
-        a, b = todo.pop()
-        arm, between = points[b] - points[a], points[a + 1:b] - points[a]
-        along = np.clip(between @ arm / max(arm @ arm, 1e-300), 0, 1)
-        away = np.hypot(*(between - along[:, None] * arm).T)
-        if b - a > 1 and away.max() > tolerance:
-            middle = a + 1 + int(away.argmax())
-            keep[middle] = True
-            todo += [(a, middle), (middle, b)]
-    return points[keep] if keep.sum() > 2 else points[:-1]

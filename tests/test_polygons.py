@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from her2.polygons import connected_components, outlines, paint, polygon_area, rasterize, simplify
+from her2.polygons import connected_components, outlines, paint, polygon_area, rasterize
 
 
 def slow_rasterize(rings, height, width):
@@ -308,33 +308,3 @@ def test_outlines_without_corners_are_valid_polygons_of_four_neighbours():
     [[outer, hole]] = outlines(np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0]], bool), corners=False)
     assert polygon_area([outer]) == 8 and polygon_area([hole]) == 1
     assert len(outlines(np.eye(2, dtype=bool), corners=False)) == 2 and len(outlines(np.eye(2) > 0)) == 1
-
-
-def distance_to_ring(points, ring):
-    """(n,) smallest distance of each point to the edges of a ring, edge by edge."""
-    best = np.full(len(points), np.inf)
-    for a, b in zip(ring, np.roll(ring, -1, axis=0)):
-        along = np.clip(((points - a) @ (b - a)) / ((b - a) @ (b - a)), 0, 1)
-        best = np.minimum(best, np.hypot(*(points - a - along[:, None] * (b - a)).T))
-    return best
-
-
-@pytest.mark.parametrize("tolerance", [0.0, 0.49, 1.0, 3.0])
-def test_simplified_rings_move_only_pixels_near_them(tolerance):
-    rng = np.random.default_rng(4)
-    y, x = np.mgrid[:40, :50]
-    centres = np.stack([x, y], axis=-1).reshape(-1, 2) + 0.5
-    points = [0, 0]
-    for _ in range(12):
-        waves = sum(np.sin(x / rng.uniform(2, 9) + rng.uniform(0, 6)) * np.sin(y / rng.uniform(2, 9))
-                    for _ in range(3))
-        for ring in (ring for rings in outlines(waves > 0.3, corners=False) for ring in rings):
-            short = simplify(ring, tolerance)
-            assert {tuple(p) for p in short} <= {tuple(p) for p in ring} and len(short) > 2
-            points = [points[0] + len(ring), points[1] + len(short)]
-            assert distance_to_ring(ring, short).max() <= tolerance
-            changed = (rasterize([ring], 40, 50) != rasterize([short], 40, 50)).reshape(-1)
-            assert not changed.any() or distance_to_ring(centres[changed], ring).max() <= tolerance
-            assert tolerance >= 0.5 or not changed.any()
-    assert points[1] == points[0] if tolerance == 0 else points[1] <= points[0]
-    assert tolerance < 1 or points[1] < 0.6 * points[0]

@@ -10,13 +10,13 @@ import torch
 from data_factory import save, write_csv, write_dataset
 from PIL import Image
 from test_evaluate import make_run
-from test_polygons import distance_to_ring, four_neighbours
+from test_polygons import four_neighbours
 
 from her2 import predict, run
 from her2.data_annotations import read_annotations, transform_polygons
 from her2.data_classes import DEFAULT_CLASSES
 from her2.metrics import THRESHOLDS, ProbabilityHistogram
-from her2.polygons import rasterize
+from her2.polygons import outlines, rasterize
 from her2.run_errors import command
 from her2.run_provenance import file_hash
 from her2.segmenter import UNet
@@ -24,6 +24,36 @@ from her2.stains import STAINS, compose
 
 SIZES = [(64, 96), (50, 71), (1, 40), (130, 33)]    # none but the first divisible by 32
 ARGUMENTS = ["--model", "runs/seg", "--out", "new", "--device", "cpu"]
+
+
+def distance_to_ring(points, ring):
+    """(n,) smallest distance of each point to the edges of a ring, edge by edge."""
+    best = np.full(len(points), np.inf)
+    for a, b in zip(ring, np.roll(ring, -1, axis=0)):
+        along = np.clip(((points - a) @ (b - a)) / ((b - a) @ (b - a)), 0, 1)
+        best = np.minimum(best, np.hypot(*(points - a - along[:, None] * (b - a)).T))
+    return best
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.49, 1.0, 3.0])
+def test_simplified_rings_move_only_pixels_near_them(tolerance):
+    rng = np.random.default_rng(4)
+    y, x = np.mgrid[:40, :50]
+    centres = np.stack([x, y], axis=-1).reshape(-1, 2) + 0.5
+    points = [0, 0]
+    for _ in range(12):
+        waves = sum(np.sin(x / rng.uniform(2, 9) + rng.uniform(0, 6)) * np.sin(y / rng.uniform(2, 9))
+                    for _ in range(3))
+        for ring in (ring for rings in outlines(waves > 0.3, corners=False) for ring in rings):
+            short = predict.simplify(ring, tolerance)
+            assert {tuple(p) for p in short} <= {tuple(p) for p in ring} and len(short) > 2
+            points = [points[0] + len(ring), points[1] + len(short)]
+            assert distance_to_ring(ring, short).max() <= tolerance
+            changed = (rasterize([ring], 40, 50) != rasterize([short], 40, 50)).reshape(-1)
+            assert not changed.any() or distance_to_ring(centres[changed], ring).max() <= tolerance
+            assert tolerance >= 0.5 or not changed.any()
+    assert points[1] == points[0] if tolerance == 0 else points[1] <= points[0]
+    assert tolerance < 1 or points[1] < 0.6 * points[0]
 
 
 def blobs(height, width, seed):
