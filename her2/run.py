@@ -101,6 +101,19 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
     return folder
 
 
+def begin(script: str, config, device, argv, inputs, saved: dict, **numbers):
+    """Open the run folder and go on from its checkpoint: (folder, log, {"step": ..., **numbers}).
+
+    `saved` and `numbers` as for `load_checkpoint`. Says so when the run is complete; the log is None then.
+    """
+    folder = open_run(script, config, device, [script.split()[0], *argv], inputs)
+    numbers = load_checkpoint(folder, saved, step=0, **numbers)
+    if numbers["step"] >= config.steps:
+        print(f"{folder}: complete ({numbers['step']} steps); nothing to do")
+        return folder, None, numbers
+    return folder, Log(folder, numbers["step"]), numbers
+
+
 class Log:
     """log.txt and log.jsonl of one run; a resumed run cuts the latter back to its checkpoint's step.
 
@@ -128,6 +141,10 @@ class Log:
                 break
             records.append(record)
         return records
+
+    def begin(self, step: int, text: str) -> None:
+        """Say `text` when a run begins, and that it goes on when it does."""
+        self.say(f"going on from step {step}" if step else text)
 
     def say(self, text: str) -> None:
         """Print a line (above the progress bar) and keep it in log.txt."""
