@@ -31,6 +31,7 @@ from tqdm import tqdm
 from her2 import run_config as configuration
 from her2 import draw, inpainting, run, run_training
 from her2.autoencoder import VQAutoencoder
+from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
@@ -282,8 +283,8 @@ def keep(patch):
     """--no-relabel: the real label, every instance mapped to its own class."""
     mapping = {}
     for j in patch["instance"].unique().tolist():
-        if j:
-            old = int(patch["label"][patch["instance"] == j][0])
+        old = int(patch["label"][patch["instance"] == j][0])
+        if j and old != IGNORE:
             mapping[j] = (old, old)
     return patch["label"], mapping
 

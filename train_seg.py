@@ -24,6 +24,7 @@ import torch
 from her2 import run_config as configuration
 from her2 import draw, draw_axes, run, run_training
 from her2.autoencoder import VQAutoencoder
+from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
 from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
@@ -37,8 +38,9 @@ def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     dataset, sampler, inputs = open_data(config)
-    is_tumor = torch.zeros(len(dataset.classes), dtype=torch.long)
+    is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
+    is_tumor[IGNORE] = IGNORE
     network, autoencoder = build(config, dataset, device)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0

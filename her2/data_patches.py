@@ -4,7 +4,8 @@ How a patch is chosen decides what a network learns (section 3 of the paper comp
 
     tumor     a pixel uniform over all tumor pixels of the split, whatever their subtype
     subtype   a subtype uniform over those present, then a pixel uniform over its pixels
-    uniform   a region in proportion to its pixels, then a position uniform over all that fit into it
+    uniform   a region in proportion to its pixels, then a position uniform over all that fit into it and are
+              not centred on a pixel to be ignored
 
 The patch is centred on the pixel, moved by up to a quarter of its side (else the network would learn that
 the centre is always tumor) and pushed back inside the region.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from her2.data_classes import IGNORE
 from her2.data_folder import Dataset
 from her2.run_errors import UserError
 from her2.data_regions import open_roi, tile_files
@@ -34,6 +36,7 @@ from her2.stains import stain_jitter
 from her2.data_tiles import open_tile
 
 SAMPLINGS = ("tumor", "subtype", "uniform")
+TRIES = 100     # positions drawn until one is not centred on a pixel to be ignored; else the last one stays
 
 
 def to_tensors(image, label, instance):
@@ -106,8 +109,12 @@ class PatchSampler:
         # subtypes": all five, LCIS/DCIS is one of them.
         self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
         self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups]
-        if sampling == "uniform":
-            self.groups, self.ends = [None], [np.cumsum([roi.height * roi.width for roi in self.rois])]
+        if sampling == "uniform":    # all pixels but those to be ignored
+            self.groups, every = [None], list(range(len(dataset.classes)))
+            self.ends = [np.cumsum([open_tile(file).count(every) for file in self.files])]
+            if not self.ends[0][-1]:
+                raise UserError(f"{dataset.root}: every pixel of the split {split!r} is to be ignored; "
+                                "annotate its images or use another split")
 
     def place(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """(index of the region, y, x) of a random patch."""
@@ -116,7 +123,12 @@ class PatchSampler:
         which = int(np.searchsorted(self.ends[k], rank, side="right"))
         roi, p = self.rois[which], self.patch
         if self.sampling == "uniform":
-            return which, int(rng.integers(roi.height - p + 1)), int(rng.integers(roi.width - p + 1))
+            tile = open_tile(self.files[which])
+            for _ in range(TRIES):
+                y, x = int(rng.integers(roi.height - p + 1)), int(rng.integers(roi.width - p + 1))
+                if tile.class_of[tile.instance[y + p // 2, x + p // 2]] != IGNORE:
+                    break
+            return which, y, x
         before = int(self.ends[k][which - 1]) if which else 0
         centre = open_tile(self.files[which]).pixel(self.groups[k], rank - before)
         y, x = np.array(centre) - p // 2 + rng.integers(-(p // 4), p // 4 + 1, size=2)

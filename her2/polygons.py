@@ -92,7 +92,7 @@ def _flips(rings, height, width):
     left, right = np.clip([np.floor(x.min()), np.ceil(x.max())], 0, width).astype(np.int64).tolist()
     top, bottom, w = int(first.min()), int((first + count).max()), right - left
 
-    odd = np.zeros((bottom - top, w + 1), np.uint8)
+    flips = np.zeros(0, np.int64)
     cuts = np.searchsorted(np.cumsum(count), np.arange(0, count.sum(), CHUNK), side="right")
     cuts = np.unique(cuts).tolist()                                           # the first edge of each chunk
     for a, b in zip(cuts, [*cuts[1:], len(edges)]):
@@ -100,8 +100,15 @@ def _flips(rings, height, width):
         before = np.repeat(np.cumsum(count[a:b]) - count[a:b], count[a:b])
         rows = first[which] + np.arange(len(which)) - before                  # (C,) and its row
         n = np.clip(_centres_left(edges[which], rows), left, right).astype(np.int64)
-        np.bitwise_xor.at(odd, (rows - top, n - left), 1)
-    return slice(top, bottom), slice(left, right), np.flatnonzero(odd)
+        flips = _odd_ones(np.concatenate([flips, (rows - top) * (w + 1) + n - left]))
+    return slice(top, bottom), slice(left, right), flips
+
+
+def _odd_ones(positions):
+    """The positions that occur an odd number of times, sorted: two crossings at one place cancel."""
+    positions = np.sort(positions)
+    first = np.flatnonzero(np.diff(positions, prepend=-1))               # where each value begins
+    return positions[first[np.diff(first, append=len(positions)) % 2 == 1]]
 
 
 def _fill(rows, columns, flips):
@@ -157,8 +164,8 @@ def paint(polygons, class_ids, height: int, width: int, larger_first: bool = Tru
     for k in order:
         rows, columns, flips = outlines[k]
         inside = _fill(rows, columns, flips)
-        label[rows, columns][inside] = class_ids[k]
-        instance[rows, columns][inside] = k + 1 if class_ids[k] else 0
+        np.copyto(label[rows, columns], class_ids[k], where=inside)
+        np.copyto(instance[rows, columns], k + 1 if class_ids[k] else 0, where=inside)
     return label, instance
 
 

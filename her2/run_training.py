@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from her2 import run
+from her2.data_classes import IGNORE
 from her2.data_patches import loader
 from her2.run_errors import UserError, one_line
 
@@ -138,8 +139,11 @@ def to_device(image: torch.Tensor, device) -> torch.Tensor:
 
 
 def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
-    """label (B, H, W) of class ids -> (B, K, H, W) float on `device`."""
-    return F.one_hot(label.to(device), num_classes).movedim(-1, 1).float()
+    """label (B, H, W) of class ids -> (B, K, H, W) float on `device`. IGNORE has no class: all zeros, which a
+    generator so learns to read as tissue that nobody has named."""
+    label = label.to(device)
+    known = label != IGNORE
+    return F.one_hot(label.where(known, 0), num_classes).movedim(-1, 1).float().mul_(known[:, None])
 
 
 def steps(name: str, config, sampler, first: int, device, batches=None):
