@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 
 from her2 import run_config as configuration
-from her2 import draw, draw_axes, run, run_training
+from her2 import draw, draw_axes, run, run_log, run_training
 from her2.net_blocks import frozen, init_weights
 from her2.data_folder import load_dataset, write_split
 from her2.discriminator import MultiscaleDiscriminator, discriminate
@@ -56,7 +56,7 @@ def train(config, argv) -> int:
 
     saved = {"generator": net, "encoder": encoder, "discriminator": disc, "ema": ema, "optimizer": optimizer,
              "disc_optimizer": disc_optimizer, "scaler": scaler, "disc_scaler": disc_scaler}
-    folder, log, numbers = run.begin("train_gan.py", config, device, argv, dataset.files(), saved,
+    folder, log, numbers = run_log.begin("train_gan.py", config, device, argv, dataset.files(), saved,
                                      idle=torch.zeros((), dtype=torch.long))
     step, idle = numbers["step"], numbers["idle"].to(device)    # idle: steps in a row with d_loss almost 0
     if step >= config.steps:

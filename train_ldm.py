@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_config as configuration, run_training
+from her2 import draw, draw_axes, run, run_config as configuration, run_log, run_training
 from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
 from her2.net_blocks import frozen, init_weights
 from her2.data_folder import load_dataset, write_split
@@ -57,7 +57,7 @@ def train_autoencoder(config, argv) -> int:
 
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
-    folder, log, numbers = run.begin("train_ldm.py --stage autoencoder", config, device, argv,
+    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv,
                                      dataset.files(), saved)
     step = numbers["step"]
     if step >= config.steps:
@@ -159,7 +159,7 @@ def train_diffusion(config, argv) -> int:
     scaler = precision.scaler()
 
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, numbers = run.begin("train_ldm.py --stage diffusion", config, device, argv,
+    folder, log, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
                                      [*dataset.files(), run.model_file(config.autoencoder)], saved,
                                      quarters=torch.zeros(2, 4, dtype=torch.double))
     # Sum and number of the losses since the last log line, by quarter of t: low t is detail, high t layout.

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from her2 import run_config as configuration
-from her2 import draw, draw_axes, run, run_training
+from her2 import draw, draw_axes, run, run_log, run_training
 from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
@@ -46,7 +46,7 @@ def train(config, argv) -> int:
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
 
     saved = {"network": network, "optimizer": optimizer, "scaler": scaler}
-    folder, log, numbers = run.begin("train_seg.py", config, device, argv, inputs, saved)
+    folder, log, numbers = run_log.begin("train_seg.py", config, device, argv, inputs, saved)
     step = numbers["step"]
     if step >= config.steps:
         return 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from her2 import run_config as configuration
-from her2 import run, run_training
+from her2 import run, run_log, run_training
 from her2.run_errors import UserError, atomic_write
 
 
@@ -171,13 +171,13 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
 
 
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
-    log = run.Log(tmp_path, 0)
+    log = run_log.Log(tmp_path, 0)
     for step in (10, 20, 30):
         log.record(step, loss=1 / step, missing=None)
     with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 40, "lo')                  # killed while writing
-    assert [r["step"] for r in run.Log(tmp_path, 20).records()] == [10, 20]
-    assert run.Log(tmp_path, 20).records()[0] == {"step": 10, "loss": 0.1, "missing": None}
+    assert [r["step"] for r in run_log.Log(tmp_path, 20).records()] == [10, 20]
+    assert run_log.Log(tmp_path, 20).records()[0] == {"step": 10, "loss": 0.1, "missing": None}
 
 
 def test_ema_closed_form():
