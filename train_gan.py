@@ -45,7 +45,8 @@ def train(config, argv) -> int:
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     num_classes = len(dataset.classes)
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache)
+    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache,
+                           uniform=config.uniform)
     net, encoder, disc = networks = build(config, num_classes, device)
     perceptual = run_training.frozen_loss(VGG19Loss, config.vgg, device)
     painters = [*net.parameters(), *encoder.parameters()]
@@ -213,6 +214,7 @@ class Config:
     # patches
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
+    uniform: float = 0.0            # share of the patches taken from anywhere, whatever --sampling is
 
     # networks
     width: int = 16                 # ngf and ndf, channels of the widest resolution; 64 is the official one
@@ -241,7 +243,7 @@ class Config:
 
     # machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 100           # steps between two checkpoints, with sample pictures
     workers: int = 0                # processes that read patches ahead

@@ -276,7 +276,7 @@ def open_data(config):
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
-                                 cache=config.cache)
+                                 cache=config.cache, uniform=config.uniform)
 
 
 def build_autoencoder(config, device):
@@ -335,6 +335,7 @@ class Common:
     # patches
     patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
+    uniform: float = 0.0            # share of patches from anywhere
 
     # optimiser
     lr: float = 1e-3                # step size that Adam sees; never rescaled
@@ -344,7 +345,7 @@ class Common:
 
     # machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     log_every: int = 25             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images

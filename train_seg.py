@@ -23,7 +23,6 @@ import torch
 
 from her2 import run_config as configuration
 from her2 import draw, draw_axes, run, run_log, run_training
-from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
 from her2.run_errors import UserError, command
@@ -41,11 +40,12 @@ def train(config, argv) -> int:
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
     is_tumor[IGNORE] = IGNORE
-    network, autoencoder = build(config, dataset, device)
+    network = build(config).to(device, memory_format=torch.channels_last)
+    ema = run_training.EMA(network, config.ema)     # what is evaluated: a single step's weights scatter more
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
 
-    saved = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     folder, log, numbers = run_log.begin("train_seg.py", config, device, argv, inputs, saved)
     step = numbers["step"]
     if step >= config.steps:
@@ -65,18 +65,16 @@ def train(config, argv) -> int:
 
     def save():
         losses.read()
-        network.eval()
-        val = validate(network, dataset, config, precision, device)
+        val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-        sample_picture(folder, step, network, fixed, dataset.classes, precision, device)
-        network.train()
+        sample_picture(folder, step, ema.module, fixed, dataset.classes, precision, device)
         records = log.records()
         draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
         if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
             log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
                     "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
-        run.save_model(folder, "segmenter", network.config, network.state_dict(), step=step,
+        run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                        classes=dataset.classes.to_json(), split=dataset.slides())
         run.save_checkpoint(folder, saved, step=step)
         speed.restart()
@@ -89,32 +87,27 @@ def train(config, argv) -> int:
         image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
         target = is_tumor[batch["label"]].to(device, non_blocking=True)                 # (B, H, W)
 
-        # 2 control: real patches through the autoencoder. What its blur alone costs is no fault of the
-        #   synthetic images, which pass through the same decoder.
-        if autoencoder is not None:
-            with torch.no_grad(), precision.autocast():
-                image = autoencoder.decode(autoencoder.encode(image)).float().clamp(-1, 1)  # (B, 3, H, W)
-
-        # 3 predict and compare: Dice looks at the overlap, so that much background does not drown little
+        # 2 predict and compare: Dice looks at the overlap, so that much background does not drown little
         #   tumor; cross-entropy gives every pixel a gradient, also where Dice is flat.
         with precision.autocast():
             logits = network(image)                                                     # (B, 2, H, W)
             loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
                                              1 - config.dice_weight)                    # ()
 
-        # 4 gradient
+        # 3 gradient
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
 
-        # 5 update: a small rate at first, while Adam's averages are those of few steps; and one strange batch
+        # 4 update: a small rate at first, while Adam's averages are those of few steps; and one strange batch
         #   may not throw the weights away, so the gradient's length is limited.
         run_training.set_learning_rate(optimizer, config, step)
         norm = run_training.update(optimizer, scaler, config.clip)
+        ema.update(network)
         losses.add(step, batch["names"], loss=loss, dice_loss=parts["dice"], cross_entropy=parts["ce"],
                    grad_norm=norm)
         step += 1
 
-        # 6 report
+        # 5 report
         speed.add(len(image))
         if step % config.log_every == 0 or step == config.steps:
             write_log()
@@ -154,30 +147,23 @@ def open_data(config):
     dataset = load_dataset(config.data, seed=config.split_seed)
     inputs = dataset.files()
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
-                           cache=config.cache)
+                           cache=config.cache, uniform=config.uniform)
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset)         # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
         inputs += synthetic.files()
-    inputs += [run.model_file(config.reconstruct)] if config.reconstruct else []
     return dataset, sampler, inputs
 
 
-def build(config, dataset, device):
-    """(the network with its initial weights, the autoencoder of --reconstruct or None)"""
+def build(config):
+    """The network with its initial weights."""
     torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
     network = UNet(num_classes=2, width=config.width)
     initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
     if initial:
         run_training.load_official(network, run.load_file(initial), initial)
-    autoencoder = None
-    if config.reconstruct:
-        content = run.load_model(config.reconstruct, "autoencoder")
-        run_training.refuse_leak(content, dataset, config.reconstruct)
-        autoencoder = run.build_model(VQAutoencoder, content,
-                                      config.reconstruct).requires_grad_(False).to(device)
-    return network.to(device, memory_format=torch.channels_last), autoencoder
+    return network
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -190,6 +176,7 @@ class Config:
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
+    name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
 
     # patches
     patch: int = 64                 # side of a patch in pixels, divisible by 32
@@ -197,7 +184,7 @@ class Config:
                                     # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
     synthetic: str = ""             # folder made by generate.py; empty: real patches only
     ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic
-    reconstruct: str = ""           # autoencoder run: pass every batch through it (what that alone costs)
+    uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
     jitter: float = 1.0             # strength of the stain augmentation, 0 = off
 
     # network
@@ -217,10 +204,12 @@ class Config:
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 30                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of the gradient
+    ema: float = 0.99               # decay of the moving average of the weights, which is what is evaluated;
+                                    # 0: the weights of the last step
 
     # machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
     workers: int = 0                # processes that read patches ahead
@@ -251,8 +240,6 @@ def main(argv):
     if config.synthetic and not config.ratio:
         raise UserError("--ratio: 0 uses none of the images in --synthetic; "
                         "give a number greater than 0, or leave --synthetic out")
-    if config.reconstruct and config.synthetic:
-        raise UserError("--reconstruct is a control on real patches; leave --synthetic out")
     return train(config, argv)
 
 
