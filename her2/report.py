@@ -61,7 +61,7 @@ class Run:
     val: dict
     test: dict
     name: str = ""          # of its configuration; made unique by `check_comparable`
-    rois: list = dataclasses.field(default_factory=list)   # {"split", "slide", "roi", and the figures of that ROI}
+    rois: list = dataclasses.field(default_factory=list)    # dicts: split, slide, roi, figures of that ROI
 
     def __post_init__(self):
         self.name = self.name or configuration_name(self.fields, self.method)
