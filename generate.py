@@ -9,6 +9,7 @@ Image i of the set: a training patch is drawn, every tumor instance in it gets a
     gan       G(onehot, z), z ~ N(0, I)
     ldm       noise -> DDIM, conditioned on the new label -> decoder
     inpaint   the same, but only tumor is regenerated: the background keeps its pixels, bit for bit
+    oracle, fresh, restain, reconstruct     no generative network: see her2/study_controls.py
 
 The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says for
 every image where it came from. Each image has random numbers of its own, so the set does not depend on where
@@ -29,16 +30,18 @@ import torch
 from tqdm import tqdm
 
 from her2 import run_config as configuration
-from her2 import draw, inpainting, run, run_training
+from her2 import draw, inpainting, run, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
+from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.run_errors import UserError, atomic_write, command
-from her2.run_provenance import file_hash, input_hashes, warn_if_stale
+from her2.phantom import default_phantom
+from her2.run_provenance import file_hash, input_hashes
 from her2.relabel import relabel, repaint_mask
 from her2.data_patches import PatchSampler
-from her2.samplers import ddim_timesteps, image_noise, sample
+from her2.samplers import image_noise, sample, spaced_timesteps
 from her2.run_seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
 
@@ -51,21 +54,25 @@ class Config:
     seed: int = 0                   # decides the patches, the new subtypes and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
-    method: Literal["gan", "ldm", "inpaint"] = "ldm"    # which generative model paints the images
-    model: str = ""                 # its run folder; empty: runs/gan, or runs/ldm for ldm and inpaint
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    method: Literal["gan", "ldm", "inpaint", "oracle", "fresh", "restain", "reconstruct"] = "ldm"  # what
+                                    # paints: a generative model, or a control of her2/study_controls.py
+    model: str = ""                 # its run folder; empty: runs/gan, runs/vq for reconstruct, else runs/ldm
     ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once;
                                     # 1.0 = +100 %
     count: int = 0                  # number of images; 0: from --ratio
     batch: int = 16                 # images at a time; changes nothing but speed and memory
     patch: int = 64                 # side of an image in pixels
     sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
+    uniform: float = 0.0            # share of the source patches taken from anywhere, whatever --sampling is
     relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
     relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
                                     # empty: all tumor classes of the training slides
     steps: int = 50                 # denoising steps S, 1 to T
-    sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect)
-    spacing: Literal["trailing", "leading"] = "trailing"  # which timesteps to use; leading: the official
+    sampler: Literal["ddim", "ddpm", "dpm"] = "ddim"    # dpm: DPM-Solver++(2M), as good in far fewer steps;
+                                    # ddpm: ancestral, all T of them; --eta has an effect on ddim only
+    spacing: Literal["auto", "trailing", "leading", "log-snr"] = "auto"  # which timesteps to use: auto is
+                                    # log-snr for dpm, else trailing; leading is the official one
     eta: float = 1.0                # noise that DDIM adds back, 0 = deterministic
     guidance: float = 1.0           # classifier-free guidance; 1 = plain conditional sampling
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
@@ -77,9 +84,11 @@ class Config:
 
     def __post_init__(self):
         self.out = self.out or f"data/synth-{self.method}"
-        self.model = self.model or ("runs/gan" if self.method == "gan" else "runs/ldm")
+        self.model = self.model or RUN_OF.get(KIND.get(self.method), "")
 
 
+KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
+RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
 PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
@@ -87,28 +96,37 @@ PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
+    if config.model and config.method not in KIND:
+        raise UserError(f"--model: --method {config.method} paints without a network; leave --model out")
+    config.relabel &= config.method != "reconstruct"        # what it shows, the autoencoder does not change
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
     # ---- model ---------------------------------------------------------------------------------------------
-    content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion", config.data)
-    if config.method == "gan":
-        painter = SpadePainter(content, config, device)
-    else:
-        painter = DiffusionPainter(content, config, device)
-    if config.patch % painter.multiple:
-        raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
+    content = run.load_model(config.model, KIND[config.method], config.data) if config.method in KIND else {}
+    if content:
+        painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
+            config.method, DiffusionPainter)(content, config, device)
+        if config.patch % painter.multiple:
+            raise UserError(f"--patch: found {config.patch}; "
+                            f"this model needs a multiple of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
+    config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
         run_training.refuse_leak(part, dataset, config.model)
-    if content["classes"] != classes.to_json():
+    if content.get("classes", classes.to_json()) != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                           cache=config.cache)
+                           cache=config.cache, uniform=config.uniform)
+    if not content:
+        painter = (study_controls.RestainPainter(dataset, config.cache) if config.method == "restain"
+                   else study_controls.OraclePainter(dataset))
+    sources = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
+               else lambda seed, i: draw_patch(sampler, seed, i))
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
     count = config.count or round(config.ratio * sampler.num_patches)
     if count < 1:
@@ -117,9 +135,8 @@ def main(argv):
 
     folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
                           input_hashes(config, "model", data=dataset))
-    warn_if_stale(config.model, dataset, config.cache)
     manifest = Manifest(folder / "manifest.jsonl")
-    checkpoint = file_hash(run.model_file(config.model))[:16]
+    checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
     done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
@@ -134,7 +151,7 @@ def main(argv):
             continue
         # The whole batch is computed again even when part of it is there: the rounding of a convolution may
         # depend on the batch it is in, and the same command shall give the same files.
-        patches = [draw_patch(sampler, config.seed, i) for i in ids]
+        patches = [sources(config.seed, i) for i in ids]
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
         relabelled = [relabel(patch["label"], patch["instance"], classes,
@@ -145,7 +162,10 @@ def main(argv):
                                for inst, (_, mapping) in zip(instance, relabelled)])
         seeds = [hashed_seed(config.seed, "image", i) for i in ids]
         with torch.no_grad(), precision.autocast():
-            painted = painter.paint(image, run_training.one_hot(label, len(classes), device), repaint, seeds)
+            painted = painter.paint({
+                "image": image, "label": label, "instance": instance, "repaint": repaint, "seeds": seeds,
+                "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
+                "mappings": [mapping for _, mapping in relabelled]})
         painted = painted.float().cpu()
         for k, i in enumerate(ids):
             if i in missing:
@@ -164,23 +184,22 @@ def main(argv):
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    print(f"done: {folder}, {count} images; next: " + configuration.next_command(
-        "train_seg.py", config, "--synthetic", folder, "--ratio", config.ratio,
-        "--out", f"runs/seg-{folder.name.removeprefix('synth-')}"))
+    configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio,
+                           result=f"{folder}, {count} images")
     return 0
 
 
 class SpadePainter:
-    """paint(image, onehot, repaint, seeds) -> (B, 3, H, W) in [-1, 1] by the GAN; `image` is ignored."""
+    """paint(batch) -> (B, 3, H, W) in [-1, 1] by the GAN, from the label; `batch`: see study_controls."""
 
     def __init__(self, content, config, device):
         self.network = run.build_model(SPADEGenerator, content, config.model).to(
             device, memory_format=torch.channels_last)
         self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
 
-    def paint(self, image, onehot, repaint, seeds):
-        z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in seeds])
-        return self.network(onehot, z.to(self.device))
+    def paint(self, batch):
+        z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in batch["seeds"]])
+        return self.network(batch["onehot"], z.to(self.device))
 
 
 class DiffusionPainter:
@@ -198,25 +217,26 @@ class DiffusionPainter:
         if config.steps > self.schedule.T:
             raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, "
                             "give at most that")
-        if ddim_timesteps(self.schedule.T, config.steps, config.spacing)[-1] >= self.schedule.T:
+        visited = spaced_timesteps(self.schedule, config.steps, config.sampler, config.spacing)
+        if visited[-1] >= self.schedule.T:
             raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a "
                             f"timestep beyond the last of {self.schedule.T}; "
                             "give a number of steps that divides it, or trailing")
         self.config, self.device = config, device
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
-    def paint(self, image, onehot, repaint, seeds):
-        config, factor = self.config, self.autoencoder.factor
+    def paint(self, batch):
+        config, factor, image = self.config, self.autoencoder.factor, batch["image"]
         known, repaint_latent = None, None
         if config.method == "inpaint":
-            region = inpainting.grow(repaint, config.blend)                           # (B, H, W)
+            region = inpainting.grow(batch["repaint"], config.blend)                           # (B, H, W)
             source = inpainting.erase(image, region) if config.erase else image
             known = self.denoiser.scale(self.autoencoder.encode(
                 source.to(self.device, memory_format=torch.channels_last)).float())     # (B, C, h, w)
             repaint_latent = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
         side = config.patch // factor
-        noise = image_noise(seeds, (self.denoiser.config["z_channels"], side, side), self.device)
-        predict = self.denoiser.predictor(self.denoiser.label_code(onehot), config.guidance)
+        noise = image_noise(batch["seeds"], (self.denoiser.config["z_channels"], side, side), self.device)
+        predict = self.denoiser.predictor(self.denoiser.label_code(batch["onehot"]), config.guidance)
         x0 = sample(predict, self.schedule, noise, steps=config.steps, eta=config.eta, sampler=config.sampler,
                     spacing=config.spacing, known=known, repaint=repaint_latent)        # (B, C, h, w)
         painted = self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1).cpu()
@@ -285,8 +305,8 @@ def keep(patch):
     """--no-relabel: the real label, every instance mapped to its own class."""
     mapping = {}
     for j in patch["instance"].unique().tolist():
-        if j:
-            old = int(patch["label"][patch["instance"] == j][0])
+        old = int(patch["label"][patch["instance"] == j][0])
+        if j and old != IGNORE:
             mapping[j] = (old, old)
     return patch["label"], mapping
 

@@ -23,6 +23,7 @@ from her2.run_provenance import trained_with
 
 ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 
+OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": "runs/ldm"}     # + its source
 SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
 POSITIVE = (1e-12, math.inf)
@@ -34,11 +35,12 @@ RANGES = {
     "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": POSITIVE, "disc_width": (1, 1024),
     "ratio": (0.0, 1000.0), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
     "sample_steps": COUNT, "eta": SHARE, "warmup": (0, 10**9), "clip": POSITIVE, "log_every": COUNT,
-    "save_every": COUNT, "workers": (0, 256), "dice_weight": SHARE, "jitter": (0.0, 1.0),
+    "save_every": COUNT, "workers": (0, 256), "dice_weight": SHARE, "jitter": (0.0, 1.0), "uniform": SHARE,
     "codes": (2, 2**20), "width": (8, 1024), "z_dim": (1, 4096), "count": (0, 10**9), "overlap": (0, 4096),
     "timesteps": (2, 100000), "disc_start": (0, 10**9), "disc_weight": (0.0, 100.0), "dilate": (0, 64),
     "latent_pool": (0, 10**7), "lambda_feat": (0.0, 1e6), "lambda_kld": (0.0, 1e6), "lambda_vgg": (0.0, 1e6),
-    "lambda_lpips": (0.0, 1e6), "beta": POSITIVE,
+    "lambda_lpips": (0.0, 1e6), "beta": POSITIVE, "threshold": SHARE, "min_area": (0, 10**9),
+    "simplify": (0.0, 1000.0),
 }
 
 
@@ -115,14 +117,16 @@ def build(cls, presets: dict, given: dict):
     return config
 
 
-def next_command(script: str, config, *flags) -> str:
-    """The command line of another script that goes on from a run of `config`: `flags`, and what it chose."""
+def say_done(config, script: str, *flags, result=None) -> None:
+    """Print that a run is done and the command that goes on: `flags`, a free --out, what `config` chose."""
     words = ["python", script if Path.cwd() == ROOT else ROOT / script, *flags]
+    name = Path(config.out).name.removeprefix("synth-")
+    words += ["--out", f"{OUT[script]}-{name}".replace("ldm-vq", "ldm")] if script in OUT else []
     for name in ("data", "split_seed", "preset", "device", "amp", "cache"):
         value = getattr(config, name)
         if value != getattr(type(config), name) and (name, script) != ("split_seed", "evaluate.py"):
             words += ["--" + name.replace("_", "-"), value]
-    return shell(words)
+    print(f"done: {result or Path(config.out) / 'model.pt'}; next: {shell(words)}")
 
 
 def parse(cls, presets: dict, argv, description: str, prog: str):

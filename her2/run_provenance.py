@@ -80,9 +80,16 @@ def _relative(path, dataset) -> str:
     return path.relative_to(dataset.root).as_posix()
 
 
-def input_hashes(config, *fields, **datasets) -> dict:
-    """{field: {name: hash}} of `datasets` by field, and of files or runs that `fields` of `config` name."""
-    found = {field: data_hashes(dataset, config.cache) for field, dataset in datasets.items() if dataset}
+def input_hashes(config, *fields, data: Dataset, synthetic: Dataset = None) -> dict:
+    """{field: {name: hash}} of the datasets, and of the files or runs that `fields` of `config` name.
+
+    What was made from the same data before they changed gets a warning on stderr.
+    """
+    for source in [getattr(config, field) for field in fields] + [synthetic.root if synthetic else ""]:
+        for line in changed_since(source, data, config.cache) if source else ():
+            print(f"warning: {line}", file=sys.stderr)
+    found = {"data": data_hashes(data, config.cache)}
+    found |= {"synthetic": data_hashes(synthetic, config.cache)} if synthetic else {}
     return found | {field: _file_input(getattr(config, field)) for field in fields if getattr(config, field)}
 
 
@@ -189,11 +196,6 @@ def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
     changes = differences(known, data_hashes(dataset, cache))
     return [f"{path} is stale: {dataset.root} changed since it was trained ({in_short(changes)}); train it "
             "again"] if changes else []
-
-
-def warn_if_stale(path, dataset: Dataset, cache="cache") -> None:
-    for line in changed_since(path, dataset, cache):
-        print(f"warning: {line}", file=sys.stderr)
 
 
 def git_commit() -> str:
