@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from her2.data_classes import DEFAULT_CLASSES, ClassTable, load_classes, parse_json, read_text
+from her2.data_leaks import double_slides
 from her2.run_errors import UserError, atomic_write
 from her2.data_slides import ROI, SPLITS, assign_splits, read_slides
 
@@ -54,6 +55,9 @@ def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]
     if not problems and not any(roi.split for roi in rois):
         table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, problems, notes)
         rois = [replace(roi, split=table.get(roi.slide, "train")) for roi in rois]
+    leaks, doubles = double_slides(rois) if not problems else ([], [])
+    problems += [f"{root / 'slides.csv'}: {leak}" for leak in leaks]
+    notes += [f"{root / 'slides.csv'}: {note}" for note in doubles]
     return Dataset(root, classes, rois, notes), problems
 
 
@@ -69,8 +73,8 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
     if (root / "manifest.jsonl").exists():
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
-        problems.append(f"{path}: {len(scores)} slides cannot be split into train, val and test; add slides, "
-                        "or a split column")
+        problems.append(f"{path}: {len(scores)} slide{'s' * (len(scores) != 1)} cannot be split into train, "
+                        "val and test; add the slides of others, at least 3 in all")
         return {}
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)

@@ -189,7 +189,7 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "no val": (all_splits("train", "test"), "slides.csv", "no image in the split 'val'"),
     "no test": (all_splits("train", "val"), "slides.csv", "no image in the split 'test'"),
     "no train": (all_splits("val", "test"), "slides.csv", "no image in the split 'train'"),
-    "one slide": (rows_only(1), "slides.csv", "1 slides cannot be split"),
+    "one slide": (rows_only(1), "slides.csv", "1 slide cannot be split"),
     "two slides": (rows_only(2), "slides.csv", "2 slides cannot be split"),
     "image is text": (lambda root, rows: (root / "images/roi0.png").write_text("hello"), "roi0.png",
                       "not a readable"),
