@@ -437,9 +437,8 @@ def main(argv):
     if stage.stage == "diffusion":
         return train_diffusion(configuration.parse(
             DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
-    about = __doc__ + ("\nWithout --stage only the flags below are known; "
-                       "each stage has more: --stage NAME --help.")
-    parser = configuration.Parser(prog="train_ldm.py", description=about)
+    more = "each stage has more flags: add --stage autoencoder or --stage diffusion"
+    parser = configuration.Parser(more, prog="train_ldm.py", description=f"{__doc__}\nHere {more}.")
     configuration.add_fields(parser, Common, {})
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
     train_autoencoder(configuration.build(AutoencoderConfig, AUTOENCODER_PRESETS, common), argv)

@@ -113,7 +113,8 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     found = survey_all(dataset, problems, notes)
     leaks, doubles = double_slides([one.roi for one in found], [one.content for one in found])
     for lines, more in ((problems, leaks), (notes, doubles)):
-        lines += [line for line in (f"{dataset.root / 'slides.csv'}: {one}" for one in more) if line not in lines]
+        more = [f"{dataset.root / 'slides.csv'}: {line}" for line in more]
+        lines += [line for line in more if line not in lines]
     pixels, instances = (per_split(dataset, found, what) for what in ("pixels", "instances"))
     tumor = dataset.classes.tumor_ids
     bare = [split for split in SPLITS if dataset.split(split) and not pixels[split][tumor].any()]

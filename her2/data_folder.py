@@ -17,8 +17,8 @@ from pathlib import Path
 
 from her2.data_classes import DEFAULT_CLASSES, ClassTable, load_classes, parse_json, read_text
 from her2.data_leaks import double_slides
-from her2.run_errors import UserError, atomic_write
-from her2.data_slides import ROI, SPLITS, assign_splits, read_slides
+from her2.run_errors import UserError, atomic_write, check_line, script_line
+from her2.data_slides import ROI, SPLITS, assign_splits, generating_command, read_slides
 
 NEW_TISSUE = "new tissue: "       # a source that a phantom made up beyond its folder: nobody's, so no leak
 
@@ -89,7 +89,7 @@ def load_dataset(root, seed: int = 0, require=SPLITS, split=None) -> Dataset:
     dataset, problems = inspect_dataset(root, seed, split)
     problems += [] if problems else empty_splits(dataset, require)
     if problems:
-        more = f" (and {len(problems) - 1} more problems: python -m her2.data {root} lists them all)"
+        more = f" (and {len(problems) - 1} more problems: {check_line(root)} lists them all)"
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
     return dataset
 
@@ -136,11 +136,13 @@ def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
 
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
     """
+    again = generating_command(synthetic.root, "--data", real.root) or script_line(
+        "generate.py", "--data", real.root, "--out", synthetic.root)
+    remedy = f"delete {synthetic.root} and make the images again: {again}"
     if synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
-                        f"something else; make the images again: python generate.py --data {real.root}")
+                        f"something else; {remedy}")
     path = synthetic.root / "manifest.jsonl"
-    remedy = "make the images again: python generate.py --data DIR with the same DIR"
     entries = _read_manifest(path, remedy)
     known, slides = {roi.name: roi for roi in real.rois}, real.slides()
     for roi in synthetic.rois:

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from her2 import run_lock
-from her2.run_errors import UserError, atomic_write, one_line, shell
+from her2.run_errors import UserError, atomic_write, one_line, script_line
 from her2.run_provenance import differences, git_commit, in_short, read_inputs, versions
 
 FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
@@ -219,7 +219,7 @@ def load_model(path, kind: str, data: str = "") -> dict:
     `data`, the caller's dataset, enters the command that the error proposes.
     """
     path, file = Path(path), model_file(path)
-    remedy = shell(["python", *COMMAND_FOR[kind], *(["--data", data] if data else []), "--out", path])
+    remedy = script_line(*COMMAND_FOR[kind], *(["--data", data] if data else []), "--out", path)
     if not path.exists():
         raise UserError(f"{path}: no such run; make it with: {remedy}")
     if not file.exists():
@@ -229,7 +229,7 @@ def load_model(path, kind: str, data: str = "") -> dict:
     check_format(file, content)
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
-                        f"make one with: {shell(['python', *COMMAND_FOR[kind]])}")
+                        f"make one with: {script_line(*COMMAND_FOR[kind])}")
     needed = {"autoencoder": ["split"], "gan": ["split"],
               "diffusion": ["split", "schedule", "autoencoder"], "segmenter": []}
     for name in ["kwargs", "state_dict", *needed[kind]]:

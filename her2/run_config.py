@@ -18,10 +18,8 @@ import re
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from her2.run_errors import UserError, shell
+from her2.run_errors import UserError, script_line
 from her2.run_provenance import trained_with
-
-ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 
 OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": "runs/ldm"}     # + its source
 SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
@@ -47,11 +45,12 @@ RANGES = {
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is a UserError: one line instead of the usage text."""
 
-    def __init__(self, **options):
+    def __init__(self, remedy="see --help", **options):
+        self.remedy = remedy
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise UserError(f"{self.prog}: {message}; see --help")
+        raise UserError(f"{self.prog}: {message}; {self.remedy}")
 
 
 def field_help(cls) -> dict:
@@ -119,14 +118,13 @@ def build(cls, presets: dict, given: dict):
 
 def say_done(config, script: str, *flags, result=None) -> None:
     """Print that a run is done and the command that goes on: `flags`, a free --out, what `config` chose."""
-    words = ["python", script if Path.cwd() == ROOT else ROOT / script, *flags]
-    name = Path(config.out).name.removeprefix("synth-")
+    words, name = [*flags], Path(config.out).name.removeprefix("synth-")
     words += ["--out", f"{OUT[script]}-{name}".replace("ldm-vq", "ldm")] if script in OUT else []
     for name in ("data", "split_seed", "preset", "device", "amp", "cache"):
         value = getattr(config, name)
         if value != getattr(type(config), name) and (name, script) != ("split_seed", "evaluate.py"):
             words += ["--" + name.replace("_", "-"), value]
-    print(f"done: {result or Path(config.out) / 'model.pt'}; next: {shell(words)}")
+    print(f"done: {result or Path(config.out) / 'model.pt'}; next: {script_line(script, *words)}")
 
 
 def parse(cls, presets: dict, argv, description: str, prog: str):

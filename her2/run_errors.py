@@ -25,6 +25,9 @@ MACHINE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "the file is too
            errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files"}
 
 
+ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
+
+
 class UserError(Exception):
     """Bad input: one line that names the file, what was found in it and what to do about it."""
 
@@ -38,6 +41,16 @@ def shell(words) -> str:
     """A command line to paste into this system's shell, whatever blanks and quotes its paths hold."""
     words = [str(word) for word in words]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def check_line(root) -> str:
+    """The command line that checks a dataset."""
+    return shell(["python", "-m", "her2.data", root])
+
+
+def script_line(script: str, *flags) -> str:
+    """The command line that runs one of the five scripts from here."""
+    return shell(["python", script if Path.cwd() == ROOT else ROOT / script, *flags])
 
 
 def command(main, argv=None):
