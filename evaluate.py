@@ -13,6 +13,7 @@ computed again while model, data and settings stay the same. Runs are grouped by
     fig2.png fig5.png fig6.png, and with --synthetic fig4.png report_staining.png
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import glob
 import hashlib
 import json
@@ -26,7 +27,6 @@ import torch
 from tqdm import tqdm
 
 from her2 import draw, draw_charts, report, report_staining, run, run_training
-from her2 import run_config as configuration
 from her2.data_classes import ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command

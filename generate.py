@@ -16,6 +16,7 @@ every image where it came from. Each image has random numbers of its own, so the
 a run was interrupted.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import csv
 import io
 import json
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import run_config as configuration
 from her2 import draw, inpainting, run, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE

@@ -17,6 +17,7 @@ The file begins with the loop (`train`). Below it: what the loop calls, how its 
 configuration, and `main`.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,11 @@ from typing import Literal
 
 import torch
 
-from her2 import run_config as configuration
 from her2 import draw, draw_axes, run, run_log, run_training
 from her2.net_blocks import frozen, init_weights
 from her2.data_folder import load_dataset, write_split
 from her2.discriminator import MultiscaleDiscriminator, discriminate
-from her2.run_errors import UserError, command
+from her2.run_errors import Stopped, UserError, command
 from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
                              saturated_share)
 from her2.net_perceptual import VGG19Loss
@@ -81,6 +81,10 @@ def train(config, argv) -> int:
             log.say(f"warning: {saturated:.0%} of the generated pixels are black or white at step {step}, "
                     "the generator is collapsing; try a lower --lr or a lower --disc-lr")
 
+    def checkpoint():
+        losses.read()               # weights that are not finite are never saved
+        run.save_checkpoint(folder, saved, step=step, idle=idle)
+
     def save():
         losses.read()
         calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
@@ -88,13 +92,14 @@ def train(config, argv) -> int:
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
         run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
                        classes=dataset.classes.to_json(), split=dataset.slides())
-        run.save_checkpoint(folder, saved, step=step, idle=idle)
+        checkpoint()
         speed.restart()
 
     speed = run_training.Speed(device)
     losses = run_training.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
                                  scaler)
-    for batch in run_training.steps("GAN", config, sampler, step, device):
+    steps = run_training.Steps("GAN", config, sampler, step, device)
+    for batch in steps:
         # 1 data
         image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
         onehot = run_training.one_hot(batch["label"], num_classes, device)              # (B, K, H, W)
@@ -141,6 +146,9 @@ def train(config, argv) -> int:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
+    if steps.signal:
+        checkpoint()
+        raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method gan --model {folder}")
     return 0
 

@@ -19,20 +19,21 @@ The file begins with the two loops, each whole in itself. Below them: what they 
 made, the configurations, and `main`.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_config as configuration, run_log, run_training
+from her2 import draw, draw_axes, run, run_log, run_training
 from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
 from her2.net_blocks import frozen, init_weights
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
 from her2.discriminator import PatchGAN
-from her2.run_errors import UserError, command
+from her2.run_errors import Stopped, UserError, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
 from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
@@ -77,6 +78,10 @@ def train_autoencoder(config, argv) -> int:
             log.say(f"warning: {usage.used} of {config.codes} codes in use at step {step}, the codebook is "
                     "collapsing; try a lower --lr, a larger --beta or fewer --codes")
 
+    def checkpoint():
+        losses.read()               # weights that are not finite are never saved
+        run.save_checkpoint(folder, saved, step=step)
+
     def save():
         losses.read()
         model.eval()
@@ -87,12 +92,13 @@ def train_autoencoder(config, argv) -> int:
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
         run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
                        classes=dataset.classes.to_json(), split=dataset.slides())
-        run.save_checkpoint(folder, saved, step=step)
+        checkpoint()
         speed.restart()
 
     speed = run_training.Speed(device)
     losses = run_training.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
-    for batch in run_training.steps("autoencoder", config, sampler, step, device):
+    steps = run_training.Steps("autoencoder", config, sampler, step, device)
+    for batch in steps:
         # 1 data
         image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
 
@@ -142,6 +148,9 @@ def train_autoencoder(config, argv) -> int:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
+    if steps.signal:
+        checkpoint()
+        raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
     return 0
 
@@ -194,6 +203,10 @@ def train_diffusion(config, argv) -> int:
                     "try another --lr, or look at the autoencoder's samples")
         quarters.zero_()
 
+    def checkpoint():
+        losses.read()               # weights that are not finite are never saved
+        run.save_checkpoint(folder, saved, step=step, quarters=quarters)
+
     def save():
         losses.read()
         sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
@@ -202,12 +215,13 @@ def train_diffusion(config, argv) -> int:
         run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                        schedule=schedule.config, autoencoder=content, classes=dataset.classes.to_json(),
                        split=dataset.slides(), drop_label=config.drop_label)
-        run.save_checkpoint(folder, saved, step=step, quarters=quarters)
+        checkpoint()
         speed.restart()
 
     speed, losses = run_training.Speed(device), run_training.Losses(folder, {"denoiser": denoiser}, scaler)
     batches = pooled_latents(config, dataset, encode, step) if config.latent_pool else None
-    for batch in run_training.steps("diffusion", config, sampler, step, device, batches):
+    steps = run_training.Steps("diffusion", config, sampler, step, device, batches)
+    for batch in steps:
         # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
         z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])     # (B, C, h, w)
         x0 = denoiser.scale(z)                                                          # (B, C, h, w)
@@ -248,6 +262,9 @@ def train_diffusion(config, argv) -> int:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
+    if steps.signal:
+        checkpoint()
+        raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
     return 0
 
@@ -436,7 +453,7 @@ def main(argv):
     if stage.stage == "diffusion":
         return train_diffusion(configuration.parse(
             DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
-    about = __doc__ + ("\nWithout --stage only the flags below are known; "
+    about = (__doc__ or "") + ("\nWithout --stage only the flags below are known; "
                        "each stage has more: --stage NAME --help.")
     parser = configuration.Parser(prog="train_ldm.py", description=about)
     configuration.add_fields(parser, Common, {})

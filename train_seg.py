@@ -16,16 +16,16 @@ The file begins with the loop (`train`). Below it: what the loop calls, how its 
 configuration, and `main`.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from her2 import run_config as configuration
 from her2 import draw, draw_axes, run, run_log, run_training
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
-from her2.run_errors import UserError, command
+from her2.run_errors import Stopped, UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
@@ -63,6 +63,10 @@ def train(config, argv) -> int:
         log.record(step, **losses.read(), predicts_nothing=nothing, lr=optimizer.param_groups[0]["lr"],
                    **speed.report())
 
+    def checkpoint():
+        losses.read()               # weights that are not finite are never saved
+        run.save_checkpoint(folder, saved, step=step)
+
     def save():
         losses.read()
         val = validate(ema.module, dataset, config, precision, device)
@@ -76,12 +80,13 @@ def train(config, argv) -> int:
                     "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                        classes=dataset.classes.to_json(), split=dataset.slides())
-        run.save_checkpoint(folder, saved, step=step)
+        checkpoint()
         speed.restart()
 
     network.train()
     speed, losses = run_training.Speed(device), run_training.Losses(folder, {"network": network}, scaler)
-    for batch in run_training.steps("segmentation", config, sampler, step, device):
+    steps = run_training.Steps("segmentation", config, sampler, step, device)
+    for batch in steps:
         # 1 data: patches around tumor pixels. The network is asked one question, tumor or not; were it to
         #   name the subtype too, it could not be compared with the paper's.
         image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
@@ -113,6 +118,9 @@ def train(config, argv) -> int:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
+    if steps.signal:
+        checkpoint()
+        raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
     return 0
 

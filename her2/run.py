@@ -38,6 +38,8 @@ FREE_FIELDS = ("out", "workers", "cache")
 def read_json(path):
     """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():      # a pipe would wait for a writer
+        raise UserError(f"{path}: is no ordinary file; remove it")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -53,11 +55,12 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_run(script: str, config, device, command, inputs=()) -> Path:
+def open_run(script: str, config, device, command, inputs=(), longer="") -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
     Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt):
-    a run does not go on with others. UserError: the folder holds another script's run, another
+    a run does not go on with others. More `steps` than before are welcome where `longer` is "yes"; else it
+    says why not. UserError: the folder holds another script's run, another
     configuration (the message lists the difference), was begun with other inputs, is in use, or holds
     files that are not a run at all.
     """
@@ -74,6 +77,11 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
             raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
                             "choose another --out")
         names = sorted((set(fields) | set(old["fields"])) - set(FREE_FIELDS))
+        steps = old["fields"].get("steps"), fields.get("steps")
+        if longer and None not in steps and steps[0] < steps[1]:
+            if longer != "yes":
+                raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, choose another --out")
+            old["fields"]["steps"] = fields["steps"]
         changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
                    if old["fields"].get(name) != fields.get(name)]
         if changes:
@@ -84,9 +92,15 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
         if other:
             raise UserError(f"{folder}: was begun with another content of {', '.join(other)}; "
                             "restore the old one, or choose another --out")
+        if steps[0] != steps[1]:
+            write_json(path, old)
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be made ({one_line(error)}); choose another --out") from None
         write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
     run_lock.hold(folder)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from her2 import run
-from her2.run_errors import atomic_write
+from her2.run_errors import atomic_write, silence
 
 
 def number(value) -> float:
@@ -24,7 +24,12 @@ def begin(script: str, config, device, argv, inputs, saved: dict, **numbers):
 
     `saved` and `numbers` as for `load_checkpoint`. Says so when the run is complete; the log is None then.
     """
-    folder = run.open_run(script, config, device, [script.split()[0], *argv], inputs)
+    longer = "yes"                  # unless an earlier step would have been another one in the longer run
+    if getattr(config, "schedule", "constant") != "constant":
+        longer = "a cosine schedule has used up its learning rate by then"
+    elif hasattr(config, "codes"):
+        longer = "unused codes are restarted in the first half of the steps only"
+    folder = run.open_run(script, config, device, [script.split()[0], *argv], inputs, longer)
     numbers = run.load_checkpoint(folder, saved, step=0, **numbers)
     if numbers["step"] >= config.steps:
         print(f"{folder}: complete ({numbers['step']} steps); nothing to do")
@@ -66,8 +71,11 @@ class Log:
 
     def say(self, text: str) -> None:
         """Print a line (above the progress bar) and keep it in log.txt."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:             # | head: no reason to end a training
+            silence(sys.stdout)
         with open(self.text_path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from her2 import run
 from her2.data_classes import IGNORE
 from her2.data_patches import loader
-from her2.run_errors import UserError, one_line
+from her2.run_errors import UserError, asked_to_stop, one_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -154,12 +154,25 @@ def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
     return F.one_hot(label.where(known, 0), num_classes).movedim(-1, 1).float().mul_(known[:, None])
 
 
-def steps(name: str, config, sampler, first: int, device, batches=None):
-    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar."""
-    if batches is None:
-        batches = loader(sampler, first, config.steps, config.batch, workers=config.workers,
-                         pin_memory=device.type == "cuda")
-    return tqdm(batches, initial=first, total=config.steps, desc=name, leave=False, disable=None)
+class Steps:
+    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar.
+
+    After Ctrl-C or SIGTERM they end between two steps, and `signal` is its number: save, and raise Stopped.
+    """
+
+    def __init__(self, name: str, config, sampler, first: int, device, batches=None):
+        self.batches = batches or loader(sampler, first, config.steps, config.batch, workers=config.workers,
+                                         pin_memory=device.type == "cuda")
+        self.bar = dict(initial=first, total=config.steps, desc=name, leave=False, disable=None)
+        self.signal = 0
+
+    def __iter__(self):
+        with asked_to_stop() as asked:
+            for batch in tqdm(self.batches, **self.bar):
+                yield batch
+                if asked:
+                    self.signal = asked[0]
+                    return
 
 
 class Speed:
