@@ -13,41 +13,35 @@ that G can learn what the label does not say (stain, glands, texture). One itera
 
 At synthesis z is drawn from N(0, I): masks alone are enough.
 
-The file begins with the loop (`train`). Below it: what the loop calls, how its parts are made, the
-configuration, and `main`.
+The file begins with the loop (`train`). Below it: what the loop calls, the configuration, and `main`.
+The networks are built in her2/run_setup.py.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_log, run_training
-from her2.net_blocks import frozen, init_weights
-from her2.data_folder import load_dataset, write_split
-from her2.discriminator import MultiscaleDiscriminator, discriminate
+from her2 import draw, draw_axes, run, run_log, run_setup, run_training
+from her2.net_blocks import frozen
+from her2.data_folder import write_split
+from her2.discriminator import discriminate
 from her2.run_errors import Stopped, UserError, command
 from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
                              saturated_share)
 from her2.net_perceptual import VGG19Loss
-from her2.phantom import default_phantom
-from her2.data_patches import PatchSampler
 from her2.run_seeds import generator
-from her2.spade import SPADEGenerator, VAEEncoder, recalibrate_norm, reparameterize
+from her2.spade import recalibrate_norm, reparameterize
 
 
 def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
+    dataset, sampler = run_setup.painters_data(config)
     num_classes = len(dataset.classes)
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache,
-                           uniform=config.uniform)
-    net, encoder, disc = networks = build(config, num_classes, device)
+    net, encoder, disc = networks = run_setup.spade_gan(config, num_classes, device)
     perceptual = run_training.frozen_loss(VGG19Loss, config.vgg, device)
     painters = [*net.parameters(), *encoder.parameters()]
     optimizer = torch.optim.Adam(painters, lr=config.lr, betas=(0.0, 0.9))
@@ -91,7 +85,7 @@ def train(config, argv) -> int:
         sample_picture(folder, step, calibrated, fixed, dataset.classes, config, precision, device)
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
         run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
-                       classes=dataset.classes.to_json(), split=dataset.slides())
+                       **dataset.origin())
         checkpoint()
         speed.restart()
 
@@ -188,24 +182,6 @@ def sample_picture(folder, step, network, fixed, classes, config, precision, dev
         same = network(onehot[:1].expand(8, -1, -1, -1).contiguous(), z).float()
     draw.samples_png(folder, step, classes, label=fixed["label"], real=fixed["image"], generated=each,
                      first_label_and_8_z=same)
-
-
-# ---- how its parts are made --------------------------------------------------------------------------------
-
-def build(config, num_classes, device):
-    """(generator, encoder, discriminator) with their initial weights, in training mode."""
-    torch.manual_seed(config.seed)                  # initial u of the spectral norms; weights are drawn below
-    net = SPADEGenerator(num_classes, config.width, config.z_dim, config.patch, hidden=config.hidden)
-    encoder = VAEEncoder(config.width, config.z_dim, config.patch)
-    disc = MultiscaleDiscriminator(num_classes + 3, config.width)
-    for name, module in (("generator", net), ("encoder", encoder), ("discriminator", disc)):
-        init_weights(module, generator(config.seed, name))
-    for letter, module in (("G", net), ("E", encoder), ("D", disc)) if config.init else ():
-        path = Path(config.init)
-        path = path.with_name(path.name.replace("_G", f"_{letter}"))
-        if module is net or (path != Path(config.init) and path.exists()):
-            run_training.load_official(module, run.load_file(path), path)
-    return [module.to(device, memory_format=torch.channels_last).train() for module in (net, encoder, disc)]
 
 
 # ---- configuration -----------------------------------------------------------------------------------------

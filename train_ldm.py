@@ -15,8 +15,8 @@ Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees t
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
 
-The file begins with the two loops, each whole in itself. Below them: what they call, how their parts are
-made, the configurations, and `main`.
+The file begins with the two loops, each whole in itself. Below them: what they call, the
+configurations, and `main`. The networks are built in her2/run_setup.py.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
@@ -26,20 +26,16 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_log, run_training
-from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
-from her2.net_blocks import frozen, init_weights
-from her2.data_folder import load_dataset, write_split
-from her2.denoiser import LatentDenoiser
-from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
-from her2.discriminator import PatchGAN
-from her2.run_errors import Stopped, UserError, command
+from her2 import draw, draw_axes, run, run_log, run_setup, run_training
+from her2.autoencoder import VQAutoencoder, psnr
+from her2.net_blocks import frozen
+from her2.data_folder import write_split
+from her2.diffusion import denoising_loss, loss_of_zero_output, quartile_sums
+from her2.run_errors import Stopped, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
 from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
-from her2.phantom import default_phantom
 from her2.quantizer import CodeUsage
-from her2.data_patches import PatchSampler
 from her2.samplers import image_noise, sample
 from her2.run_seeds import generator
 
@@ -47,8 +43,8 @@ from her2.run_seeds import generator
 def train_autoencoder(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    model, disc = build_autoencoder(config, device)
-    dataset, sampler = open_data(config)
+    model, disc = run_setup.autoencoder_gan(config, device)
+    dataset, sampler = run_setup.painters_data(config)
     perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
@@ -91,7 +87,7 @@ def train_autoencoder(config, argv) -> int:
         draw.samples_png(folder, step, image=fixed, reconstruction=again)
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
         run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
-                       classes=dataset.classes.to_json(), split=dataset.slides())
+                       **dataset.origin())
         checkpoint()
         speed.restart()
 
@@ -160,9 +156,9 @@ def train_diffusion(config, argv) -> int:
     precision = run_training.Precision(device, config.amp)
     content = run.load_model(config.autoencoder, "autoencoder")
     autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
-    dataset, sampler = open_data(config)
+    dataset, sampler = run_setup.painters_data(config)
     run_training.refuse_leak(content, dataset, config.autoencoder)
-    schedule, denoiser = build_denoiser(config, autoencoder, len(dataset.classes), device)
+    schedule, denoiser = run_setup.diffusion(config, autoencoder, len(dataset.classes), device)
     ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
@@ -213,8 +209,8 @@ def train_diffusion(config, argv) -> int:
                        device)
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
         run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
-                       schedule=schedule.config, autoencoder=content, classes=dataset.classes.to_json(),
-                       split=dataset.slides(), drop_label=config.drop_label)
+                       schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
+                       **dataset.origin())
         checkpoint()
         speed.restart()
 
@@ -284,59 +280,6 @@ def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset
         image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
     draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
                      sampled=image)
-
-
-# ---- how their parts are made ------------------------------------------------------------------------------
-
-def open_data(config):
-    """Dataset and sampler of the training split. No stain jitter: a painter should learn the true colours."""
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
-                                 cache=config.cache, uniform=config.uniform)
-
-
-def build_autoencoder(config, device):
-    """(autoencoder, discriminator) with their initial weights. UserError when the sizes do not fit."""
-    if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
-        raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
-    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    official = VQ_F4 if config.factor == 4 else VQ_F8
-    model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
-                             "num_codes": config.codes, "beta": config.beta,
-                             "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
-    if config.init:
-        run_training.load_official(model, run.load_file(config.init), config.init)
-    disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
-    init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
-    return [module.to(device, memory_format=torch.channels_last) for module in (model, disc)]
-
-
-def build_denoiser(config, autoencoder, num_classes, device):
-    """(noise schedule, denoiser with its initial weights). UserError when the sizes do not fit together."""
-    levels = tuple(int(m) for m in config.mult.split(","))
-    if config.width * levels[-1] % 8:
-        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 "
-                        "attention heads")
-    coarsest = autoencoder.factor * 2 ** (len(levels) - 1)
-    if config.patch % coarsest:
-        raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
-                        f"give a multiple of {coarsest}")
-    if config.zero_terminal_snr and config.parametrisation != "v":
-        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; "
-                        "add --parametrisation v, or --no-zero-terminal-snr")
-    if config.init and config.parametrisation != "eps":
-        raise UserError("--init: official weights name eps; "
-                        "add --parametrisation eps --no-zero-terminal-snr")
-    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    denoiser = LatentDenoiser(num_classes=num_classes, z_channels=autoencoder.config["z_channels"],
-                              model_channels=config.width, channel_mult=levels, num_res_blocks=config.blocks,
-                              stages=int(math.log2(autoencoder.factor)), groups=max(1, config.width // 4))
-    if config.init:
-        run_training.load_official(denoiser, run.load_file(config.init), config.init)
-    schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
-                        parametrisation=config.parametrisation)
-    return schedule.to(device), denoiser.to(device, memory_format=torch.channels_last)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ the class ids to background/tumor, and minimise
 with Adam. The number of optimiser steps is the same whatever the ratio is, so configurations are comparable.
 The subtypes are used for sampling and for the evaluation only: the network never sees them.
 
-The file begins with the loop (`train`). Below it: what the loop calls, how its parts are made, the
-configuration, and `main`.
+The file begins with the loop (`train`). Below it: what the loop calls, the configuration, and `main`.
+The networks are built in her2/run_setup.py.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_log, run_training
+from her2 import draw, draw_axes, run, run_log, run_setup, run_training
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
 from her2.run_errors import Stopped, UserError, command
@@ -30,7 +30,7 @@ from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
 from her2.data_patches import MixedSampler, PatchSampler, iterate_rois
-from her2.segmenter import UNet, encoder_weights, predict_roi
+from her2.segmenter import predict_roi
 
 
 def train(config, argv) -> int:
@@ -40,7 +40,7 @@ def train(config, argv) -> int:
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
     is_tumor[IGNORE] = IGNORE
-    network = build(config).to(device, memory_format=torch.channels_last)
+    network = run_setup.segmenter(config, device)
     ema = run_training.EMA(network, config.ema)     # what is evaluated: a single step's weights scatter more
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
@@ -79,7 +79,7 @@ def train(config, argv) -> int:
             log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
                     "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
-                       classes=dataset.classes.to_json(), split=dataset.slides())
+                       **dataset.origin())
         checkpoint()
         speed.restart()
 
@@ -147,8 +147,6 @@ def sample_picture(folder, step, network, fixed, classes, precision, device) -> 
                      probability=prob)
 
 
-# ---- how its parts are made --------------------------------------------------------------------------------
-
 def open_data(config):
     """(dataset, sampler of its training patches, files that the result depends on)"""
     config.data = config.data or str(default_phantom(config.preset))
@@ -162,16 +160,6 @@ def open_data(config):
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
         inputs += synthetic.files()
     return dataset, sampler, inputs
-
-
-def build(config):
-    """The network with its initial weights."""
-    torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
-    network = UNet(num_classes=2, width=config.width)
-    initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
-    if initial:
-        run_training.load_official(network, run.load_file(initial), initial)
-    return network
 
 
 # ---- configuration -----------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ def open_run(script: str, config, device, command, inputs=(), longer="") -> Path
         steps = old["fields"].get("steps"), fields.get("steps")
         if longer and None not in steps and steps[0] < steps[1]:
             if longer != "yes":
-                raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, choose another --out")
+                raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, "
+                                "choose another --out")
             old["fields"]["steps"] = fields["steps"]
         changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
                    if old["fields"].get(name) != fields.get(name)]
@@ -100,7 +101,7 @@ def open_run(script: str, config, device, command, inputs=(), longer="") -> Path
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: cannot be made ({one_line(error)}); choose another --out") from None
+            raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); choose another --out") from None
         write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
     run_lock.hold(folder)

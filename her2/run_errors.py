@@ -103,7 +103,9 @@ def command(main, argv=None):
         spec = sys.modules["__main__"].__spec__     # python -m her2.study: argv[0] would be the module's file
         program = ["-m", spec.name] if spec is not None and spec.name.startswith("her2.") else [sys.argv[0]]
         step = getattr(error, "step", None)
-        said = "interrupted: nothing that was saved is lost" if step is None else f"stopped at step {step}: saved"
+        said = "interrupted: nothing that was saved is lost"
+        if step is not None:
+            said = f"stopped at step {step}, all of it is saved"
         print(f"{said}, this command goes on: python {shlex.join([*program, *argv])}", file=sys.stderr)
         status = 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:
