@@ -90,6 +90,13 @@ def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.
             layer.power_iteration(steps=5)
 
 
+def power_iterations(on: bool, *modules: nn.Module) -> None:
+    """Let training forwards of the spectral norms in `modules` turn u and v, or not: once per step is due."""
+    for layer in (layer for module in modules for layer in module.modules()):
+        if isinstance(layer, SpectralConv2d):
+            layer.train(on)
+
+
 @contextmanager
 def frozen(module: nn.Module):
     """`with frozen(discriminator):` around the forward of a G step: gradients pass through, D keeps none."""

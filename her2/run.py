@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from her2 import run_lock
+from her2 import run_distributed, run_lock
 from her2.run_errors import UserError, atomic_write, one_line
 from her2.run_provenance import file_hash, git_commit, versions
 
@@ -104,6 +104,8 @@ def open_run(script: str, config, device, command, inputs=(), longer="") -> Path
             raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); choose another --out") from None
         write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
+    if run_distributed.rank():
+        return folder                                   # process 0 holds it
     run_lock.hold(folder)
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
         rubbish.unlink(missing_ok=True)
@@ -152,11 +154,13 @@ def save_checkpoint(folder, saved: dict, **numbers) -> None:
     """
     folder = Path(folder)
     last, fresh = folder / "last.pt", folder / "last.new.pt"
-    state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
-    atomic_write(fresh, lambda file: torch.save(state, file))
-    if last.exists():
-        os.replace(last, folder / "last.prev.pt")
-    os.replace(fresh, last)
+    if not run_distributed.rank():
+        state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
+        atomic_write(fresh, lambda file: torch.save(state, file))
+        if last.exists():
+            os.replace(last, folder / "last.prev.pt")
+        os.replace(fresh, last)
+    run_distributed.barrier()           # a process that has ended would take process 0 with it
 
 
 def load_checkpoint(folder, saved: dict, **numbers) -> dict:

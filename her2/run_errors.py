@@ -55,11 +55,12 @@ def handling(handler, *numbers):
 @contextmanager
 def asked_to_stop():
     """Inside the block Ctrl-C and SIGTERM (as schedulers send it before they kill) are noted in the list that
-    it gives, for the loop to look at between two steps. A second one interrupts at once."""
+    it gives, for the loop to look at between two steps. A second Ctrl-C interrupts at once (not under
+    torchrun, which sends on what the terminal has sent already, and kills after 30 seconds)."""
     asked = []
 
     def note(number, frame):
-        if asked:
+        if asked and number == signal.SIGINT and "WORLD_SIZE" not in os.environ:
             raise Stopped(number)
         asked.append(number)
 
@@ -76,6 +77,17 @@ def silence(stream) -> None:
 def one_line(text) -> str:
     """`text` with every run of white space folded, so that a message stays a single line."""
     return " ".join(str(text).split())
+
+
+def speaks() -> bool:
+    """Whether this process is the one that says what went wrong; run_distributed puts a better one here."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text) -> None:
+    """One line on stderr, once, however many processes share the run."""
+    if speaks():
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 def command(main, argv=None):
@@ -97,7 +109,7 @@ def command(main, argv=None):
             status = main(argv) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        say(f"error: {error}")
         status = 2
     except KeyboardInterrupt as error:
         spec = sys.modules["__main__"].__spec__     # python -m her2.study: argv[0] would be the module's file
@@ -106,7 +118,11 @@ def command(main, argv=None):
         said = "interrupted: nothing that was saved is lost"
         if step is not None:
             said = f"stopped at step {step}, all of it is saved"
-        print(f"{said}, this command goes on: python {shlex.join([*program, *argv])}", file=sys.stderr)
+        if "WORLD_SIZE" in os.environ:
+            say(f"{said}, the same command goes on")
+        else:
+            # not folded to one line: a name in it may have two blanks
+            print(f"{said}, this command goes on: python {shlex.join([*program, *argv])}", file=sys.stderr)
         status = 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:
         silence(sys.stdout)
@@ -114,18 +130,19 @@ def command(main, argv=None):
     except OSError as error:
         if error.errno not in MACHINE:
             raise
-        print(one_line(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); "
-                       "nothing that was complete is lost, mend that or choose another folder, "
-                       "then run the same command again"),
-              file=sys.stderr)
+        say(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); nothing that "
+            "was complete is lost, mend that or choose another folder, then run the same command again")
         status = 2
     except (MemoryError, RuntimeError) as error:
-        # torch has no class of its own for memory on the CPU.
-        if (not isinstance(error, MemoryError)
-                and not re.search("(out of|allocate|enough) memory", str(error))):
+        # torch has no classes of its own for memory on the CPU, and for a process that no longer answers.
+        if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
+            say(f"error: the memory is not enough ({one_line(error)[:120]}); "
+                "use a smaller --batch, --patch or --width")
+        elif "WORLD_SIZE" in os.environ and re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
+            say("error: another process of this run has ended; nothing that was saved is lost, the same "
+                "command goes on")
+        else:
             raise
-        print(f"error: the memory is not enough ({one_line(error)[:120]}); "
-              "use a smaller --batch, --patch or --width", file=sys.stderr)
         status = 2
     sys.exit(status)
 

@@ -5,6 +5,7 @@ None of them owns a step counter or knows a loss: the loop of each script stays 
 
 import copy
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from her2 import run
+from her2 import run, run_distributed
 from her2.data_classes import IGNORE
 from her2.data_patches import loader
 from her2.run_errors import UserError, asked_to_stop, one_line
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the GPU when there is one. UserError when 'cuda' is asked for and there is none."""
+    """'auto' is the GPU when there is one, under torchrun this process's own. UserError when 'cuda' is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; "
                         "use --device cpu, or install a CUDA build of torch")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return run_distributed.start(
+        torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"))
 
 
 class Precision:
@@ -161,17 +163,18 @@ class Steps:
     """
 
     def __init__(self, name: str, config, sampler, first: int, device, batches=None):
-        self.batches = batches or loader(sampler, first, config.steps, config.batch, workers=config.workers,
-                                         pin_memory=device.type == "cuda")
-        self.bar = dict(initial=first, total=config.steps, desc=name, leave=False, disable=None)
+        self.batches = batches or loader(sampler, first, config.steps, run_distributed.indices(config),
+                                         workers=config.workers, pin_memory=device.type == "cuda")
+        self.bar = dict(initial=first, total=config.steps, desc=name, leave=False,
+                        disable=bool(run_distributed.rank()) or None)
         self.signal = 0
 
     def __iter__(self):
         with asked_to_stop() as asked:
             for batch in tqdm(self.batches, **self.bar):
                 yield batch
-                if asked:
-                    self.signal = asked[0]
+                if run_distributed.any_of_all(bool(asked)):
+                    self.signal = asked[0] if asked else signal.SIGTERM
                     return
 
 
@@ -207,9 +210,11 @@ def peak_memory(device: torch.device):
 
 
 def update(optimizer, scaler, clip: float) -> torch.Tensor:
-    """One step of `optimizer` with gradients of L2 norm `clip` at most; returns their norm before, ()."""
-    scaler.unscale_(optimizer)              # fp16: the gradients were taken of a larger loss
+    """One step of `optimizer`, with the gradients of all processes together and of L2 norm `clip` at most;
+    returns their norm before, ()."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    run_distributed.sum_gradients(parameters)
+    scaler.unscale_(optimizer)              # fp16: the gradients were taken of a larger loss
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     scaler.step(optimizer)
     scaler.update()
@@ -224,12 +229,19 @@ class Losses:
     """
 
     def __init__(self, folder, networks: dict, scaler):
-        self.folder, self.networks, self.scaler, self.kept = Path(folder), networks, scaler, []
+        self.folder, self.networks, self.scaler = Path(folder), networks, scaler
+        self.kept, self.sums = [], {}
 
-    def add(self, step: int, names, **values) -> None:
-        """The losses and gradient norms (numbers or tensors ()) of `step` on the images `names`."""
-        self.kept.append((step, names, {name: value.detach() if torch.is_tensor(value) else value
-                                        for name, value in values.items()}))
+    def add(self, share: float, **values: torch.Tensor) -> None:
+        """Losses (), means over a part of the step's batch that is `share` of it; several parts add up."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + share * value.detach().float()
+
+    def end(self, step: int, names, **values: torch.Tensor) -> None:
+        """`step` is done, on the images `names`. values: of the whole batch already, as gradient norms."""
+        whole = {name: value.detach() / run_distributed.world() for name, value in values.items()}
+        self.kept.append((step, names, {**self.sums, **whole}))
+        self.sums = {}
         if len(self.kept) >= 1000:
             self.read()
 
@@ -240,21 +252,20 @@ class Losses:
         infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
         the scale is below 1: then no scale helps, and a run that skips every step would end untrained.
         """
-        weights = [p.detach().isfinite().all() for network in self.networks.values()
-                   for p in network.parameters()]
-        tensors = [value for *_, values in self.kept for value in values.values() if torch.is_tensor(value)]
-        numbers = iter(torch.stack([value.float() for value in tensors + weights]).tolist())
-        steps = [(step, names, {name: next(numbers) if torch.is_tensor(value) else value
-                                for name, value in values.items()}) for step, names, values in self.kept]
+        broken = [~p.detach().isfinite().all() for network in self.networks.values()
+                  for p in network.parameters()]
+        tensors = [value for *_, values in self.kept for value in values.values()] + broken
+        numbers = iter(run_distributed.total(torch.stack([value.float() for value in tensors])).tolist())
+        steps = [(step, names, dict(zip(values, numbers))) for step, names, values in self.kept]
         skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         for step, names, values in steps:
             broken = [name for name, value in values.items()
                       if not math.isfinite(value) and not (skips and "norm" in name)]
             if broken:
                 self.stop(step, names, values, broken)
-        if not all(numbers):                # what is left of them are the weights
+        if any(numbers):                    # what is left of them are the weights
             self.stop(*steps[-1], ["weights"])
-        self.kept = self.kept[-1:]
+        del self.kept[:-1]
         return steps[-1][2]
 
     def stop(self, step, names, values, broken) -> None:
@@ -262,10 +273,11 @@ class Losses:
                    for network_name, network in self.networks.items()
                    for name, parameter in network.named_parameters() if parameter.grad is not None}
         worst = max(largest, key=largest.get, default=None)
-        run.write_json(self.folder / "diagnosis.json", {
-            "step": step, "not_finite": broken, "batch": list(names),
-            "values": {name: repr(value) for name, value in values.items()},
-            "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}})
+        if not run_distributed.rank():
+            run.write_json(self.folder / "diagnosis.json", {
+                "step": step, "not_finite": broken, "batch": list(names),
+                "values": {name: repr(value) for name, value in values.items()},
+                "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}})
         raise UserError(f"{self.folder}: {', '.join(broken)} not finite at step {step} "
                         f"(see {self.folder / 'diagnosis.json'}); the last checkpoint is intact; "
                         "try a lower --lr, a longer --warmup, or --amp off, with another --out")
