@@ -24,9 +24,8 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_log, run_setup, run_training
-from her2.net_blocks import frozen
-from her2.data_folder import write_split
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
+from her2.net_blocks import frozen, power_iterations
 from her2.discriminator import discriminate
 from her2.run_errors import Stopped, UserError, command
 from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
@@ -51,29 +50,28 @@ def train(config, argv) -> int:
 
     saved = {"generator": net, "encoder": encoder, "discriminator": disc, "ema": ema, "optimizer": optimizer,
              "disc_optimizer": disc_optimizer, "scaler": scaler, "disc_scaler": disc_scaler}
-    folder, log, numbers = run_log.begin("train_gan.py", config, device, argv, dataset.files(), saved,
+    folder, log, numbers = run_log.begin("train_gan.py", config, device, argv, dataset, saved,
                                      idle=torch.zeros((), dtype=torch.long))
     step, idle = numbers["step"], numbers["idle"].to(device)    # idle: steps in a row with d_loss almost 0
     if step >= config.steps:
         return 0
-    write_split(folder / "split.json", dataset)
     fixed = sampler.batch(0, 8)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in module.parameters()):,}"
                       for name, module in zip(("generator", "encoder", "discriminator"), networks))
     log.begin(step, f"{sizes} parameters, {device}, {precision}; "
               "a discriminator that cannot tell has d_loss 2; "
-              f"healthy runs stay between 0.5 and 2; {real_saturation(fixed):.3f} of the real pixels are "
-              "saturated")
+              f"healthy runs stay between 0.5 and 2; {float(saturated_share(fixed['image'])):.3f} of the "
+              "real pixels are saturated")
 
     def write_log():
-        saturated, real = float(saturated_share(fake.detach())), real_saturation(batch)
-        log.record(step, **losses.read(), saturated=saturated, saturated_real=real, **speed.report())
+        values = losses.read()
+        log.record(step, **values, **speed.report())
         if idle >= 200:
             log.say(f"warning: the discriminator's loss has been 0 for {int(idle)} steps, the generator "
                     "learns nothing from it; try a lower --disc-lr")
-        if saturated > 0.5 + real:
-            log.say(f"warning: {saturated:.0%} of the generated pixels are black or white at step {step}, "
-                    "the generator is collapsing; try a lower --lr or a lower --disc-lr")
+        if values["saturated"] > 0.5 + values["saturated_real"]:
+            log.say(f"warning: {values['saturated']:.0%} of the generated pixels are black or white at step "
+                    f"{step}, the generator is collapsing; try a lower --lr or a lower --disc-lr")
 
     def checkpoint():
         losses.read()               # weights that are not finite are never saved
@@ -81,61 +79,74 @@ def train(config, argv) -> int:
 
     def save():
         losses.read()
-        calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
-        sample_picture(folder, step, calibrated, fixed, dataset.classes, config, precision, device)
-        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
-        run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
-                       **dataset.origin())
+        if not run_distributed.rank():
+            calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
+            sample_picture(folder, step, calibrated, fixed, dataset.classes, config, precision, device)
+            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
+            run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
+                           **dataset.origin())
         checkpoint()
         speed.restart()
 
     speed = run_training.Speed(device)
     losses = run_training.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
                                  scaler)
+    run_distributed.same_start(net, encoder, disc)
     steps = run_training.Steps("GAN", config, sampler, step, device)
     for batch in steps:
-        # 1 data
-        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
-        onehot = run_training.one_hot(batch["label"], num_classes, device)              # (B, K, H, W)
-        noise = torch.randn(len(image), config.z_dim, generator=generator(config.seed, "z", step)).to(device)
-
-        # 2 paint: E reads off the real image what the label does not say, G paints the label in that manner.
-        #   The noise makes z a draw from a cloud and not a point, so that nearby z give similar images.
-        with precision.autocast(), frozen(disc):    # here D only passes the gradient on
-            mu, logvar = encoder(image)                                                 # (B, Z), (B, Z)
-            z = reparameterize(mu.float(), logvar.float(), noise)                       # (B, Z)
-            fake = net(onehot, z)                                                       # (B, 3, H, W)
-            fake_features, real_features = discriminate(disc, onehot, fake, image)
-
-        # 3 loss of the painters: D should call the fake real, D's layers should see in it what they see in
-        #   the image, and E's clouds together should look like N(0, I), from which z is drawn at synthesis.
-        gan = hinge_generator(fake_features)                                            # ()
-        features = feature_matching(fake_features, real_features, config.lambda_feat)
-        kld = config.lambda_kld * kl_divergence(mu.float(), logvar.float())
-        vgg = config.lambda_vgg * perceptual(fake.float(), image) if perceptual is not None else 0.0
-        loss = gan + features + kld + vgg
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        disc_optimizer.zero_grad(set_to_none=True)
+        parts, fakes = run_distributed.parts(batch, config), []         # one part, but for --accumulate
+        noise = torch.randn(config.batch, config.z_dim, generator=generator(config.seed, "z", step))
+        for part in parts:
+            # 1 data
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            onehot = run_training.one_hot(part.batch["label"], num_classes, device)     # (B, K, H, W)
+            power_iterations(part.first, net, encoder, disc)
+
+            # 2 paint: E reads off the real image what the label does not say, G paints the label in that
+            #   manner. The noise makes z a draw from a cloud and not a point: nearby z, similar images.
+            with precision.autocast(), frozen(disc):    # here D only passes the gradient on
+                mu, logvar = encoder(image)                                             # (B, Z), (B, Z)
+                z = reparameterize(mu.float(), logvar.float(), noise[part.rows].to(device))     # (B, Z)
+                fake = net(onehot, z)                                                   # (B, 3, H, W)
+                fake_features, real_features = discriminate(disc, onehot, fake, image)
+
+            # 3 loss of the painters: D should call the fake real, D's layers should see in it what they see
+            #   in the image, and E's clouds together should look like N(0, I), where synthesis draws z.
+            gan = hinge_generator(fake_features)                                        # ()
+            features = feature_matching(fake_features, real_features, config.lambda_feat)
+            kld = config.lambda_kld * kl_divergence(mu.float(), logvar.float())
+            loss = gan + features + kld
+            if perceptual is not None:
+                loss = loss + config.lambda_vgg * perceptual(fake.float(), image)
+            scaler.scale(part.share * loss).backward()
+            fakes.append(fake.detach())
+            losses.add(part.share, loss=loss, gan=gan, features=features, kld=kld,
+                       saturated=saturated_share(fake), saturated_real=saturated_share(image))
         norm = run_training.update(optimizer, scaler, config.clip)
 
-        # 4 loss of the discriminator: real logits above 1, fake ones below -1. On the same fake, detached:
+        # 4 loss of the discriminator: real logits above 1, fake ones below -1. On the same fakes, detached:
         #   no second forward of the generator, and no gradient into it.
-        with precision.autocast():
-            fake_features, real_features = discriminate(disc, onehot, fake.detach(), image)
-        d_loss = sum(hinge_discriminator(real_features, fake_features))                 # ()
-        disc_optimizer.zero_grad(set_to_none=True)
-        disc_scaler.scale(d_loss).backward()
+        for part, fake in zip(parts, fakes):
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            onehot = run_training.one_hot(part.batch["label"], num_classes, device)     # (B, K, H, W)
+            power_iterations(part.first, disc)
+            with precision.autocast():
+                fake_features, real_features = discriminate(disc, onehot, fake, image)
+            d_loss = sum(hinge_discriminator(real_features, fake_features))             # ()
+            disc_scaler.scale(part.share * d_loss).backward()
+            losses.add(part.share, d_loss=d_loss)
         d_norm = run_training.update(disc_optimizer, disc_scaler, config.clip)
 
         # 5 average the generator's weights: single steps of a GAN swing, their average does not
         ema.update(net)
-        losses.add(step, batch["names"], loss=loss, gan=gan, features=features, kld=kld, vgg=vgg,
-                   d_loss=d_loss, grad_norm=norm, d_grad_norm=d_norm)
+        idle = (idle + 1) * (run_distributed.total(losses.sums["d_loss"]) < 0.02)       # ()
+        losses.end(step, batch["names"], grad_norm=norm, d_grad_norm=d_norm)
         step += 1
 
         # 6 report
-        speed.add(len(image))
-        idle = (idle + 1) * (d_loss.detach() < 0.02)                                    # ()
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
@@ -148,11 +159,6 @@ def train(config, argv) -> int:
 
 
 # ---- what the loop calls -----------------------------------------------------------------------------------
-
-def real_saturation(batch) -> float:
-    """Share of saturated pixels in real patches: white glass makes some of it normal."""
-    return float(saturated_share(batch["image"]))
-
 
 def calibrate(averaged, sampler, num_classes, config, step, device):
     """A copy of the averaged generator whose batch-norm statistics fit its weights and z ~ N(0, I).
@@ -219,6 +225,8 @@ class Config:
     # optimisers
     steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
+    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
+                                    # same gradient (but batch norm sees each piece by itself)
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
     disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR:
                                     # four times the other)

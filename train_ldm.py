@@ -26,13 +26,12 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_log, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.autoencoder import VQAutoencoder, psnr
 from her2.net_blocks import frozen
-from her2.data_folder import write_split
 from her2.diffusion import denoising_loss, loss_of_zero_output, quartile_sums
 from her2.run_errors import Stopped, command
-from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
+from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator, pulls
 from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
 from her2.quantizer import CodeUsage
@@ -55,11 +54,10 @@ def train_autoencoder(config, argv) -> int:
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
     folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv,
-                                     dataset.files(), saved)
+                                     dataset, saved)
     step = numbers["step"]
     if step >= config.steps:
         return 0
-    write_split(folder / "split.json", dataset)
     fixed = run_training.to_device(sampler.batch(0, 8)["image"], device)                # (8, 3, H, W)
     flat = float((fixed - fixed.mean((0, 2, 3), keepdim=True)).abs().mean())
     parameters = sum(p.numel() for p in model.parameters())
@@ -68,8 +66,7 @@ def train_autoencoder(config, argv) -> int:
 
     def write_log():
         log.record(step, **losses.read(), flat_colour_l1=flat, codes_used=usage.used,
-                   psnr=psnr(reconstruction.detach(), image).mean(), lr=optimizer.param_groups[0]["lr"],
-                   **speed.report())
+                   lr=optimizer.param_groups[0]["lr"], **speed.report())
         if usage.used is not None and usage.used < 0.05 * config.codes and step > 2000 / config.batch:
             log.say(f"warning: {usage.used} of {config.codes} codes in use at step {step}, the codebook is "
                     "collapsing; try a lower --lr, a larger --beta or fewer --codes")
@@ -80,66 +77,81 @@ def train_autoencoder(config, argv) -> int:
 
     def save():
         losses.read()
-        model.eval()
-        with torch.no_grad(), precision.autocast():
-            again = model(fixed)[0]
-        model.train()
-        draw.samples_png(folder, step, image=fixed, reconstruction=again)
-        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
-        run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
-                       **dataset.origin())
+        if not run_distributed.rank():
+            model.eval()
+            with torch.no_grad(), precision.autocast():
+                again = model(fixed)[0]
+            model.train()
+            draw.samples_png(folder, step, image=fixed, reconstruction=again)
+            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
+            run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
+                           **dataset.origin())
         checkpoint()
         speed.restart()
 
+    def reconstruct(image):
+        """-> reconstruction (B, 3, H, W), z (B, D, h, w), indices (B, h, w), L1, L1 + LPIPS, vq_loss ()"""
+        reconstruction, z, _, indices, vq_loss = model(image)
+        l1 = (reconstruction.float() - image).abs().mean()
+        lpips = 0 if perceptual is None else perceptual(reconstruction, image).mean()
+        return reconstruction, z, indices, l1, l1 + config.lambda_lpips * lpips, vq_loss
+
     speed = run_training.Speed(device)
     losses = run_training.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
+    run_distributed.same_start(model, disc)
     steps = run_training.Steps("autoencoder", config, sampler, step, device)
     for batch in steps:
-        # 1 data
-        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
-
-        # 2 through the bottleneck: every latent vector becomes the nearest of a few thousand codes. vq_loss
-        #   pulls codes and latents together; the bottleneck leaves a small, tame space to the diffusion.
-        with precision.autocast(), frozen(disc):    # here D only passes the gradient on
-            reconstruction, z, _, indices, vq_loss = model(image)   # (B, 3, H, W), (B, D, h, w), (B, h, w)
-            l1 = (reconstruction.float() - image).abs().mean()                          # ()
-            nll = l1
-            if perceptual is not None:
-                nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
-            loss, adversarial = nll + vq_loss, {}
-
-            # 3 look real: L1 alone blurs (the mean of all likely textures costs least). Late, since D would
-            #   drive the first rough reconstructions anywhere; weighted to pull as hard as L1 does.
-            if config.disc_weight and step >= config.disc_start:
-                g_loss = hinge_generator(disc(reconstruction))                          # ()
-                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer,
-                                                              scaler.get_scale())
-                loss, adversarial = loss + weight * g_loss, {"g_loss": g_loss, "disc_weight": weight}
+        adversarial = config.disc_weight > 0 and step >= config.disc_start
         for opt in (optimizer, disc_optimizer):
+            opt.zero_grad(set_to_none=True)
             run_training.set_learning_rate(opt, config, step)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        norm = run_training.update(optimizer, scaler, config.clip)
+        parts, latents, indices, painted = run_distributed.parts(batch, config), [], [], []
+        known = None
+        if adversarial and len(parts) > 1:
+            known = pulls_of_all(parts, reconstruct, disc, model, scaler)
+        for part in parts:              # one, but for --accumulate
+            # 1 through the bottleneck: every latent vector becomes the nearest of a few thousand codes.
+            #   vq_loss pulls codes and latents together; the diffusion gets a small, tame space.
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            with precision.autocast(), frozen(disc):    # here D only passes the gradient on
+                reconstruction, z, codes, l1, nll, vq_loss = reconstruct(image)
+                loss = nll + vq_loss                                                    # ()
 
-        # 4 the discriminator tells the image from its reconstruction, from the first step on: it should know
+                # 2 look real: L1 alone blurs (the mean of all likely textures costs least). Late, since D
+                #   would drive the first rough reconstructions anywhere; weighted to pull as hard as L1.
+                if adversarial:
+                    g_loss = hinge_generator(disc(reconstruction))                      # ()
+                    weight = config.disc_weight * adaptive_weight(
+                        nll, g_loss, model.last_layer, scaler.get_scale(),
+                        lambda pulls: run_distributed.total(part.share * pulls) if known is None else known)
+                    loss = loss + weight * g_loss
+                    losses.add(part.share, g_loss=g_loss, disc_weight=weight)
+            scaler.scale(part.share * loss).backward()
+            losses.add(part.share, loss=loss, l1=l1, vq_loss=vq_loss, psnr=psnr(reconstruction, image).mean())
+            painted.append(reconstruction.detach()), latents.append(z.detach()), indices.append(codes)
+        norms = {"grad_norm": run_training.update(optimizer, scaler, config.clip)}
+
+        # 3 the discriminator tells the image from its reconstruction, from the first step on: it should know
         #   something by the time it is listened to.
-        if config.disc_weight:
+        for part, fake in zip(parts, painted) if config.disc_weight else ():
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
             with precision.autocast():
-                d_loss = sum(hinge_discriminator(disc(image), disc(reconstruction.detach()))) / 2   # ()
-            disc_optimizer.zero_grad(set_to_none=True)
-            disc_scaler.scale(d_loss).backward()
-            d_norm = run_training.update(disc_optimizer, disc_scaler, config.clip)
-            adversarial |= {"d_loss": d_loss, "d_grad_norm": d_norm}
-        losses.add(step, batch["names"], loss=loss, l1=l1, vq_loss=vq_loss, grad_norm=norm, **adversarial)
+                d_loss = sum(hinge_discriminator(disc(image), disc(fake))) / 2          # ()
+            disc_scaler.scale(part.share * d_loss).backward()
+            losses.add(part.share, d_loss=d_loss)
+        if config.disc_weight:
+            norms["d_grad_norm"] = run_training.update(disc_optimizer, disc_scaler, config.clip)
+        losses.end(step, batch["names"], **norms)
         step += 1
 
-        # 5 wake dead codes: a code that no latent is nearest to gets no gradient, ever. It restarts at a
+        # 4 wake dead codes: a code that no latent is nearest to gets no gradient, ever. It restarts at a
         #   latent of this batch; in the second half of the training the codebook should stay.
-        usage.step(step, model.quantize, indices, z.detach(), generator(config.seed, "restart", step),
+        usage.step(step, model.quantize, run_distributed.gather(indices, config),
+                   run_distributed.gather(latents, config), generator(config.seed, "restart", step),
                    optimizer)
 
-        # 6 report
-        speed.add(len(image))
+        # 5 report
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
@@ -165,13 +177,12 @@ def train_diffusion(config, argv) -> int:
 
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     folder, log, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
-                                     [*dataset.files(), run.model_file(config.autoencoder)], saved,
+                                     dataset, saved, [run.model_file(config.autoencoder)],
                                      quarters=torch.zeros(2, 4, dtype=torch.double))
     # Sum and number of the losses since the last log line, by quarter of t: low t is detail, high t layout.
     step, quarters = numbers["step"], numbers["quarters"].to(device)                    # (2, 4)
     if step >= config.steps:
         return 0
-    write_split(folder / "split.json", dataset)
 
     @torch.no_grad()
     def encode(image):                  # (B, 3, H, W) -> (B, C, h, w), everywhere in the same precision
@@ -205,55 +216,64 @@ def train_diffusion(config, argv) -> int:
 
     def save():
         losses.read()
-        sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
-                       device)
-        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
-        run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
-                       schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
-                       **dataset.origin())
+        if not run_distributed.rank():
+            sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
+                           device)
+            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
+            run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
+                           schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
+                           **dataset.origin())
         checkpoint()
         speed.restart()
 
     speed, losses = run_training.Speed(device), run_training.Losses(folder, {"denoiser": denoiser}, scaler)
-    batches = pooled_latents(config, dataset, encode, step) if config.latent_pool else None
+    side = config.patch // autoencoder.factor
+    latent_shape = (denoiser.config["z_channels"], side, side)
+    batches = config.latent_pool and pooled_latents(config, dataset, encode, step,
+                                                    run_distributed.indices(config))
+    run_distributed.same_start(denoiser, ema.module)
     steps = run_training.Steps("diffusion", config, sampler, step, device, batches)
     for batch in steps:
-        # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
-        z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])     # (B, C, h, w)
-        x0 = denoiser.scale(z)                                                          # (B, C, h, w)
-        onehot = run_training.one_hot(batch["label"], len(dataset.classes), device)     # (B, K, H, W)
-
-        # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low t,
-        #   layout at high t.
-        random = generator(config.seed, "noise", step)
-        t = torch.randint(config.timesteps, (len(x0),), generator=random).to(device)    # (B,)
-        eps = torch.randn(x0.shape, generator=random).to(device)                        # (B, C, h, w)
-        dropped = (torch.rand(len(x0), generator=random) < config.drop_label).to(device)        # (B,)
-        xt = schedule.q_sample(x0, t, eps)                                              # (B, C, h, w)
-
-        # 3 name the noise, seeing the label. Now and then the label is hidden: then sampling can compare
-        #   "with" and "without" and exaggerate the difference (guidance).
-        with precision.autocast():
-            code = denoiser.drop_label(denoiser.label_code(onehot), dropped)            # (B, C, h, w)
-            output = denoiser(xt, t, code)                                              # (B, C, h, w)
-        per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)    # (B,)
-        loss = per_image.mean()                                                         # ()
-
-        # 4 gradient
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.
+        random = generator(config.seed, "noise", step)
+        all_t = torch.randint(config.timesteps, (config.batch,), generator=random)      # (B,)
+        all_eps = torch.randn(config.batch, *latent_shape, generator=random)            # (B, C, h, w)
+        all_dropped = torch.rand(config.batch, generator=random) < config.drop_label    # (B,)
+        for part in run_distributed.parts(batch, config):
+            # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
+            z = part.batch["z"].to(device) if config.latent_pool else encode(part.batch["image"])
+            x0 = denoiser.scale(z)                                                      # (B, C, h, w)
+            onehot = run_training.one_hot(part.batch["label"], len(dataset.classes), device)    # (B, K, H, W)
+
+            # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low
+            #   t, layout at high t.
+            t, eps, dropped = (drawn[part.rows].to(device) for drawn in (all_t, all_eps, all_dropped))
+            xt = schedule.q_sample(x0, t, eps)                                          # (B, C, h, w)
+
+            # 3 name the noise, seeing the label. Now and then the label is hidden: then sampling can compare
+            #   "with" and "without" and exaggerate the difference (guidance).
+            with precision.autocast():
+                code = denoiser.drop_label(denoiser.label_code(onehot), dropped)        # (B, C, h, w)
+                output = denoiser(xt, t, code)                                          # (B, C, h, w)
+            per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)        # (B,)
+            loss = per_image.mean()                                                     # ()
+
+            # 4 gradient
+            scaler.scale(part.share * loss).backward()
+            losses.add(part.share, loss=loss)
+            quarters += run_distributed.total(torch.stack(quartile_sums(per_image, t, config.timesteps)))
 
         # 5 update, and the average of the weights over the last steps: single steps jump with the t and eps
         #   that were drawn, and what is sampled is the average.
         run_training.set_learning_rate(optimizer, config, step)
         norm = run_training.update(optimizer, scaler, config.clip)
         ema.update(denoiser)
-        losses.add(step, batch["names"], loss=loss, grad_norm=norm)
+        losses.end(step, batch["names"], grad_norm=norm)
         step += 1
 
         # 6 report
-        speed.add(len(x0))
-        quarters += torch.stack(quartile_sums(per_image, t, config.timesteps))          # (2, 4)
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
@@ -266,6 +286,17 @@ def train_diffusion(config, argv) -> int:
 
 
 # ---- what the loops call -----------------------------------------------------------------------------------
+
+def pulls_of_all(parts, reconstruct, disc, model, scaler):
+    """What the adaptive weight compares, of the whole batch of --accumulate, from a first pass."""
+    found = 0
+    for part in parts:
+        image = run_training.to_device(part.batch["image"], model.last_layer.device)
+        reconstruction, *_, nll, _ = reconstruct(image)
+        found = found + part.share * pulls(nll, hinge_generator(disc(reconstruction)), model.last_layer,
+                                           scaler.get_scale())
+    return run_distributed.total(found)                                                 # (2, 3, c, 3, 3)
+
 
 @torch.no_grad()
 def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision,
@@ -302,6 +333,8 @@ class Common:
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of each network's gradient
+    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
+                                    # same gradient
 
     # machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one

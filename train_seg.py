@@ -22,9 +22,9 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_log, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.data_classes import IGNORE
-from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
+from her2.data_folder import check_synthetic, load_dataset, load_synthetic
 from her2.run_errors import Stopped, UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
@@ -36,7 +36,8 @@ from her2.segmenter import predict_roi
 def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    dataset, sampler, inputs = open_data(config)
+    with run_distributed.in_turn():
+        dataset, sampler, inputs = open_data(config)
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
     is_tumor[IGNORE] = IGNORE
@@ -46,11 +47,10 @@ def train(config, argv) -> int:
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
 
     saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, numbers = run_log.begin("train_seg.py", config, device, argv, inputs, saved)
+    folder, log, numbers = run_log.begin("train_seg.py", config, device, argv, dataset, saved, inputs)
     step = numbers["step"]
     if step >= config.steps:
         return 0
-    write_split(folder / "split.json", dataset)
     fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
     nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice,
                                        dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
@@ -67,8 +67,7 @@ def train(config, argv) -> int:
         losses.read()               # weights that are not finite are never saved
         run.save_checkpoint(folder, saved, step=step)
 
-    def save():
-        losses.read()
+    def publish():
         val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
@@ -80,40 +79,50 @@ def train(config, argv) -> int:
                     "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                        **dataset.origin())
+
+    def save():
+        losses.read()
+        if not run_distributed.rank():
+            publish()
         checkpoint()
         speed.restart()
 
     network.train()
     speed, losses = run_training.Speed(device), run_training.Losses(folder, {"network": network}, scaler)
+    run_distributed.same_start(network)
     steps = run_training.Steps("segmentation", config, sampler, step, device)
     for batch in steps:
-        # 1 data: patches around tumor pixels. The network is asked one question, tumor or not; were it to
-        #   name the subtype too, it could not be compared with the paper's.
-        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
-        target = is_tumor[batch["label"]].to(device, non_blocking=True)                 # (B, H, W)
-
-        # 2 predict and compare: Dice looks at the overlap, so that much background does not drown little
-        #   tumor; cross-entropy gives every pixel a gradient, also where Dice is flat.
-        with precision.autocast():
-            logits = network(image)                                                     # (B, 2, H, W)
-            loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
-                                             1 - config.dice_weight)                    # ()
-
-        # 3 gradient
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        parts = run_distributed.parts(batch, config)            # one, but for --accumulate
+        known = sums_of_all(network, parts, is_tumor, config, precision, device) if len(parts) > 1 else None
+        for part in parts:
+            # 1 data: patches around tumor pixels. The network is asked one question, tumor or not; were it to
+            #   name the subtype too, it could not be compared with the paper's.
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            target = is_tumor[part.batch["label"]].to(device, non_blocking=True)        # (B, H, W)
+
+            # 2 predict and compare: Dice looks at the overlap, so that much background does not drown little
+            #   tumor; cross-entropy gives every pixel a gradient, also where Dice is flat.
+            with precision.autocast():
+                logits = network(image)                                                 # (B, 2, H, W)
+                loss, terms = dice_cross_entropy(
+                    logits, target, config.dice, config.dice_weight, 1 - config.dice_weight,
+                    pool=run_distributed.WholeSums(part.share, known))                  # ()
+
+            # 3 gradient
+            scaler.scale(part.share * loss).backward()
+            losses.add(part.share, loss=loss, dice_loss=terms["dice"], cross_entropy=terms["ce"])
 
         # 4 update: a small rate at first, while Adam's averages are those of few steps; and one strange batch
         #   may not throw the weights away, so the gradient's length is limited.
         run_training.set_learning_rate(optimizer, config, step)
         norm = run_training.update(optimizer, scaler, config.clip)
         ema.update(network)
-        losses.add(step, batch["names"], loss=loss, dice_loss=parts["dice"], cross_entropy=parts["ce"],
-                   grad_norm=norm)
+        losses.end(step, batch["names"], grad_norm=norm)
         step += 1
 
         # 5 report
-        speed.add(len(image))
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
@@ -126,6 +135,22 @@ def train(config, argv) -> int:
 
 
 # ---- what the loop calls -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sums_of_all(network, parts, is_tumor, config, precision, device) -> list:
+    """The sums over the whole batch of --accumulate, from a first pass: Dice is no mean over patches, its
+    gradient depends on them. Batch norm remembers the second pass only."""
+    buffers, found = [buffer.clone() for buffer in network.buffers()], []
+    for part in parts:
+        with precision.autocast():
+            dice_cross_entropy(network(run_training.to_device(part.batch["image"], device)),
+                               is_tumor[part.batch["label"]].to(device), config.dice,
+                               pool=lambda sums: found.append(sums) or sums)
+    for buffer, before in zip(network.buffers(), buffers):
+        buffer.copy_(before)
+    half = len(found) // len(parts)                 # sums that one part asks for: of Dice, of cross-entropy
+    return [run_distributed.total(sum(found[k::half])) for k in range(half)]
+
 
 def validate(network, dataset, config, precision, device) -> dict:
     """Metrics on the whole ROIs of the validation slides at threshold 0.5; training chooses nothing by it."""
@@ -148,18 +173,16 @@ def sample_picture(folder, step, network, fixed, classes, precision, device) -> 
 
 
 def open_data(config):
-    """(dataset, sampler of its training patches, files that the result depends on)"""
+    """(dataset, sampler of its training patches, files besides the dataset's that the result depends on)"""
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
-    inputs = dataset.files()
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
                            cache=config.cache, uniform=config.uniform)
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset)         # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
-        inputs += synthetic.files()
-    return dataset, sampler, inputs
+    return dataset, sampler, synthetic.files() if config.synthetic else []
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -196,6 +219,8 @@ class Config:
     # optimiser
     steps: int = 240                # optimiser steps
     batch: int = 16                 # patches per step
+    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
+                                    # same gradient (but batch norm sees each piece by itself)
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 30                # steps over which the learning rate rises linearly from 0

@@ -101,7 +101,8 @@ def open_run(script: str, config, device, command, inputs=(), longer="") -> Path
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); choose another --out") from None
+            raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); "
+                            "choose another --out") from None
         write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
     if run_distributed.rank():

@@ -23,7 +23,8 @@ def number(value) -> float:
 def begin(script: str, config, device, argv, dataset, saved: dict, inputs=(), **numbers):
     """Open the run folder and go on from its checkpoint: (folder, log, {"step": ..., **numbers}).
 
-    `saved` and `numbers` as for `load_checkpoint`; `inputs`: files besides the dataset's own. Says so when the run is complete; the log is None then.
+    `saved` and `numbers` as for `load_checkpoint`; `inputs`: files besides the dataset's own. Says
+    so when the run is complete; the log is None then.
     """
     longer = "yes"                  # unless an earlier step would have been another one in the longer run
     if getattr(config, "schedule", "constant") != "constant":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from her2 import run, run_training
+from her2 import run, run_distributed, run_training
 from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder
 from her2.data_folder import load_dataset
 from her2.data_patches import PatchSampler
@@ -26,10 +26,11 @@ from her2.spade import SPADEGenerator, VAEEncoder
 
 def painters_data(config):
     """Dataset and sampler of the training split. No stain jitter: a painter should learn the true colours."""
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
-                                 cache=config.cache, uniform=config.uniform)
+    with run_distributed.in_turn():         # process 0 makes the phantom and the cache, the others find them
+        config.data = config.data or str(default_phantom(config.preset))
+        dataset = load_dataset(config.data, seed=config.split_seed)
+        return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
+                                     cache=config.cache, uniform=config.uniform)
 
 
 def segmenter(config, device):

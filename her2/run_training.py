@@ -21,7 +21,10 @@ from her2.run_errors import UserError, asked_to_stop, one_line
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the GPU when there is one, under torchrun this process's own. UserError when 'cuda' is asked for and there is none."""
+    """'auto' is the GPU when there is one, under torchrun this process's own.
+
+    UserError when 'cuda' is asked for and there is none.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; "
                         "use --device cpu, or install a CUDA build of torch")
