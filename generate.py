@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, inpainting, run, run_training, study_controls
+from her2 import draw, inpainting, run, run_distributed, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset, write_split
@@ -41,7 +41,7 @@ from her2.phantom import default_phantom
 from her2.run_provenance import file_hash
 from her2.relabel import relabel, repaint_mask
 from her2.data_patches import PatchSampler
-from her2.samplers import ddim_timesteps, image_noise, sample
+from her2.samplers import image_noise, sample, spaced_timesteps
 from her2.run_seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
 
@@ -69,8 +69,10 @@ class Config:
     relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
                                     # empty: all tumor classes of the training slides
     steps: int = 50                 # denoising steps S, 1 to T
-    sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect)
-    spacing: Literal["trailing", "leading"] = "trailing"  # which timesteps to use; leading: the official
+    sampler: Literal["ddim", "ddpm", "dpm"] = "ddim"    # dpm: DPM-Solver++(2M), as good in far fewer steps;
+                                    # ddpm: ancestral, all T of them; --eta has an effect on ddim only
+    spacing: Literal["auto", "trailing", "leading", "log-snr"] = "auto"  # which timesteps to use: auto is
+                                    # log-snr for dpm, else trailing; leading is the official one
     eta: float = 1.0                # noise that DDIM adds back, 0 = deterministic
     guidance: float = 1.0           # classifier-free guidance; 1 = plain conditional sampling
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
@@ -109,7 +111,8 @@ def main(argv):
                             f"this model needs a multiple of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
-    config.data = config.data or str(default_phantom(config.preset))
+    with run_distributed.in_turn():
+        config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
@@ -117,8 +120,9 @@ def main(argv):
     if content.get("classes", classes.to_json()) != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                           cache=config.cache, uniform=config.uniform)
+    with run_distributed.in_turn():             # process 0 fills the cache
+        sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
+                               cache=config.cache, uniform=config.uniform)
     if not content:
         painter = (study_controls.RestainPainter(dataset, config.cache) if config.method == "restain"
                    else study_controls.OraclePainter(dataset))
@@ -130,20 +134,22 @@ def main(argv):
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
 
-    folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
-    manifest = Manifest(folder / "manifest.jsonl")
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
-    done = manifest.finished(folder, checkpoint)
+    with run_distributed.in_turn():
+        folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
+        manifest = Manifest(folder)
+        done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
         return 0
-    write_split(folder / "split.json", dataset)
+    if not run_distributed.rank():
+        write_split(folder / "split.json", dataset)
 
     # ---- paint ---------------------------------------------------------------------------------------------
     for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False, disable=None):
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
-        if not missing:
+        if not missing or first // config.batch % run_distributed.world() != run_distributed.rank():
             continue
         # The whole batch is computed again even when part of it is there: the rounding of a convolution may
         # depend on the batch it is in, and the same command shall give the same files.
@@ -176,6 +182,10 @@ def main(argv):
                     "instances": {str(j): [old, new] for j, (old, new) in relabelled[k][1].items()},
                     "seed": seeds[k], "checkpoint": checkpoint})
 
+    run_distributed.barrier()
+    if run_distributed.rank():
+        return 0
+    manifest.finished(folder, checkpoint)       # what the other processes have painted
     records = manifest.write_ordered()
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
@@ -213,7 +223,8 @@ class DiffusionPainter:
         if config.steps > self.schedule.T:
             raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, "
                             "give at most that")
-        if ddim_timesteps(self.schedule.T, config.steps, config.spacing)[-1] >= self.schedule.T:
+        visited = spaced_timesteps(self.schedule, config.steps, config.sampler, config.spacing)
+        if visited[-1] >= self.schedule.T:
             raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a "
                             f"timestep beyond the last of {self.schedule.T}; "
                             "give a number of steps that divides it, or trailing")
@@ -241,10 +252,13 @@ class DiffusionPainter:
 
 
 class Manifest:
-    """manifest.jsonl: one line per finished image, appended when its files are on the disk."""
+    """manifest.jsonl: one line per finished image, appended when its files are on the disk.
 
-    def __init__(self, path):
-        self.path = Path(path)
+    Process k > 0 of torchrun appends to manifest.k.jsonl, which process 0 takes in.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / "manifest.jsonl"
 
     def finished(self, folder, checkpoint) -> set:
         """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
@@ -252,8 +266,9 @@ class Manifest:
         A last line cut short by a crash is dropped, so that appending goes on after a whole line.
         """
         self.records = {}
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        parts = [path for path in (self.path, *sorted(self.folder.glob("manifest.*.jsonl"))) if path.exists()]
+        for path in parts:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                     name = Path(record["image"]).name
@@ -268,12 +283,17 @@ class Manifest:
                                     "delete the folder or choose another --out")
                 if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
                     self.records[int(Path(name).stem)] = record
+        if parts and not run_distributed.rank():
             self.write_ordered()
+            for path in parts[1:]:
+                path.unlink()
         return set(self.records)
 
     def append(self, record) -> None:
         self.records[int(Path(record["image"]).stem)] = record
-        with open(self.path, "a", encoding="utf-8") as file:
+        rank = run_distributed.rank()
+        path = self.folder / f"manifest.{rank}.jsonl" if rank else self.path
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
