@@ -199,8 +199,8 @@ def fingerprint(dataset, cache) -> str:
 # ---- prediction --------------------------------------------------------------------------------------------
 
 def predict(one, dataset, config, device, precision) -> None:
-    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois. Under torchrun
-    each process predicts some ROIs, and gets the counts of all."""
+    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois. Under
+    torchrun each process predicts some ROIs, and gets the counts of all."""
     content = run.load_model(one.folder, "segmenter")
     if content.get("step", 0) < one.fields["steps"]:
         raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "

@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
+from her2 import draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
 from her2.net_blocks import frozen, power_iterations
 from her2.discriminator import discriminate
 from her2.run_errors import Stopped, UserError, command
@@ -73,31 +73,30 @@ def train(config, argv) -> int:
             log.say(f"warning: {values['saturated']:.0%} of the generated pixels are black or white at step "
                     f"{step}, the generator is collapsing; try a lower --lr or a lower --disc-lr")
 
-    def checkpoint():
-        losses.read()               # weights that are not finite are never saved
-        run.save_checkpoint(folder, saved, step=step, idle=idle)
-
     def save():
         losses.read()
         if not run_distributed.rank():
             calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
-            sample_picture(folder, step, calibrated, fixed, dataset.classes, config, precision, device)
+            run_pictures.spade_gan(folder, step, calibrated, fixed, dataset.classes, config, precision,
+                                   device)
             draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
             run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
                            **dataset.origin())
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step, idle=idle)
         speed.restart()
 
     speed = run_training.Speed(device)
     losses = run_training.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
                                  scaler)
     run_distributed.same_start(net, encoder, disc)
+    run_training.compile_parts(config, net, encoder, disc)
     steps = run_training.Steps("GAN", config, sampler, step, device)
     for batch in steps:
         optimizer.zero_grad(set_to_none=True)
         disc_optimizer.zero_grad(set_to_none=True)
         parts, fakes = run_distributed.parts(batch, config), []         # one part, but for --accumulate
-        noise = torch.randn(config.batch, config.z_dim, generator=generator(config.seed, "z", step))
+        noise = torch.randn(config.batch, config.z_dim, generator=generator(config.seed, "z", step)).to(
+            device, non_blocking=True)                                                  # (all B, Z)
         for part in parts:
             # 1 data
             image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
@@ -108,7 +107,7 @@ def train(config, argv) -> int:
             #   manner. The noise makes z a draw from a cloud and not a point: nearby z, similar images.
             with precision.autocast(), frozen(disc):    # here D only passes the gradient on
                 mu, logvar = encoder(image)                                             # (B, Z), (B, Z)
-                z = reparameterize(mu.float(), logvar.float(), noise[part.rows].to(device))     # (B, Z)
+                z = reparameterize(mu.float(), logvar.float(), noise[part.rows])               # (B, Z)
                 fake = net(onehot, z)                                                   # (B, 3, H, W)
                 fake_features, real_features = discriminate(disc, onehot, fake, image)
 
@@ -152,7 +151,7 @@ def train(config, argv) -> int:
         if step % config.save_every == 0 or step == config.steps:
             save()
     if steps.signal:
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step, idle=idle)
         raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method gan --model {folder}")
     return 0
@@ -178,51 +177,35 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
     return network
 
 
-@torch.no_grad()
-def sample_picture(folder, step, network, fixed, classes, config, precision, device) -> None:
-    """samples/: eight fixed labels, their real patches, an image of each; the first label with eight z."""
-    z = torch.randn(8, config.z_dim, generator=generator(config.seed, "sample z")).to(device)
-    onehot = run_training.one_hot(fixed["label"], len(classes), device)
-    with precision.autocast():
-        each = network(onehot, z).float()
-        same = network(onehot[:1].expand(8, -1, -1, -1).contiguous(), z).float()
-    draw.samples_png(folder, step, classes, label=fixed["label"], real=fixed["image"], generated=each,
-                     first_label_and_8_z=same)
-
-
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
-    # the run
+    # ---- the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = "runs/gan"           # run folder; the same command again goes on where it stopped
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-
-    # patches
+    # ---- patches
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     uniform: float = 0.0            # share of the patches taken from anywhere, whatever --sampling is
-
-    # networks
+    # ---- networks
     width: int = 16                 # ngf and ndf, channels of the widest resolution; 64 is the official one
     hidden: int = 32                # channels inside each SPADE layer; 128 is the official number
     z_dim: int = 64                 # length of z; 256 is the official one
     init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth;
                                     # E and D are taken from the files beside it (latest_net_E.pth, ..._D.pth)
                                     # where they exist
-
-    # losses
+    # ---- losses
     lambda_feat: float = 10.0       # weight of feature matching
     lambda_kld: float = 0.05        # weight of KL, summed over z and averaged over the batch
                                     # (SPADE sums over the batch too: its 0.05 at batch B is 0.05 * B here)
     vgg: str = ""                   # file of VGG-19 weights (torchvision): adds the perceptual loss;
                                     # empty: off
     lambda_vgg: float = 10.0        # weight of the perceptual loss, when there is one
-
-    # optimisers
+    # ---- optimisers
     steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
     accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
@@ -232,10 +215,10 @@ class Config:
                                     # four times the other)
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     ema: float = 0.995              # decay of the generator's moving average, which generate.py samples
-
-    # machine and reports: the result does not depend on them, but for the rounding
+    # ---- machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 100           # steps between two checkpoints, with sample pictures
     workers: int = 0                # processes that read patches ahead

@@ -15,8 +15,8 @@ Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees t
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
 
-The file begins with the two loops, each whole in itself. Below them: what they call, the
-configurations, and `main`. The networks are built in her2/run_setup.py.
+The file begins with the two loops, each whole in itself; then configurations and `main`. The networks are
+built in her2/run_setup.py.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
@@ -26,20 +26,19 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
 from her2.autoencoder import VQAutoencoder, psnr
-from her2.net_blocks import frozen
+from her2.net_blocks import frozen, kept_buffers
 from her2.diffusion import denoising_loss, loss_of_zero_output, quartile_sums
 from her2.run_errors import Stopped, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator, pulls
 from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
 from her2.quantizer import CodeUsage
-from her2.samplers import image_noise, sample
 from her2.run_seeds import generator
 
 
-def train_autoencoder(config, argv) -> int:
+def train_autoencoder(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     model, disc = run_setup.autoencoder_gan(config, device)
@@ -50,18 +49,15 @@ def train_autoencoder(config, argv) -> int:
     scaler, disc_scaler = precision.scaler(), precision.scaler()
 
     usage = CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)  # 1000 patches
-
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
-    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv,
-                                     dataset, saved)
+    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset, saved)
     step = numbers["step"]
     if step >= config.steps:
-        return 0
+        return
     fixed = run_training.to_device(sampler.batch(0, 8)["image"], device)                # (8, 3, H, W)
     flat = float((fixed - fixed.mean((0, 2, 3), keepdim=True)).abs().mean())
-    parameters = sum(p.numel() for p in model.parameters())
-    log.begin(step, f"VQ autoencoder, {parameters:,} parameters, {device}, {precision}; "
+    log.begin(step, f"VQ autoencoder, {run_log.size(model)}, {device}, {precision}; "
               f"painting every pixel in the mean colour has an L1 of {flat:.3f}")
 
     def write_log():
@@ -71,22 +67,16 @@ def train_autoencoder(config, argv) -> int:
             log.say(f"warning: {usage.used} of {config.codes} codes in use at step {step}, the codebook is "
                     "collapsing; try a lower --lr, a larger --beta or fewer --codes")
 
-    def checkpoint():
-        losses.read()               # weights that are not finite are never saved
-        run.save_checkpoint(folder, saved, step=step)
-
     def save():
         losses.read()
         if not run_distributed.rank():
-            model.eval()
             with torch.no_grad(), precision.autocast():
                 again = model(fixed)[0]
-            model.train()
             draw.samples_png(folder, step, image=fixed, reconstruction=again)
             draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
             run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
                            **dataset.origin())
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step)
         speed.restart()
 
     def reconstruct(image):
@@ -96,9 +86,20 @@ def train_autoencoder(config, argv) -> int:
         lpips = 0 if perceptual is None else perceptual(reconstruction, image).mean()
         return reconstruction, z, indices, l1, l1 + config.lambda_lpips * lpips, vq_loss
 
+    def pulls_of_all(parts):
+        """--accumulate: what the adaptive weight compares, of the whole batch, from a first pass."""
+        def pulls_of(part):
+            with precision.autocast(), frozen(disc):
+                reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
+                g_loss = hinge_generator(disc(reconstruction))
+            return part.share * pulls(nll, g_loss, model.last_layer, scaler.get_scale())
+        with kept_buffers(disc):
+            return run_distributed.total(sum(map(pulls_of, parts)))                     # (2, 3, C, 3, 3)
+
     speed = run_training.Speed(device)
     losses = run_training.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
     run_distributed.same_start(model, disc)
+    run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
     steps = run_training.Steps("autoencoder", config, sampler, step, device)
     for batch in steps:
         adversarial = config.disc_weight > 0 and step >= config.disc_start
@@ -106,9 +107,7 @@ def train_autoencoder(config, argv) -> int:
             opt.zero_grad(set_to_none=True)
             run_training.set_learning_rate(opt, config, step)
         parts, latents, indices, painted = run_distributed.parts(batch, config), [], [], []
-        known = None
-        if adversarial and len(parts) > 1:
-            known = pulls_of_all(parts, reconstruct, disc, model, scaler)
+        known = pulls_of_all(parts) if adversarial and len(parts) > 1 else None
         for part in parts:              # one, but for --accumulate
             # 1 through the bottleneck: every latent vector becomes the nearest of a few thousand codes.
             #   vq_loss pulls codes and latents together; the diffusion gets a small, tame space.
@@ -123,7 +122,7 @@ def train_autoencoder(config, argv) -> int:
                     g_loss = hinge_generator(disc(reconstruction))                      # ()
                     weight = config.disc_weight * adaptive_weight(
                         nll, g_loss, model.last_layer, scaler.get_scale(),
-                        lambda pulls: run_distributed.total(part.share * pulls) if known is None else known)
+                        lambda found: run_distributed.total(part.share * found) if known is None else known)
                     loss = loss + weight * g_loss
                     losses.add(part.share, g_loss=g_loss, disc_weight=weight)
             scaler.scale(part.share * loss).backward()
@@ -157,13 +156,12 @@ def train_autoencoder(config, argv) -> int:
         if step % config.save_every == 0 or step == config.steps:
             save()
     if steps.signal:
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step)
         raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
-    return 0
 
 
-def train_diffusion(config, argv) -> int:
+def train_diffusion(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     content = run.load_model(config.autoencoder, "autoencoder")
@@ -182,7 +180,7 @@ def train_diffusion(config, argv) -> int:
     # Sum and number of the losses since the last log line, by quarter of t: low t is detail, high t layout.
     step, quarters = numbers["step"], numbers["quarters"].to(device)                    # (2, 4)
     if step >= config.steps:
-        return 0
+        return
 
     @torch.no_grad()
     def encode(image):                  # (B, 3, H, W) -> (B, C, h, w), everywhere in the same precision
@@ -190,12 +188,9 @@ def train_diffusion(config, argv) -> int:
             return autoencoder.encode(run_training.to_device(image, device)).float()
 
     if step == 0 and not config.init:
-        std = latent_std(sampler, encode, config.batch)
-        denoiser.set_latent_scale(std)
-        ema.module.set_latent_scale(std)
+        denoiser.set_latent_scale(latent_std(sampler, encode, config.batch))    # the EMA copies buffers
     zero, fixed = loss_of_zero_output(config.loss), sampler.batch(0, 8)
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    log.begin(step, f"denoiser, {parameters:,} parameters, {device}, {precision}; "
+    log.begin(step, f"denoiser, {run_log.size(denoiser)}, {device}, {precision}; "
               f"latent scale {float(denoiser.latent_scale):.3f}; "
               f"a network that always outputs zero has a loss of {zero:.3f}")
 
@@ -210,35 +205,31 @@ def train_diffusion(config, argv) -> int:
                     "try another --lr, or look at the autoencoder's samples")
         quarters.zero_()
 
-    def checkpoint():
-        losses.read()               # weights that are not finite are never saved
-        run.save_checkpoint(folder, saved, step=step, quarters=quarters)
-
     def save():
         losses.read()
         if not run_distributed.rank():
-            sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
-                           device)
+            run_pictures.diffusion(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config,
+                                   precision, device)
             draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
             run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                            schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
                            **dataset.origin())
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
         speed.restart()
 
     speed, losses = run_training.Speed(device), run_training.Losses(folder, {"denoiser": denoiser}, scaler)
-    side = config.patch // autoencoder.factor
-    latent_shape = (denoiser.config["z_channels"], side, side)
+    latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
     batches = config.latent_pool and pooled_latents(config, dataset, encode, step,
                                                     run_distributed.indices(config))
     run_distributed.same_start(denoiser, ema.module)
+    run_training.compile_parts(config, denoiser.unet)
     steps = run_training.Steps("diffusion", config, sampler, step, device, batches)
     for batch in steps:
         optimizer.zero_grad(set_to_none=True)
         # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.
         random = generator(config.seed, "noise", step)
         all_t = torch.randint(config.timesteps, (config.batch,), generator=random)      # (B,)
-        all_eps = torch.randn(config.batch, *latent_shape, generator=random)            # (B, C, h, w)
+        all_eps = torch.randn(config.batch, *latent, generator=random)            # (B, C, h, w)
         all_dropped = torch.rand(config.batch, generator=random) < config.drop_label    # (B,)
         for part in run_distributed.parts(batch, config):
             # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
@@ -248,7 +239,8 @@ def train_diffusion(config, argv) -> int:
 
             # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low
             #   t, layout at high t.
-            t, eps, dropped = (drawn[part.rows].to(device) for drawn in (all_t, all_eps, all_dropped))
+            t, eps, dropped = (drawn[part.rows].to(device, non_blocking=True)
+                               for drawn in (all_t, all_eps, all_dropped))
             xt = schedule.q_sample(x0, t, eps)                                          # (B, C, h, w)
 
             # 3 name the noise, seeing the label. Now and then the label is hidden: then sampling can compare
@@ -279,66 +271,35 @@ def train_diffusion(config, argv) -> int:
         if step % config.save_every == 0 or step == config.steps:
             save()
     if steps.signal:
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
         raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
-    return 0
-
-
-# ---- what the loops call -----------------------------------------------------------------------------------
-
-def pulls_of_all(parts, reconstruct, disc, model, scaler):
-    """What the adaptive weight compares, of the whole batch of --accumulate, from a first pass."""
-    found = 0
-    for part in parts:
-        image = run_training.to_device(part.batch["image"], model.last_layer.device)
-        reconstruction, *_, nll, _ = reconstruct(image)
-        found = found + part.share * pulls(nll, hinge_generator(disc(reconstruction)), model.last_layer,
-                                           scaler.get_scale())
-    return run_distributed.total(found)                                                 # (2, 3, c, 3, 3)
-
-
-@torch.no_grad()
-def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision,
-                   device) -> None:
-    """samples/: eight fixed labels, their real patches, and images from fixed noise with the EMA weights."""
-    onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
-    side = config.patch // autoencoder.factor
-    noise = image_noise(range(len(onehot)), (denoiser.config["z_channels"], side, side), device)
-    with precision.autocast():
-        x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise,
-                    steps=min(config.sample_steps, config.timesteps))
-        image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
-    draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
-                     sampled=image)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Common:
-    # the run
+    # ---- the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-
-    # patches
+    # ---- patches
     patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     uniform: float = 0.0            # share of patches from anywhere
-
-    # optimiser
+    # ---- optimiser
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of each network's gradient
     accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
                                     # same gradient
-
-    # machine and reports: the result does not depend on them, but for the rounding
+    # ---- machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 25             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images
@@ -346,21 +307,19 @@ class Common:
 
 @dataclass
 class AutoencoderConfig(Common):
-    # the run
+    # ---- the run
     out: str = "runs/vq"            # run folder; the same command again goes on where it stopped
     steps: int = 800                # optimiser steps
     batch: int = 8                  # patches per step
     save_every: int = 125           # steps between two checkpoints, with sample pictures
-
-    # networks
+    # ---- networks
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
     factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level: 8, 16 or a multiple of 32; official: 128
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
-
-    # losses
+    # ---- losses
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
@@ -371,7 +330,7 @@ class AutoencoderConfig(Common):
 
 @dataclass
 class DiffusionConfig(Common):
-    # the run
+    # ---- the run
     out: str = "runs/ldm"           # run folder; the same command again goes on where it stopped
     autoencoder: str = "runs/vq"    # run folder of stage 1
     steps: int = 900                # optimiser steps
@@ -379,15 +338,13 @@ class DiffusionConfig(Common):
     save_every: int = 250           # steps between two checkpoints, with sample pictures
     sample_steps: int = 50          # DDIM steps of the sample pictures
     latent_pool: int = 0            # 0: new patches each step; N: N patches, encoded once in 8 orientations
-
-    # network
+    # ---- network
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint
     width: int = 32                 # channels of the finest level; 128 is the official one
     mult: Literal["1,4,8", "1,2,4"] = "1,2,4"           # width of each level, as multiples of --width
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     ema: float = 0.999              # decay of the moving average of the weights, which is what samples
-
-    # diffusion
+    # ---- diffusion
     timesteps: int = 1000           # T, length of the noise schedule
     parametrisation: Literal["eps", "v"] = "v"          # what the network predicts
     zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise: white glass stays white
@@ -413,29 +370,29 @@ DIFFUSION_PRESETS = {
     "tiny": {},
     "small": dict(steps=6000, patch=128, width=48, warmup=300, ema=0.999, save_every=1000, log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
-                  zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant",
-                  warmup=1000, ema=0.9999, save_every=10_000, log_every=100, workers=8),
+                  zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant", warmup=1000, ema=0.9999,
+                  save_every=10_000, log_every=100, workers=8),
 }
+STAGES = {"autoencoder": (AutoencoderConfig, AUTOENCODER_PRESETS, train_autoencoder),
+          "diffusion": (DiffusionConfig, DIFFUSION_PRESETS, train_diffusion)}
 
 
 def main(argv):
     """Stage by stage. Without --stage both run one after the other, each into its default folder."""
     parser = configuration.Parser(prog="train_ldm.py", add_help=False)
-    parser.add_argument("--stage", choices=("autoencoder", "diffusion"))
-    stage, rest = parser.parse_known_args(argv)
-    if stage.stage == "autoencoder":
-        return train_autoencoder(configuration.parse(
-            AutoencoderConfig, AUTOENCODER_PRESETS, rest, __doc__, "train_ldm.py --stage autoencoder"), argv)
-    if stage.stage == "diffusion":
-        return train_diffusion(configuration.parse(
-            DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
+    parser.add_argument("--stage", choices=tuple(STAGES))
+    known, rest = parser.parse_known_args(argv)
+    if known.stage:
+        fields, presets, train = STAGES[known.stage]
+        config = configuration.parse(fields, presets, rest, __doc__, "train_ldm.py --stage " + known.stage)
+        return train(config, argv)
     about = (__doc__ or "") + ("\nWithout --stage only the flags below are known; "
-                       "each stage has more: --stage NAME --help.")
+                               "each stage has more: --stage NAME --help.")
     parser = configuration.Parser(prog="train_ldm.py", description=about)
     configuration.add_fields(parser, Common, {})
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
-    train_autoencoder(configuration.build(AutoencoderConfig, AUTOENCODER_PRESETS, common), argv)
-    return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common), argv)
+    for fields, presets, train in STAGES.values():
+        train(configuration.build(fields, presets, common), argv)
 
 
 if __name__ == "__main__":

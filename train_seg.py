@@ -22,11 +22,12 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
+from her2 import draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic
 from her2.run_errors import Stopped, UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
+from her2.net_blocks import kept_buffers
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
 from her2.data_patches import MixedSampler, PatchSampler, iterate_rois
@@ -54,8 +55,7 @@ def train(config, argv) -> int:
     fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
     nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice,
                                        dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
-    parameters = sum(p.numel() for p in network.parameters())
-    log.begin(step, f"U-Net, {parameters:,} parameters, {device}, {precision}; "
+    log.begin(step, f"U-Net, {run_log.size(network)}, {device}, {precision}; "
               f"{sampler.num_patches} patches tile the training ROIs once; "
               f"a network that predicts the same everywhere has a loss of {nothing:.3f}")
 
@@ -63,15 +63,11 @@ def train(config, argv) -> int:
         log.record(step, **losses.read(), predicts_nothing=nothing, lr=optimizer.param_groups[0]["lr"],
                    **speed.report())
 
-    def checkpoint():
-        losses.read()               # weights that are not finite are never saved
-        run.save_checkpoint(folder, saved, step=step)
-
     def publish():
         val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-        sample_picture(folder, step, ema.module, fixed, dataset.classes, precision, device)
+        run_pictures.segmenter(folder, step, ema.module, fixed, dataset.classes, precision, device)
         records = log.records()
         draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
         if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
@@ -84,12 +80,13 @@ def train(config, argv) -> int:
         losses.read()
         if not run_distributed.rank():
             publish()
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step)
         speed.restart()
 
     network.train()
     speed, losses = run_training.Speed(device), run_training.Losses(folder, {"network": network}, scaler)
     run_distributed.same_start(network)
+    run_training.compile_parts(config, network)
     steps = run_training.Steps("segmentation", config, sampler, step, device)
     for batch in steps:
         optimizer.zero_grad(set_to_none=True)
@@ -128,7 +125,7 @@ def train(config, argv) -> int:
         if step % config.save_every == 0 or step == config.steps:
             save()
     if steps.signal:
-        checkpoint()
+        run.save_checkpoint(folder, saved, losses, step=step)
         raise Stopped(steps.signal, step)
     print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
     return 0
@@ -138,16 +135,14 @@ def train(config, argv) -> int:
 
 @torch.no_grad()
 def sums_of_all(network, parts, is_tumor, config, precision, device) -> list:
-    """The sums over the whole batch of --accumulate, from a first pass: Dice is no mean over patches, its
-    gradient depends on them. Batch norm remembers the second pass only."""
-    buffers, found = [buffer.clone() for buffer in network.buffers()], []
-    for part in parts:
-        with precision.autocast():
+    """--accumulate: the sums over the whole batch, from a first pass. Dice is no mean over patches, and its
+    gradient depends on them."""
+    found = []
+    with kept_buffers(network), precision.autocast():
+        for part in parts:
             dice_cross_entropy(network(run_training.to_device(part.batch["image"], device)),
                                is_tumor[part.batch["label"]].to(device), config.dice,
                                pool=lambda sums: found.append(sums) or sums)
-    for buffer, before in zip(network.buffers(), buffers):
-        buffer.copy_(before)
     half = len(found) // len(parts)                 # sums that one part asks for: of Dice, of cross-entropy
     return [run_distributed.total(sum(found[k::half])) for k in range(half)]
 
@@ -160,16 +155,6 @@ def validate(network, dataset, config, precision, device) -> dict:
             prob = predict_roi(network, image[0], tile=max(256, config.patch), overlap=64, device=device)
         histogram.add(prob, label[0])
     return histogram.report()
-
-
-@torch.no_grad()
-def sample_picture(folder, step, network, fixed, classes, precision, device) -> None:
-    """samples/: eight fixed patches with their label and the predicted tumor probability."""
-    image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
-    with precision.autocast():
-        prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
-    draw.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8],
-                     probability=prob)
 
 
 def open_data(config):
@@ -189,15 +174,14 @@ def open_data(config):
 
 @dataclass
 class Config:
-    # the run
+    # ---- the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = "runs/seg"           # run folder; the same command again goes on where it stopped
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
-
-    # patches
+    # ---- patches
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
                                     # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
@@ -205,18 +189,15 @@ class Config:
     ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic
     uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
     jitter: float = 1.0             # strength of the stain augmentation, 0 = off
-
-    # network
+    # ---- network
     width: int = 16                 # channels of the first encoder stage; 64 is the real ResNet-34
     encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
     init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
                                     # smp's Unet-ResNet-34
-
-    # loss
+    # ---- loss
     dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
     dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
-
-    # optimiser
+    # ---- optimiser
     steps: int = 240                # optimiser steps
     batch: int = 16                 # patches per step
     accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
@@ -227,10 +208,10 @@ class Config:
     clip: float = 1.0               # largest L2 norm of the gradient
     ema: float = 0.99               # decay of the moving average of the weights, which is what is evaluated;
                                     # 0: the weights of the last step
-
-    # machine and reports: the result does not depend on them, but for the rounding
+    # ---- machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
     workers: int = 0                # processes that read patches ahead

@@ -98,6 +98,17 @@ def power_iterations(on: bool, *modules: nn.Module) -> None:
 
 
 @contextmanager
+def kept_buffers(module: nn.Module):
+    """Around a forward that is made twice: batch norm remembers the other one only."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(module.buffers(), before):
+            buffer.copy_(value)
+
+
+@contextmanager
 def frozen(module: nn.Module):
     """`with frozen(discriminator):` around the forward of a G step: gradients pass through, D keeps none."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

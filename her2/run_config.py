@@ -55,7 +55,7 @@ def field_help(cls) -> dict:
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for line in "\n".join(inspect.getsource(base) for base in bases).splitlines():
         match = re.match(r"\s+(\w+)\s*:[^#]*=[^#]*#\s*(.*)", line)
-        more = re.match(r"\s+#\s*(.*)", line)
+        more = re.match(r"\s+# (?!----)\s*(.*)", line)          # "# ----" begins a group of fields
         if match:
             name = match[1]
             texts[name] = match[2].strip()

@@ -20,6 +20,10 @@ def number(value) -> float:
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
+def size(*networks) -> str:
+    return f"{sum(p.numel() for network in networks for p in network.parameters()):,} parameters"
+
+
 def begin(script: str, config, device, argv, dataset, saved: dict, inputs=(), **numbers):
     """Open the run folder and go on from its checkpoint: (folder, log, {"step": ..., **numbers}).
 

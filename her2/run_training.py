@@ -154,9 +154,28 @@ def to_device(image: torch.Tensor, device) -> torch.Tensor:
 def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
     """label (B, H, W) of class ids -> (B, K, H, W) float on `device`. IGNORE has no class: all zeros, which a
     generator so learns to read as tissue that nobody has named."""
-    label = label.to(device)
+    label = label.to(device, non_blocking=True)
     known = label != IGNORE
     return F.one_hot(label.where(known, 0), num_classes).movedim(-1, 1).float().mul_(known[:, None])
+
+
+BACKEND = "inductor"        # torch's own; the tests take one that needs no compiler
+
+
+def compile_parts(config, *parts: torch.nn.Module) -> None:
+    """--compile: let torch.compile fuse the forward and backward of these modules, from their next call on.
+
+    UserError where it does not work. Names in state_dicts stay. What is compiled is differentiated once per
+    step: the part between two losses whose gradients are compared is left as it is.
+    """
+    if config.compile:
+        try:
+            torch.compile(lambda x: x.relu() + 1, backend=BACKEND)(torch.ones(8))
+        except (RuntimeError, ImportError, OSError) as error:
+            raise UserError(f"--compile: torch.compile does not work here ({one_line(error)[:160]}); "
+                            "leave it out") from None
+        for part in parts:
+            part.compile(backend=BACKEND)
 
 
 class Steps:

@@ -1,4 +1,4 @@
-"""N processes make the step that one makes; --accumulate has the gradient of the whole batch; failures end all."""
+"""N processes make the step of one; --accumulate has the gradient of the whole batch; failures end all."""
 
 import copy
 import json
@@ -33,7 +33,8 @@ def also(root, out):
     """generate.py and evaluate.py on what the loops have made."""
     data = ["--data", str(root / "data"), "--cache", str(root / "cache")]
     return [[*GENERATE, *data, "--model", str(root / "one" / "diffusion"), "--out", str(out / "synth")],
-            ["evaluate.py", str(out / "segmentation"), *data, "--device", "cpu", "--out", str(out / "report")]]
+            ["evaluate.py", str(out / "segmentation"), *data, "--device", "cpu", "--out",
+             str(out / "report")]]
 
 
 @pytest.fixture(scope="module")
