@@ -47,11 +47,11 @@ def train_autoencoder(config, argv) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
-
     usage = CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)  # 1000 patches
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
-    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset, saved)
+    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset,
+                                     saved)
     step = numbers["step"]
     if step >= config.steps:
         return
