@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
+from her2 import draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup, run_training
 from her2.net_blocks import frozen, power_iterations
 from her2.discriminator import discriminate
 from her2.run_errors import Stopped, UserError, command
@@ -86,7 +86,7 @@ def train(config, argv) -> int:
         speed.restart()
 
     speed = run_training.Speed(device)
-    losses = run_training.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
+    losses = run_losses.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
                                  scaler)
     run_distributed.same_start(net, encoder, disc)
     run_training.compile_parts(config, net, encoder, disc)

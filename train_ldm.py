@@ -26,7 +26,8 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
+from her2 import (draw, draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup,
+                  run_training)
 from her2.autoencoder import VQAutoencoder, psnr
 from her2.net_blocks import frozen, kept_buffers
 from her2.diffusion import denoising_loss, loss_of_zero_output, quartile_sums
@@ -97,7 +98,7 @@ def train_autoencoder(config, argv) -> None:
             return run_distributed.total(sum(map(pulls_of, parts)))                     # (2, 3, C, 3, 3)
 
     speed = run_training.Speed(device)
-    losses = run_training.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
+    losses = run_losses.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
     run_distributed.same_start(model, disc)
     run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
     steps = run_training.Steps("autoencoder", config, sampler, step, device)
@@ -145,9 +146,8 @@ def train_autoencoder(config, argv) -> None:
 
         # 4 wake dead codes: a code that no latent is nearest to gets no gradient, ever. It restarts at a
         #   latent of this batch; in the second half of the training the codebook should stay.
-        usage.step(step, model.quantize, run_distributed.gather(indices, config),
-                   run_distributed.gather(latents, config), generator(config.seed, "restart", step),
-                   optimizer)
+        usage.step(step, model.quantize, *(run_distributed.gather(p, config) for p in (indices, latents)),
+                   generator(config.seed, "restart", step), optimizer)
 
         # 5 report
         speed.add(config.batch)
@@ -217,7 +217,7 @@ def train_diffusion(config, argv) -> None:
         run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
         speed.restart()
 
-    speed, losses = run_training.Speed(device), run_training.Losses(folder, {"denoiser": denoiser}, scaler)
+    speed, losses = run_training.Speed(device), run_losses.Losses(folder, {"denoiser": denoiser}, scaler)
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
     batches = config.latent_pool and pooled_latents(config, dataset, encode, step,
                                                     run_distributed.indices(config))

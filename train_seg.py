@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
+from her2 import draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup, run_training
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic
 from her2.run_errors import Stopped, UserError, command
@@ -84,7 +84,7 @@ def train(config, argv) -> int:
         speed.restart()
 
     network.train()
-    speed, losses = run_training.Speed(device), run_training.Losses(folder, {"network": network}, scaler)
+    speed, losses = run_training.Speed(device), run_losses.Losses(folder, {"network": network}, scaler)
     run_distributed.same_start(network)
     run_training.compile_parts(config, network)
     steps = run_training.Steps("segmentation", config, sampler, step, device)

@@ -151,7 +151,7 @@ def load_file(path) -> dict:
 def save_checkpoint(folder, saved: dict, losses=None, **numbers) -> None:
     """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
 
-    losses: a run_training.Losses, which is read first: weights that are not finite are never saved.
+    losses: a run_losses.Losses, which is read first: weights that are not finite are never saved.
 
     The one before becomes last.prev.pt once the new one is whole on the disk.
     """
