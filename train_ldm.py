@@ -93,7 +93,7 @@ def train_autoencoder(config, argv) -> None:
             with precision.autocast(), frozen(disc):
                 reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
                 g_loss = hinge_generator(disc(reconstruction))
-            return part.share * pulls(nll, g_loss, model.last_layer, scaler.get_scale())
+            return pulls(part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale())
         with kept_buffers(disc):
             return run_distributed.total(sum(map(pulls_of, parts)))                     # (2, 3, C, 3, 3)
 
@@ -122,8 +122,8 @@ def train_autoencoder(config, argv) -> None:
                 if adversarial:
                     g_loss = hinge_generator(disc(reconstruction))                      # ()
                     weight = config.disc_weight * adaptive_weight(
-                        nll, g_loss, model.last_layer, scaler.get_scale(),
-                        lambda found: run_distributed.total(part.share * found) if known is None else known)
+                        part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale(),
+                        lambda found: run_distributed.total(found) if known is None else known)
                     loss = loss + weight * g_loss
                     losses.add(part.share, g_loss=g_loss, disc_weight=weight)
             scaler.scale(part.share * loss).backward()
