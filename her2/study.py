@@ -46,11 +46,10 @@ from her2.data_regions import tile_file
 from her2.run_errors import UserError, command
 from her2.study_jobs import Record, Stage, run_stages
 
+METHODS = ("gan", "ldm", "inpaint")
 RATIOS = (0.5, 1.0, 2.0, 4.0)  # paper, section 3
-PAPER_ARMS = [
-    "tumor", "subtype", *(f"{method}-{round(100 * ratio)}" for ratio in RATIOS
-                          for method in ("gan", "ldm", "inpaint"))
-]
+PAPER_ARMS = ["tumor", "subtype",
+              *(f"{method}-{round(100 * ratio)}" for ratio in RATIOS for method in METHODS)]
 CONTROLS = ["oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same", "subtype-2x"]
 NEEDS_PHANTOM = {"oracle", "fresh"}  # sets that real data cannot have
 # What the 2x arm needs to know: the optimiser steps of train_seg.py's presets.
@@ -104,10 +103,10 @@ def arm_parts(arm: str) -> tuple:
 
 def chosen_arms(config) -> list:
     """The arms of the command line, without those that --data cannot have. `subtype` is always among them."""
-    names = (PAPER_ARMS +
-             CONTROLS if config.arms == "all" else [name.strip() for name in config.arms.split(",")])
-    names = [name for name in names if not (config.data and arm_parts(name)[0] in NEEDS_PHANTOM)]
-    return ["subtype", *(name for name in dict.fromkeys(names) if name and name != "subtype")]
+    every = PAPER_ARMS + CONTROLS
+    names = every if config.arms == "all" else [name.strip() for name in config.arms.split(",")]
+    names = [name for name in names if name and not (config.data and arm_parts(name)[0] in NEEDS_PHANTOM)]
+    return ["subtype", *(name for name in dict.fromkeys(names) if name != "subtype")]
 
 
 def stages(config, seed: int, data_hash: str = "") -> list:
@@ -132,9 +131,12 @@ def stages(config, seed: int, data_hash: str = "") -> list:
     if not config.data:
         tissue = own("phantom", "phantom", ["-m", "her2.phantom", *sizes, "--seed", seed], "phantom")
     parts = {arm: arm_parts(arm) for arm in chosen_arms(config)}
-    amount = {}                                         # the largest ratio per synthetic set
+    # One set per method, of the largest size at once: arms that are added later take more of its images, and
+    # smaller ones keep theirs.
+    amount = {}
     for name, ratio, _ in parts.values():
-        amount[name] = max(ratio, amount.get(name, 0.0))
+        least = max(RATIOS) if name in METHODS and config.preset != "tiny" else 1.0
+        amount[name] = max(ratio, least, amount.get(name, 0.0))
     network = {}                                        # what paints a set
     if amount.keys() & {"ldm", "inpaint", "ldm-same", "reconstruct"}:
         network["reconstruct"] = own("autoencoder", "autoencoder", [
@@ -148,7 +150,6 @@ def stages(config, seed: int, data_hash: str = "") -> list:
         network["gan"] = own("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
     images = {}
     for name in filter(None, amount):
-        # One set of the largest size per method; a smaller ratio uses its first images.
         method, *same = name.split("-")
         model = ["--model", network[name].folder] if name in network else []
         images[name] = own("images", f"images {name}", [
