@@ -34,7 +34,7 @@ from her2.metrics import ProbabilityHistogram
 from her2.run_provenance import file_hash
 from her2.data_regions import class_pixels, open_roi, tile_file
 from her2.run_seeds import hashed_seed
-from her2.segmenter import UNet, predict_roi
+from her2.segmenter import UNet, check_tiles, predict_roi
 
 
 @dataclass
@@ -128,9 +128,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     names, synthetic = given.pop("runs"), given.pop("synthetic")
     config = configuration.build(Config, PRESETS, given)
-    if config.tile % 32 or config.tile < 32 or config.overlap > config.tile - 32:
-        raise UserError(f"--tile {config.tile} --overlap {config.overlap}: tiles would not fit together; "
-                        "give a tile that is a multiple of 32 and an overlap of at most tile - 32")
+    check_tiles(config.tile, config.overlap)
     folders = {}
     for name in names:          # not every shell replaces runs/seg*; a folder named twice counts once
         for path in sorted(glob.glob(name)) or [name]:
