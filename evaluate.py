@@ -53,7 +53,7 @@ class Config:
     cache: str = "cache"            # folder for the decoded images
 
 
-PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
+PRESETS = {"tiny": {}, "small": {}, "paper": dict(tile=1024, overlap=256)}
 # Fields of a run that are read here, and what they must be.
 NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float)}
 
