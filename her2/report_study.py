@@ -2,9 +2,8 @@
 
     python -m her2.report_study runs/study/seeds/*.json --out runs/report
 
-A seed's file holds, per arm, what the statistics need (counts per test slide at three points of operation,
-thresholds, figures), what `evaluate.py` measured of its images, the settings, the machine and the seconds. So
-seeds from several machines and days become one report, and an added seed costs nothing but its own run.
+Seeds (`study_seed`) from several machines and days become one report, and an added seed costs nothing but its
+own run.
 
     results.json    all figures of every seed and arm, all intervals, the verdicts
     report.md       the verdicts in words, one table of arms, comparisons, images, costs
@@ -14,22 +13,17 @@ seeds from several machines and days become one report, and an added seed costs 
 """
 
 import math
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
 
 from her2 import draw, draw_charts, report, report_images, report_staining, report_statistics, run
 from her2.data_classes import ClassTable
-from her2.data_folder import load_dataset, read_split
-from her2.metrics import ProbabilityHistogram
-from her2.report_statistics import Outcome, Study
+from her2.report_statistics import Study
 from her2.run_config import Parser
-from her2.run_errors import UserError, atomic_write, command
-from her2.run_provenance import git_commit, versions
+from her2.run_errors import atomic_write, command
+from her2.study_seed import from_json, read_seeds
 
-FORMAT = 1
 # From the most that can be had to the paper's methods, and what stands beside them.
 LADDER = ("fresh-100", "oracle-100", "restain-100", "reconstruct-100", "ldm-100-same", "ldm-100",
           "inpaint-100", "gan-100", "subtype-2x", "tumor")
@@ -39,92 +33,6 @@ SECONDARY = (("inpaint-100", "subtype"), ("gan-100", "subtype"), ("ldm-100", "ga
 FIGURES = (("dice", "best", 3), ("dice", "half", 3), ("dice", "matched", 3), ("average_precision", "half", 3),
            ("variance", "half", 4), ("variance", "matched", 4), ("fpr", "half", 3), ("precision", "half", 3))
 POINT = {"best": "val-best threshold", "half": "at 0.5", "matched": "at equal FPR"}
-
-# ---- one seed ----------------------------------------------------------------------------------------------
-
-
-def to_json(one: Outcome) -> dict:
-
-    def plain(value):
-        return None if math.isnan(value) else value
-
-    return {
-        "scores": list(one.scores), "thresholds": one.thresholds,
-        "tables": {point: table.tolist() for point, table in one.tables.items()}, "figures": {
-            point: {name: plain(value) for name, value in found.items()}
-            for point, found in one.figures.items()
-        }
-    }
-
-
-def from_json(content: dict) -> Outcome:
-    return Outcome(tuple(content["scores"]), content["thresholds"],
-                   {point: np.array(table) for point, table in content["tables"].items()}, {
-                       point: {name: math.nan if value is None else value for name, value in found.items()}
-                       for point, found in content["figures"].items()
-                   })
-
-
-def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
-    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}."""
-    root = Path(out) / f"seed{seed}"
-    results = run.read_json(root / "report" / "results.json")
-    folders = {config["name"]: Path(config["runs"][0].pop("folder")) for config in results["configs"]}
-    baseline = folders[report.BASELINE]
-    dataset = load_dataset(run.read_json(baseline / "config.json")["fields"]["data"],
-                           split=read_split(baseline / "split.json"))
-    scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, None
-    for name in sorted(folders, key=lambda name: name != report.BASELINE):  # the baseline first
-        metrics = run.read_json(folders[name] / "metrics.json")
-        val, test = ({
-            slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
-            for slide, part in metrics[split].items()
-        } for split in ("val", "test"))
-        one = report_statistics.outcome(np.stack(list(val.values())), np.stack(list(test.values())),
-                                        [scores[slide] for slide in test], dataset.classes, fpr)
-        fpr = one.figures["half"]["fpr"] if fpr is None else fpr
-        arms[name] = to_json(one)
-    for config in results["configs"]:
-        config["runs"][0].pop("slides")
-        config["runs"][0]["seed"] = seed
-    run.write_json(
-        Path(out) / "seeds" / f"seed{seed}.json", {
-            "format": FORMAT, "seed": seed, "preset": preset, "classes": dataset.classes.to_json(),
-            "slides": list(test), "arms": arms, "configs": results["configs"], "images": results.get(
-                "images", {}), "staining": results.get(
-                    "staining", {}), "seconds": seconds, "commit": git_commit(), "versions": versions(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"
-        })
-
-
-def processor() -> str:
-    """The processor's name where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def read_seeds(files) -> list:
-    """The contents of seeds' files, by seed. UserError for another kind of file, or a seed twice."""
-    found = {}
-    for file in files:
-        content = run.read_json(file)
-        if not isinstance(content, dict) or content.get("format") != FORMAT or "arms" not in content:
-            raise UserError(f"{file}: not the file of a seed of the study; give files seeds/seedN.json")
-        if content["seed"] in found:
-            raise UserError(f"{file}: seed {content['seed']} was given before; leave one of them out")
-        found[content["seed"]] = content
-    first = next(iter(found.values()))
-    for content in found.values():
-        if (content["classes"], content["preset"]) != (first["classes"], first["preset"]):
-            raise UserError(f"seeds {first['seed']} and {content['seed']}: of other presets or class tables; "
-                            "report them apart")
-    return [found[seed] for seed in sorted(found)]
-
-
-# ---- all seeds ---------------------------------------------------------------------------------------------
 
 
 def merged_configs(seeds) -> list:

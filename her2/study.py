@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from her2 import report_study, run, run_config as configuration
+from her2 import report_study, run, run_config as configuration, study_seed
 from her2.data_folder import load_dataset
 from her2.data_regions import tile_file
 from her2.run_errors import UserError, command
@@ -205,7 +205,7 @@ def main(argv):
                 name: one["seconds"] for name, one in record.done.items()
                 if name.startswith(f"seed {seed}:") or name.startswith("judge")
             }
-            report_study.write_seed(out, seed, config.preset, spent)
+            study_seed.write_seed(out, seed, config.preset, spent)
 
     failed = run_stages(plan, config.jobs, record, out / "logs", COST, finished)
     files = sorted((out / "seeds").glob("seed*.json"))
