@@ -40,7 +40,8 @@ def seed_file(folder, seed, preset="small"):
         configs.append({"name": arm, "method": method if percent else "real", "ratio": 1.0 * bool(percent),
                         "sampling": "subtype", "runs": [{"seed": seed, **figures}]})
     content = {"format": study_seed.FORMAT, "seed": seed, "preset": preset, "commit": "x",
-               "machine": f"m{seed}", "classes": DEFAULT_CLASSES.to_json(), "slides": list("abcd"), "arms": arms, "configs": configs,
+               "machine": f"m{seed}", "classes": DEFAULT_CLASSES.to_json(), "slides": list("abcd"),
+               "arms": arms, "configs": configs,
                "images": {"oracle": {"dice": 0.9, "recall": {"0": 0.5 + seed / 100}, "fpr": 0.1,
                                      "sharpness": 1.0, "frechet": 0.1, "kernel": 0.0}},
                "staining": {}, "seconds": {f"seed {seed}: GAN": 60.0 * seed}}
