@@ -36,10 +36,10 @@ class Lesson:
 
 LESSONS = {
     "phantom": Lesson("Sat  9:00", 20, "phantom.py", tissue.phantom),
-
-
-
-
+    "relabel": Lesson("Sat  9:20", 15, "relabel.py", tissue.relabel),
+    "stains": Lesson("Sat  9:35", 20, "stains.py", tissue.stains),
+    "polygons": Lesson("Sat  9:55", 40, "polygons.py", tissue.polygons),
+    "patches": Lesson("Sat 10:35", 25, "data_patches.py", tissue.patches),
 }
 
 

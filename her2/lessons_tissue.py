@@ -1,4 +1,4 @@
-"""Lessons of Saturday morning: tissue, stains, labels and what a network gets to see of them (see `lessons`)."""
+"""Lessons of Saturday morning: tissue, dyes, labels, and what of them a network gets to see (see `lessons`)."""
 
 import tempfile
 from dataclasses import replace
@@ -9,29 +9,29 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from her2 import relabel as relabelling
 from her2.data_classes import DEFAULT_CLASSES as CLASSES
 from her2.data_folder import Dataset
 from her2.data_patches import PatchSampler
 from her2.data_slides import ROI
-from her2.draw import (BLUE, GREY, INK, ORANGE, PALE, VERMILION, Canvas, colorize, fit, outline, save_png, tint,
-                       to_uint8)
+from her2.draw import (BLUE, GREY, INK, ORANGE, PALE, VERMILION, Canvas, colorize, fit, save_png, tint, to_uint8)
 from her2.draw_axes import Axes, nice_ticks
 from her2.draw_charts import draw_box, plot, sheet
-from her2.phantom import IN_SITU_CLASS, PRESETS, SUBTYPE_CLASS, scene_of
+from her2.phantom import PRESETS, scene_of
 from her2.phantom_microscope import render
 from her2.phantom_tissue import draw_style, lay_out
 from her2.polygons import connected_components, paint, rasterize
-from her2.relabel import relabel
 from her2.run_seeds import generator, numpy_generator
 from her2.stains import STAINS, compose, deconvolve, optical_density, stain_jitter, white_point
 
 
 @lru_cache(maxsize=None)
-def region(score: int, roi: int = 0):
-    """A phantom region of 256 x 256 um at 1 um: image (256, 256, 3), label, instance, all numpy."""
-    scene, found = scene_of(PRESETS["tiny"], 0, score, roi)
+def region(score: int, picture: bool = True):
+    """A phantom region of 256 x 256 um at 1 um: image (256, 256, 3) uint8 or None, label, instance (numpy)."""
+    scene, found = scene_of(PRESETS["tiny"], 0, score, 0)
+    scene.style.noise = 0.003           # of the camera: a calm picture is a small file
     label, instance = paint([[ring] for _, ring in found], [c for c, _ in found], 256, 256)
-    return render(scene, 1.0, 256, (0, score, roi)), label, instance
+    return render(scene, 1.0, 256, (score,)) if picture else None, label, instance
 
 
 def specimens(kind: str, subtype: int, count: int):
@@ -56,35 +56,219 @@ def specimens(kind: str, subtype: int, count: int):
 NAMES = ["HER2 0", "HER2 1+", "HER2 2+", "HER2 3+", "LCIS/DCIS (in situ)", "lobule (background)"]
 
 
-def phantom(answer: bool):
-    """The score says how brown the membranes of invasive tumor cells are: not at all (0), faint and broken (1+),
-    whole but moderate (2+), strong (3+); the dye DAB is brown, haematoxylin colours every nucleus blue. Tumor
-    that still lies inside its duct (in situ, LCIS/DCIS) is tumor without a score, and a lobule, a group of
-    normal glands, is background. One annotated nest is an instance: the unit that gets a new score later.
+def phantom(answer):
+    """The HER2 score says how brown the membranes of tumor cells are: not at all (0), faint and broken (1+), whole
+    but moderate (2+), strong (3+); brown is the dye DAB, and blue haematoxylin shows every nucleus. Tumor that is
+    still inside its duct (in situ, LCIS/DCIS) is tumor without a score, and a lobule, a group of normal glands, is
+    background. One annotated nest is an instance: the unit that gets a new score later.
 
-    Exercise: why is 0 the hard one? Look for what tells it from the lobule, then from 3+.
+    Exercise: why is 0 the hard one? Look for what tells it from a lobule, then from 3+.
 
-    Answer: brown tells 3+ from a lobule at a glance, and 0 not at all: mean DAB density is {lobule:.2f} in lobules,
-    {zero:.2f} in nests of score 0 and {three:.2f} in 3+. Amount of dye alone, cut at the best threshold, is right
-    for {right_three:.0%} of 3+ against lobules and {right_zero:.0%} of 0 (50 % is a guess): what is left are
-    shape and size of the nests and their nuclei, and few examples, since 0 is also the rarest.
+    Answer: 3+ is told from a lobule by brown alone, 0 is not: the mean DAB density is {lobule:.2f} in lobules, {zero:.2f}
+    in nests of 0, {three:.2f} in 3+, and nests of 0 reach down to {lowest:.2f} while lobules reach up to {highest:.2f}.
+    What is left are the size and order of the cells, and few examples: 0 is also the rarest.
     """
-    kinds = [("tumor", 0), ("tumor", 1), ("tumor", 2), ("tumor", 3), ("dcis", 2), ("acinus", 0)]
-    found = [list(specimens(*kind, 6)) for kind in kinds]
-    density = [[deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one] for one in found]
-    pictures = [(name, one[0][0]) for name, one in zip(NAMES, found)]
-    canvas = Canvas(405, 200)
-    ticks = nice_ticks(0, max(map(max, density)))
-    axes = Axes(canvas, 60, 8, 400, 172, (0, 6), (ticks[0], ticks[-1]))
+    kinds = {"HER2 0": ("tumor", 0), "HER2 1+": ("tumor", 1), "HER2 2+": ("tumor", 2), "HER2 3+": ("tumor", 3),
+             "LCIS/DCIS (in situ)": ("dcis", 2), "lobule: background": ("acinus", 0)}
+    found = {name: list(specimens(*kind, 6)) for name, kind in kinds.items()}
+    dab = [[deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one]
+           for one in found.values()]
+    canvas, ticks = Canvas(405, 192), nice_ticks(0, max(map(max, dab)))
+    axes = Axes(canvas, 60, 8, 400, 164, (0, 6), (ticks[0], ticks[-1]))
     axes.frame(ticks, "mean DAB density")
-    for k, (values, name) in enumerate(zip(density, ("0", "1+", "2+", "3+", "in situ", "lobule"))):
-        draw_box(axes, axes.x(k + 0.5), values, [*map(tuple, CLASSES.colors[1:].tolist()), GREY][k], False)
-        canvas.text(axes.x(k + 0.5), 178, name, 13, anchor="ma")
+    for k, name in enumerate(("0", "1+", "2+", "3+", "in situ", "lobule")):
+        draw_box(axes, axes.x(k + 0.5), dab[k], [*map(tuple, CLASSES.colors[1:].tolist()), GREY][k], False)
+        canvas.text(axes.x(k + 0.5), 170, name, 13, anchor="ma")
+    pictures = [(name, one[0][0]) for name, one in found.items()]
+    return sheet([pictures[:4], [*pictures[4:], ("six of each", canvas.array())]]), {
+        "zero": np.mean(dab[0]), "lobule": np.mean(dab[5]), "three": np.mean(dab[3]), "lowest": min(dab[0]),
+        "highest": max(dab[5]), "dab": dab}
 
-    def accuracy(k):        # of the best threshold on the density between class k and the lobules
-        a, b = np.array(density[k]), np.array(density[5])
-        return max(((a >= t).mean() + (b < t).mean()) / 2 for t in [*a, *b])
 
-    figure = sheet([pictures[:4], pictures[4:] + [("six of each", canvas.array())]])
-    return figure, {"zero": np.mean(density[0]), "lobule": np.mean(density[5]), "three": np.mean(density[3]),
-                    "right_zero": accuracy(0), "right_three": accuracy(3), "density": density}
+def relabel(answer):
+    """Every tumor instance of a real label map draws a new score, each of the five classes alike; the model then
+    paints that map. A draw does not look at the size of its instance, so each class gets a fifth of the tumor area
+    on average, whatever the real shares were. Drawn per pixel the map is noise that no tissue looks like; drawn per
+    connected component, nests that touch lose their border.
+
+    Exercise: narrow the draw to "0" and "3+": predict the shares, and whether they settle sooner.
+
+    Answer: {two[0]:.2f} and {two[1]:.2f} after {patches} patches: a half each. A share p wanders by sqrt(p (1 - p)
+    sum a^2) / sum a over the areas a of the instances: {spread_two:.3f} for a half, {spread:.3f} for a fifth. That is
+    later in absolute terms, but sooner in per cent of the share.
+    """
+    _, label, instance = region(3)
+    label, instance = torch.from_numpy(label).long(), torch.from_numpy(instance)
+    maps = {f"draw {k}": relabelling.relabel(label, instance, CLASSES, generator("draw", k))[0] for k in (1, 2, 3)}
+    merged = torch.from_numpy(connected_components((label > 0).numpy()))
+    maps["per pixel: no tissue"] = torch.randint(1, 6, label.shape, generator=generator("pixel")) * (label > 0)
+    maps["per component: merged"] = relabelling.relabel((merged > 0).long(), merged, CLASSES, generator("c"))[0]
+
+    regions, rng, patches = [region(score, False)[1:] for score in range(4)], numpy_generator("windows"), 600
+    areas, sizes = np.zeros((2, patches, 6)), []
+    for n in range(patches):
+        (k, *corner), (y, x) = rng.integers(4, size=1), rng.integers(192, size=2)
+        window = [torch.from_numpy(array[y:y + 64, x:x + 64]).long() for array in regions[k]]
+        sizes.append(np.bincount(window[1].ravel())[1:])
+        for row, allowed in enumerate((None, (1, 4))):
+            new, _ = relabelling.relabel(*window, CLASSES, generator("share", n), allowed)
+            areas[row, n] = np.bincount(new.ravel(), minlength=6)
+    total = areas.cumsum(axis=1)[..., 1:]                                               # (2, patches, 5)
+    shares, sizes = total / total.sum(axis=-1, keepdims=True).clip(1), np.concatenate(sizes)
+    root = np.sqrt((sizes.astype(float) ** 2).sum()) / sizes.sum()
+    ids = [1, 4] if answer else CLASSES.tumor_ids
+    chart = plot({CLASSES.names[i]: (np.arange(1, patches + 1), shares[int(answer), :, i - 1]) for i in ids},
+                 "share of the tumor area", "patches", size=(480, 230), log_x=True, y_range=(0, 1),
+                 notes=[(1 / len(ids), f"1 / {len(ids)}")], colors=[CLASSES.classes[i].color for i in ids])
+    shade = np.array([(255,) * 3, *(tint(color, 0.7) for color in (BLUE, VERMILION, ORANGE, GREY) * 9)], np.uint8)
+    pictures = [("real scores", fit(colorize(label, CLASSES), 155)), ("instances", fit(shade[instance], 155)),
+                *((name, fit(colorize(one, CLASSES), 155)) for name, one in maps.items())]
+    return sheet([pictures[:5], [*pictures[5:], ("", chart)]]), {
+        "patches": patches, "shares": shares[0, -1], "two": shares[1, -1, [0, 3]], "spread": 0.4 * root,
+        "spread_two": 0.5 * root}
+
+
+def stains(answer):
+    """Each dye takes away a fixed part of the light, so densities (-log10 of the light that is left) add up, and
+    three colour channels are three equations for two dyes and a residual. Laboratories differ in how much dye they
+    use, not in its colour, so the jitter of training images changes amounts in density. The same jitter in RGB makes
+    colours that no mixture of the dyes has: the mean residual grows from {residual:.3f} to {rgb:.3f}, in density
+    to {density:.3f}.
+
+    Exercise: jitter an image whose glass is 220, taking 255 for white: glass comes out at {low:.0f} to {high:.0f}.
+    Repair the white point.
+
+    Answer: divide by the image's own white, jitter, multiply by it again: glass then has density 0, which no factor
+    changes, and stays at {low_mended:.0f} to {high_mended:.0f}.
+    """
+    image = region(2)[0][50:185, 70:205]                                                # (135, 135, 3)
+    white = white_point(image)
+    haematoxylin, dab = deconvolve(image, white)
+
+    def residual(picture):          # what neither dye explains, (h, w)
+        return abs((optical_density(picture, white) @ np.linalg.inv(STAINS))[..., 2])
+
+    def jitter(picture, seed, white=255.0):     # three times the usual strength, no shift
+        batch = torch.tensor((picture / white).clip(0, 1) * 2 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+        changed = to_uint8(stain_jitter(batch, generator("jitter", seed), 0.3, 0.0))[0]
+        return np.rint(changed * (white / 255)).astype(np.uint8)
+
+    def jitter_rgb(picture, seed):
+        return (picture * numpy_generator("rgb", seed).uniform(0.7, 1.3, 3)).clip(0, 255).astype(np.uint8)
+
+    dim, glass = image * (220 / white.mean()), np.full((8, 8, 3), 220.0)
+    rows = {"in density": lambda k: jitter(image, k), "in RGB": lambda k: jitter_rgb(image, k)}
+    if answer:
+        rows = {"glass 220": lambda k: jitter(dim, k), "repaired": lambda k: jitter(dim, k, white_point(dim))}
+    dyes = [("image", image), ("haematoxylin", compose(haematoxylin, 0 * dab)), ("DAB", compose(0 * dab, dab)),
+            ("residual, 10 times", 255 * 10 ** -np.repeat(10 * residual(image)[..., None], 3, axis=-1))]
+    figure = sheet([[(name, picture.clip(0, 255).astype(np.uint8)) for name, picture in dyes],
+                    *([(f"{name}, {k + 1}", change(k)) for k in range(5)] for name, change in rows.items())])
+    seen, mended = ([jitter(glass, k, w).mean() for k in range(20)] for w in (255.0, 220.0))
+    return figure, {
+        "residual": residual(image).mean(), "density": np.mean([residual(jitter(image, k)).mean() for k in range(5)]),
+        "rgb": np.mean([residual(jitter_rgb(image, k)).mean() for k in range(5)]), "low": min(seen), "high": max(seen),
+        "low_mended": min(mended), "high_mended": max(mended)}
+
+
+def polygons(answer):
+    """A pixel belongs to a polygon when its centre does: a ray to the left crosses the outline an odd number of
+    times (the row in red). The test is half open, so of two polygons that share an edge every centre goes to exactly
+    one: no pixel twice, none left out. Drawing libraries colour the outline too: Pillow makes the left one of the
+    two neighbours {extra:.0%} larger.
+
+    Exercise: colour the star by the nonzero rule instead of even-odd: which pixels are added, and why?
+
+    Answer: the {added} in the middle: the outline runs around them twice in one direction, which is even, but a
+    winding number of 2. Even-odd is kept because under it a second ring is a hole in whatever direction it was
+    drawn, and annotation tools do not agree on directions.
+    """
+    angle, side = np.pi / 2 + np.arange(5) * 4 * np.pi / 5, 22
+    star = np.stack([6 + 5.7 * np.cos(angle), 6.4 - 5.7 * np.sin(angle)], axis=1)       # (5, 2), crosses itself
+    left = np.array([[1, 1], [7.5, 0.5], [4.5, 11.5], [1, 10]])
+    right = np.array([[7.5, 0.5], [11.5, 2], [11, 11], [4.5, 11.5]])                    # shares an edge with it
+    inside, first, second = (rasterize([ring], 12, 12) for ring in (star, left, right))
+    pillow = Image.new("1", (12, 12))
+    ImageDraw.Draw(pillow).polygon(list(map(tuple, left.tolist())), fill=1)
+    extra = np.array(pillow) & ~first
+
+    def crossings(row):             # of the star with the centres of a row: [(x, +1 down or -1 up), ...]
+        y = row + 0.5
+        return [(x1 + (y - y1) / (y2 - y1) * (x2 - x1), 1 if y2 > y1 else -1)
+                for (x1, y1), (x2, y2) in zip(star, np.roll(star, -1, axis=0)) if (y1 > y) != (y2 > y)]
+
+    winding = np.array([[sum(sign for x, sign in crossings(row) if x < column + 0.5) for column in range(12)]
+                        for row in range(12)])
+
+    def panel(fills, rings, rows=()):
+        canvas = Canvas(12 * side + 2, 12 * side + 2)
+        for j, i in np.ndindex(12, 12):
+            color = next((tint(color, 0.45) for mask, color in fills if mask[j, i]), "white")
+            canvas.rectangle(i * side, j * side, (i + 1) * side, (j + 1) * side, color, PALE)
+            canvas.dot((i + 0.5) * side, (j + 0.5) * side, 2, GREY if color == "white" else INK)
+        for ring in rings:
+            canvas.line(np.concatenate([ring, ring[:1]]) * side, INK, 1.5)
+        for row in rows:
+            canvas.line([(0, (row + 0.5) * side), (12 * side, (row + 0.5) * side)], VERMILION, 1, dash=(4, 3))
+            for x, _ in crossings(row):
+                canvas.diamond(x * side, (row + 0.5) * side, 5, VERMILION)
+        return canvas.array()
+
+    added = (winding != 0) & ~inside
+    last = (("nonzero: added in red", panel([(inside, BLUE), (added, VERMILION)], [star])) if answer else
+            ("Pillow: added in red", panel([(first, BLUE), (extra, VERMILION)], [left])))
+    return sheet([[("even-odd, crossings of one row", panel([(inside, BLUE)], [star], [8])),
+                   ("neighbours share no pixel", panel([(first, BLUE), (second, ORANGE)], [left, right])), last]]), {
+        "extra": extra.sum() / first.sum(), "added": int(added.sum()), "winding": winding, "inside": inside,
+        "twice": int((first & second).sum()), "union": first | second, "outer": np.array([*left, *right[1:3]])}
+
+
+def patches(answer):
+    """Where patches are centred decides what a network sees. "tumor" draws any tumor pixel, so large classes fill
+    the batch; "subtype" draws a class first, so a rare 0 comes as often as 3+; "uniform" draws any place, mostly
+    background. Around tumor, {never:.0%} of this region are in none of 2,000 patches (grey): the network never saw
+    that background, and may call it anything.
+
+    Exercise: draw a class in proportion to the square root of its area: predict the shares of 0 and 3+.
+
+    Answer: {root[1]:.2f} and {root[4]:.2f}, between {area[1]:.2f} and {area[4]:.2f} by area and 0.20 by class: a
+    compromise, for a rare class drawn as often as the others shows the same few nests again and again.
+    """
+    y, x = np.mgrid[:256, :256]
+    discs = ((1, 60, 50, 14), (2, 110, 90, 18), (3, 50, 110, 24), (4, 120, 170, 44), (5, 200, 60, 20))
+    label = sum(c * (np.hypot(y - cy, x - cx) < r) for c, cy, cx, r in discs).astype(np.uint8)
+    corners, shares, pictures, never = {}, {}, [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        image, mask = Path(folder) / "image.png", Path(folder) / "mask.png"
+        save_png(image, colorize(label, CLASSES))
+        save_png(mask, label)
+        roi = ROI("image.png", image, None, mask, None, 0.0, 0.0, 1.0, "slide", "", "train", 256, 256)
+        for mode in ("tumor", "subtype", "uniform"):
+            # A patch of one pixel is the pixel that was drawn, before the shift of up to a quarter patch.
+            corners[mode], drawn = ([sampler.place(numpy_generator("lesson", k))[1:] for k in range(2000)]
+                                    for sampler in (PatchSampler(Dataset(Path(folder), CLASSES, [roi]), "train", side,
+                                                                 mode, cache=folder) for side in (48, 1)))
+            shares[mode] = np.bincount(label[tuple(np.array(drawn).T)], minlength=6) / 2000
+    for mode, found in corners.items():
+        seen, picture = np.zeros((256, 256), bool), colorize(label, CLASSES) // 2 + 127
+        for top, left in found:
+            seen[top:top + 48, left:left + 48] = True
+        picture[~seen] = GREY
+        for top, left in found[:500]:
+            picture[top + 23:top + 25, left + 23:left + 25] = INK
+        never[mode] = 1 - seen.mean()
+        pictures.append((f"{mode}: {never[mode]:.0%} never seen", picture))
+    area = np.bincount(label.ravel(), minlength=6) * (np.arange(6) > 0)
+    root = np.sqrt(area) / np.sqrt(area).sum()
+    shown = {**shares, "square root": root} if answer else shares
+    canvas, colors = Canvas(810, 190), dict(zip(shown, (BLUE, ORANGE, GREY, VERMILION)))
+    axes = Axes(canvas, 60, 30, 800, 160, (0, 6), (0, 1))
+    axes.frame([0, 0.5, 1], "share of draws")
+    canvas.legend(colors.items(), 60, 2, 800, marker="box")
+    for c, name in enumerate(CLASSES.names):
+        canvas.text(axes.x(c + 0.5), 166, name, 13, anchor="ma")
+        for k, (mode, share) in enumerate(shown.items()):
+            left = axes.x(c + 0.5) + (k - 2) * 22
+            canvas.rectangle(left, axes.y(share[c]), left + 18, axes.bottom, colors[mode])
+    return sheet([pictures, [("", canvas.array())]]), {"never": never["tumor"], "never_uniform": never["uniform"],
+                                                       "root": root, "area": area / area.sum(), **shares}
