@@ -46,7 +46,7 @@ class Config:
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
@@ -55,6 +55,7 @@ class Config:
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
+    uniform: float = 0.0            # share of the patches taken from anywhere, whatever --sampling is
     init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth;
                                     # E and D are taken from the files beside it (latest_net_E.pth, ..._D.pth)
                                     # where they exist
@@ -98,7 +99,8 @@ def main(argv):
     precision = run_training.Precision(device, config.amp)
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache)
+    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache,
+                           uniform=config.uniform)
     num_classes = len(dataset.classes)
 
     # ---- networks, optimisers ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from her2.draw_charts import distribution
 from her2.run_config import Parser
+from her2.data_classes import IGNORE
 from her2.data_folder import Dataset, empty_splits, inspect_dataset
 from her2.run_errors import UserError, atomic_write, command, one_line
 from her2.draw import save_png
@@ -38,6 +39,7 @@ def measure(dataset: Dataset, problems: list, notes: list):
     pixels = {split: np.zeros(count, np.int64) for split in (*SPLITS, "")}  # "": not decided, after a problem
     instances = {split: np.zeros(count, np.int64) for split in pixels}
     skipped = Counter()
+    ignored = 0
     for roi in tqdm(dataset.rois, desc="checking", unit="ROI", disable=None, leave=False):
         try:
             _, label, instance = read_roi(roi, dataset.classes)
@@ -45,11 +47,15 @@ def measure(dataset: Dataset, problems: list, notes: list):
         except UserError as error:
             problems.append(str(error))
             continue
-        pixels[roi.split] += np.bincount(label.reshape(-1), minlength=count)
+        pixels[roi.split] += np.bincount(label.reshape(-1), minlength=count)[:count]
+        ignored += (label == IGNORE).sum()
         class_of = np.zeros(instance.max() + 1, np.uint8)                              # (largest id + 1,)
         class_of[instance] = label
         ids = np.flatnonzero(np.bincount(instance.reshape(-1)))
-        instances[roi.split] += np.bincount(class_of[ids[ids > 0]], minlength=count)
+        instances[roi.split] += np.bincount(class_of[ids[ids > 0]], minlength=count)[:count]
+    if ignored:
+        whole = sum(roi.height * roi.width for roi in dataset.rois)
+        notes.append(f"{ignored / whole:.1%} of all pixels are to be ignored: they neither train nor count")
     if skipped:
         notes.append("annotations left out: "
                      + ", ".join(f"{count} {kind}" for kind, count in skipped.most_common()))

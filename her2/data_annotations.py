@@ -11,12 +11,14 @@ Source: paper, section 2.1 (annotated in EXACT); the other formats are what othe
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
+from difflib import get_close_matches
 
 from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
 from her2.data_checks import REMEDY, Found, Polygon, show
-from her2.data_classes import ClassTable, parse_json, read_text
+from her2.data_classes import NO_CLASS, ClassTable, parse_json, read_text
 from her2.run_errors import UserError, one_line
 
 
@@ -100,22 +102,37 @@ def touches(polygon, height: int, width: int) -> bool:
 
 def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:
     """The class id of each polygon. UserError when a name is not in the class table."""
-    names = list(dict.fromkeys(p.name for p in polygons))
-    known, unknown = {}, []
-    for name in names:
-        try:
-            known[name] = classes.id_of(name)
-        except KeyError:
-            unknown.append(name)
+    names = list(dict.fromkeys(p.name or NO_CLASS for p in polygons))
+    unknown = [name for name in names if not classes.knows(name)]
     if unknown:
-        where = next(p.source_id for p in polygons if p.name in unknown)
-        alias = json.dumps({"aliases": {unknown[0][:60]: classes.names[0]}}, ensure_ascii=False)
+        where = next(p.source_id for p in polygons if (p.name or NO_CLASS) in unknown)
+        aliases = {name: likely_class(name, classes) for name in unknown[:8] if len(name) <= 60}
         raise UserError(one_line(
             f"{path}: unknown class {_listed(unknown)} (annotation {show(where)}); names seen: "
-            f"{_listed(names)}; names known: {_listed([*classes.names, *classes.aliases])}; rename it "
-            f"where it was drawn, or add an alias for its class to classes.json beside slides.csv: {alias}"))
-    return [known[p.name] for p in polygons]
+            f"{_listed(names)}; names known: {_listed([*classes.names, *classes.aliases])}; rename it where "
+            "it was drawn, or give its class in classes.json, which python -m her2.data DIR --draft-classes "
+            f"writes for all files; a guess: {json.dumps({'aliases': aliases}, ensure_ascii=False)}"))
+    return [classes.id_of(p.name or NO_CLASS) for p in polygons]
+
+
+def likely_class(name: str, classes: ClassTable) -> str:
+    """A guess at the class of an unknown name, for a person to check: a class's name, or "ignore" if unclear.
+
+    Never a tumor class without a sign of which, and the background only for what is named as other tissue: a
+    wrong guess that nobody corrects must not teach a network anything.
+    """
+    text = name.casefold()
+    score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
+    guesses = [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
+    guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []
+    tumor = re.search(r"tumou?r|carcinom|cancer|invasi|metasta|ignore|\?", text)
+    if not tumor and re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|"
+                               r"background|glass|region", text):
+        guesses.append(classes.names[0])
+    close = get_close_matches(name, classes.names, n=1, cutoff=0.8) if len(name) > 3 else []
+    return next((guess for guess in [*guesses, *close] if classes.knows(guess)), "ignore")
 
 
 def _listed(names) -> str:
-    return ", ".join(show(name) if name else "(none)" for name in names[:30]) + ", ..." * (len(names) > 30)
+    shown = [name if name == NO_CLASS else show(name) for name in names[:30]]
+    return ", ".join(shown) + ", ..." * (len(names) > 30)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from her2.data_annotations import place_polygons, polygon_classes, read_annotations
-from her2.data_classes import ClassTable
+from her2.data_classes import IGNORE, ClassTable
 from her2.run_errors import UserError
 from her2.data_images import read_image, read_instances, read_mask
 from her2.polygons import connected_components, paint
@@ -57,9 +57,9 @@ def _read_mask_and_instances(roi, classes):
     label = read_mask(roi.mask)
     _check_size(roi.mask, label, roi)
     ids = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256)).tolist()
-    unknown = [i for i in ids if i >= len(classes)]
+    unknown = [i for i in ids if i >= len(classes) and i != IGNORE]
     table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
-    if unknown == [255] and set(ids) <= {0, 255}:
+    if IGNORE in ids and set(ids) <= {0, IGNORE} and roi.instances is None:
         raise UserError(f"{roi.mask}: holds only 0 and 255, a black-and-white picture; write the class id "
                         f"into each pixel ({table})")
     if unknown:
@@ -101,7 +101,8 @@ def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
         tail = file.read()
     labels = [path.read_bytes() if path else b"" for path in (roi.annotations, roi.mask, roi.instances)]
     text = json.dumps([VERSION, str(roi.image.resolve()), status.st_size, status.st_mtime_ns, roi.x, roi.y,
-                       roi.downsample, classes.to_json(), [len(content) for content in labels]])
+                       roi.downsample, classes.to_json(), classes.aliases,
+                       [len(content) for content in labels]])
     key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
     return ensure_tile(Path(cache) / f"{roi.image.stem[:60]}-{key}.tile",
                        lambda: tile_arrays(*read_roi(roi, classes), len(classes)))

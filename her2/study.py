@@ -34,7 +34,7 @@ class Config:
     seed: int = 0                   # first seed; run k of a configuration has seed + k
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     seeds: int = 0                  # segmentation runs per configuration; 0: as the preset says
     ratios: str = ""                # amounts of synthetic images, comma-separated, 1.0 = +100 %;
                                     # empty: as the preset says

@@ -206,7 +206,7 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "mask 0/255": (mask(lambda m: (m > 0).astype(np.uint8) * 255), "masks/roi0.png", "black-and-white"),
     "mask 255": (mask(lambda m: m * 0 + 255), "masks/roi0.png", "black-and-white"),
     "mask with unknown ids": (mask(lambda m: put(m, 0, slice(2), [6, 200])), "masks/roi0.png", "ids 6, 200"),
-    "mask with ignore 255": (mask(lambda m: put(m, 0, 0, 255)), "masks/roi0.png", "ids 255"),
+    "mask with unknown ids and 255": (mask(lambda m: put(m, 0, slice(2), [6, 255])), "masks/roi0.png", "ids 6 are not"),
     "mask in colour": (mask(lambda m: np.stack([m, m, m], 2)), "masks/roi0.png", "colour picture"),
     "mask of 16 bits": (mask(lambda m: m.astype(np.uint16)), "masks/roi0.png", "16-bit"),
     "mask of one bit": (mask(lambda m: m > 0), "masks/roi0.png", "1-bit"),

@@ -9,8 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from her2.data_annotations import place_polygons, polygon_classes, read_annotations, transform_polygons
-from her2.data_classes import DEFAULT_CLASSES, ClassTable
+from her2.data_annotations import (likely_class, place_polygons, polygon_classes, read_annotations,
+                                   transform_polygons)
+from her2.data_classes import DEFAULT_CLASSES, IGNORE, ClassTable
 from her2.run_errors import UserError
 from her2.polygons import paint, rasterize
 
@@ -501,9 +502,24 @@ def test_unknown_classes_are_listed_with_the_remedy(read):
     assert "names seen: 'her2 2+', 'Tumör', (none);" in message
     assert "'LCIS/DCIS'" in message and "'Necrosis'" in message
     alias = message[message.index("{"):]
-    table = ClassTable.from_json({"aliases": {**json.loads(alias)["aliases"], "": "LCIS/DCIS"}})
-    assert polygon_classes(polygons, table, "f") == [3, 0, 0, 5], "the remedy works as it is printed"
+    table = ClassTable.from_json(json.loads(alias))
+    assert polygon_classes(polygons, table, "f") == [3, IGNORE, IGNORE, IGNORE], "the remedy works as printed"
+    for none in ("", "(none)"):
+        table = ClassTable.from_json({"aliases": {"Tumör": 0, none: "LCIS/DCIS"}})
+        assert polygon_classes(polygons, table, "f") == [3, 0, 0, 5]
     many = [p for k in range(40) for p in read(geojson([(f"class {k}", [SQUARE])]))[0]]
     with pytest.raises(UserError) as error:
         polygon_classes(many, DEFAULT_CLASSES, "f")
     assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("HER2 (3+)", "3+"), ("Tumor: 2+", "2+"), ("her2-1", "1+"), ("Score 0", "0"), ("tumour 0+", "0"),
+    ("Ductal carcinoma in situ", "LCIS/DCIS"), ("DCIS high grade", "LCIS/DCIS"), ("Tumor: DCIS", "LCIS/DCIS"),
+    ("Stromal cells", "Background"), ("Immune cells", "Background"), ("Region*", "Background"),
+    ("Tumor", "ignore"), ("Tumor: 0", "ignore"), ("invasive", "ignore"), ("Tumor stroma?", "ignore"),
+    ("Tumor stroma", "ignore"), ("region 12", "Background"), ("(none)", "ignore"), ("4+", "ignore"),
+    ("13+", "ignore"), ("Backgruond", "Background"), ("Artefact", "ignore"),
+])
+def test_a_guess_is_never_a_tumor_class_without_a_sign_of_which(name, expected):
+    assert likely_class(name, DEFAULT_CLASSES) == expected
