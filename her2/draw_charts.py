@@ -213,7 +213,8 @@ def plot(series, title="", x_label="", y_label="", size=(405, 270), log_x=False,
     canvas.text(6, 2, title, 14)
     named = [(name, colors[i % len(colors)]) for i, name in enumerate(series)]
     entries = [entry for entry in named if entry[0][0] != "_"]
-    top = canvas.legend(entries, 8, 24, size[0] - 6, 12) if entries else 24
+    top = 24 if title else 2
+    top = canvas.legend(entries, 8, top, size[0] - 6, 12) if entries else top
     axes = Axes(canvas, left, top + 8, size[0] - margin, size[1] - (44 if x_label else 28), x_range, y_range,
                 log_y, log_x)
     axes.frame(y_ticks, y_label, [t for t in x_ticks if x_range[0] <= t <= x_range[1]], x_label)

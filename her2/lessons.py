@@ -20,6 +20,7 @@ from typing import Callable
 
 import numpy as np
 
+from her2 import lessons_diffusion as noise
 from her2 import lessons_tissue as tissue
 from her2.draw import save_png
 from her2.run_config import Parser
@@ -40,6 +41,10 @@ LESSONS = {
     "stains": Lesson("Sat  9:35", 20, "stains.py", tissue.stains),
     "polygons": Lesson("Sat  9:55", 40, "polygons.py", tissue.polygons),
     "patches": Lesson("Sat 10:35", 25, "data_patches.py", tissue.patches),
+    "diffusion": Lesson("Sat 11:00", 40, "diffusion.py", noise.diffusion),
+    "samplers": Lesson("Sat 11:40", 45, "samplers.py", noise.samplers),
+    "inpainting": Lesson("Sat 12:25", 20, "inpainting.py", noise.inpainting),
+    "denoiser": Lesson("Sat 15:05", 45, "denoiser.py", noise.denoiser),
 }
 
 
