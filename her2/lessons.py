@@ -21,6 +21,7 @@ from typing import Callable
 import numpy as np
 
 from her2 import lessons_diffusion as noise
+from her2 import lessons_networks as networks
 from her2 import lessons_tissue as tissue
 from her2.draw import save_png
 from her2.run_config import Parser
@@ -44,7 +45,13 @@ LESSONS = {
     "diffusion": Lesson("Sat 11:00", 40, "diffusion.py", noise.diffusion),
     "samplers": Lesson("Sat 11:40", 45, "samplers.py", noise.samplers),
     "inpainting": Lesson("Sat 12:25", 20, "inpainting.py", noise.inpainting),
+    "quantizer": Lesson("Sat 14:00", 25, "quantizer.py", networks.quantizer),
+    "autoencoder": Lesson("Sat 14:25", 40, "autoencoder.py", networks.autoencoder),
     "denoiser": Lesson("Sat 15:05", 45, "denoiser.py", noise.denoiser),
+    "spade": Lesson("Sun  9:00", 45, "spade.py", networks.spade),
+    "discriminator": Lesson("Sun  9:45", 25, "discriminator.py", networks.discriminator),
+    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", networks.gan_losses),
+    "seeds": Lesson("Sun 10:35", 10, "run_seeds.py", networks.seeds),
 }
 
 

@@ -1,0 +1,313 @@
+"""Lessons about networks and their losses: codes, receptive fields, SPADE, discriminators, seeds (see `lessons`).
+
+Networks here have random weights: what is asked is what their structure can see and pass on, not what they learned.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from her2 import gan_losses as losses
+from her2.autoencoder import VQ_F4, VQ_F8, Attention, VQAutoencoder
+from her2.discriminator import MultiscaleDiscriminator
+from her2.draw import CYCLE, GREY, INK, PALE, Canvas, fit, tint
+from her2.draw_charts import plot, sheet
+from her2.lessons_diffusion import FLOWER
+from her2.lessons_tissue import region
+from her2.net_blocks import SpectralConv2d, init_weights
+from her2.quantizer import Codebook, restart_dead_codes, vq_loss
+from her2.run_seeds import generator
+from her2.spade import SPADENorm
+
+
+def quantizer(answer):
+    """A latent is replaced by the nearest of K codes, so the plane falls into cells, one colour per code. The codes
+    move to the mean of what they win, and a code that wins nothing never moves: of 16 codes started near zero
+    {used_plain} are in use after 200 steps, {used} when dead ones restart at latents of the data. Weighing the codes'
+    term by 0.25 (the official default) slows SGD by {slow_sgd:.1f}, but Adam by {slow_adam:.1f}: it cancels the scale.
+
+    Exercise: with beta on the commitment, a latent that wants to be at x (loss |z - x|^2) settles between x and its
+    code. Where, for beta 0.05, 0.25 and 4?
+
+    Answer: at {rest[0]:.2f}, {rest[1]:.2f} and {rest[2]:.2f} of the way from x to the code: beta / (1 + beta). A large beta
+    makes the encoder obey codes that are still bad; a small one lets latents drift away from them.
+    """
+    data = FLOWER.means.repeat(80, 1) + FLOWER.std * torch.randn(400, 2, generator=generator("latents"),
+                                                               dtype=torch.float64)
+    latents = data.float().T[None, :, None]                                             # (1, 2, 1, 400)
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-2.5, 2.5, 200)] * 2, indexing="xy"))[None]
+
+    def train(steps, restart=False, kind=torch.optim.Adam, lr=0.02, legacy=False):
+        torch.manual_seed(0)
+        book = Codebook(16, 2)
+        book.weight.data *= 4
+        optimizer, usage = kind([book.weight], lr=lr), torch.zeros(16)
+        for step in range(1, steps + 1):
+            indices = book.nearest(latents)
+            usage += torch.bincount(indices.flatten(), minlength=16)
+            optimizer.zero_grad()
+            vq_loss(latents, book.lookup(indices), legacy=legacy).backward()
+            optimizer.step()
+            if restart and step % 50 == 0 and step < steps:
+                restart_dead_codes(book, usage, latents, generator("restart", step), optimizer)
+                usage = torch.zeros(16)
+        return book
+
+    def picture(book):
+        shade = np.array([tint(color, amount) for amount in (0.2, 0.4, 0.6) for color in CYCLE[:6]], np.uint8)
+        canvas = Canvas(200, 200)
+        canvas.paste(shade[book.nearest(grid)[0].numpy()], 0, 0)
+        image = canvas.array()
+        for points, color, size in ((data[:200].numpy(), GREY, 1), (book.weight.detach().numpy(), INK, 3)):
+            for x, y in ((points + 2.5) * 40).clip(size, 199 - size).astype(int):
+                image[y - size:y + size, x - size:x + size] = color
+        return image
+
+    start, plain, restarted = train(0), train(200), train(200, restart=True)
+
+    def moved(**options):
+        return float((train(1, **options).weight - start.weight).norm())
+
+    slow = {kind.__name__: moved(kind=kind) / moved(kind=kind, legacy=True)
+            for kind in (torch.optim.SGD, torch.optim.Adam)}
+    rest = []
+    for beta in (0.05, 0.25, 4):
+        z, e, x = torch.zeros(1, requires_grad=True), torch.ones(1), torch.zeros(1)
+        optimizer = torch.optim.SGD([z], lr=0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (F.mse_loss(z, x) + vq_loss(z, e, beta)).backward()
+            optimizer.step()
+        rest.append(float(z.detach()))
+    pictures = [(name, picture(book)) for name, book in (("start", start), ("200 steps", plain),
+                                                          ("with restarts", restarted))]
+    betas = np.geomspace(0.02, 10, 50)
+    if answer:
+        pictures.append(("", plot({"beta / (1 + beta)": (betas, betas / (1 + betas)), "trained": (
+            (0.05, 0.25, 4), rest, "dots")}, "way to the code", "beta", size=(215, 215), log_x=True)))
+    used = [len(book.nearest(latents).unique()) for book in (plain, restarted)]
+    return sheet([pictures]), {"used_plain": used[0], "used": used[1], "slow_sgd": slow["SGD"],
+                               "slow_adam": slow["Adam"], "rest": rest}
+
+
+def seen_pixels(network, outputs, side: int, channels: int = 3) -> np.ndarray:
+    """(side, side): how much each pixel moves the middle of `outputs(network, image)`, (1, C, h, w)."""
+    image = torch.rand(1, channels, side, side, generator=generator("image"), requires_grad=True)
+    result = outputs(network, image)
+    result[:, :, result.shape[2] // 2, result.shape[3] // 2].sum().backward()
+    return image.grad.abs().sum(1)[0].numpy()
+
+
+def without(network, *kinds):
+    """`network` with every layer of `kinds` replaced by the identity, in place."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kinds):
+                setattr(module, name, nn.Identity())
+    return network
+
+
+def autoencoder(answer):
+    """Halving the image twice makes one latent cell of 4 x 4 pixels, and by its convolutions a cell sees {sees} x {sees}
+    pixels. GroupNorm divides by statistics of the whole map, and attention mixes all cells, so that in truth every
+    pixel has a say, faintly: {far:.0%} of the influence in a network with random weights lies outside that square.
+    That is how old tumor leaks into the cells beside it.
+
+    Exercise: how many parameters do vq-f4 and vq-f8 have, and how many numbers does each keep of a 512 px image?
+
+    Answer: {f4:,} and {f8:,} parameters: one level and wider latents more, attention at the lowest resolution. A
+    latent of f4 is 128 x 128 x 3 = {kept4:,} numbers, of f8 64 x 64 x 4 = {kept8:,}: a third.
+    """
+    maps = {}
+    for name, removed in (("convolutions alone", (nn.GroupNorm, Attention)), ("+ GroupNorm", (Attention,)),
+                          ("+ attention", ())):
+        torch.manual_seed(0)
+        network = without(VQAutoencoder(4, ch=8, num_codes=4), *removed)
+        maps[name] = seen_pixels(network, VQAutoencoder.encode, 160)
+    square = np.flatnonzero(maps["convolutions alone"].any(axis=0))
+    inside = np.zeros((160, 160), bool)
+    inside[square[0]:square[-1] + 1, square[0]:square[-1] + 1] = True
+    pictures = []
+    for name, one in maps.items():
+        level = (np.log10(np.maximum(one / one.max(), 1e-6)) / 6 + 1)[..., None]        # 0 .. 1 over six decades
+        pictures.append((f"{name} (log)", (255 - level * (255 - np.array(CYCLE[0]))).astype(np.uint8)))
+    counts = {}
+    with torch.device("meta"):
+        for name, options in (("vq-f4", VQ_F4), ("vq-f8", VQ_F8)):
+            counts[name] = sum(p.numel() for p in VQAutoencoder(**options).parameters())
+    canvas = Canvas(300, 160)
+    for row, (name, options) in enumerate((("vq-f4", VQ_F4), ("vq-f8", VQ_F8))):
+        x = 6
+        for level, multiple in enumerate(options["ch_mult"]):
+            side = 64 >> level
+            canvas.rectangle(x, 76 + 76 * row - side, x + side, 76 + 76 * row, tint(CYCLE[0], 0.2 + 0.15 * level), INK)
+            canvas.text(x + side / 2, 62 + 76 * row if level else 40 + 76 * row, f"{512 >> level}", 12, anchor="mm")
+            x += max(side, 36) + 12
+        canvas.text(x, 70 + 76 * row, f"{name}, widths {options['ch']} x\n{options['ch_mult']}", 12, anchor="ld")
+    return sheet([pictures + [("", canvas.array())]]), {
+        "sees": int(square[-1] - square[0] + 1), "far": float(maps["+ attention"][~inside].sum() / maps["+ attention"].sum()),
+        "f4": counts["vq-f4"], "f8": counts["vq-f8"], "kept4": 128 * 128 * 3, "kept8": 64 * 64 * 4, "maps": maps}
+
+
+def spade(answer):
+    """Told the label only at its input, a network forgets it: a map of one class through convolution and
+    normalisation gives the same values for every class (difference {washed:.0e}). SPADE normalises without
+    parameters and lets the label map set scale and shift at every layer and pixel, so the class survives
+    (difference {kept:.0e} with the initial weights). At the start gamma is of size {gamma:.0e}: SPADE begins as plain
+    normalisation.
+
+    Exercise: write norm(x) * gamma + beta, without the 1. What does the first image look like, and its gradient?
+
+    Answer: one layer lets a signal of standard deviation {deviation_one:.2f} become {deviation:.0e}, and three of them
+    {deep:.0e}: nothing reaches the image, and gradients shrink by the same factors on their way back.
+    """
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(6, 8, 3, padding=1, padding_mode="replicate")
+    layer = SPADENorm(8, 6, "instance", hidden=16)
+    init_weights(layer, generator("lesson", "spade"))
+    x = torch.randn(1, 8, 64, 64, generator=generator("lesson", "x"))
+    half = torch.zeros(64, 64, dtype=torch.long)
+    half[:, 32:] = 4
+    labels = {"class 0": torch.zeros_like(half), "class 3+": torch.full_like(half, 4), "halves": half}
+    usual, told, gammas = {}, {}, []
+    with torch.no_grad():
+        for name, label in labels.items():
+            onehot = F.one_hot(label, 6).permute(2, 0, 1)[None].float()                 # (1, 6, 64, 64)
+            usual[name] = F.instance_norm(convolution(onehot))                          # (1, 8, 64, 64)
+            told[name] = layer(x, onehot)
+            gammas.append(layer.mlp_gamma(layer.mlp_shared(onehot)))
+        gamma, plain = torch.cat(gammas), F.instance_norm(x)
+        signals = [plain]
+        for _ in range(3):
+            signals.append(F.instance_norm(signals[-1], eps=1e-5) * gammas[1])
+        strong = {name: 1e4 * (one - plain) for name, one in told.items()}
+
+    def row(maps, caption):
+        return [(f"{caption}, {name}", fit((128 + 60 * one[0, 0]).clamp(0, 255).byte(), 128)) for name, one in maps.items()]
+
+    chart = plot({"with the 1": (range(4), [1.0] * 4), "without": (range(4), [float(s.std()) for s in signals])},
+                 "signal after n layers", "layers", size=(300, 150), log_y=True)
+    return sheet([row(usual, "conv + norm"), row(strong, "SPADE - norm")] + ([[("", chart)]] if answer else [])), {
+        "washed": float(abs(usual["class 0"] - usual["class 3+"]).max()), "gamma": float(gamma.std()),
+        "kept": float(abs(told["class 0"] - told["class 3+"]).mean()), "deviation_one": float(plain.std()),
+        "deviation": float(signals[1].std()), "deep": float(signals[3].std()), "told": told, "plain": plain}
+
+
+def discriminator(answer):
+    """A discriminator of patches has one logit per window. On the image a window is {one} pixels wide: texture, a few
+    cells; on the half-size copy the same layers see {two} pixels of the image: a nest and its border. Two scales ask
+    two questions: is this stained as cells are, and do these cells form a nest?
+
+    Exercise: keep one scale, but make its window as large as that of the other. What does it cost?
+
+    Answer: one more layer of stride 2 sees {deeper} pixels. With the official 64 channels it has {deep_parameters:,}
+    parameters, the two scales {parameters:,}; and each logit is now about a whole nest: no loss is left that looks
+    at fine texture on its own.
+    """
+    def window(layers, scale):
+        network = without(MultiscaleDiscriminator(3, 2, layers), nn.InstanceNorm2d)     # norms see everything
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, SpectralConv2d)):     # positive weights: no cancelling, no dead ReLU
+                (module.weight if isinstance(module, nn.Conv2d) else module.weight_orig).data.fill_(0.1)
+        network.eval()
+        seen = seen_pixels(network, lambda net, image: net(image)[scale][-1], 352)
+        places = np.flatnonzero(seen.any(axis=0))
+        return int(places[-1] - places[0] + 1)
+
+    one, two, deeper = window(4, 0), window(4, 1), window(5, 0)
+    image = region(2)[0].copy()
+    for side, color in ((one, CYCLE[0]), (two, CYCLE[1])):
+        low = 140 - side // 2, 120 - side // 2
+        for offset in range(2):
+            y0, x0, y1, x1 = low[0] + offset, low[1] + offset, low[0] + side - offset, low[1] + side - offset
+            image[y0:y1, [x0, x1]], image[[y0, y1], x0:x1] = color, color
+    crops = [(f"{side} px", fit(region(2)[0][140 - side // 2:140 - side // 2 + side, 120 - side // 2:120 - side // 2 + side], 240))
+             for side in (one, two)]
+    with torch.device("meta"):
+        parameters, deep = (sum(p.numel() for p in MultiscaleDiscriminator(9, 64, layers, scales).parameters())
+                            for layers, scales in ((4, 2), (5, 1)))
+    return sheet([[("two windows", image), *crops]]), {"one": one, "two": two, "deeper": deeper,
+                                                       "parameters": parameters, "deep_parameters": deep}
+
+
+def gan_losses(answer):
+    """The hinge loss stops pushing the discriminator where it is right by a margin of 1; the generator's has no
+    margin, so its gradient never vanishes. KL pulls mu to 0 and the variance to 1, so that z ~ N(0, I) is a fair draw
+    when no image is there to encode. The adaptive weight makes both losses of the autoencoder pull equally hard on the
+    last layer: multiply one by {factor:.0f}, and its weighted pull changes by {change:.0%}.
+
+    Exercise: the official code sums KL over the batch, here it is the mean. What weight here equals the official 0.05
+    at the paper's batch of 16?
+
+    Answer: {equal:.2f}: the sum is {ratio:.0f} times the mean, so that officially the prior weighs more the larger the
+    batch is.
+    """
+    x = torch.linspace(-3, 3, 121)
+    curves, slopes = {}, {}
+    for role in ("real", "fake", "generator"):
+        logits = x.clone().requires_grad_(True)
+        value = torch.stack([losses.adversarial_loss(one.view(1, 1, 1, 1), role) for one in logits])
+        value.sum().backward()
+        curves[role], slopes[role] = (x.numpy(), value.detach().numpy()), (x.numpy(), logits.grad.numpy())
+    mu = torch.linspace(-3, 3, 121)
+    kl = {f"logvar {logvar}": (mu.numpy(), np.array([float(losses.kl_divergence(m.view(1, 1), torch.full((1, 1), float(logvar))))
+                                                     for m in mu])) for logvar in (-3, 0, 2)}
+    layer, target = torch.ones(4, requires_grad=True), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    nll, scales = ((layer - target) ** 2).mean(), np.geomspace(0.01, 100, 9)
+    pull = [scale * float(losses.adaptive_weight(nll, scale * layer.sum(), layer)) for scale in scales.tolist()]
+    batch = torch.randn(16, 8, generator=generator("lesson", "kl"))
+    ratio = float(losses.kl_divergence(batch, batch, "sum") / losses.kl_divergence(batch, batch))
+    weighted = {"g alone": (scales, 2 * scales), "weighted": (scales, 2 * np.array(pull))}
+    size = (405, 220)
+    return sheet([[("", plot(curves, "hinge loss", "logit", size=size)), ("", plot(slopes, "its gradient", "logit", size=size))],
+                  [("", plot(kl, "KL of one z", "mu", size=size, y_range=(0, 10))),
+                   ("", plot(weighted, "pull of g on the last layer", "scale of g", size=size, log_x=True, log_y=True))]]), {
+        "factor": 100, "change": abs(pull[-1] / pull[4] - 1), "ratio": ratio, "equal": 0.05 * ratio, "kl": kl,
+        "slopes": slopes}
+
+
+def seeds(answer):
+    """No generator is carried along: the batch of step s comes from a key (seed, "batch", s), hashed. So a run that is
+    resumed at step 6 draws the batches that the uninterrupted one drew (rows 1 and 2, {same} of 6 equal). With one global
+    generator that starts again (row 3) it draws those of the first steps a second time, and never the rest.
+
+    Exercise: resume by hand with a global generator. What must a checkpoint hold, and what if another part of the
+    program draws a number in between?
+
+    Answer: its state, {state} bytes: put back, row 4 is row 1. But one more draw anywhere before the interruption and
+    all later batches differ ({shifted} of 6 equal): the order of draws is part of the state, a key is not.
+    """
+    def batch(random):              # what a step draws: a tile of 6 x 6 grey values
+        return torch.randint(256, (6, 6), generator=random).byte()
+
+    keyed = [batch(generator(0, "batch", step)) for step in range(12)]
+    resumed = keyed[:6] + [batch(generator(0, "batch", step)) for step in range(6, 12)]
+    one = torch.Generator().manual_seed(0)
+    before = [batch(one) for _ in range(6)]
+    state = one.get_state()
+    whole = before + [batch(one) for _ in range(6)]
+    again = torch.Generator().manual_seed(0)
+    restarted = before + [batch(again) for _ in range(6)]
+    one.set_state(state)
+    restored = before + [batch(one) for _ in range(6)]
+    one.set_state(state)
+    torch.rand(1, generator=one)
+    shifted = before + [batch(one) for _ in range(6)]
+    rows = {"keys": keyed, "keys, resumed at 6": resumed, "global": whole, "global, started again": restarted}
+    if answer:
+        rows.update({"global, state put back": restored, "global, one draw more": shifted})
+    canvas = Canvas(830, 24 + 52 * len(rows))
+    for column in range(12):
+        canvas.text(196 + 52 * column + 22, 4, f"step {column}", 12, anchor="ma")
+    canvas.line([(191 + 52 * 6, 20), (191 + 52 * 6, canvas.height)], CYCLE[1], 2)
+    for row, (name, tiles) in enumerate(rows.items()):
+        canvas.text(186, 46 + 52 * row, name, 13, anchor="rm")
+        for column, tile in enumerate(tiles):
+            canvas.paste(fit(tile, 44), 196 + 52 * column, 24 + 52 * row)
+
+    def equal(a, b):
+        return sum(bool((x == y).all()) for x, y in zip(a[6:], b[6:]))
+
+    return canvas.array(), {"same": equal(keyed, resumed), "again": equal(whole, restarted), "state": len(state),
+                            "restored": equal(whole, restored), "shifted": equal(whole, shifted)}
