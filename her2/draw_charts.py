@@ -12,6 +12,8 @@ maximum; whether its boxes are quartiles or the deviation is not said. Here both
 A single value is a diamond with its number; a missing one is written "n/a", it is never drawn as 0.
 """
 
+import math
+
 import numpy as np
 
 from her2.draw import BLUE, CYCLE, GREY, INK, Canvas, text_width, tint
@@ -217,7 +219,9 @@ def plot(series, title="", x_label="", y_label="", size=(405, 270), log_x=False,
     top = canvas.legend(entries, 8, top, size[0] - 6, 12) if entries else top
     axes = Axes(canvas, left, top + 8, size[0] - margin, size[1] - (44 if x_label else 28), x_range, y_range,
                 log_y, log_x)
-    axes.frame(y_ticks, y_label, [t for t in x_ticks if x_range[0] <= t <= x_range[1]], x_label)
+    x_ticks = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
+    room = sum(text_width(text, 13) + 8 for text in tick_texts(x_ticks))
+    axes.frame(y_ticks, y_label, x_ticks[::math.ceil(room / (axes.right - axes.left))], x_label)
     axes.margin_notes(notes)
     for (x, y, *kind), (_, color) in zip(series.values(), named):
         if kind == ["dots"]:

@@ -16,79 +16,78 @@ from her2.draw_charts import plot, sheet
 from her2.lessons_diffusion import FLOWER
 from her2.lessons_tissue import region
 from her2.net_blocks import SpectralConv2d, init_weights
-from her2.quantizer import Codebook, restart_dead_codes, vq_loss
+from her2.quantizer import Codebook, count_codes, restart_dead_codes, vq_loss
 from her2.run_seeds import generator
 from her2.spade import SPADENorm
 
 
 def quantizer(answer):
-    """A latent is replaced by the nearest of K codes, so the plane falls into cells, one colour per code. The codes
-    move to the mean of what they win, and a code that wins nothing never moves: of 16 codes started near zero
-    {used_plain} are in use after 200 steps, {used} when dead ones restart at latents of the data. Weighing the codes'
-    term by 0.25 (the official default) slows SGD by {slow_sgd:.1f}, but Adam by {slow_adam:.1f}: it cancels the scale.
+    """A latent is replaced by the nearest of K codes, so the plane falls into cells, one colour per code. A code moves
+    to the mean of what it wins, and one that wins nothing never moves: of 16 codes that start near zero {used_plain}
+    are in use after 200 steps, {used} when dead ones restart at latents of the data. Weighing the codes' term by 0.25
+    (the official default) makes the first step of SGD {slow_sgd:.1f} times shorter, that of Adam {slow_adam:.1f} times:
+    Adam cancels the scale of a loss.
 
     Exercise: with beta on the commitment, a latent that wants to be at x (loss |z - x|^2) settles between x and its
     code. Where, for beta 0.05, 0.25 and 4?
 
     Answer: at {rest[0]:.2f}, {rest[1]:.2f} and {rest[2]:.2f} of the way from x to the code: beta / (1 + beta). A large beta
-    makes the encoder obey codes that are still bad; a small one lets latents drift away from them.
+    makes the encoder obey codes that are still bad, a small one lets latents drift away from them.
     """
-    data = FLOWER.means.repeat(80, 1) + FLOWER.std * torch.randn(400, 2, generator=generator("latents"),
-                                                               dtype=torch.float64)
-    latents = data.float().T[None, :, None]                                             # (1, 2, 1, 400)
-    grid = torch.stack(torch.meshgrid(*[torch.linspace(-2.5, 2.5, 200)] * 2, indexing="xy"))[None]
+    data = FLOWER.means[:2].repeat(150, 1) + FLOWER.std * torch.randn(300, 2, generator=generator("latents")).double()
+    latents = data.float().T[None, :, None]                                             # (1, 2, 1, 300)
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 2.5, 200)] * 2, indexing="xy"))[None]
 
-    def train(steps, restart=False, kind=torch.optim.Adam, lr=0.02, legacy=False):
+    def train(steps, restart=False, kind=torch.optim.Adam, legacy=False):
+        """The codebook after `steps`, and its loss at each."""
         torch.manual_seed(0)
-        book = Codebook(16, 2)
-        book.weight.data *= 4
-        optimizer, usage = kind([book.weight], lr=lr), torch.zeros(16)
-        for step in range(1, steps + 1):
+        book, history = Codebook(16, 2), []
+        optimizer, usage = kind([book.weight], lr=0.02), torch.zeros(16)
+        for step in range(steps):
             indices = book.nearest(latents)
-            usage += torch.bincount(indices.flatten(), minlength=16)
+            usage += count_codes(indices, 16)
+            loss = vq_loss(latents, book.lookup(indices), legacy=legacy)
             optimizer.zero_grad()
-            vq_loss(latents, book.lookup(indices), legacy=legacy).backward()
+            loss.backward()
             optimizer.step()
-            if restart and step % 50 == 0 and step < steps:
+            history.append(loss.item())
+            if restart and step % 50 == 49:
                 restart_dead_codes(book, usage, latents, generator("restart", step), optimizer)
-                usage = torch.zeros(16)
-        return book
+                usage.zero_()
+        return book, history
 
     def picture(book):
         shade = np.array([tint(color, amount) for amount in (0.2, 0.4, 0.6) for color in CYCLE[:6]], np.uint8)
-        canvas = Canvas(200, 200)
-        canvas.paste(shade[book.nearest(grid)[0].numpy()], 0, 0)
-        image = canvas.array()
-        for points, color, size in ((data[:200].numpy(), GREY, 1), (book.weight.detach().numpy(), INK, 3)):
-            for x, y in ((points + 2.5) * 40).clip(size, 199 - size).astype(int):
+        image = shade[book.nearest(grid)[0].numpy()]
+        for points, color, size in ((data.numpy(), GREY, 1), (book.weight.detach().numpy(), INK, 3)):
+            for x, y in ((points + 1) / 3.5 * 200).clip(size, 199 - size).astype(int):
                 image[y - size:y + size, x - size:x + size] = color
         return image
 
-    start, plain, restarted = train(0), train(200), train(200, restart=True)
-
-    def moved(**options):
-        return float((train(1, **options).weight - start.weight).norm())
-
-    slow = {kind.__name__: moved(kind=kind) / moved(kind=kind, legacy=True)
-            for kind in (torch.optim.SGD, torch.optim.Adam)}
-    rest = []
-    for beta in (0.05, 0.25, 4):
-        z, e, x = torch.zeros(1, requires_grad=True), torch.ones(1), torch.zeros(1)
+    def settled(beta):              # where z ends that is pulled to x = 0 and committed to the code 1
+        z, code = torch.zeros(1, requires_grad=True), torch.ones(1)
         optimizer = torch.optim.SGD([z], lr=0.05)
-        for _ in range(300):
+        for _ in range(200):
             optimizer.zero_grad()
-            (F.mse_loss(z, x) + vq_loss(z, e, beta)).backward()
+            (z.square().mean() + vq_loss(z, code, beta)).backward()
             optimizer.step()
-        rest.append(float(z.detach()))
-    pictures = [(name, picture(book)) for name, book in (("start", start), ("200 steps", plain),
-                                                          ("with restarts", restarted))]
-    betas = np.geomspace(0.02, 10, 50)
-    if answer:
-        pictures.append(("", plot({"beta / (1 + beta)": (betas, betas / (1 + betas)), "trained": (
-            (0.05, 0.25, 4), rest, "dots")}, "way to the code", "beta", size=(215, 215), log_x=True)))
+        return z.item()
+
+    start, plain, restarted = train(0)[0], train(200)[0], train(200, restart=True)[0]
+    kinds = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
+    step = {key: [(train(1, False, kind, legacy)[0].weight - start.weight).norm().item() for legacy in (False, True)]
+            for key, kind in kinds.items()}
+    betas, rest = np.geomspace(0.01, 10, 50), [settled(beta) for beta in (0.05, 0.25, 4)]
+    chart = {f"{key}{', 0.25' * legacy}": (range(60), train(60, False, kind, legacy)[1])
+             for key, kind in kinds.items() for legacy in (False, True)}
+    chart = (plot({"beta / (1 + beta)": (betas, betas / (1 + betas)), "trained": ((0.05, 0.25, 4), rest, "dots")},
+                  "way to the code", "beta", size=(215, 215), log_x=True) if answer else
+             plot(chart, "loss", "steps", size=(215, 225)))
+    pictures = {"start": start, "200 steps": plain, "with restarts": restarted}
     used = [len(book.nearest(latents).unique()) for book in (plain, restarted)]
-    return sheet([pictures]), {"used_plain": used[0], "used": used[1], "slow_sgd": slow["SGD"],
-                               "slow_adam": slow["Adam"], "rest": rest}
+    return sheet([[*((name, picture(book)) for name, book in pictures.items()), ("", chart)]]), {
+        "used_plain": used[0], "used": used[1], "rest": rest, "slow_sgd": step["SGD"][0] / step["SGD"][1],
+        "slow_adam": step["Adam"][0] / step["Adam"][1]}
 
 
 def seen_pixels(network, outputs, side: int, channels: int = 3) -> np.ndarray:
@@ -124,27 +123,23 @@ def autoencoder(answer):
                           ("+ attention", ())):
         torch.manual_seed(0)
         network = without(VQAutoencoder(4, ch=8, num_codes=4), *removed)
-        maps[name] = seen_pixels(network, VQAutoencoder.encode, 160)
+        maps[name] = seen_pixels(network, VQAutoencoder.encode, 128)
     square = np.flatnonzero(maps["convolutions alone"].any(axis=0))
-    inside = np.zeros((160, 160), bool)
+    inside = np.zeros((128, 128), bool)
     inside[square[0]:square[-1] + 1, square[0]:square[-1] + 1] = True
     pictures = []
     for name, one in maps.items():
         level = (np.log10(np.maximum(one / one.max(), 1e-6)) / 6 + 1)[..., None]        # 0 .. 1 over six decades
-        pictures.append((f"{name} (log)", (255 - level * (255 - np.array(CYCLE[0]))).astype(np.uint8)))
+        pictures.append((f"{name} (log)", fit((255 - level * (255 - np.array(CYCLE[0]))).astype(np.uint8), 150)))
     counts = {}
     with torch.device("meta"):
         for name, options in (("vq-f4", VQ_F4), ("vq-f8", VQ_F8)):
             counts[name] = sum(p.numel() for p in VQAutoencoder(**options).parameters())
-    canvas = Canvas(300, 160)
-    for row, (name, options) in enumerate((("vq-f4", VQ_F4), ("vq-f8", VQ_F8))):
-        x = 6
-        for level, multiple in enumerate(options["ch_mult"]):
-            side = 64 >> level
-            canvas.rectangle(x, 76 + 76 * row - side, x + side, 76 + 76 * row, tint(CYCLE[0], 0.2 + 0.15 * level), INK)
-            canvas.text(x + side / 2, 62 + 76 * row if level else 40 + 76 * row, f"{512 >> level}", 12, anchor="mm")
-            x += max(side, 36) + 12
-        canvas.text(x, 70 + 76 * row, f"{name}, widths {options['ch']} x\n{options['ch_mult']}", 12, anchor="ld")
+    canvas = Canvas(290, 150)
+    for column, (name, options) in enumerate((("vq-f4", VQ_F4), ("vq-f8", VQ_F8))):
+        sizes = [f"{512 >> k} px: {options['ch'] * m}" for k, m in enumerate(options["ch_mult"])]
+        latent = f"latent: {512 // options['factor']} px x {options['z_channels']}"
+        canvas.text(74 + 144 * column, 4, "\n".join([f"{name}, channels", *sizes, latent]), 13, anchor="ma")
     return sheet([pictures + [("", canvas.array())]]), {
         "sees": int(square[-1] - square[0] + 1), "far": float(maps["+ attention"][~inside].sum() / maps["+ attention"].sum()),
         "f4": counts["vq-f4"], "f8": counts["vq-f8"], "kept4": 128 * 128 * 3, "kept8": 64 * 64 * 4, "maps": maps}
@@ -184,11 +179,11 @@ def spade(answer):
         strong = {name: 1e4 * (one - plain) for name, one in told.items()}
 
     def row(maps, caption):
-        return [(f"{caption}, {name}", fit((128 + 60 * one[0, 0]).clamp(0, 255).byte(), 128)) for name, one in maps.items()]
+        return [(f"{caption}\n{name}", fit((128 + 60 * one[0, 0]).clamp(0, 255).byte(), 128)) for name, one in maps.items()]
 
     chart = plot({"with the 1": (range(4), [1.0] * 4), "without": (range(4), [float(s.std()) for s in signals])},
-                 "signal after n layers", "layers", size=(300, 150), log_y=True)
-    return sheet([row(usual, "conv + norm"), row(strong, "SPADE - norm")] + ([[("", chart)]] if answer else [])), {
+                 "signal after n layers", "layers", size=(400, 220), log_y=True)
+    return sheet([row(usual, "conv + norm") + row(strong, "SPADE - norm")] + ([[("", chart)]] if answer else [])), {
         "washed": float(abs(usual["class 0"] - usual["class 3+"]).max()), "gamma": float(gamma.std()),
         "kept": float(abs(told["class 0"] - told["class 3+"]).mean()), "deviation_one": float(plain.std()),
         "deviation": float(signals[1].std()), "deep": float(signals[3].std()), "told": told, "plain": plain}
@@ -218,11 +213,11 @@ def discriminator(answer):
     one, two, deeper = window(4, 0), window(4, 1), window(5, 0)
     image = region(2)[0].copy()
     for side, color in ((one, CYCLE[0]), (two, CYCLE[1])):
-        low = 140 - side // 2, 120 - side // 2
+        low = 95 - side // 2, 183 - side // 2
         for offset in range(2):
             y0, x0, y1, x1 = low[0] + offset, low[1] + offset, low[0] + side - offset, low[1] + side - offset
             image[y0:y1, [x0, x1]], image[[y0, y1], x0:x1] = color, color
-    crops = [(f"{side} px", fit(region(2)[0][140 - side // 2:140 - side // 2 + side, 120 - side // 2:120 - side // 2 + side], 240))
+    crops = [(f"{side} px", fit(region(2)[0][95 - side // 2:95 - side // 2 + side, 183 - side // 2:183 - side // 2 + side], 282))
              for side in (one, two)]
     with torch.device("meta"):
         parameters, deep = (sum(p.numel() for p in MultiscaleDiscriminator(9, 64, layers, scales).parameters())
