@@ -223,13 +223,14 @@ def plot(series, title="", x_label="", y_label="", size=(405, 270), log_x=False,
     room = sum(text_width(text, 13) + 8 for text in tick_texts(x_ticks))
     axes.frame(y_ticks, y_label, x_ticks[::math.ceil(room / (axes.right - axes.left))], x_label)
     axes.margin_notes(notes)
-    for (x, y, *kind), (_, color) in zip(series.values(), named):
+    for i, ((x, y, *kind), (name, color)) in enumerate(zip(series.values(), named)):
         if kind == ["dots"]:
             for a, b in zip(x, y):
                 if x_range[0] <= a <= x_range[1] and y_range[0] <= b <= y_range[1]:
                     canvas.dot(axes.x(a), axes.y(b), 2, color)
         else:
-            axes.curve(x, y, color, 2)
+            # Earlier curves are wider, so that one below another still shows.
+            axes.curve(x, y, color, 2 if name[0] == "_" else 2 + 0.6 * min(len(entries) - 1 - i, 3))
     return canvas.array()
 
 

@@ -22,8 +22,10 @@ import numpy as np
 
 from her2 import lessons_diffusion as noise
 from her2 import lessons_networks as networks
+from her2 import lessons_scores as scores
 from her2 import lessons_tissue as tissue
 from her2.draw import save_png
+from her2.lessons_forks import forks
 from her2.run_config import Parser
 from her2.run_errors import UserError, command
 
@@ -52,6 +54,11 @@ LESSONS = {
     "discriminator": Lesson("Sun  9:45", 25, "discriminator.py", networks.discriminator),
     "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", networks.gan_losses),
     "seeds": Lesson("Sun 10:35", 10, "run_seeds.py", networks.seeds),
+    "segmenter": Lesson("Sun 11:00", 40, "segmenter.py", scores.segmenter),
+    "losses": Lesson("Sun 11:40", 30, "losses.py", scores.losses),
+    "metrics": Lesson("Sun 12:10", 30, "metrics.py", scores.metrics),
+    "frechet": Lesson("Sun 12:40", 15, "frechet.py", scores.frechet),
+    "forks": Lesson("Sun 14:00", 120, "lessons_forks.py", forks),
 }
 
 

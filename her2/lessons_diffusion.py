@@ -53,16 +53,17 @@ FLOWER = Mixture([(1.5 * math.cos(a), 1.5 * math.sin(a)) for a in np.arange(5) *
 
 
 def diffusion(answer):
-    """Noise is mixed in until nothing of the patch is left: alpha_bar is the share of its variance that remains. The
-    network's error in eps counts sqrt(1 / alpha_bar - 1) times in x0, {factor:.0f} times at the last level of the
-    official schedule and infinitely often where alpha_bar is 0, which is why that schedule predicts v. On the way
-    back eq. 3 mixes the guess x0 with xt: nearly all xt, until the last few levels.
+    """Noise is mixed in until nothing of the patch is left: alpha_bar is the share of its variance that
+    remains. The network's error in eps counts sqrt(1 / alpha_bar - 1) times in x0, {factor:.0f} times at the
+    last level of the official schedule and infinitely often where alpha_bar is 0, which is why that schedule
+    predicts v. On the way back eq. 3 mixes the guess x0 with xt: nearly all xt, until the last few levels.
 
-    Exercise: Nichol and Dhariwal's schedule is alpha_bar = cos^2(pi / 2 (t / T + s) / (1 + s)), s = 0.008. At which
-    level is half of the variance gone, here and there?
+    Exercise: Nichol and Dhariwal's schedule is alpha_bar = cos^2(pi / 2 (t / T + s) / (1 + s)), s = 0.008. At
+    which level is half of the variance gone, here and there?
 
-    Answer: at level {half} in the linear schedule, {half_zero} with zero terminal SNR, {half_cosine} of 1000 with the
-    cosine: it spends more levels where a picture can still be seen, and its last alpha_bar is {last_cosine:.0e}.
+    Answer: at level {half} in the linear schedule, {half_zero} with zero terminal SNR, {half_cosine} of 1000
+    with the cosine: it spends more levels where a picture can still be seen, and its last alpha_bar is
+    {last_cosine:.0e}.
     """
     official, t = Schedule(), np.arange(1000)
     image = torch.from_numpy(region(3)[0][60:160, 100:200] / 127.5 - 1).permute(2, 0, 1)[None].float()
@@ -85,17 +86,17 @@ def diffusion(answer):
 
 
 def samplers(answer):
-    """The same noise on its way to five clusters. With eta 0 it follows a smooth curve to the end that belongs to it,
-    and more steps only follow that curve more closely; with eta 1 each step adds noise that later steps take away,
-    and twice the steps lead to another image (a mean distance of {apart:.1f} between the ends of 40 and 80 steps,
-    against {close:.2f}). Either way too few steps average over clusters: with 5, samples lie between them, where
-    no data are.
+    """The same noise on its way to five clusters. With eta 0 it follows a smooth curve to the end that
+    belongs to it, and more steps only follow that curve more closely; with eta 1 each step adds noise that
+    later steps take away, and twice the steps lead to another image (a mean distance of {apart:.1f} between
+    the ends of 40 and 80 steps, against {close:.2f}). Either way too few steps average over clusters: with 5,
+    samples lie between them, where no data are.
 
     Exercise: the end of eta 0 is off by {errors[4]:.3f} at 80 steps. Predict the error at 160, and at 20.
 
-    Answer: {errors[5]:.3f} at 160, a half: a step takes x0 and eps for constant, and is off by the square of its
-    length (first order, measured {order:.2f}). At 20 it is {errors[2]:.3f}, less than four times as much: steps of
-    equal length in t are very unequal in log-SNR, and the last of them, not the mean, decide.
+    Answer: {errors[5]:.3f} at 160, a half: a step takes x0 and eps for constant, and is off by the square of
+    its length (first order, measured {order:.2f}). At 20 it is {errors[2]:.3f}, less than four times as much:
+    steps of equal length in t are very unequal in log-SNR, and the last of them, not the mean, decide.
     """
     noise, steps = flat_noise(300), [5, 10, 20, 40, 80, 160]
 
@@ -149,17 +150,19 @@ class Texture:
 
 
 def inpainting(answer):
-    """The pixels of relabelled tumor become the latent cells that touch one, and a rim of one cell more, since cells
-    beside the border still encode old tumor. Before every step the known cells are put back, noised to the level of
-    xt, so that the new ones grow to fit them. At the end the old pixels are pasted back: the largest difference
-    outside the region is {outside:.0f}. (The network here is a Gaussian with this picture's own power spectrum.)
+    """The pixels of relabelled tumor become the latent cells that touch one, and a rim of one cell more,
+    since cells beside the border still encode old tumor. Before every step the known cells are put back,
+    noised to the level of xt, so that the new ones grow to fit them. At the end the old pixels are pasted
+    back: the largest difference outside the region is {outside:.0f}. (The network here is a Gaussian with
+    this picture's own power spectrum.)
 
-    Exercise: put the known cells back after the step instead (`blend="after"`), and leave out the last replacement.
-    Predict how far they are then from the truth.
+    Exercise: put the known cells back after the step instead (`blend="after"`), and leave out the last
+    replacement. Predict how far they are then from the truth.
 
-    Answer: off by {after:.3f}: xt still holds the noise of the last level visited, t = {last}, sqrt(1 - alpha_bar) =
-    {predicted:.3f}. Put back before the step, they are what the network makes of them: off by {before:.3f}. The step
-    across the border is {seam_before:.2f} and {seam_after:.2f}, in the picture itself {seam_own:.2f}: hard to see.
+    Answer: off by {after:.3f}: xt still holds the noise of the last level visited, t = {last}, sqrt(1 -
+    alpha_bar) = {predicted:.3f}. Put back before the step, they are what the network makes of them: off by
+    {before:.3f}. The step across the border is {seam_before:.2f} and {seam_after:.2f}, in the picture itself
+    {seam_own:.2f}: hard to see.
     """
     image, _, instance = region(3)
     image = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None]                  # (1, 3, 256, 256)
@@ -204,18 +207,18 @@ def inpainting(answer):
 
 
 def denoiser(answer):
-    """Time enters as waves of many frequencies (left): close levels get close codes, and the angle between two codes
-    depends on their difference alone. The label map enters as a code of the latent's size, the share of every class
-    in each cell, so the network is told where, not only what. Guidance takes what the label changes {scales[1]} or
-    {scales[2]} times: samples of the labelled cluster move away from the others, from {radius[0]:.2f} to
-    {radius[2]:.2f}, and lose their variety, from {spread[0]:.2f} to {spread[2]:.2f}.
+    """Time enters as waves of many frequencies (left): close levels get close codes, and the angle between
+    two codes depends on their difference alone. The label map enters as a code of the latent's size, the
+    share of every class in each cell, so the network is told where, not only what. Guidance takes what the
+    label changes {scales[1]} or {scales[2]} times: samples of the labelled cluster move away from the others,
+    from {radius[0]:.2f} to {radius[2]:.2f}, and lose their variety, from {spread[0]:.2f} to {spread[2]:.2f}.
 
-    Exercise: feed the label by FiLM (a scale and a shift per channel, from the label's mean over the image) instead
-    of by concatenation. What can the network no longer do, and how many parameters does that take?
+    Exercise: feed the label by FiLM (a scale and a shift per channel, from the label's mean over the image)
+    instead of by concatenation. What can the network no longer do, and how many parameters does that take?
 
-    Answer: it cannot place anything: a map and its mirror image have the same mean (difference {film:.0e}; of the
-    codes {code:.2f}). And it is dearer: {film_parameters:,} parameters, 2 x 6 per channel of every residual block, against
-    {concat_parameters:,} for the 1x1 conv and the three more input channels.
+    Answer: it cannot place anything: a map and its mirror image have the same mean (difference {film:.0e}; of
+    the codes {code:.2f}). And it is dearer: {film_parameters:,} parameters, 2 x 6 per channel of every
+    residual block, against {concat_parameters:,} for the 1x1 conv and the three more input channels.
     """
     scales, noise = (1, 3, 8), flat_noise(300)
     labelled = Mixture(FLOWER.means[:1].tolist(), FLOWER.std)       # the network, told "cluster 0"

@@ -22,17 +22,18 @@ from her2.spade import SPADENorm
 
 
 def quantizer(answer):
-    """A latent is replaced by the nearest of K codes, so the plane falls into cells, one colour per code. A code moves
-    to the mean of what it wins, and one that wins nothing never moves: of 16 codes that start near zero {used_plain}
-    are in use after 200 steps, {used} when dead ones restart at latents of the data. Weighing the codes' term by 0.25
-    (the official default) makes the first step of SGD {slow_sgd:.1f} times shorter, that of Adam {slow_adam:.1f} times:
-    Adam cancels the scale of a loss.
+    """A latent is replaced by the nearest of K codes, so the plane falls into cells, one colour per code. A
+    code moves to the mean of what it wins, and one that wins nothing never moves: of 16 codes that start near
+    zero {used_plain} are in use after 200 steps, {used} when dead ones restart at latents of the data.
+    Weighing the codes' term by 0.25 (the official default) makes the first step of SGD {slow_sgd:.1f} times
+    shorter, that of Adam {slow_adam:.1f} times: Adam cancels the scale of a loss.
 
-    Exercise: with beta on the commitment, a latent that wants to be at x (loss |z - x|^2) settles between x and its
-    code. Where, for beta 0.05, 0.25 and 4?
+    Exercise: with beta on the commitment, a latent that wants to be at x (loss |z - x|^2) settles between x
+    and its code. Where, for beta 0.05, 0.25 and 4?
 
-    Answer: at {rest[0]:.2f}, {rest[1]:.2f} and {rest[2]:.2f} of the way from x to the code: beta / (1 + beta). A large beta
-    makes the encoder obey codes that are still bad, a small one lets latents drift away from them.
+    Answer: at {rest[0]:.2f}, {rest[1]:.2f} and {rest[2]:.2f} of the way from x to the code: beta / (1 +
+    beta). A large beta makes the encoder obey codes that are still bad, a small one lets latents drift away
+    from them.
     """
     data = FLOWER.means[:2].repeat(150, 1) + FLOWER.std * torch.randn(300, 2, generator=generator("latents")).double()
     latents = data.float().T[None, :, None]                                             # (1, 2, 1, 300)
@@ -108,15 +109,16 @@ def without(network, *kinds):
 
 
 def autoencoder(answer):
-    """Halving the image twice makes one latent cell of 4 x 4 pixels, and by its convolutions a cell sees {sees} x {sees}
-    pixels. GroupNorm divides by statistics of the whole map, and attention mixes all cells, so that in truth every
-    pixel has a say, faintly: {far:.0%} of the influence in a network with random weights lies outside that square.
-    That is how old tumor leaks into the cells beside it.
+    """Halving the image twice makes one latent cell of 4 x 4 pixels, and by its convolutions a cell sees
+    {sees} x {sees} pixels. GroupNorm divides by statistics of the whole map, and attention mixes all cells,
+    so that in truth every pixel has a say, faintly: {far:.0%} of the influence in a network with random
+    weights lies outside that square. That is how old tumor leaks into the cells beside it.
 
-    Exercise: how many parameters do vq-f4 and vq-f8 have, and how many numbers does each keep of a 512 px image?
+    Exercise: how many parameters do vq-f4 and vq-f8 have, and how many numbers does each keep of a 512 px
+    image?
 
-    Answer: {f4:,} and {f8:,} parameters: one level and wider latents more, attention at the lowest resolution. A
-    latent of f4 is 128 x 128 x 3 = {kept4:,} numbers, of f8 64 x 64 x 4 = {kept8:,}: a third.
+    Answer: {f4:,} and {f8:,} parameters: one level and wider latents more, attention at the lowest
+    resolution. A latent of f4 is 128 x 128 x 3 = {kept4:,} numbers, of f8 64 x 64 x 4 = {kept8:,}: a third.
     """
     maps = {}
     for name, removed in (("convolutions alone", (nn.GroupNorm, Attention)), ("+ GroupNorm", (Attention,)),
@@ -149,13 +151,15 @@ def spade(answer):
     """Told the label only at its input, a network forgets it: a map of one class through convolution and
     normalisation gives the same values for every class (difference {washed:.0e}). SPADE normalises without
     parameters and lets the label map set scale and shift at every layer and pixel, so the class survives
-    (difference {kept:.0e} with the initial weights). At the start gamma is of size {gamma:.0e}: SPADE begins as plain
-    normalisation.
+    (difference {kept:.0e} with the initial weights). At the start gamma is of size {gamma:.0e}: SPADE begins
+    as plain normalisation.
 
-    Exercise: write norm(x) * gamma + beta, without the 1. What does the first image look like, and its gradient?
+    Exercise: write norm(x) * gamma + beta, without the 1. What does the first image look like, and its
+    gradient?
 
-    Answer: one layer lets a signal of standard deviation {deviation_one:.2f} become {deviation:.0e}, and three of them
-    {deep:.0e}: nothing reaches the image, and gradients shrink by the same factors on their way back.
+    Answer: one layer lets a signal of standard deviation {deviation_one:.2f} become {deviation:.0e}, and
+    three of them {deep:.0e}: nothing reaches the image, and gradients shrink by the same factors on their way
+    back.
     """
     torch.manual_seed(0)
     convolution = nn.Conv2d(6, 8, 3, padding=1, padding_mode="replicate")
@@ -190,15 +194,15 @@ def spade(answer):
 
 
 def discriminator(answer):
-    """A discriminator of patches has one logit per window. On the image a window is {one} pixels wide: texture, a few
-    cells; on the half-size copy the same layers see {two} pixels of the image: a nest and its border. Two scales ask
-    two questions: is this stained as cells are, and do these cells form a nest?
+    """A discriminator of patches has one logit per window. On the image a window is {one} pixels wide:
+    texture, a few cells; on the half-size copy the same layers see {two} pixels of the image: a nest and its
+    border. Two scales ask two questions: is this stained as cells are, and do these cells form a nest?
 
     Exercise: keep one scale, but make its window as large as that of the other. What does it cost?
 
-    Answer: one more layer of stride 2 sees {deeper} pixels. With the official 64 channels it has {deep_parameters:,}
-    parameters, the two scales {parameters:,}; and each logit is now about a whole nest: no loss is left that looks
-    at fine texture on its own.
+    Answer: one more layer of stride 2 sees {deeper} pixels. With the official 64 channels it has
+    {deep_parameters:,} parameters, the two scales {parameters:,}; and each logit is now about a whole nest:
+    no loss is left that looks at fine texture on its own.
     """
     def window(layers, scale):
         network = without(MultiscaleDiscriminator(3, 2, layers), nn.InstanceNorm2d)     # norms see everything
@@ -227,16 +231,17 @@ def discriminator(answer):
 
 
 def gan_losses(answer):
-    """The hinge loss stops pushing the discriminator where it is right by a margin of 1; the generator's has no
-    margin, so its gradient never vanishes. KL pulls mu to 0 and the variance to 1, so that z ~ N(0, I) is a fair draw
-    when no image is there to encode. The adaptive weight makes both losses of the autoencoder pull equally hard on the
-    last layer: multiply one by {factor:.0f}, and its weighted pull changes by {change:.0%}.
+    """The hinge loss stops pushing the discriminator where it is right by a margin of 1; the generator's has
+    no margin, so its gradient never vanishes. KL pulls mu to 0 and the variance to 1, so that z ~ N(0, I) is
+    a fair draw when no image is there to encode. The adaptive weight makes both losses of the autoencoder
+    pull equally hard on the last layer: multiply one by {factor:.0f}, and its weighted pull changes by
+    {change:.0%}.
 
-    Exercise: the official code sums KL over the batch, here it is the mean. What weight here equals the official 0.05
-    at the paper's batch of 16?
+    Exercise: the official code sums KL over the batch, here it is the mean. What weight here equals the
+    official 0.05 at the paper's batch of 16?
 
-    Answer: {equal:.2f}: the sum is {ratio:.0f} times the mean, so that officially the prior weighs more the larger the
-    batch is.
+    Answer: {equal:.2f}: the sum is {ratio:.0f} times the mean, so that officially the prior weighs more the
+    larger the batch is.
     """
     x = torch.linspace(-3, 3, 121)
     curves, slopes = {}, {}
@@ -263,15 +268,17 @@ def gan_losses(answer):
 
 
 def seeds(answer):
-    """No generator is carried along: the batch of step s comes from a key (seed, "batch", s), hashed. So a run that is
-    resumed at step 6 draws the batches that the uninterrupted one drew (rows 1 and 2, {same} of 6 equal). With one global
-    generator that starts again (row 3) it draws those of the first steps a second time, and never the rest.
+    """No generator is carried along: the batch of step s comes from a key (seed, "batch", s), hashed. So a
+    run that is resumed at step 6 draws the batches that the uninterrupted one drew (rows 1 and 2, {same} of 6
+    equal). With one global generator that starts again (row 3) it draws those of the first steps a second
+    time, and never the rest.
 
-    Exercise: resume by hand with a global generator. What must a checkpoint hold, and what if another part of the
-    program draws a number in between?
+    Exercise: resume by hand with a global generator. What must a checkpoint hold, and what if another part of
+    the program draws a number in between?
 
-    Answer: its state, {state} bytes: put back, row 4 is row 1. But one more draw anywhere before the interruption and
-    all later batches differ ({shifted} of 6 equal): the order of draws is part of the state, a key is not.
+    Answer: its state, {state} bytes: put back, row 4 is row 1. But one more draw anywhere before the
+    interruption and all later batches differ ({shifted} of 6 equal): the order of draws is part of the state,
+    a key is not.
     """
     def batch(random):              # what a step draws: a tile of 6 x 6 grey values
         return torch.randint(256, (6, 6), generator=random).byte()

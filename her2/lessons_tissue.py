@@ -57,16 +57,17 @@ NAMES = ["HER2 0", "HER2 1+", "HER2 2+", "HER2 3+", "LCIS/DCIS (in situ)", "lobu
 
 
 def phantom(answer):
-    """The HER2 score says how brown the membranes of tumor cells are: not at all (0), faint and broken (1+), whole
-    but moderate (2+), strong (3+); brown is the dye DAB, and blue haematoxylin shows every nucleus. Tumor that is
-    still inside its duct (in situ, LCIS/DCIS) is tumor without a score, and a lobule, a group of normal glands, is
-    background. One annotated nest is an instance: the unit that gets a new score later.
+    """The HER2 score says how brown the membranes of tumor cells are: not at all (0), faint and broken (1+),
+    whole but moderate (2+), strong (3+); brown is the dye DAB, and blue haematoxylin shows every nucleus.
+    Tumor that is still inside its duct (in situ, LCIS/DCIS) is tumor without a score, and a lobule, a group
+    of normal glands, is background. One annotated nest is an instance: the unit that gets a new score later.
 
     Exercise: why is 0 the hard one? Look for what tells it from a lobule, then from 3+.
 
-    Answer: 3+ is told from a lobule by brown alone, 0 is not: the mean DAB density is {lobule:.2f} in lobules, {zero:.2f}
-    in nests of 0, {three:.2f} in 3+, and nests of 0 reach down to {lowest:.2f} while lobules reach up to {highest:.2f}.
-    What is left are the size and order of the cells, and few examples: 0 is also the rarest.
+    Answer: 3+ is told from a lobule by brown alone, 0 is not: the mean DAB density is {lobule:.2f} in
+    lobules, {zero:.2f} in nests of 0, {three:.2f} in 3+, and nests of 0 reach down to {lowest:.2f} while
+    lobules reach up to {highest:.2f}. What is left are the size and order of the cells, and few examples: 0
+    is also the rarest.
     """
     kinds = {"HER2 0": ("tumor", 0), "HER2 1+": ("tumor", 1), "HER2 2+": ("tumor", 2), "HER2 3+": ("tumor", 3),
              "LCIS/DCIS (in situ)": ("dcis", 2), "lobule: background": ("acinus", 0)}
@@ -86,16 +87,16 @@ def phantom(answer):
 
 
 def relabel(answer):
-    """Every tumor instance of a real label map draws a new score, each of the five classes alike; the model then
-    paints that map. A draw does not look at the size of its instance, so each class gets a fifth of the tumor area
-    on average, whatever the real shares were. Drawn per pixel the map is noise that no tissue looks like; drawn per
-    connected component, nests that touch lose their border.
+    """Every tumor instance of a real label map draws a new score, each of the five classes alike; the model
+    then paints that map. A draw does not look at the size of its instance, so each class gets a fifth of the
+    tumor area on average, whatever the real shares were. Drawn per pixel the map is noise that no tissue
+    looks like; drawn per connected component, nests that touch lose their border.
 
     Exercise: narrow the draw to "0" and "3+": predict the shares, and whether they settle sooner.
 
-    Answer: {two[0]:.2f} and {two[1]:.2f} after {patches} patches: a half each. A share p wanders by sqrt(p (1 - p)
-    sum a^2) / sum a over the areas a of the instances: {spread_two:.3f} for a half, {spread:.3f} for a fifth. That is
-    later in absolute terms, but sooner in per cent of the share.
+    Answer: {two[0]:.2f} and {two[1]:.2f} after {patches} patches: a half each. A share p wanders by sqrt(p (1
+    - p) sum a^2) / sum a over the areas a of the instances: {spread_two:.3f} for a half, {spread:.3f} for a
+    fifth. That is later in absolute terms, but sooner in per cent of the share.
     """
     _, label, instance = region(3)
     label, instance = torch.from_numpy(label).long(), torch.from_numpy(instance)
@@ -129,17 +130,17 @@ def relabel(answer):
 
 
 def stains(answer):
-    """Each dye takes away a fixed part of the light, so densities (-log10 of the light that is left) add up, and
-    three colour channels are three equations for two dyes and a residual. Laboratories differ in how much dye they
-    use, not in its colour, so the jitter of training images changes amounts in density. The same jitter in RGB makes
-    colours that no mixture of the dyes has: the mean residual grows from {residual:.3f} to {rgb:.3f}, in density
-    to {density:.3f}.
+    """Each dye takes away a fixed part of the light, so densities (-log10 of the light that is left) add up,
+    and three colour channels are three equations for two dyes and a residual. Laboratories differ in how much
+    dye they use, not in its colour, so the jitter of training images changes amounts in density. The same
+    jitter in RGB makes colours that no mixture of the dyes has: the mean residual grows from {residual:.3f}
+    to {rgb:.3f}, in density to {density:.3f}.
 
-    Exercise: jitter an image whose glass is 220, taking 255 for white: glass comes out at {low:.0f} to {high:.0f}.
-    Repair the white point.
+    Exercise: jitter an image whose glass is 220, taking 255 for white: glass comes out at {low:.0f} to
+    {high:.0f}. Repair the white point.
 
-    Answer: divide by the image's own white, jitter, multiply by it again: glass then has density 0, which no factor
-    changes, and stays at {low_mended:.0f} to {high_mended:.0f}.
+    Answer: divide by the image's own white, jitter, multiply by it again: glass then has density 0, which no
+    factor changes, and stays at {low_mended:.0f} to {high_mended:.0f}.
     """
     image = region(2)[0][50:185, 70:205]                                                # (135, 135, 3)
     white = white_point(image)
@@ -172,16 +173,16 @@ def stains(answer):
 
 
 def polygons(answer):
-    """A pixel belongs to a polygon when its centre does: a ray to the left crosses the outline an odd number of
-    times (the row in red). The test is half open, so of two polygons that share an edge every centre goes to exactly
-    one: no pixel twice, none left out. Drawing libraries colour the outline too: Pillow makes the left one of the
-    two neighbours {extra:.0%} larger.
+    """A pixel belongs to a polygon when its centre does: a ray to the left crosses the outline an odd number
+    of times (the row in red). The test is half open, so of two polygons that share an edge every centre goes
+    to exactly one: no pixel twice, none left out. Drawing libraries colour the outline too: Pillow makes the
+    left one of the two neighbours {extra:.0%} larger.
 
     Exercise: colour the star by the nonzero rule instead of even-odd: which pixels are added, and why?
 
-    Answer: the {added} in the middle: the outline runs around them twice in one direction, which is even, but a
-    winding number of 2. Even-odd is kept because under it a second ring is a hole in whatever direction it was
-    drawn, and annotation tools do not agree on directions.
+    Answer: the {added} in the middle: the outline runs around them twice in one direction, which is even, but
+    a winding number of 2. Even-odd is kept because under it a second ring is a hole in whatever direction it
+    was drawn, and annotation tools do not agree on directions.
     """
     angle, side = np.pi / 2 + np.arange(5) * 4 * np.pi / 5, 22
     star = np.stack([6 + 5.7 * np.cos(angle), 6.4 - 5.7 * np.sin(angle)], axis=1)       # (5, 2), crosses itself
@@ -224,15 +225,16 @@ def polygons(answer):
 
 
 def patches(answer):
-    """Where patches are centred decides what a network sees. "tumor" draws any tumor pixel, so large classes fill
-    the batch; "subtype" draws a class first, so a rare 0 comes as often as 3+; "uniform" draws any place, mostly
-    background. Around tumor, {never:.0%} of this region are in none of 2,000 patches (grey): the network never saw
-    that background, and may call it anything.
+    """Where patches are centred decides what a network sees. "tumor" draws any tumor pixel, so large classes
+    fill the batch; "subtype" draws a class first, so a rare 0 comes as often as 3+; "uniform" draws any
+    place, mostly background. Around tumor, {never:.0%} of this region are in none of 2,000 patches (grey):
+    the network never saw that background, and may call it anything.
 
     Exercise: draw a class in proportion to the square root of its area: predict the shares of 0 and 3+.
 
-    Answer: {root[1]:.2f} and {root[4]:.2f}, between {area[1]:.2f} and {area[4]:.2f} by area and 0.20 by class: a
-    compromise, for a rare class drawn as often as the others shows the same few nests again and again.
+    Answer: {root[1]:.2f} and {root[4]:.2f}, between {area[1]:.2f} and {area[4]:.2f} by area and 0.20 by
+    class: a compromise, for a rare class drawn as often as the others shows the same few nests again and
+    again.
     """
     y, x = np.mgrid[:256, :256]
     discs = ((1, 60, 50, 14), (2, 110, 90, 18), (3, 50, 110, 24), (4, 120, 170, 44), (5, 200, 60, 20))
