@@ -235,23 +235,19 @@ def plot(series, title="", x_label="", y_label="", size=(405, 270), log_x=False,
 
 
 def sheet(rows, width=830, gap=10, size=13) -> np.ndarray:
-    """Pictures in rows, each row spread over `width`: [[(caption, (h, w, 3) uint8), ...], ...].
-
-    Captions stand above, lines separated by a line feed. No picture is scaled; a row that does not fit is an
-    error.
-    """
-    heights = []
-    for row in rows:
-        assert sum(picture.shape[1] for _, picture in row) <= width, [p.shape for _, p in row]
-        lines = max(caption.count("\n") + 1 if caption else 0 for caption, _ in row)
-        heights.append((lines * size * 1.35, max(picture.shape[0] for _, picture in row)))
-    canvas, y = Canvas(width, sum(map(sum, heights)) + gap * (len(rows) + 1)), gap
-    for row, (above, height) in zip(rows, heights):
+    """Pictures (h, w, 3) uint8 in rows, each row spread over `width`, with captions above where an item is
+    (caption, picture). No picture is scaled; a row that does not fit is an error."""
+    rows = [[item if isinstance(item, tuple) else ("", item) for item in row] for row in rows]
+    above = [max(bool(text) + text.count("\n") for text, _ in row) * size * 1.35 for row in rows]
+    heights = [max(picture.shape[0] for _, picture in row) for row in rows]
+    canvas, y = Canvas(width, sum(above) + sum(heights) + gap * (len(rows) + 1)), gap
+    for row, room, height in zip(rows, above, heights):
         between = (width - sum(picture.shape[1] for _, picture in row)) / (len(row) + 1)
+        assert between >= 0, f"{[picture.shape for _, picture in row]} in {width} pixels"
         x = between
         for caption, picture in row:
-            canvas.text(x + picture.shape[1] / 2, y + above - 4, caption, size, anchor="md")
-            canvas.paste(picture, x, y + above)
+            canvas.text(x + picture.shape[1] / 2, y + room - 4, caption, size, anchor="md")
+            canvas.paste(picture, x, y + room)
             x += picture.shape[1] + between
-        y += above + height + gap
+        y += room + height + gap
     return canvas.array()

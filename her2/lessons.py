@@ -1,11 +1,11 @@
 """A weekend with this code: for every module one figure, three sentences, and an exercise.
 
     python -m her2.lessons                      the timetable
-    python -m her2.lessons relabel              the figure (runs/lesson_relabel.png), what it shows, an exercise
+    python -m her2.lessons relabel              a figure (runs/lesson_relabel.png), what it shows, an exercise
     python -m her2.lessons relabel --answer     the same, with the answer to the exercise
 
-Seconds each, on one CPU core, without data and without training: where a trained network would stand, there is
-one that is exact for a small made-up law, or one with random weights where only its structure is at issue.
+Seconds each, on one CPU core, without data and without training: where a trained network would stand, there
+is one that is exact for a small made-up law, or one with random weights where only structure is at issue.
 
 A lesson is a function lesson(answer) -> (figure, numbers) in a module lessons_*.py that calls the code it
 explains. Its docstring is what is printed: text, exercise and answer, one paragraph each, with the numbers
@@ -52,7 +52,7 @@ LESSONS = {
     "denoiser": Lesson("Sat 15:05", 45, "denoiser.py", noise.denoiser),
     "spade": Lesson("Sun  9:00", 45, "spade.py", networks.spade),
     "discriminator": Lesson("Sun  9:45", 25, "discriminator.py", networks.discriminator),
-    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", networks.gan_losses),
+    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", scores.gan_losses),
     "seeds": Lesson("Sun 10:35", 10, "run_seeds.py", networks.seeds),
     "segmenter": Lesson("Sun 11:00", 40, "segmenter.py", scores.segmenter),
     "losses": Lesson("Sun 11:40", 30, "losses.py", scores.losses),
@@ -67,6 +67,11 @@ def texts(name: str, numbers: dict) -> tuple[str, str, str]:
     paragraphs = inspect.getdoc(LESSONS[name].draw).split("\n\n")
     text, exercise, answer = (" ".join(part.split()).format(**numbers) for part in paragraphs)
     return text, exercise, answer
+
+
+def thinned(figure) -> np.ndarray:
+    """64 levels per channel instead of 256: half the bytes of a PNG of tissue, and no eye sees it."""
+    return np.rint(np.rint(figure / 255 * 63) * (255 / 63)).astype(np.uint8)
 
 
 def timetable() -> str:
@@ -91,8 +96,7 @@ def main(argv=None) -> int:
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the figure is a PNG file; give a name that ends in .png")
     figure, numbers = LESSONS[args.name].draw(args.answer)
-    # 64 levels per channel: half the bytes of 256 where there is tissue, and no eye sees it.
-    save_png(out, (np.rint(figure / 255 * 63) * (255 / 63)).round().astype(np.uint8))
+    save_png(out, thinned(figure))
     for paragraph in texts(args.name, numbers)[:3 if args.answer else 2]:
         print(textwrap.fill(paragraph, 100), end="\n\n")
     print(f"figure: {out}; code: her2/{LESSONS[args.name].file}")

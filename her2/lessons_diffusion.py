@@ -1,7 +1,7 @@
 """Lessons of Saturday noon: noise, the way back, inpainting, and the network in between (see `lessons`).
 
-Where a trained denoiser would stand, here is an exact one: for a mixture of Gaussians in the plane the mean of x0
-given xt has a closed form. Latents are (B, 2, 1, 1): the samplers do not know that these are no pictures.
+Where a trained denoiser would stand, here is an exact one: for a mixture of Gaussians in the plane the mean
+of x0 given xt has a closed form. Latents are (B, 2, 1, 1): samplers do not know that these are no pictures.
 """
 
 import math
@@ -69,18 +69,19 @@ def diffusion(answer):
     image = torch.from_numpy(region(3)[0][60:160, 100:200] / 127.5 - 1).permute(2, 0, 1)[None].float()
     levels = [0, 50, 150, 300, 450, 600, 800, 999]
     eps = torch.randn(image.shape, generator=generator("lesson", "eps"))
-    noisy = [(f"t = {level}", to_uint8(SCHEDULE.q_sample(image, torch.tensor([level]), eps))[0]) for level in levels]
-    cosine = np.cos(np.pi / 2 * ((t + 1) / 1000 + 0.008) / 1.008) ** 2 / np.cos(np.pi / 2 * 0.008 / 1.008) ** 2
-    curves = {"linear": official.alpha_bar.numpy(), "zero terminal SNR": SCHEDULE.alpha_bar.numpy()}
-    curves.update({"cosine": cosine} if answer else {})
-    error = {name: (t, np.sqrt(1 / np.maximum(curve, 1e-9) - 1)) for name, curve in curves.items()}
+    noisy = [SCHEDULE.q_sample(image, torch.tensor([level]), eps) for level in levels]
+    cosine = np.cos(np.pi / 2 * ((t + 1) / 1000 + 0.008) / 1.008) ** 2
+    curves = {"linear": official.alpha_bar.numpy(), "zero terminal SNR": SCHEDULE.alpha_bar.numpy(),
+              "cosine": cosine}
+    half = [int((curve < 0.5).argmax()) for curve in curves.values()]
+    curves = {name: (t, curve) for name, curve in list(curves.items())[:3 if answer else 2]}
+    error = {name: (t, np.sqrt(1 / np.maximum(curve, 1e-9) - 1)) for name, (_, curve) in curves.items()}
     weights = {"of x0": (t, official.posterior_x0.numpy()), "of xt": (t, official.posterior_xt.numpy())}
-    half = [int((curve < 0.5).argmax()) for curve in (*list(curves.values())[:2], cosine)]
-    return sheet([[(name, fit(picture, 100)) for name, picture in noisy],
-                  [("", plot({name: (t, curve) for name, curve in curves.items()}, "alpha_bar", "t", size=(275, 240))),
-                   ("", plot(error, "error in x0 per error in eps", "t", size=(275, 240), log_y=True,
-                             y_range=(0.01, 1000))),
-                   ("", plot(weights, "weights in eq. 3", "t", size=(275, 240), log_y=True, y_range=(1e-4, 1)))]]), {
+    options = dict(x_label="t", size=(270, 240))
+    return sheet([[(f"t = {level}", to_uint8(one)[0]) for level, one in zip(levels, noisy)],
+                  [plot(curves, "alpha_bar", **options),
+                   plot(error, "error in x0 per error in eps", log_y=True, y_range=(0.01, 1000), **options),
+                   plot(weights, "weights in eq. 3", log_y=True, y_range=(1e-4, 1), **options)]]), {
         "factor": error["linear"][1][-1], "half": half[0], "half_zero": half[1], "half_cosine": half[2],
         "last_cosine": float(cosine[-1]), "noisy": noisy}
 
@@ -119,24 +120,24 @@ def samplers(answer):
         curves["first order"] = (steps, [errors[-1] * 160 / S for S in steps])
     twice = {f"eta {eta}": (steps[:-1], [distance(paths[eta, S], paths[eta, 2 * S]) for S in steps[:-1]])
              for eta in (0, 1)}
-    charts = [plot(curves, "distance to the end of 1000 steps", "steps", log_x=True, log_y=True, size=(405, 220)),
-              plot(twice, "distance between the ends of S and 2 S steps", "steps", log_x=True, size=(405, 220))]
-    return sheet([*rows, [("", chart) for chart in charts]]), {
+    options = dict(x_label="steps", size=(405, 220), log_x=True)
+    return sheet([*rows, [plot(curves, "distance to the end of 1000 steps", log_y=True, **options),
+                          plot(twice, "distance between the ends of S and 2 S steps", **options)]]), {
         "errors": errors, "order": math.log2(errors[4] / errors[5]), "apart": twice["eta 1"][1][3],
         "close": twice["eta 0"][1][3], "ends": paths[1, 160][-1]}
 
 
 class Texture:
-    """A stationary Gaussian as data, with the mean, colours and power spectrum of one latent z (1, C, h, w).
+    """A stationary Gaussian as data, with the mean, colours and power spectrum P of one z (1, C, h, w).
 
-    Per principal colour and frequency x0 given xt is Wiener's filter: sqrt(ab) P / (ab P + 1 - ab) times xt."""
+    Per principal colour and frequency x0 given xt is Wiener's filter: sqrt(ab) P / (ab P + 1 - ab) xt."""
 
     def __init__(self, z, schedule=SCHEDULE):
         self.schedule, self.mean = schedule, z.mean((0, 2, 3), keepdim=True)
         flat = (z - self.mean).transpose(0, 1).flatten(1)                               # (C, hw)
         self.colors = torch.linalg.eigh(flat @ flat.T)[1]                               # (C, C)
         power = torch.fft.fft2(self.turn(z - self.mean, self.colors.T), norm="ortho").abs() ** 2
-        self.power = F.avg_pool2d(F.pad(power, (2, 2, 2, 2), mode="circular"), 5, stride=1)     # one z is noisy
+        self.power = F.avg_pool2d(F.pad(power, (2, 2, 2, 2), mode="circular"), 5, stride=1)
 
     def turn(self, z, matrix):
         return torch.einsum("ij,bjhw->bihw", matrix, z)
@@ -170,7 +171,7 @@ def inpainting(answer):
     touched, cells = (inpaint.repaint_to_latent(repaint, 4, rim) for rim in (0, 1))     # (1, 1, 64, 64)
     z = 2 * F.avg_pool2d(image, 4)                  # "encoder": mean colours, scaled to unit variance or so
     network, levels = Texture(z), ddim_timesteps(SCHEDULE.T, 50)
-    edge = cells[..., 1:] != cells[..., :-1]                                            # borders between columns
+    edge = cells[..., 1:] != cells[..., :-1]                        # borders between columns
 
     def noise(purpose, i):
         return torch.randn(z.shape, generator=generator("inpaint", purpose, i), dtype=torch.float64)
@@ -180,7 +181,8 @@ def inpainting(answer):
 
     ends, off, seam = {}, {}, {"own": rms(z.diff(dim=-1), edge)}
     for blend in ("before", "after"):
-        *_, (ends[blend], _) = trajectory(network.predict, SCHEDULE, noise, levels, 1.0, z, cells, blend=blend)
+        states = trajectory(network.predict, SCHEDULE, noise, levels, 1.0, z, cells, blend=blend)
+        *_, (ends[blend], _) = states
         off[blend] = rms(ends[blend] - z, ~cells)
         seam[blend] = rms(torch.where(cells, ends[blend], z).diff(dim=-1), edge)
     decoded = F.interpolate(torch.where(cells, ends["before"], z) / 2, scale_factor=4, mode="bilinear")
@@ -193,17 +195,15 @@ def inpainting(answer):
         return shade.astype(np.uint8)
 
     wide, narrow = (np.kron(mask[0, 0].numpy(), np.ones((4, 4), bool)) for mask in (cells, touched))
-    steps = on_image(wide, CYCLE[4])
-    steps[narrow] = on_image(narrow, CYCLE[0])[narrow]
-    pictures = [("region", on_image(repaint[0].numpy(), CYCLE[1])), ("cells, and their rim", steps),
+    tinted = np.where(narrow[..., None], on_image(narrow, CYCLE[0]), on_image(wide, CYCLE[4]))
+    pictures = [("region", on_image(repaint[0].numpy(), CYCLE[1])), ("cells, and their rim", tinted),
                 ("pasted", to_uint8(result)[0]), ("difference", to_uint8(difference - 1)[0])]
-    rest = [(f"known cells, blend {blend!r}", to_uint8(F.interpolate(torch.where(cells, 0 * z, 4 * abs(xt - z)) - 1,
-                                                                     scale_factor=4, mode="nearest"))[0])
+    rest = [(f"known cells, {blend}", fit(to_uint8(torch.where(cells, 0, 4 * abs(xt - z)) - 1)[0], 200))
             for blend, xt in ends.items()]
     return sheet([[(name, fit(one, 200)) for name, one in pictures]] + ([rest] if answer else [])), {
-        "outside": float(difference[:, :, ~repaint[0]].max()), "last": levels[0], "seam": seam, **off,
-        "predicted": float((1 - SCHEDULE.alpha_bar[levels[0]]).sqrt()), "touched": touched, "cells": cells,
-        "repaint": repaint, **{f"seam_{name}": value for name, value in seam.items()}}
+        "outside": float(difference[:, :, ~repaint[0]].max()), "last": levels[0], "touched": touched, **off,
+        "predicted": float((1 - SCHEDULE.alpha_bar[levels[0]]).sqrt()), "cells": cells, "repaint": repaint,
+        **{f"seam_{name}": value for name, value in seam.items()}}
 
 
 def denoiser(answer):
@@ -222,27 +222,30 @@ def denoiser(answer):
     """
     scales, noise = (1, 3, 8), flat_noise(300)
     labelled = Mixture(FLOWER.means[:1].tolist(), FLOWER.std)       # the network, told "cluster 0"
-    ends = {scale: sample(lambda xt, t: guided(labelled.predict(xt, t), FLOWER.predict(xt, t), scale), SCHEDULE,
-                          noise, steps=50, eta=0.0).flatten(1).numpy() for scale in scales}
-    everything = sample(FLOWER.predict, SCHEDULE, noise, steps=50, eta=0.0).flatten(1).numpy()
-    clouds = [(f"guidance {scale}", plot({"_all": (*everything.T, "dots"), "_": (*end.T, "dots")}, size=(270, 230),
-                                         x_range=(-2.6, 3.4), y_range=(-2.4, 2.4), colors=[GREY, CYCLE[1]]))
+
+    def draw(predict):              # (300, 2)
+        return sample(predict, SCHEDULE, noise, steps=50, eta=0.0).flatten(1).numpy()
+
+    everything, ends = draw(FLOWER.predict), {scale: draw(lambda xt, t: guided(
+        labelled.predict(xt, t), FLOWER.predict(xt, t), scale)) for scale in scales}
+    clouds = [plot({"_all": (*everything.T, "dots"), "_labelled": (*end.T, "dots")}, f"guidance {scale}",
+                   size=(270, 240), x_range=(-2.6, 3.4), y_range=(-2.4, 2.4), colors=[GREY, CYCLE[1]])
               for scale, end in ends.items()]
     label = torch.from_numpy(region(1, False)[1][60:188, 60:188]).long()
     onehot = torch.stack([label == 0, label > 0, label == 5], dim=0)[None].float()      # (1, 3, 128, 128)
     encode = LabelCode(3, 3, stages=3)
-    encode.channel_mapper.weight.data = torch.eye(3)[..., None, None]                   # show the shares themselves
+    encode.channel_mapper.weight.data = torch.eye(3)[..., None, None]   # show the shares
     with torch.no_grad():
         code, mirrored = encode(onehot), encode(onehot.flip(-1))                        # (1, 3, 16, 16)
     time = time_embedding(torch.arange(0, 1000, 4), 64).T                               # (64, 250)
-    grey = [(128 + 127 * time).byte(), (255 - 255 * code[0, 1]).byte()]
+    waves, shares = fit((128 + 127 * time).byte(), 250), fit((255 - 255 * code[0, 1]).byte(), 192)
     with torch.device("meta"):
         network = LatentDenoiser()
     widths = [block.emb_layers[1].out_features for block in network.modules() if isinstance(block, ResBlock)]
     channels = network.config["code_channels"]
-    return sheet([[("time embedding: 64 waves over t = 0 .. 999", np.kron(grey[0], np.ones((3, 1), np.uint8))[..., None].repeat(3, -1)),
-                   ("label", fit(colorize(label, CLASSES), 192)), ("share of tumor per cell", fit(grey[1], 192))],
-                  clouds]), {
+    row = [("64 waves over t = 0 .. 999", waves.repeat(3, axis=0)), ("share of tumor per cell", shares)]
+    row.insert(1, ("label", fit(colorize(label, CLASSES), 192)))
+    return sheet([row, clouds]), {
         "scales": scales, "radius": [float(np.linalg.norm(end.mean(0))) for end in ends.values()],
         "spread": [float(end.std(0).mean()) for end in ends.values()], "time": time,
         "film": float(abs(onehot.mean((2, 3)) - onehot.flip(-1).mean((2, 3))).max()),

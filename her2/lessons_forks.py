@@ -1,16 +1,15 @@
-"""Lesson of Sunday afternoon: three forks, each through a contract that the rest of the code keeps (see `lessons`)."""
+"""Lesson of Sunday afternoon: three forks, each through a contract that all code keeps (see `lessons`)."""
 
 import numpy as np
 import torch
 from torch import nn
 
-from her2.data_classes import ClassTable
-from her2.draw import CYCLE, class_legend, colorize, Canvas
+from her2.data_classes import DEFAULT_CLASSES, ClassTable
+from her2.draw import Canvas, class_legend, colorize, fit
 from her2.draw_charts import plot, sheet
 from her2.lessons_diffusion import FLOWER, SCHEDULE, flat_noise
 from her2.lessons_tissue import region
 from her2.metrics import ProbabilityHistogram
-from her2.data_classes import DEFAULT_CLASSES
 from her2.polygons import paint
 from her2.samplers import ddim_timesteps, trajectory
 from her2.segmenter import predict_roi
@@ -18,11 +17,11 @@ from her2.stains import STAINS
 
 
 def heun(predict, schedule, xt, timesteps):
-    """Second-order sampling from xt (B, C, h, w) over the levels `timesteps`, ascending; two answers per step.
+    """Second-order sampling from xt (B, C, h, w) over the levels `timesteps`, ascending.
 
-    With the angle phi of cos(phi) = sqrt(alpha_bar), eq. 1 is xt = cos(phi) x0 + sin(phi) eps, so that dxt / dphi = v.
-    DDIM with eta 0 turns xt by the v of the step's start; Heun by the mean of the v at both its ends. The angle is
-    finite where alpha_bar is 0. The last step ends at phi = 0, where no network answers: it stays DDIM's.
+    With cos(phi) = sqrt(alpha_bar), eq. 1 is xt = cos(phi) x0 + sin(phi) eps, so that dxt / dphi = v. DDIM
+    with eta 0 turns xt by the v at the start of a step, Heun by the mean of the v at both ends: two answers of
+    the network per step. The last step ends at phi = 0, where no network answers: it stays DDIM's.
     """
     angle = schedule.alpha_bar.sqrt().acos()
 
@@ -30,7 +29,7 @@ def heun(predict, schedule, xt, timesteps):
         t = torch.full((len(xt),), t)
         x0, eps = schedule.x0_and_eps(predict(xt, t), xt, t)
         signal, noise = schedule.roots(t, xt)
-        return signal * eps - noise * x0                                     # v, whatever the network puts out
+        return signal * eps - noise * x0                        # v, whatever the network puts out
 
     for t, prev in zip(timesteps[:0:-1], timesteps[-2::-1]):
         v, turn = slope(xt, t), angle[prev] - angle[t]
@@ -55,10 +54,10 @@ class BrownSegmenter(nn.Module):
         return torch.stack([torch.zeros_like(tumor), tumor], dim=1)
 
 
-SEVEN = [{"id": k, "name": name, "tumor": k in (1, 2), "variance": k in (1, 2), "color": color, "aliases": []}
-         for k, (name, color) in enumerate([
-             ("Other", "#ffffff"), ("Invasive tumor", "#d62728"), ("In situ tumor", "#f0c814"), ("Normal gland", "#17becf"),
-             ("Lymphocytes", "#6a51a3"), ("Necrosis", "#7f7f7f"), ("Fat", "#c7e9c0")])]
+NAMES = {"Other": "#ffffff", "Invasive tumor": "#d62728", "In situ tumor": "#f0c814",
+         "Normal gland": "#17becf", "Lymphocytes": "#6a51a3", "Necrosis": "#7f7f7f", "Fat": "#c7e9c0"}
+SEVEN = [{"id": k, "name": name, "tumor": k in (1, 2), "variance": k in (1, 2), "color": color}
+         for k, (name, color) in enumerate(NAMES.items())]      # what classes.json holds
 
 
 def forks(answer):
@@ -76,37 +75,35 @@ def forks(answer):
     """
     noise, evaluations = flat_noise(300), [10, 20, 40, 80]
 
-    def levels(S, dense):           # evenly spaced in t, or quadratically dense near the image
-        return sorted({round(999 * (k / S) ** 2) for k in range(1, S + 1)}) if dense else ddim_timesteps(1000, S)
-
-    def ddim(timesteps):
-        *_, (xt, _) = trajectory(FLOWER.predict, SCHEDULE, noise, timesteps, 0.0)
+    def ddim(predict, schedule, xt, timesteps):
+        *_, (xt, _) = trajectory(predict, schedule, noise, timesteps, 0.0)
         return xt
 
-    exact = heun(FLOWER.predict, SCHEDULE, noise("start", 0), ddim_timesteps(1000, 1000))
+    def end(method, timesteps):
+        return method(FLOWER.predict, SCHEDULE, noise("start", 0), timesteps)
 
-    def error(xt):
-        return float((xt - exact).square().sum(1).mean().sqrt())
+    def dense(S):                   # levels that lie the closer the less noise they have
+        return sorted({round(999 * (k / S) ** 2) for k in range(1, S + 1)})
 
-    curves = {}
-    for dense, name in ((False, "even levels"), (True, "dense near 0")):
-        curves[f"DDIM, {name}"] = [error(ddim(levels(S, dense))) for S in evaluations]
-        curves[f"Heun, {name}"] = [error(heun(FLOWER.predict, SCHEDULE, noise("start", 0), levels(S // 2, dense)))
-                                   for S in evaluations]
-    chart = plot({name: (evaluations, curve) for name, curve in curves.items()}, "(a) error by answers of the network",
-                 "answers", size=(405, 250), log_x=True, log_y=True)
+    exact, curves = end(heun, [0, *range(3, 1000, 4)]), {}
+    for name, levels in (("even levels", lambda S: ddim_timesteps(1000, S)), ("dense near 0", dense)):
+        for method, answers in ((ddim, 1), (heun, 2)):
+            curves[f"{method.__name__}, {name}"] = [
+                (end(method, levels(S // answers)) - exact).square().sum(1).mean().sqrt().item()
+                for S in evaluations]
+    chart = plot({name: (evaluations, curve) for name, curve in curves.items()},
+                 "(a) error by answers of the network", "answers", "", (405, 250), True, True)
 
     network, histogram, pictures = BrownSegmenter().eval(), ProbabilityHistogram(DEFAULT_CLASSES), []
     for score in range(4):
         image, label, _ = region(score)
         prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1))           # (256, 256)
         histogram.add(prob, label)
-        pictures += [image, (255 - 255 * prob).byte().numpy()[..., None].repeat(3, 2)] if score in (0, 3) else []
+        pictures += [image, fit((255 - 255 * prob).byte(), 256)] if score in (0, 3) else []
     recall = histogram.report()["recall"]
 
     table = ClassTable.from_json(SEVEN)
-    rings = [[np.array([[x, 20], [x + 100, 30 + 4 * k], [x + 70, 150], [x + 10, 140]])] for k, x in
-             enumerate(range(10, 400, 65))]
+    rings = [[np.array([[x, 20], [x + 100, 50], [x + 70, 150], [x + 10, 140]])] for x in range(10, 400, 65)]
     label, _ = paint(rings, [1, 2, 3, 4, 5, 6], 170, 405)
     canvas = Canvas(405, 250)
     canvas.text(4, 4, "(c) seven classes", 14)
@@ -116,8 +113,8 @@ def forks(answer):
     for k, found in ((1, 900), (2, 500)):
         counts.add(np.repeat([0.9, 0.1], [found, 1000 - found]), np.full(1000, k))
     captions = ("(b) a region of score 0", "brown is tumor?", "a region of 3+", "brown is tumor")
-    return sheet([[("", chart), ("", canvas.array())],
-                  [(name, picture[:200, :200]) for name, picture in zip(captions, pictures)]]), {
-        "gain": curves["DDIM, dense near 0"][2] / curves["Heun, dense near 0"][2], "zero": recall["0"],
-        "loss": curves["Heun, even levels"][2] / curves["DDIM, even levels"][2], "three": recall["3+"],
+    pictures = [(name, one[:200, :200]) for name, one in zip(captions, pictures)]
+    return sheet([[chart, canvas.array()], pictures]), {
+        "gain": curves["ddim, dense near 0"][2] / curves["heun, dense near 0"][2], "zero": recall["0"],
+        "loss": curves["heun, even levels"][2] / curves["ddim, even levels"][2], "three": recall["3+"],
         "variance": counts.report()["subtype_variance"], "curves": curves}

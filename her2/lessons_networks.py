@@ -1,6 +1,6 @@
-"""Lessons about networks and their losses: codes, receptive fields, SPADE, discriminators, seeds (see `lessons`).
+"""Lessons about networks, their losses and their seeds (see `lessons`).
 
-Networks here have random weights: what is asked is what their structure can see and pass on, not what they learned.
+The networks have random weights: what is asked is what their structure can see and pass on.
 """
 
 import numpy as np
@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from her2 import gan_losses as losses
 from her2.autoencoder import VQ_F4, VQ_F8, Attention, VQAutoencoder
 from her2.discriminator import MultiscaleDiscriminator
-from her2.draw import CYCLE, GREY, INK, PALE, Canvas, fit, tint
+from her2.draw import CYCLE, GREY, INK, Canvas, fit, tint
 from her2.draw_charts import plot, sheet
 from her2.lessons_diffusion import FLOWER
 from her2.lessons_tissue import region
@@ -25,8 +24,8 @@ def quantizer(answer):
     """A latent is replaced by the nearest of K codes, so the plane falls into cells, one colour per code. A
     code moves to the mean of what it wins, and one that wins nothing never moves: of 16 codes that start near
     zero {used_plain} are in use after 200 steps, {used} when dead ones restart at latents of the data.
-    Weighing the codes' term by 0.25 (the official default) makes the first step of SGD {slow_sgd:.1f} times
-    shorter, that of Adam {slow_adam:.1f} times: Adam cancels the scale of a loss.
+    Weighing the codes' term by 0.25 (the official default) makes the first step of SGD {slow[SGD]:.1f} times
+    shorter, that of Adam {slow[Adam]:.1f} times: Adam cancels the scale of a loss.
 
     Exercise: with beta on the commitment, a latent that wants to be at x (loss |z - x|^2) settles between x
     and its code. Where, for beta 0.05, 0.25 and 4?
@@ -35,8 +34,8 @@ def quantizer(answer):
     beta). A large beta makes the encoder obey codes that are still bad, a small one lets latents drift away
     from them.
     """
-    data = FLOWER.means[:2].repeat(150, 1) + FLOWER.std * torch.randn(300, 2, generator=generator("latents")).double()
-    latents = data.float().T[None, :, None]                                             # (1, 2, 1, 300)
+    data = torch.randn(300, 2, generator=generator("latents")) * 0.3 + FLOWER.means[:2].repeat(150, 1).float()
+    latents = data.T[None, :, None]                                                     # (1, 2, 1, 300)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 2.5, 200)] * 2, indexing="xy"))[None]
 
     def train(steps, restart=False, kind=torch.optim.Adam, legacy=False):
@@ -68,7 +67,7 @@ def quantizer(answer):
     def settled(beta):              # where z ends that is pulled to x = 0 and committed to the code 1
         z, code = torch.zeros(1, requires_grad=True), torch.ones(1)
         optimizer = torch.optim.SGD([z], lr=0.05)
-        for _ in range(200):
+        for _ in range(100):
             optimizer.zero_grad()
             (z.square().mean() + vq_loss(z, code, beta)).backward()
             optimizer.step()
@@ -76,19 +75,22 @@ def quantizer(answer):
 
     start, plain, restarted = train(0)[0], train(200)[0], train(200, restart=True)[0]
     kinds = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
-    step = {key: [(train(1, False, kind, legacy)[0].weight - start.weight).norm().item() for legacy in (False, True)]
-            for key, kind in kinds.items()}
+    slow = {}                       # how much longer the first step is without the weight of 0.25
+    for key, kind in kinds.items():
+        full, weighted = ((train(1, False, kind, legacy)[0].weight - start.weight).norm().item()
+                          for legacy in (False, True))
+        slow[key] = full / weighted
     betas, rest = np.geomspace(0.01, 10, 50), [settled(beta) for beta in (0.05, 0.25, 4)]
     chart = {f"{key}{', 0.25' * legacy}": (range(60), train(60, False, kind, legacy)[1])
              for key, kind in kinds.items() for legacy in (False, True)}
-    chart = (plot({"beta / (1 + beta)": (betas, betas / (1 + betas)), "trained": ((0.05, 0.25, 4), rest, "dots")},
-                  "way to the code", "beta", size=(215, 215), log_x=True) if answer else
-             plot(chart, "loss", "steps", size=(215, 225)))
+    if answer:
+        chart = {"b / (1 + b)": (betas, betas / (1 + betas)), "trained": ((0.05, 0.25, 4), rest, "dots")}
+    title, x_label = ("way to the code", "beta") if answer else ("loss", "steps")
+    chart = plot(chart, title, x_label, size=(215, 225), log_x=answer)
     pictures = {"start": start, "200 steps": plain, "with restarts": restarted}
     used = [len(book.nearest(latents).unique()) for book in (plain, restarted)]
-    return sheet([[*((name, picture(book)) for name, book in pictures.items()), ("", chart)]]), {
-        "used_plain": used[0], "used": used[1], "rest": rest, "slow_sgd": step["SGD"][0] / step["SGD"][1],
-        "slow_adam": step["Adam"][0] / step["Adam"][1]}
+    return sheet([[*((name, picture(book)) for name, book in pictures.items()), chart]]), {
+        "used_plain": used[0], "used": used[1], "rest": rest, "slow": slow}
 
 
 def seen_pixels(network, outputs, side: int, channels: int = 3) -> np.ndarray:
@@ -131,20 +133,19 @@ def autoencoder(answer):
     inside[square[0]:square[-1] + 1, square[0]:square[-1] + 1] = True
     pictures = []
     for name, one in maps.items():
-        level = (np.log10(np.maximum(one / one.max(), 1e-6)) / 6 + 1)[..., None]        # 0 .. 1 over six decades
-        pictures.append((f"{name} (log)", fit((255 - level * (255 - np.array(CYCLE[0]))).astype(np.uint8), 150)))
-    counts = {}
+        level = np.log10(np.maximum(one / one.max(), 1e-6)) / 6 + 1     # 0 .. 1: six decades
+        pictures.append((f"{name} (log)", fit((255 - 255 * level).astype(np.uint8), 150)))
     with torch.device("meta"):
-        for name, options in (("vq-f4", VQ_F4), ("vq-f8", VQ_F8)):
-            counts[name] = sum(p.numel() for p in VQAutoencoder(**options).parameters())
+        counts = [sum(p.numel() for p in VQAutoencoder(**options).parameters()) for options in (VQ_F4, VQ_F8)]
     canvas = Canvas(290, 150)
     for column, (name, options) in enumerate((("vq-f4", VQ_F4), ("vq-f8", VQ_F8))):
         sizes = [f"{512 >> k} px: {options['ch'] * m}" for k, m in enumerate(options["ch_mult"])]
         latent = f"latent: {512 // options['factor']} px x {options['z_channels']}"
         canvas.text(74 + 144 * column, 4, "\n".join([f"{name}, channels", *sizes, latent]), 13, anchor="ma")
-    return sheet([pictures + [("", canvas.array())]]), {
-        "sees": int(square[-1] - square[0] + 1), "far": float(maps["+ attention"][~inside].sum() / maps["+ attention"].sum()),
-        "f4": counts["vq-f4"], "f8": counts["vq-f8"], "kept4": 128 * 128 * 3, "kept8": 64 * 64 * 4, "maps": maps}
+    whole = maps["+ attention"]
+    return sheet([[*pictures, canvas.array()]]), {
+        "sees": int(square[-1] - square[0] + 1), "far": float(whole[~inside].sum() / whole.sum()),
+        "f4": counts[0], "f8": counts[1], "kept4": 128 * 128 * 3, "kept8": 64 * 64 * 4, "maps": maps}
 
 
 def spade(answer):
@@ -157,8 +158,8 @@ def spade(answer):
     Exercise: write norm(x) * gamma + beta, without the 1. What does the first image look like, and its
     gradient?
 
-    Answer: one layer lets a signal of standard deviation {deviation_one:.2f} become {deviation:.0e}, and
-    three of them {deep:.0e}: nothing reaches the image, and gradients shrink by the same factors on their way
+    Answer: one layer lets a signal of standard deviation {spread[0]:.2f} become {spread[1]:.0e}, and three of
+    them {spread[3]:.0e}: nothing reaches the image, and gradients shrink by the same factors on their way
     back.
     """
     torch.manual_seed(0)
@@ -176,21 +177,20 @@ def spade(answer):
             usual[name] = F.instance_norm(convolution(onehot))                          # (1, 8, 64, 64)
             told[name] = layer(x, onehot)
             gammas.append(layer.mlp_gamma(layer.mlp_shared(onehot)))
-        gamma, plain = torch.cat(gammas), F.instance_norm(x)
-        signals = [plain]
+        signals = [F.instance_norm(x)]
         for _ in range(3):
-            signals.append(F.instance_norm(signals[-1], eps=1e-5) * gammas[1])
-        strong = {name: 1e4 * (one - plain) for name, one in told.items()}
-
-    def row(maps, caption):
-        return [(f"{caption}\n{name}", fit((128 + 60 * one[0, 0]).clamp(0, 255).byte(), 128)) for name, one in maps.items()]
-
-    chart = plot({"with the 1": (range(4), [1.0] * 4), "without": (range(4), [float(s.std()) for s in signals])},
+            signals.append(F.instance_norm(signals[-1]) * gammas[1])
+    spread = [float(one.std()) for one in signals]
+    pictures = [(f"{caption}\n{name}", fit((128 + 60 * one[0, 0]).clamp(0, 255).byte(), 128))
+                for caption, row in (("conv + norm", usual), ("1e4 (SPADE - norm)", told))
+                for name, one in ((name, 1e4 * (one - signals[0]) if row is told else one)
+                                  for name, one in row.items())]
+    chart = plot({"with the 1": (range(4), [1.0] * 4), "without": (range(4), spread)},
                  "signal after n layers", "layers", size=(400, 220), log_y=True)
-    return sheet([row(usual, "conv + norm") + row(strong, "SPADE - norm")] + ([[("", chart)]] if answer else [])), {
-        "washed": float(abs(usual["class 0"] - usual["class 3+"]).max()), "gamma": float(gamma.std()),
-        "kept": float(abs(told["class 0"] - told["class 3+"]).mean()), "deviation_one": float(plain.std()),
-        "deviation": float(signals[1].std()), "deep": float(signals[3].std()), "told": told, "plain": plain}
+    return sheet([pictures, *([[chart]] if answer else [])]), {
+        "washed": float(abs(usual["class 0"] - usual["class 3+"]).max()), "told": told, "plain": signals[0],
+        "kept": float(abs(told["class 0"] - told["class 3+"]).mean()), "spread": spread,
+        "gamma": float(torch.cat(gammas).std())}
 
 
 def discriminator(answer):
@@ -207,64 +207,25 @@ def discriminator(answer):
     def window(layers, scale):
         network = without(MultiscaleDiscriminator(3, 2, layers), nn.InstanceNorm2d)     # norms see everything
         for module in network.modules():
-            if isinstance(module, (nn.Conv2d, SpectralConv2d)):     # positive weights: no cancelling, no dead ReLU
+            if isinstance(module, (nn.Conv2d, SpectralConv2d)):     # positive weights cannot cancel
                 (module.weight if isinstance(module, nn.Conv2d) else module.weight_orig).data.fill_(0.1)
-        network.eval()
-        seen = seen_pixels(network, lambda net, image: net(image)[scale][-1], 352)
+        seen = seen_pixels(network.eval(), lambda net, image: net(image)[scale][-1], 352)
         places = np.flatnonzero(seen.any(axis=0))
         return int(places[-1] - places[0] + 1)
 
     one, two, deeper = window(4, 0), window(4, 1), window(5, 0)
-    image = region(2)[0].copy()
+    image, crops = region(2)[0].copy(), []
     for side, color in ((one, CYCLE[0]), (two, CYCLE[1])):
-        low = 95 - side // 2, 183 - side // 2
-        for offset in range(2):
-            y0, x0, y1, x1 = low[0] + offset, low[1] + offset, low[0] + side - offset, low[1] + side - offset
-            image[y0:y1, [x0, x1]], image[[y0, y1], x0:x1] = color, color
-    crops = [(f"{side} px", fit(region(2)[0][95 - side // 2:95 - side // 2 + side, 183 - side // 2:183 - side // 2 + side], 282))
-             for side in (one, two)]
+        y, x = 95 - side // 2, 183 - side // 2
+        crops.append((f"{side} px", fit(region(2)[0][y:y + side, x:x + side], 282)))
+        frame = np.ones((side, side), bool)
+        frame[2:-2, 2:-2] = False
+        image[y:y + side, x:x + side][frame] = color
     with torch.device("meta"):
-        parameters, deep = (sum(p.numel() for p in MultiscaleDiscriminator(9, 64, layers, scales).parameters())
-                            for layers, scales in ((4, 2), (5, 1)))
+        parameters, deep = (sum(p.numel() for p in MultiscaleDiscriminator(9, 64, *size).parameters())
+                            for size in ((4, 2), (5, 1)))                               # layers, scales
     return sheet([[("two windows", image), *crops]]), {"one": one, "two": two, "deeper": deeper,
                                                        "parameters": parameters, "deep_parameters": deep}
-
-
-def gan_losses(answer):
-    """The hinge loss stops pushing the discriminator where it is right by a margin of 1; the generator's has
-    no margin, so its gradient never vanishes. KL pulls mu to 0 and the variance to 1, so that z ~ N(0, I) is
-    a fair draw when no image is there to encode. The adaptive weight makes both losses of the autoencoder
-    pull equally hard on the last layer: multiply one by {factor:.0f}, and its weighted pull changes by
-    {change:.0%}.
-
-    Exercise: the official code sums KL over the batch, here it is the mean. What weight here equals the
-    official 0.05 at the paper's batch of 16?
-
-    Answer: {equal:.2f}: the sum is {ratio:.0f} times the mean, so that officially the prior weighs more the
-    larger the batch is.
-    """
-    x = torch.linspace(-3, 3, 121)
-    curves, slopes = {}, {}
-    for role in ("real", "fake", "generator"):
-        logits = x.clone().requires_grad_(True)
-        value = torch.stack([losses.adversarial_loss(one.view(1, 1, 1, 1), role) for one in logits])
-        value.sum().backward()
-        curves[role], slopes[role] = (x.numpy(), value.detach().numpy()), (x.numpy(), logits.grad.numpy())
-    mu = torch.linspace(-3, 3, 121)
-    kl = {f"logvar {logvar}": (mu.numpy(), np.array([float(losses.kl_divergence(m.view(1, 1), torch.full((1, 1), float(logvar))))
-                                                     for m in mu])) for logvar in (-3, 0, 2)}
-    layer, target = torch.ones(4, requires_grad=True), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    nll, scales = ((layer - target) ** 2).mean(), np.geomspace(0.01, 100, 9)
-    pull = [scale * float(losses.adaptive_weight(nll, scale * layer.sum(), layer)) for scale in scales.tolist()]
-    batch = torch.randn(16, 8, generator=generator("lesson", "kl"))
-    ratio = float(losses.kl_divergence(batch, batch, "sum") / losses.kl_divergence(batch, batch))
-    weighted = {"g alone": (scales, 2 * scales), "weighted": (scales, 2 * np.array(pull))}
-    size = (405, 220)
-    return sheet([[("", plot(curves, "hinge loss", "logit", size=size)), ("", plot(slopes, "its gradient", "logit", size=size))],
-                  [("", plot(kl, "KL of one z", "mu", size=size, y_range=(0, 10))),
-                   ("", plot(weighted, "pull of g on the last layer", "scale of g", size=size, log_x=True, log_y=True))]]), {
-        "factor": 100, "change": abs(pull[-1] / pull[4] - 1), "ratio": ratio, "equal": 0.05 * ratio, "kl": kl,
-        "slopes": slopes}
 
 
 def seeds(answer):
@@ -283,22 +244,24 @@ def seeds(answer):
     def batch(random):              # what a step draws: a tile of 6 x 6 grey values
         return torch.randint(256, (6, 6), generator=random).byte()
 
-    keyed = [batch(generator(0, "batch", step)) for step in range(12)]
-    resumed = keyed[:6] + [batch(generator(0, "batch", step)) for step in range(6, 12)]
-    one = torch.Generator().manual_seed(0)
-    before = [batch(one) for _ in range(6)]
-    state = one.get_state()
-    whole = before + [batch(one) for _ in range(6)]
-    again = torch.Generator().manual_seed(0)
-    restarted = before + [batch(again) for _ in range(6)]
-    one.set_state(state)
-    restored = before + [batch(one) for _ in range(6)]
-    one.set_state(state)
-    torch.rand(1, generator=one)
-    shifted = before + [batch(one) for _ in range(6)]
-    rows = {"keys": keyed, "keys, resumed at 6": resumed, "global": whole, "global, started again": restarted}
-    if answer:
-        rows.update({"global, state put back": restored, "global, one draw more": shifted})
+    def keyed(steps):
+        return [batch(generator(0, "batch", step)) for step in steps]
+
+    random = torch.Generator().manual_seed(0)
+    before = [batch(random) for _ in range(6)]
+    state = random.get_state()
+
+    def after(random, draws=0):     # six more batches, after `draws` numbers for something else
+        torch.rand(draws, generator=random)
+        return before + [batch(random) for _ in range(6)]
+
+    rows = {"keys": keyed(range(12)), "keys, resumed at 6": keyed(range(6)) + keyed(range(6, 12)),
+            "global": after(random), "global, started again": after(torch.Generator().manual_seed(0)),
+            "global, state put back": after(torch.Generator().set_state(state)),
+            "global, one draw more": after(torch.Generator().set_state(state), 1)}
+    equal = [sum(bool((a == b).all()) for a, b in zip(one[6:], rows["global" if k > 1 else "keys"][6:]))
+             for k, one in enumerate(rows.values())]
+    rows = dict(list(rows.items())[:6 if answer else 4])
     canvas = Canvas(830, 24 + 52 * len(rows))
     for column in range(12):
         canvas.text(196 + 52 * column + 22, 4, f"step {column}", 12, anchor="ma")
@@ -307,9 +270,5 @@ def seeds(answer):
         canvas.text(186, 46 + 52 * row, name, 13, anchor="rm")
         for column, tile in enumerate(tiles):
             canvas.paste(fit(tile, 44), 196 + 52 * column, 24 + 52 * row)
-
-    def equal(a, b):
-        return sum(bool((x == y).all()) for x, y in zip(a[6:], b[6:]))
-
-    return canvas.array(), {"same": equal(keyed, resumed), "again": equal(whole, restarted), "state": len(state),
-                            "restored": equal(whole, restored), "shifted": equal(whole, shifted)}
+    return canvas.array(), {"same": equal[1], "again": equal[3], "state": len(state), "restored": equal[4],
+                            "shifted": equal[5]}

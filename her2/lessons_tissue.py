@@ -1,4 +1,4 @@
-"""Lessons of Saturday morning: tissue, dyes, labels, and what of them a network gets to see (see `lessons`)."""
+"""Lessons of Saturday morning: tissue, dyes, labels, and what of them a network sees (see `lessons`)."""
 
 import tempfile
 from dataclasses import replace
@@ -14,8 +14,9 @@ from her2.data_classes import DEFAULT_CLASSES as CLASSES
 from her2.data_folder import Dataset
 from her2.data_patches import PatchSampler
 from her2.data_slides import ROI
-from her2.draw import (BLUE, GREY, INK, ORANGE, PALE, VERMILION, Canvas, colorize, fit, save_png, tint, to_uint8)
-from her2.draw_axes import Axes, nice_ticks
+from her2.draw import BLUE, GREY, INK, ORANGE, PALE, VERMILION, Canvas, colorize, fit, save_png, tint, \
+    to_uint8
+from her2.draw_axes import Axes
 from her2.draw_charts import draw_box, plot, sheet
 from her2.phantom import PRESETS, scene_of
 from her2.phantom_microscope import render
@@ -27,33 +28,31 @@ from her2.stains import STAINS, compose, deconvolve, optical_density, stain_jitt
 
 @lru_cache(maxsize=None)
 def region(score: int, picture: bool = True):
-    """A phantom region of 256 x 256 um at 1 um: image (256, 256, 3) uint8 or None, label, instance (numpy)."""
+    """A phantom region of 256 x 256 um at 1 um: image (256, 256, 3) uint8 or None, label, instance."""
     scene, found = scene_of(PRESETS["tiny"], 0, score, 0)
     scene.style.noise = 0.003           # of the camera: a calm picture is a small file
     label, instance = paint([[ring] for _, ring in found], [c for c, _ in found], 256, 256)
     return render(scene, 1.0, 256, (score,)) if picture else None, label, instance
 
 
-def specimens(kind: str, subtype: int, count: int):
-    """Yields `count` (image (192, 192, 3) at 0.5 um, inside (192, 192) bool), each around a site of `kind`."""
+def specimens(kind: str, subtype: int, count: int) -> list:
+    """`count` times image (192, 192, 3) at 0.5 um and inside (192, 192) bool, around a site of this kind."""
     # One slide for all, with little unspecific brown: the differences are those between the classes.
     style = replace(draw_style(numpy_generator("lesson", "style")), noise=0.004, breath=0.05)
     size, share = (256, 0.02) if kind == "acinus" else (96, 0.3)        # um; lobules want room
-    attempt, axis = 0, np.arange(2 * size) / 2
-    while count:
-        rng, attempt = numpy_generator("lesson", kind, subtype, attempt), attempt + 1
-        scene = lay_out(style, np.eye(4)[subtype], share, size, rng, first=subtype, duct=kind == "dcis")
-        middle = np.abs([(s.x - size / 2, s.y - size / 2) for s in scene.sites]).max(axis=1)
-        sites = [s for s, away in zip(scene.sites, middle) if s.kind == kind and away < size / 2 - 18]
-        if sites and (kind == "dcis" or not any(s.kind == "dcis" for s in scene.sites)):
+    found, attempt, axis = [], 0, np.arange(2 * size) / 2
+    while len(found) < count:
+        attempt += 1
+        scene = lay_out(style, np.eye(4)[subtype], share, size, numpy_generator(kind, subtype, attempt),
+                        subtype, kind == "dcis")
+        sites = [s for s in scene.sites
+                 if s.kind == kind and max(abs(s.x - size / 2), abs(s.y - size / 2)) < size / 2 - 18]
+        if sites:
             left, top = (int(2 * np.clip(c - 48, 0, size - 96)) for c in (sites[0].x, sites[0].y))
             window = slice(top, top + 192), slice(left, left + 192)
             inside = np.min([s.star.distance(axis[None], axis[:, None]) for s in sites], axis=0) < 0
-            count -= 1
-            yield render(scene, 0.5, 2 * size, (kind, attempt))[window], inside[window]
-
-
-NAMES = ["HER2 0", "HER2 1+", "HER2 2+", "HER2 3+", "LCIS/DCIS (in situ)", "lobule (background)"]
+            found.append((render(scene, 0.5, 2 * size, (kind, attempt))[window], inside[window]))
+    return found
 
 
 def phantom(answer):
@@ -65,20 +64,20 @@ def phantom(answer):
     Exercise: why is 0 the hard one? Look for what tells it from a lobule, then from 3+.
 
     Answer: 3+ is told from a lobule by brown alone, 0 is not: the mean DAB density is {lobule:.2f} in
-    lobules, {zero:.2f} in nests of 0, {three:.2f} in 3+, and nests of 0 reach down to {lowest:.2f} while
-    lobules reach up to {highest:.2f}. What is left are the size and order of the cells, and few examples: 0
-    is also the rarest.
+    lobules, {zero:.2f} in nests of 0, {three:.2f} in 3+; the palest nest of 0 has {lowest:.2f}, the brownest
+    lobule {highest:.2f}. What is left are the size and order of the cells, and few examples: 0 is also the
+    rarest.
     """
-    kinds = {"HER2 0": ("tumor", 0), "HER2 1+": ("tumor", 1), "HER2 2+": ("tumor", 2), "HER2 3+": ("tumor", 3),
-             "LCIS/DCIS (in situ)": ("dcis", 2), "lobule: background": ("acinus", 0)}
-    found = {name: list(specimens(*kind, 6)) for name, kind in kinds.items()}
+    kinds = {f"HER2 {score}": ("tumor", k) for k, score in enumerate(("0", "1+", "2+", "3+"))}
+    kinds.update({"LCIS/DCIS (in situ)": ("dcis", 2), "lobule: background": ("acinus", 0)})
+    found = {name: specimens(*kind, 6) for name, kind in kinds.items()}
     dab = [[deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one]
            for one in found.values()]
-    canvas, ticks = Canvas(405, 192), nice_ticks(0, max(map(max, dab)))
-    axes = Axes(canvas, 60, 8, 400, 164, (0, 6), (ticks[0], ticks[-1]))
-    axes.frame(ticks, "mean DAB density")
+    canvas = Canvas(405, 192)
+    axes = Axes(canvas, 60, 8, 400, 164, (0, 6), (0, 1))
+    axes.frame([0, 0.2, 0.4, 0.6, 0.8, 1], "mean DAB density")
     for k, name in enumerate(("0", "1+", "2+", "3+", "in situ", "lobule")):
-        draw_box(axes, axes.x(k + 0.5), dab[k], [*map(tuple, CLASSES.colors[1:].tolist()), GREY][k], False)
+        draw_box(axes, axes.x(k + 0.5), dab[k], CLASSES.classes[k + 1].color if k < 5 else GREY, False)
         canvas.text(axes.x(k + 0.5), 170, name, 13, anchor="ma")
     pictures = [(name, one[0][0]) for name, one in found.items()]
     return sheet([pictures[:4], [*pictures[4:], ("six of each", canvas.array())]]), {
@@ -100,31 +99,34 @@ def relabel(answer):
     """
     _, label, instance = region(3)
     label, instance = torch.from_numpy(label).long(), torch.from_numpy(instance)
-    maps = {f"draw {k}": relabelling.relabel(label, instance, CLASSES, generator("draw", k))[0] for k in (1, 2, 3)}
-    merged = torch.from_numpy(connected_components((label > 0).numpy()))
-    maps["per pixel: no tissue"] = torch.randint(1, 6, label.shape, generator=generator("pixel")) * (label > 0)
-    maps["per component: merged"] = relabelling.relabel((merged > 0).long(), merged, CLASSES, generator("c"))[0]
 
+    def draw(label, instance, key, allowed=None):
+        return relabelling.relabel(label, instance, CLASSES, generator("lesson", key), allowed)[0]
+
+    maps = {"real scores": label, **{f"draw {k}": draw(label, instance, k) for k in (1, 2, 3)}}
+    merged = torch.from_numpy(connected_components((label > 0).numpy()))
+    pixels = torch.randint(1, 6, label.shape, generator=generator("pixel"))
+    maps["per pixel: no tissue"] = pixels * (label > 0)
+    maps["per component: merged"] = draw((merged > 0).long(), merged, 0)
     regions, rng, patches = [region(score, False)[1:] for score in range(4)], numpy_generator("windows"), 600
-    areas, sizes = np.zeros((2, patches, 6)), []
+    counts, sizes = np.zeros((2, patches, 6)), []
     for n in range(patches):
-        (k, *corner), (y, x) = rng.integers(4, size=1), rng.integers(192, size=2)
+        k, y, x = rng.integers(4), *rng.integers(192, size=2)
         window = [torch.from_numpy(array[y:y + 64, x:x + 64]).long() for array in regions[k]]
-        sizes.append(np.bincount(window[1].ravel())[1:])
+        sizes.extend(np.bincount(window[1].ravel())[1:].astype(float))
         for row, allowed in enumerate((None, (1, 4))):
-            new, _ = relabelling.relabel(*window, CLASSES, generator("share", n), allowed)
-            areas[row, n] = np.bincount(new.ravel(), minlength=6)
-    total = areas.cumsum(axis=1)[..., 1:]                                               # (2, patches, 5)
-    shares, sizes = total / total.sum(axis=-1, keepdims=True).clip(1), np.concatenate(sizes)
-    root = np.sqrt((sizes.astype(float) ** 2).sum()) / sizes.sum()
+            counts[row, n] = np.bincount(draw(*window, n, allowed).ravel(), minlength=6)
+    total = counts.cumsum(axis=1)[..., 1:]                                              # (2, patches, 5)
+    shares, root = total / total.sum(axis=-1, keepdims=True).clip(1), np.linalg.norm(sizes) / sum(sizes)
     ids = [1, 4] if answer else CLASSES.tumor_ids
-    chart = plot({CLASSES.names[i]: (np.arange(1, patches + 1), shares[int(answer), :, i - 1]) for i in ids},
+    chart = plot({CLASSES.names[i]: (range(1, patches + 1), shares[int(answer), :, i - 1]) for i in ids},
                  "share of the tumor area", "patches", size=(480, 230), log_x=True, y_range=(0, 1),
                  notes=[(1 / len(ids), f"1 / {len(ids)}")], colors=[CLASSES.classes[i].color for i in ids])
-    shade = np.array([(255,) * 3, *(tint(color, 0.7) for color in (BLUE, VERMILION, ORANGE, GREY) * 9)], np.uint8)
-    pictures = [("real scores", fit(colorize(label, CLASSES), 155)), ("instances", fit(shade[instance], 155)),
-                *((name, fit(colorize(one, CLASSES), 155)) for name, one in maps.items())]
-    return sheet([pictures[:5], [*pictures[5:], ("", chart)]]), {
+    tints = [tint(color, 0.7) for color in (BLUE, VERMILION, ORANGE, GREY) * 9]
+    shade = np.array([(255, 255, 255), *tints], np.uint8)
+    pictures = [(name, fit(colorize(one, CLASSES), 155)) for name, one in maps.items()]
+    pictures.insert(1, ("instances", fit(shade[instance], 155)))
+    return sheet([pictures[:5], [*pictures[5:], chart]]), {
         "patches": patches, "shares": shares[0, -1], "two": shares[1, -1, [0, 3]], "spread": 0.4 * root,
         "spread_two": 0.5 * root}
 
@@ -143,11 +145,10 @@ def stains(answer):
     factor changes, and stays at {low_mended:.0f} to {high_mended:.0f}.
     """
     image = region(2)[0][50:185, 70:205]                                                # (135, 135, 3)
-    white = white_point(image)
-    haematoxylin, dab = deconvolve(image, white)
+    haematoxylin, dab = deconvolve(image, white_point(image))
 
     def residual(picture):          # what neither dye explains, (h, w)
-        return abs((optical_density(picture, white) @ np.linalg.inv(STAINS))[..., 2])
+        return abs((optical_density(picture, white_point(image)) @ np.linalg.inv(STAINS))[..., 2])
 
     def jitter(picture, seed, white=255.0):     # three times the usual strength, no shift
         batch = torch.tensor((picture / white).clip(0, 1) * 2 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
@@ -157,19 +158,20 @@ def stains(answer):
     def jitter_rgb(picture, seed):
         return (picture * numpy_generator("rgb", seed).uniform(0.7, 1.3, 3)).clip(0, 255).astype(np.uint8)
 
-    dim, glass = image * (220 / white.mean()), np.full((8, 8, 3), 220.0)
-    rows = {"in density": lambda k: jitter(image, k), "in RGB": lambda k: jitter_rgb(image, k)}
+    dim, glass = image * (220 / white_point(image).mean()), np.full((8, 8, 3), 220.0)
+    rows = {"in density": [jitter(image, k) for k in range(5)],
+            "in RGB": [jitter_rgb(image, k) for k in range(5)]}
+    found = {name: np.mean([residual(one).mean() for one in row]) for name, row in rows.items()}
     if answer:
-        rows = {"glass 220": lambda k: jitter(dim, k), "repaired": lambda k: jitter(dim, k, white_point(dim))}
-    dyes = [("image", image), ("haematoxylin", compose(haematoxylin, 0 * dab)), ("DAB", compose(0 * dab, dab)),
-            ("residual, 10 times", 255 * 10 ** -np.repeat(10 * residual(image)[..., None], 3, axis=-1))]
-    figure = sheet([[(name, picture.clip(0, 255).astype(np.uint8)) for name, picture in dyes],
-                    *([(f"{name}, {k + 1}", change(k)) for k in range(5)] for name, change in rows.items())])
-    seen, mended = ([jitter(glass, k, w).mean() for k in range(20)] for w in (255.0, 220.0))
-    return figure, {
-        "residual": residual(image).mean(), "density": np.mean([residual(jitter(image, k)).mean() for k in range(5)]),
-        "rgb": np.mean([residual(jitter_rgb(image, k)).mean() for k in range(5)]), "low": min(seen), "high": max(seen),
-        "low_mended": min(mended), "high_mended": max(mended)}
+        rows = {"glass 220": [jitter(dim, k) for k in range(5)],
+                "repaired": [jitter(dim, k, white_point(dim)) for k in range(5)]}
+    rows = [[(f"{name}, {k + 1}", one) for k, one in enumerate(row)] for name, row in rows.items()]
+    dyes = {"image": image, "haematoxylin": compose(haematoxylin, 0 * dab), "DAB": compose(0 * dab, dab),
+            "residual, 10 times": 255 * 10 ** -np.repeat(10 * residual(image)[..., None], 3, axis=-1)}
+    seen, mended = ([jitter(glass, k, white).mean() for k in range(20)] for white in (255.0, 220.0))
+    return sheet([[(name, one.clip(0, 255).astype(np.uint8)) for name, one in dyes.items()], *rows]), {
+        "residual": residual(image).mean(), "density": found["in density"], "rgb": found["in RGB"],
+        "low": min(seen), "high": max(seen), "low_mended": min(mended), "high_mended": max(mended)}
 
 
 def polygons(answer):
@@ -185,9 +187,9 @@ def polygons(answer):
     was drawn, and annotation tools do not agree on directions.
     """
     angle, side = np.pi / 2 + np.arange(5) * 4 * np.pi / 5, 22
-    star = np.stack([6 + 5.7 * np.cos(angle), 6.4 - 5.7 * np.sin(angle)], axis=1)       # (5, 2), crosses itself
+    star = np.stack([6 + 5.7 * np.cos(angle), 6.4 - 5.7 * np.sin(angle)], axis=1)      # crosses itself
     left = np.array([[1, 1], [7.5, 0.5], [4.5, 11.5], [1, 10]])
-    right = np.array([[7.5, 0.5], [11.5, 2], [11, 11], [4.5, 11.5]])                    # shares an edge with it
+    right = np.array([[7.5, 0.5], [11.5, 2], [11, 11], [4.5, 11.5]])      # shares an edge with it
     inside, first, second = (rasterize([ring], 12, 12) for ring in (star, left, right))
     pillow = Image.new("1", (12, 12))
     ImageDraw.Draw(pillow).polygon(list(map(tuple, left.tolist())), fill=1)
@@ -200,6 +202,7 @@ def polygons(answer):
 
     winding = np.array([[sum(sign for x, sign in crossings(row) if x < column + 0.5) for column in range(12)]
                         for row in range(12)])
+    added = (winding != 0) & ~inside
 
     def panel(fills, rings, rows=()):
         canvas = Canvas(12 * side + 2, 12 * side + 2)
@@ -215,13 +218,13 @@ def polygons(answer):
                 canvas.diamond(x * side, (row + 0.5) * side, 5, VERMILION)
         return canvas.array()
 
-    added = (winding != 0) & ~inside
-    last = (("nonzero: added in red", panel([(inside, BLUE), (added, VERMILION)], [star])) if answer else
-            ("Pillow: added in red", panel([(first, BLUE), (extra, VERMILION)], [left])))
-    return sheet([[("even-odd, crossings of one row", panel([(inside, BLUE)], [star], [8])),
-                   ("neighbours share no pixel", panel([(first, BLUE), (second, ORANGE)], [left, right])), last]]), {
+    pictures = [("even-odd, crossings of one row", panel([(inside, BLUE)], [star], [8])),
+                ("neighbours share no pixel", panel([(first, BLUE), (second, ORANGE)], [left, right])),
+                ("nonzero: added in red", panel([(inside, BLUE), (added, VERMILION)], [star])) if answer else
+                ("Pillow: added in red", panel([(first, BLUE), (extra, VERMILION)], [left]))]
+    return sheet([pictures]), {
         "extra": extra.sum() / first.sum(), "added": int(added.sum()), "winding": winding, "inside": inside,
-        "twice": int((first & second).sum()), "union": first | second, "outer": np.array([*left, *right[1:3]])}
+        "twice": int((first & second).sum()), "union": first | second, "both": (left, right)}
 
 
 def patches(answer):
@@ -239,7 +242,7 @@ def patches(answer):
     y, x = np.mgrid[:256, :256]
     discs = ((1, 60, 50, 14), (2, 110, 90, 18), (3, 50, 110, 24), (4, 120, 170, 44), (5, 200, 60, 20))
     label = sum(c * (np.hypot(y - cy, x - cx) < r) for c, cy, cx, r in discs).astype(np.uint8)
-    corners, shares, pictures, never = {}, {}, [], {}
+    pictures, never, shares = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         image, mask = Path(folder) / "image.png", Path(folder) / "mask.png"
         save_png(image, colorize(label, CLASSES))
@@ -247,30 +250,21 @@ def patches(answer):
         roi = ROI("image.png", image, None, mask, None, 0.0, 0.0, 1.0, "slide", "", "train", 256, 256)
         for mode in ("tumor", "subtype", "uniform"):
             # A patch of one pixel is the pixel that was drawn, before the shift of up to a quarter patch.
-            corners[mode], drawn = ([sampler.place(numpy_generator("lesson", k))[1:] for k in range(2000)]
-                                    for sampler in (PatchSampler(Dataset(Path(folder), CLASSES, [roi]), "train", side,
-                                                                 mode, cache=folder) for side in (48, 1)))
-            shares[mode] = np.bincount(label[tuple(np.array(drawn).T)], minlength=6) / 2000
-    for mode, found in corners.items():
-        seen, picture = np.zeros((256, 256), bool), colorize(label, CLASSES) // 2 + 127
-        for top, left in found:
-            seen[top:top + 48, left:left + 48] = True
-        picture[~seen] = GREY
-        for top, left in found[:500]:
-            picture[top + 23:top + 25, left + 23:left + 25] = INK
-        never[mode] = 1 - seen.mean()
-        pictures.append((f"{mode}: {never[mode]:.0%} never seen", picture))
+            dataset = Dataset(Path(folder), CLASSES, [roi])
+            patch, pixel = (PatchSampler(dataset, "train", side, mode, cache=folder) for side in (48, 1))
+            found, drawn = (np.array([one.place(numpy_generator("place", k))[1:] for k in range(2000)])
+                            for one in (patch, pixel))
+            shares[mode] = np.bincount(label[tuple(drawn.T)], minlength=6) / 2000
+            seen, picture = np.zeros((256, 256), bool), colorize(label, CLASSES) // 2 + 127
+            for top, left in found:
+                seen[top:top + 48, left:left + 48] = True
+            picture[~seen] = GREY
+            for top, left in found[:500]:
+                picture[top + 23:top + 25, left + 23:left + 25] = INK
+            never[mode] = 1 - seen.mean()
+            draws = ", ".join(f"{CLASSES.names[c]} {shares[mode][c]:.0%}" for c in (1, 2, 3, 4))
+            pictures.append((f"{mode}: {never[mode]:.0%} never seen\ndraws: {draws}", picture))
     area = np.bincount(label.ravel(), minlength=6) * (np.arange(6) > 0)
     root = np.sqrt(area) / np.sqrt(area).sum()
-    shown = {**shares, "square root": root} if answer else shares
-    canvas, colors = Canvas(810, 190), dict(zip(shown, (BLUE, ORANGE, GREY, VERMILION)))
-    axes = Axes(canvas, 60, 30, 800, 160, (0, 6), (0, 1))
-    axes.frame([0, 0.5, 1], "share of draws")
-    canvas.legend(colors.items(), 60, 2, 800, marker="box")
-    for c, name in enumerate(CLASSES.names):
-        canvas.text(axes.x(c + 0.5), 166, name, 13, anchor="ma")
-        for k, (mode, share) in enumerate(shown.items()):
-            left = axes.x(c + 0.5) + (k - 2) * 22
-            canvas.rectangle(left, axes.y(share[c]), left + 18, axes.bottom, colors[mode])
-    return sheet([pictures, [("", canvas.array())]]), {"never": never["tumor"], "never_uniform": never["uniform"],
-                                                       "root": root, "area": area / area.sum(), **shares}
+    return sheet([pictures]), {"never": never["tumor"], "never_uniform": never["uniform"], "root": root,
+                               "area": area / area.sum(), **shares}
