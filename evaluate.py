@@ -9,12 +9,16 @@ so that each figure, at any threshold, follows from counts; these are kept in th
 computed again while model, data and settings stay the same. Runs are grouped by configuration and seed.
 
     results.json    every figure of every run, also at the false-positive rate of the subtype-sampled baseline
+    results.csv     a row per run and split, and per run and ROI: the figures at threshold 0.5; the worst test
+                    ROIs of a run are drawn in its own folder, worst.png
     report.md       tables (mean and standard deviation over seeds, change against the baseline) and figures
-    fig2.png fig5.png fig6.png, and with --synthetic fig4.png report_staining.png
+    fig2.png fig5.png fig6.png, and with --synthetic fig4.png staining.png
 """
 
+import csv
 import glob
 import hashlib
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -27,7 +31,7 @@ from tqdm import tqdm
 
 from her2 import draw, draw_charts, report, report_staining, run, run_training
 from her2 import run_config as configuration
-from her2.data_classes import ClassTable, parse_json, read_text
+from her2.data_classes import IGNORE, ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
@@ -55,6 +59,7 @@ PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=
 # Fields of a run that are read here, and what they must be.
 TITLES = {**report.METHODS, **report.CONTROLS}       # how the methods of generate.py are called
 NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float)}
+WORST, CELL = 4, 320        # ROIs in worst.png, and pixels a side there
 COLORS = {report.REAL: draw.GREY, "GAN": draw.ORANGE, "diffusion": draw.BLUE,
           "inpainting": draw.GREEN, **dict.fromkeys(report.CONTROLS.values(), draw.PURPLE)}
 
@@ -100,6 +105,7 @@ def main(argv):
         pictures.append(("staining.png", "DAB optical density of single instances by the subtype asked for, "
                          "beside the real instances of the training slides."))
     run.write_json(out / "results.json", results)
+    atomic_write(out / "results.csv", table(runs))
     atomic_write(out / "report.md", report.page(results, str(dataset.root), notes, pictures))
 
     for note in notes:
@@ -188,7 +194,7 @@ def fingerprint(dataset, cache) -> str:
 # ---- prediction --------------------------------------------------------------------------------------------
 
 def predict(one, dataset, config, device, precision) -> None:
-    """Fill one.val and one.test: {slide: ProbabilityHistogram} over the whole ROIs."""
+    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois."""
     content = run.load_model(one.folder, "segmenter")
     if content.get("step", 0) < one.fields["steps"]:
         raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "
@@ -197,20 +203,59 @@ def predict(one, dataset, config, device, precision) -> None:
         raise UserError(f"{one.folder}: was trained with another class table than that of {dataset.root}; "
                         "use the dataset that it was trained on")
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
-    jobs = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
-            for roi in dataset.split(split)]
+    jobs, worst = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
+                   for roi in dataset.split(split)], []
     for roi, found in tqdm(jobs, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
-        image = torch.from_numpy(image).permute(2, 0, 1)                            # (3, H, W)
         with precision.autocast():
-            prob = predict_roi(network, image, config.tile, config.overlap, config.batch, device)    # (H, W)
-        found.setdefault(roi.slide, ProbabilityHistogram(dataset.classes)).add(prob, label)
+            prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
+                               config.batch, device)                                # (H, W)
+        part = ProbabilityHistogram(dataset.classes).add(prob, label)
+        found[roi.slide] = part + found.get(roi.slide, 0)
+        one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
+        if roi.split == "test":
+            worst = sorted([*worst, (*errors(image, label, prob.numpy(), dataset.classes), roi.name)],
+                           key=lambda found: -found[0])[:WORST]
+    draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
+        [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
+        ["Image", "Annotated", "Errors"], cell=CELL, legend=[
+            *draw.class_legend(dataset.classes, True), ("missed", draw.BLUE), ("false", draw.VERMILION)]))
+
+
+def errors(image, label, prob, classes):
+    """(share of wrong pixels, [image, annotated outlines, errors]) of an ROI, thinned to CELL pixels."""
+    tumor, found, counts = np.isin(label, classes.tumor_ids), prob >= 0.5, label != IGNORE
+    share = ((tumor != found) & counts).sum() / max(1, counts.sum())
+    step = max(1, max(label.shape) // CELL)
+    image, label, tumor, found, counts = (a[::step, ::step] for a in (image, label, tumor, found, counts))
+    wrong = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    wrong[tumor & ~found], wrong[found & ~tumor & counts] = draw.BLUE, draw.VERMILION
+    return share, [image, draw.outline(image, label, classes), wrong]
+
+
+def table(runs) -> str:
+    """results.csv. What does not exist (the recall of an absent subtype) is an empty cell."""
+    rows = []
+    for one in runs:
+        whole = [{"split": split, **sum(parts.values()).report()}
+                 for split, parts in (("val", one.val), ("test", one.test))]
+        for found in whole + one.rois:
+            rows.append({"configuration": one.name, "seed": one.seed, "run": one.folder,
+                         **{key: found.get(key) for key in ("split", "slide", "roi")},
+                         "pixels": int(np.sum(found["confusion"])),
+                         **{key: found[key] for key, _ in report.MEASURES},
+                         **{f"recall {name}": value for name, value in found["recall"].items()}})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_metrics(one, key) -> None:
     """metrics.json: the figures on test, then what they were computed from; one line per entry."""
-    content = {"figures": sum(one.test.values()).report(), "key": key,
+    content = {"figures": sum(one.test.values()).report(), "key": key, "rois": one.rois,
                "val": {slide: part.to_json() for slide, part in one.val.items()},
                "test": {slide: part.to_json() for slide, part in one.test.items()}}
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
@@ -226,6 +271,7 @@ def read_metrics(one, key, dataset) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["key"] != key:
             return False
+        one.rois = content["rois"]
         one.val, one.test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes)
                               for slide, part in content[split].items()} for split in ("val", "test"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -32,7 +32,7 @@ import numpy as np
 
 from her2.run_errors import atomic_write
 
-VERSION = 1  # part of every key: raise it when the layout or the meaning of the file changes
+VERSION = 2  # part of every key: raise it when the layout or the meaning of the file changes
 # The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
 # class_of (in this order each is aligned to its item size).
 MAGIC = b"HER2TILE"

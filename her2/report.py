@@ -17,6 +17,7 @@ What does not exist (the recall of an absent subtype, a match without a baseline
 results.json, "n/a" in the tables.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,7 @@ class Run:
     val: dict
     test: dict
     name: str = ""          # of its configuration; made unique by `check_comparable`
+    rois: list = dataclasses.field(default_factory=list)    # dicts: split, slide, roi, figures of that ROI
 
     def __post_init__(self):
         self.name = self.name or configuration_name(self.fields, self.method)

@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from her2 import run_lock
 from her2.run_errors import UserError, atomic_write, one_line
@@ -52,11 +51,6 @@ def read_json(path):
 def write_json(path, value) -> None:
     """Indented UTF-8 JSON, written atomically; NaN and infinity are refused (they are not JSON)."""
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def number(value) -> float:
-    """A Python float from a number or a tensor of one element, with or without a gradient."""
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
 def open_run(script: str, config, device, command, inputs=()) -> Path:
@@ -99,50 +93,6 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
         rubbish.unlink(missing_ok=True)
     return folder
-
-
-class Log:
-    """log.txt and log.jsonl of one run; a resumed run cuts the latter back to its checkpoint's step.
-
-    `step` is the number of finished optimiser steps that the checkpoint holds (0: a new run).
-    """
-
-    def __init__(self, folder, step: int):
-        self.text_path, self.json_path = Path(folder) / "log.txt", Path(folder) / "log.jsonl"
-        kept = [record for record in self.records() if record["step"] <= step]
-        atomic_write(self.json_path, "".join(json.dumps(record) + "\n" for record in kept))
-        if step == 0:
-            atomic_write(self.text_path, "")
-
-    def records(self) -> list:
-        """All records so far; a last line that a crash cut short is left out."""
-        if not self.json_path.exists():
-            return []
-        records = []
-        for line in self.json_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break                       # half a line: the process died while writing it
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                break
-            records.append(record)
-        return records
-
-    def say(self, text: str) -> None:
-        """Print a line (above the progress bar) and keep it in log.txt."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        with open(self.text_path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-    def record(self, step: int, **values) -> None:
-        """Append {"step": step, ...} to log.jsonl and print it in short."""
-        values = {name: number(value) if value is not None else None for name, value in values.items()}
-        with open(self.json_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
-                                                 if value is not None))
 
 
 def check_archive(path) -> None:
