@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,8 @@ from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
 from her2.run_provenance import file_hash
 from her2.relabel import relabel, repaint_mask
-from her2.data_patches import PatchSampler
+from her2.data_patches import PatchSampler, to_tensors
+from her2.data_regions import open_roi
 from her2.samplers import image_noise, sample, spaced_timesteps
 from her2.run_seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
@@ -80,6 +82,7 @@ class Config:
                                     # 0 keeps the background bit for bit
     erase: bool = False             # inpaint: fill the tumor with the local background before encoding, lest
                                     # the old staining leak through the encoder's receptive field
+    grain: bool = False             # give what a network painted the sensor noise of the source image
     cache: str = "cache"            # folder for the decoded images
 
 
@@ -87,7 +90,7 @@ KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct":
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
-PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
+PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(grain=True), "paper": dict(patch=512, batch=8)}
 
 
 def main(argv):
@@ -132,6 +135,13 @@ def main(argv):
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
 
+    @lru_cache(maxsize=None)
+    def level(name):                                # of the sensor's noise in a region, from its middle
+        tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, config.cache)
+        window = [(max(0, side // 2 - 512), min(side, 1024)) for side in (tile.height, tile.width)]
+        (y, height), (x, width) = window
+        return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
+
     folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
     manifest = Manifest(folder / "manifest.jsonl")
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
@@ -165,6 +175,9 @@ def main(argv):
                 "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
                 "mappings": [mapping for _, mapping in relabelled]})
         painted = painted.float().cpu()
+        if config.grain and content:
+            levels = torch.stack([level(one["name"]) for one in patches])               # (B,)
+            painted = inpainting.add_grain(painted, image, levels, seeds)
         for k, i in enumerate(ids):
             if i in missing:
                 name = f"{i:06d}.png"
