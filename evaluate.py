@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, draw_charts, report, report_staining, run, run_distributed, run_training
-from her2.data_classes import IGNORE, ClassTable, parse_json, read_text
+from her2 import (draw, draw_charts, draw_overlay, report, report_images, report_staining, run,
+                  run_distributed, run_training)
+from her2.data_classes import ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
@@ -47,6 +48,8 @@ class Config:
     out: str = "runs/report"        # folder of the report
     preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
     seed: int = 0                   # which examples Fig. 4 shows
+    judge: str = ""                 # run of train_seg.py on other tissue, which looks at --synthetic: do the
+                                    # images obey their masks, how far are they from real patches?
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     batch: int = 4                  # tiles at a time; changes nothing but speed and memory
@@ -55,13 +58,10 @@ class Config:
     cache: str = "cache"            # folder for the decoded images
 
 
-PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
+PRESETS = {"tiny": {}, "small": {}, "paper": dict(tile=1024, overlap=256)}
 # Fields of a run that are read here, and what they must be.
-TITLES = {**report.METHODS, **report.CONTROLS}       # how the methods of generate.py are called
 NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float)}
 WORST, CELL = 4, 320        # ROIs in worst.png, and pixels a side there
-COLORS = {report.REAL: draw.GREY, "GAN": draw.ORANGE, "diffusion": draw.BLUE,
-          "inpainting": draw.GREEN, **dict.fromkeys(report.CONTROLS.values(), draw.PURPLE)}
 
 
 def main(argv):
@@ -71,21 +71,18 @@ def main(argv):
 
     # ---- runs and data -------------------------------------------------------------------------------------
     runs = [read_run(folder) for folder in folders]
-    with run_distributed.in_turn():         # process 0 fills the cache
-        dataset = shared_dataset(runs, folders, config)
-        key = {"data": fingerprint(dataset, config.cache), "tile": config.tile, "overlap": config.overlap,
-               "precision": str(precision)}
+    dataset = shared_dataset(runs, folders, config)
     notes = report.check_comparable(runs)
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- predict -------------------------------------------------------------------------------------------
+    key = {"data": fingerprint(dataset, config.cache), "tile": config.tile, "overlap": config.overlap,
+           "precision": str(precision)}
     for one in runs:
         key["model"] = file_hash(Path(one.folder) / "model.pt")
         if not read_metrics(one, key, dataset):
             predict(one, dataset, config, device, precision)
-            if not run_distributed.rank():
-                write_metrics(one, key)
-        run_distributed.barrier()               # a run's figures are read before, and written after
+            run_distributed.rank() or write_metrics(one, key)
         found = sum(one.test.values()).report()
         for wrong, what in ((found["dice"] < 0.05, "finds hardly any tumor"),
                             ((found["fpr"] or 0) > 0.95, "calls nearly everything tumor")):
@@ -103,10 +100,16 @@ def main(argv):
         pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
-                   **{TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
+                   **{report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
         densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
         results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
+        if config.judge:
+            content = run.load_model(config.judge, "segmenter")
+            network = run.build_model(UNet, content, config.judge).to(device)
+            sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
+            results["images"] = report_images.measure(sets, dataset, network, device, config.seed,
+                                                      config.cache)
         pictures.append(("staining.png", "DAB optical density of single instances by the subtype asked for, "
                          "beside the real instances of the training slides."))
     run.write_json(out / "results.json", results)
@@ -166,7 +169,7 @@ def synthetic_method(folder) -> str:
     content = run.read_json(Path(folder) / "config.json")
     fields = content.get("fields") if isinstance(content, dict) else None
     method = fields.get("method") if isinstance(fields, dict) else None
-    if method not in TITLES:
+    if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
     return method if fields.get("relabel", True) or method == "reconstruct" else f"{method}-same"
 
@@ -220,8 +223,8 @@ def predict(one, dataset, config, device, precision) -> None:
                                config.batch, device)                                # (H, W)
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).to_json()))
         if roi.split == "test":
-            worst = sorted([*worst, (*errors(image, label, prob.numpy(), dataset.classes), roi.name)],
-                           **worse)[:WORST]
+            share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
+            worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
     for k, part in sorted(counts, key=lambda item: item[0]):
         roi, part = rois[k], ProbabilityHistogram.from_json(part, dataset.classes)
@@ -233,17 +236,6 @@ def predict(one, dataset, config, device, precision) -> None:
         [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[
             *draw.class_legend(dataset.classes, True), ("missed", draw.BLUE), ("false", draw.VERMILION)]))
-
-
-def errors(image, label, prob, classes):
-    """(share of wrong pixels, [image, annotated outlines, errors]) of an ROI, thinned to CELL pixels."""
-    tumor, found, counts = np.isin(label, classes.tumor_ids), prob >= 0.5, label != IGNORE
-    share = ((tumor != found) & counts).sum() / max(1, counts.sum())
-    step = max(1, max(label.shape) // CELL)
-    image, label, tumor, found, counts = (a[::step, ::step] for a in (image, label, tumor, found, counts))
-    wrong = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
-    wrong[tumor & ~found], wrong[found & ~tumor & counts] = draw.BLUE, draw.VERMILION
-    return share, [image, draw.outline(image, label, classes), wrong]
 
 
 def table(runs) -> str:
@@ -303,7 +295,7 @@ def draw_results(out, results, dataset, config) -> list:
         panels.append((label, report.box_groups(results, key),
                        (mean[0], f"{report.BASELINE} {mean[0]:.{digits}f}") if mean else None))
     series = {name for _, boxes in panels[0][1] for name, _ in boxes}
-    colors = {name: color for name, color in COLORS.items() if name in series}
+    colors = {name: color for name, color in report.COLORS.items() if name in series}
     draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
 
     matrices = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *report.row_normalised(c))
@@ -338,7 +330,7 @@ def read_synthetic(folders, dataset) -> dict:
         lines = [parse_json(line, path, "make the images again with generate.py")
                  for line in read_text(path, "").splitlines() if line.strip()]
         found[method] = (synthetic, {line["image"]: line for line in lines})
-    return {method: found[method] for method in TITLES if method in found}
+    return {method: found[method] for method in report.TITLES if method in found}
 
 
 def source_of(entry) -> tuple:
@@ -361,6 +353,8 @@ def examples(synthetic, dataset, config) -> np.ndarray:
     by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
                  for method, (images, entries) in synthetic.items()}
     first = next(iter(by_source.values()))
+    # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
+    by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
     common = [source for source in first if all(source in rois for rois in by_source.values())]
     sources = sorted(common or first, key=lambda source: hashed_seed(config.seed, "fig4", repr(source)))[:100]
     labels = {source: content(first[source])[1] for source in sources}
@@ -391,7 +385,7 @@ def draw_staining(path, densities, classes) -> None:
     groups = [(classes.names[k], [(source, found[k]) for source, found in densities.items()])
               for k in classes.tumor_ids]
     draw.save_png(path, draw_charts.box_plots(
-        [("DAB optical density", groups, None)], {source: COLORS[source] for source in densities},
+        [("DAB optical density", groups, None)], {source: report.COLORS[source] for source in densities},
         note="dots: instances, box: quartiles and median, whiskers: minimum and maximum", with_mean=False,
         height=360))
 

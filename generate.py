@@ -23,6 +23,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,8 @@ from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
 from her2.run_provenance import file_hash
 from her2.relabel import relabel, repaint_mask
-from her2.data_patches import PatchSampler
+from her2.data_patches import PatchSampler, to_tensors
+from her2.data_regions import open_roi
 from her2.samplers import image_noise, sample, spaced_timesteps
 from her2.run_seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
@@ -80,6 +82,7 @@ class Config:
                                     # 0 keeps the background bit for bit
     erase: bool = False             # inpaint: fill the tumor with the local background before encoding, lest
                                     # the old staining leak through the encoder's receptive field
+    grain: bool = False             # give what a network painted the sensor noise of the source image
     cache: str = "cache"            # folder for the decoded images
 
 
@@ -87,7 +90,7 @@ KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct":
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
-PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
+PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(grain=True), "paper": dict(patch=512, batch=8)}
 
 
 def main(argv):
@@ -120,9 +123,8 @@ def main(argv):
     if content.get("classes", classes.to_json()) != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
-    with run_distributed.in_turn():             # process 0 fills the cache
-        sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                               cache=config.cache, uniform=config.uniform)
+    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
+                           cache=config.cache, uniform=config.uniform)
     if not content:
         painter = (study_controls.RestainPainter(dataset, config.cache) if config.method == "restain"
                    else study_controls.OraclePainter(dataset))
@@ -134,6 +136,13 @@ def main(argv):
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
 
+    @lru_cache(maxsize=None)
+    def level(name):                                # of the sensor's noise in a region, from its middle
+        tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, config.cache)
+        window = [(max(0, side // 2 - 512), min(side, 1024)) for side in (tile.height, tile.width)]
+        (y, height), (x, width) = window
+        return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
+
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
     with run_distributed.in_turn():
         folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
@@ -142,8 +151,7 @@ def main(argv):
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
         return 0
-    if not run_distributed.rank():
-        write_split(folder / "split.json", dataset)
+    run_distributed.rank() or write_split(folder / "split.json", dataset)
 
     # ---- paint ---------------------------------------------------------------------------------------------
     for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False, disable=None):
@@ -169,6 +177,9 @@ def main(argv):
                 "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
                 "mappings": [mapping for _, mapping in relabelled]})
         painted = painted.float().cpu()
+        if config.grain and content:
+            levels = torch.stack([level(one["name"]) for one in patches])               # (B,)
+            painted = inpainting.add_grain(painted, image, levels, seeds)
         for k, i in enumerate(ids):
             if i in missing:
                 name = f"{i:06d}.png"
@@ -252,10 +263,8 @@ class DiffusionPainter:
 
 
 class Manifest:
-    """manifest.jsonl: one line per finished image, appended when its files are on the disk.
-
-    Process k > 0 of torchrun appends to manifest.k.jsonl, which process 0 takes in.
-    """
+    """manifest.jsonl: one line per finished image, appended when its files are on the disk. Process k > 0 of
+    torchrun appends to manifest.k.jsonl, which process 0 takes in."""
 
     def __init__(self, folder):
         self.folder, self.path = folder, folder / "manifest.jsonl"

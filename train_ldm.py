@@ -15,8 +15,7 @@ Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees t
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
 
-The file begins with the two loops, each whole in itself; then configurations and `main`. The networks are
-built in her2/run_setup.py.
+The two loops come first, each whole in itself; the networks are built in her2/run_setup.py.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
@@ -28,9 +27,9 @@ import torch
 
 from her2 import (draw, draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup,
                   run_training)
-from her2.autoencoder import VQAutoencoder, psnr
+from her2.autoencoder import VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, kept_buffers
-from her2.diffusion import denoising_loss, loss_of_zero_output, quartile_sums
+from her2.diffusion import denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
 from her2.run_errors import Stopped, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator, pulls
 from her2.data_latents import latent_std, pooled_latents
@@ -51,9 +50,8 @@ def train_autoencoder(config, argv) -> None:
     usage = CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)  # 1000 patches
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
-    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset,
-                                     saved)
-    step = numbers["step"]
+    folder, log, step, _ = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset,
+                                         saved)
     if step >= config.steps:
         return
     fixed = run_training.to_device(sampler.batch(0, 8)["image"], device)                # (8, 3, H, W)
@@ -81,20 +79,22 @@ def train_autoencoder(config, argv) -> None:
         speed.restart()
 
     def reconstruct(image):
-        """-> reconstruction (B, 3, H, W), z (B, D, h, w), indices (B, h, w), L1, L1 + LPIPS, vq_loss ()"""
+        """-> reconstruction (B, 3, H, W), z (B, D, h, w), indices (B, h, w), L1, L1 and more, vq_loss ()"""
         reconstruction, z, _, indices, vq_loss = model(image)
-        l1 = (reconstruction.float() - image).abs().mean()
-        lpips = 0 if perceptual is None else perceptual(reconstruction, image).mean()
-        return reconstruction, z, indices, l1, l1 + config.lambda_lpips * lpips, vq_loss
+        nll = l1 = (reconstruction.float() - image).abs().mean()
+        if config.lambda_edge:
+            nll = nll + config.lambda_edge * edge_l1(reconstruction.float(), image)
+        if perceptual is not None:
+            nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
+        return reconstruction, z, indices, l1, nll, vq_loss
 
     def pulls_of_all(parts):
         """--accumulate: what the adaptive weight compares, of the whole batch, from a first pass."""
         def pulls_of(part):
-            with precision.autocast(), frozen(disc):
-                reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
-                g_loss = hinge_generator(disc(reconstruction))
+            reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
+            g_loss = hinge_generator(disc(reconstruction))
             return pulls(part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale())
-        with kept_buffers(disc):
+        with kept_buffers(disc), precision.autocast():
             return run_distributed.total(sum(map(pulls_of, parts)))                     # (2, 3, C, 3, 3)
 
     speed = run_training.Speed(device)
@@ -172,13 +172,11 @@ def train_diffusion(config, argv) -> None:
     ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
-
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
-                                     dataset, saved, [run.model_file(config.autoencoder)],
-                                     quarters=torch.zeros(2, 4, dtype=torch.double))
-    # Sum and number of the losses since the last log line, by quarter of t: low t is detail, high t layout.
-    step, quarters = numbers["step"], numbers["quarters"].to(device)                    # (2, 4)
+    folder, log, step, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
+                                               dataset, saved, [run.model_file(config.autoencoder)],
+                                               quarters=torch.zeros(2, 4, dtype=torch.double))
+    quarters = numbers["quarters"].to(device)       # sums and numbers of losses by quarter of t, (2, 4)
     if step >= config.steps:
         return
 
@@ -219,8 +217,7 @@ def train_diffusion(config, argv) -> None:
 
     speed, losses = run_training.Speed(device), run_losses.Losses(folder, {"denoiser": denoiser}, scaler)
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
-    batches = config.latent_pool and pooled_latents(config, dataset, encode, step,
-                                                    run_distributed.indices(config))
+    batches = config.latent_pool and pooled_latents(config, dataset, encode, step)
     run_distributed.same_start(denoiser, ema.module)
     run_training.compile_parts(config, denoiser.unet)
     steps = run_training.Steps("diffusion", config, sampler, step, device, batches)
@@ -228,8 +225,8 @@ def train_diffusion(config, argv) -> None:
         optimizer.zero_grad(set_to_none=True)
         # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.
         random = generator(config.seed, "noise", step)
-        all_t = torch.randint(config.timesteps, (config.batch,), generator=random)      # (B,)
-        all_eps = torch.randn(config.batch, *latent, generator=random)            # (B, C, h, w)
+        all_t = draw_timesteps(config.batch, config.timesteps, config.t_spread, random)         # (B,)
+        all_eps = torch.randn(config.batch, *latent, generator=random)                  # (B, C, h, w)
         all_dropped = torch.rand(config.batch, generator=random) < config.drop_label    # (B,)
         for part in run_distributed.parts(batch, config):
             # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
@@ -314,13 +311,14 @@ class AutoencoderConfig(Common):
     save_every: int = 125           # steps between two checkpoints, with sample pictures
     # ---- networks
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
-    factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
+    factor: Literal[2, 4, 8] = 4    # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level: 8, 16 or a multiple of 32; official: 128
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
     # ---- losses
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
+    lambda_edge: float = 0.0        # weight of the L1 between differences of neighbouring pixels
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
     disc_start: int = 650           # step from which the discriminator's gradient enters; it trains from
@@ -349,6 +347,7 @@ class DiffusionConfig(Common):
     parametrisation: Literal["eps", "v"] = "v"          # what the network predicts
     zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise: white glass stays white
     loss: Literal["l1", "l2"] = "l2"  # distance between the target and the prediction
+    t_spread: float = 0.0           # how t is drawn: 0 uniform, else a logit-normal with this spread
     drop_label: float = 0.1         # probability of hiding the label, so that generate.py --guidance works
 
 
@@ -360,15 +359,16 @@ class DiffusionConfig(Common):
 # autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
     "tiny": {},
-    "small": dict(steps=4000, width=32, codes=4096, warmup=200, disc_start=3000, save_every=250,
-                  log_every=50),
+    "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0, warmup=100,
+                  save_every=400, log_every=50),
     "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5,
                   schedule="constant", warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64,
                   save_every=5000, log_every=100, workers=8),
 }
 DIFFUSION_PRESETS = {
     "tiny": {},
-    "small": dict(steps=6000, patch=128, width=48, warmup=300, ema=0.999, save_every=1000, log_every=50),
+    "small": dict(steps=1500, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
+                  log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
                   zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant", warmup=1000, ema=0.9999,
                   save_every=10_000, log_every=100, workers=8),
@@ -384,8 +384,8 @@ def main(argv):
     known, rest = parser.parse_known_args(argv)
     if known.stage:
         fields, presets, train = STAGES[known.stage]
-        config = configuration.parse(fields, presets, rest, __doc__, "train_ldm.py --stage " + known.stage)
-        return train(config, argv)
+        prog = f"train_ldm.py --stage {known.stage}"
+        return train(configuration.parse(fields, presets, rest, __doc__, prog), argv)
     about = (__doc__ or "") + ("\nWithout --stage only the flags below are known; "
                                "each stage has more: --stage NAME --help.")
     parser = configuration.Parser(prog="train_ldm.py", description=about)

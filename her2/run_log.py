@@ -25,7 +25,7 @@ def size(*networks) -> str:
 
 
 def begin(script: str, config, device, argv, dataset, saved: dict, inputs=(), **numbers):
-    """Open the run folder and go on from its checkpoint: (folder, log, {"step": ..., **numbers}).
+    """Open the run folder and go on from its checkpoint: (folder, log, step, numbers).
 
     `saved` and `numbers` as for `load_checkpoint`; `inputs`: files besides the dataset's own. Says
     so when the run is complete; the log is None then.
@@ -37,15 +37,15 @@ def begin(script: str, config, device, argv, dataset, saved: dict, inputs=(), **
         longer = "unused codes are restarted in the first half of the steps only"
     with run_distributed.in_turn():
         folder = run.open_run(script, config, device, [script.split()[0], *argv],
-                              [*dataset.files(), *inputs], longer)
+                              [*dataset.files(), *inputs], longer=longer)
         numbers = run.load_checkpoint(folder, saved, step=0, **numbers)
     if numbers["step"] >= config.steps:
         print(f"{folder}: complete ({numbers['step']} steps); nothing to do")
-        return folder, None, numbers
+        return folder, None, numbers["step"], numbers
     log = Log(folder, numbers["step"])
     if not run_distributed.rank():
         write_split(folder / "split.json", dataset)
-    return folder, log, numbers
+    return folder, log, numbers["step"], numbers
 
 
 class Log:

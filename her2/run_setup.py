@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from her2 import run, run_distributed, run_training
-from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder
+from her2.autoencoder import VQ_F2, VQ_F4, VQ_F8, VQAutoencoder
 from her2.data_folder import load_dataset
 from her2.data_patches import PatchSampler
 from her2.denoiser import LatentDenoiser
@@ -64,13 +64,13 @@ def autoencoder_gan(config, device):
     if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
         raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
     torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    official = VQ_F4 if config.factor == 4 else VQ_F8
+    official = {2: VQ_F2, 4: VQ_F4, 8: VQ_F8}[config.factor]
     model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
                              "num_codes": config.codes, "beta": config.beta,
                              "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
     if config.init:
         run_training.load_official(model, run.load_file(config.init), config.init)
-    disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
+    disc = PatchGAN(3, config.disc_width, num_layers=2 if config.factor == 8 else 3)
     init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
     return [module.to(device, memory_format=torch.channels_last) for module in (model, disc)]
 
