@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from her2 import data_patches, run_training
 from run_kill_harness import command_line, prepare
-from test_run_distributed import LOOPS, apart, line_of
+from test_run_distributed import LOOPS, alone, apart, line_of
 from test_run_resume import in_process
 
 
@@ -68,8 +68,8 @@ def test_a_step_reads_nothing_from_the_device(root, name, monkeypatch):
 def test_compiled_networks_make_the_same_steps(root, name, monkeypatch):
     """With a backend that needs no compiler: what is traced is the same, names in files included."""
     monkeypatch.setattr(run_training, "BACKEND", "aot_eager")
-    assert in_process(line_of(name, root, f"{name}-plain")) == 0
-    assert in_process(line_of(name, root, f"{name}-compiled", "--compile")) == 0
+    alone(line_of(name, root, f"{name}-plain"))
+    alone(line_of(name, root, f"{name}-compiled", "--compile"))
     found = apart(root / f"{name}-plain", root / f"{name}-compiled")
     assert max(found.values(), default=0) < 1e-5, sorted(found.items(), key=lambda item: -item[1])[:5]
 
