@@ -149,7 +149,9 @@ def likely_class(name: str, classes: ClassTable) -> str:
     """
     text = name.casefold()
     score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
-    guesses = [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
+    part = name.rpartition(":")[2].strip()                      # QuPath's derived classes: "Tumor: 3+"
+    guesses = [part] if part in classes.names else []
+    guesses += [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
     guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []
     tumor = re.search(r"tumou?r|carcinom|cancer|invasi|metasta|ignore|\?", text)
     if not tumor and re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|"

@@ -548,7 +548,7 @@ def test_unknown_classes_are_listed_with_the_remedy(read):
     ("HER2 (3+)", "3+"), ("Tumor: 2+", "2+"), ("her2-1", "1+"), ("Score 0", "0"), ("tumour 0+", "0"),
     ("Ductal carcinoma in situ", "LCIS/DCIS"), ("DCIS high grade", "LCIS/DCIS"), ("Tumor: DCIS", "LCIS/DCIS"),
     ("Stromal cells", "Background"), ("Immune cells", "Background"), ("Region*", "Background"),
-    ("Tumor", "ignore"), ("Tumor: 0", "ignore"), ("invasive", "ignore"), ("Tumor stroma?", "ignore"),
+    ("Tumor", "ignore"), ("Tumor: 0", "0"), ("invasive", "ignore"), ("Tumor stroma?", "ignore"),
     ("Tumor stroma", "ignore"), ("region 12", "Background"), ("(none)", "ignore"), ("4+", "ignore"),
     ("13+", "ignore"), ("Backgruond", "Background"), ("Artefact", "ignore"),
 ])
