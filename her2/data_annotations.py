@@ -13,7 +13,6 @@ Source: paper, section 2.1 (annotated in EXACT); the other formats are what othe
 import json
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -22,12 +21,6 @@ from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_
 from her2.data_checks import REMEDY, Found, Polygon, show
 from her2.data_classes import NO_CLASS, ClassTable, normal_form, parse_json, read_text
 from her2.run_errors import UserError, one_line
-
-
-def read_annotations(path, image=None) -> tuple[list[Polygon], Counter]:
-    """The polygons of a file, in its order, and how many annotations were left out for which reason."""
-    found = read_file(path, image)
-    return found.polygons, found.skipped
 
 
 def read_file(path, image=None) -> Found:
