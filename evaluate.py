@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, draw_charts, report, report_staining, run, run_training
+from her2 import draw, draw_charts, report, report_images, report_staining, run, run_training
 from her2 import run_config as configuration
 from her2.data_classes import IGNORE, ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
@@ -47,6 +47,8 @@ class Config:
     out: str = "runs/report"        # folder of the report
     preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
     seed: int = 0                   # which examples Fig. 4 shows
+    judge: str = ""                 # run of train_seg.py on other tissue, which looks at --synthetic: do the
+                                    # images obey their masks, how far are they from real patches?
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     batch: int = 4                  # tiles at a time; changes nothing but speed and memory
@@ -55,13 +57,10 @@ class Config:
     cache: str = "cache"            # folder for the decoded images
 
 
-PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
+PRESETS = {"tiny": {}, "small": {}, "paper": dict(tile=1024, overlap=256)}
 # Fields of a run that are read here, and what they must be.
-TITLES = {**report.METHODS, **report.CONTROLS}       # how the methods of generate.py are called
 NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float)}
 WORST, CELL = 4, 320        # ROIs in worst.png, and pixels a side there
-COLORS = {report.REAL: draw.GREY, "GAN": draw.ORANGE, "diffusion": draw.BLUE,
-          "inpainting": draw.GREEN, **dict.fromkeys(report.CONTROLS.values(), draw.PURPLE)}
 
 
 def main(argv):
@@ -98,10 +97,16 @@ def main(argv):
         pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
-                   **{TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
+                   **{report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
         densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
         results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
+        if config.judge:
+            content = run.load_model(config.judge, "segmenter")
+            network = run.build_model(UNet, content, config.judge).to(device)
+            sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
+            results["images"] = report_images.measure(sets, dataset, network, device, config.seed,
+                                                      config.cache)
         pictures.append(("staining.png", "DAB optical density of single instances by the subtype asked for, "
                          "beside the real instances of the training slides."))
     run.write_json(out / "results.json", results)
@@ -161,7 +166,7 @@ def synthetic_method(folder) -> str:
     content = run.read_json(Path(folder) / "config.json")
     fields = content.get("fields") if isinstance(content, dict) else None
     method = fields.get("method") if isinstance(fields, dict) else None
-    if method not in TITLES:
+    if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
     return method if fields.get("relabel", True) or method == "reconstruct" else f"{method}-same"
 
@@ -291,7 +296,7 @@ def draw_results(out, results, dataset, config) -> list:
         panels.append((label, report.box_groups(results, key),
                        (mean[0], f"{report.BASELINE} {mean[0]:.{digits}f}") if mean else None))
     series = {name for _, boxes in panels[0][1] for name, _ in boxes}
-    colors = {name: color for name, color in COLORS.items() if name in series}
+    colors = {name: color for name, color in report.COLORS.items() if name in series}
     draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
 
     matrices = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *report.row_normalised(c))
@@ -326,7 +331,7 @@ def read_synthetic(folders, dataset) -> dict:
         lines = [parse_json(line, path, "make the images again with generate.py")
                  for line in read_text(path, "").splitlines() if line.strip()]
         found[method] = (synthetic, {line["image"]: line for line in lines})
-    return {method: found[method] for method in TITLES if method in found}
+    return {method: found[method] for method in report.TITLES if method in found}
 
 
 def source_of(entry) -> tuple:
@@ -349,6 +354,8 @@ def examples(synthetic, dataset, config) -> np.ndarray:
     by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
                  for method, (images, entries) in synthetic.items()}
     first = next(iter(by_source.values()))
+    # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
+    by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
     common = [source for source in first if all(source in rois for rois in by_source.values())]
     sources = sorted(common or first, key=lambda source: hashed_seed(config.seed, "fig4", repr(source)))[:100]
     labels = {source: content(first[source])[1] for source in sources}
@@ -379,7 +386,7 @@ def draw_staining(path, densities, classes) -> None:
     groups = [(classes.names[k], [(source, found[k]) for source, found in densities.items()])
               for k in classes.tumor_ids]
     draw.save_png(path, draw_charts.box_plots(
-        [("DAB optical density", groups, None)], {source: COLORS[source] for source in densities},
+        [("DAB optical density", groups, None)], {source: report.COLORS[source] for source in densities},
         note="dots: instances, box: quartiles and median, whiskers: minimum and maximum", with_mean=False,
         height=360))
 

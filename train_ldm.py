@@ -26,11 +26,11 @@ from typing import Literal
 import torch
 
 from her2 import draw, draw_axes, run, run_config as configuration, run_log, run_training
-from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
+from her2.autoencoder import VQ_F2, VQ_F4, VQ_F8, VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, init_weights
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
-from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
+from her2.diffusion import Schedule, denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
 from her2.discriminator import PatchGAN
 from her2.run_errors import UserError, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
@@ -102,6 +102,8 @@ def train_autoencoder(config, argv) -> int:
             reconstruction, z, _, indices, vq_loss = model(image)   # (B, 3, H, W), (B, D, h, w), (B, h, w)
             l1 = (reconstruction.float() - image).abs().mean()                          # ()
             nll = l1
+            if config.lambda_edge:
+                nll = nll + config.lambda_edge * edge_l1(reconstruction.float(), image)
             if perceptual is not None:
                 nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
             loss, adversarial = nll + vq_loss, {}
@@ -216,7 +218,7 @@ def train_diffusion(config, argv) -> int:
         # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low t,
         #   layout at high t.
         random = generator(config.seed, "noise", step)
-        t = torch.randint(config.timesteps, (len(x0),), generator=random).to(device)    # (B,)
+        t = draw_timesteps(len(x0), config.timesteps, config.t_spread, random).to(device)       # (B,)
         eps = torch.randn(x0.shape, generator=random).to(device)                        # (B, C, h, w)
         dropped = (torch.rand(len(x0), generator=random) < config.drop_label).to(device)        # (B,)
         xt = schedule.q_sample(x0, t, eps)                                              # (B, C, h, w)
@@ -284,13 +286,13 @@ def build_autoencoder(config, device):
     if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
         raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
     torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    official = VQ_F4 if config.factor == 4 else VQ_F8
+    official = {2: VQ_F2, 4: VQ_F4, 8: VQ_F8}[config.factor]
     model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
                              "num_codes": config.codes, "beta": config.beta,
                              "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
     if config.init:
         run_training.load_official(model, run.load_file(config.init), config.init)
-    disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
+    disc = PatchGAN(3, config.disc_width, num_layers=2 if config.factor == 8 else 3)
     init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
     return [module.to(device, memory_format=torch.channels_last) for module in (model, disc)]
 
@@ -361,7 +363,7 @@ class AutoencoderConfig(Common):
 
     # networks
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
-    factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
+    factor: Literal[2, 4, 8] = 4    # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level: 8, 16 or a multiple of 32; official: 128
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
@@ -369,6 +371,7 @@ class AutoencoderConfig(Common):
 
     # losses
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
+    lambda_edge: float = 0.0        # weight of the L1 between differences of neighbouring pixels
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
     disc_start: int = 650           # step from which the discriminator's gradient enters; it trains from
@@ -399,6 +402,7 @@ class DiffusionConfig(Common):
     parametrisation: Literal["eps", "v"] = "v"          # what the network predicts
     zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise: white glass stays white
     loss: Literal["l1", "l2"] = "l2"  # distance between the target and the prediction
+    t_spread: float = 0.0           # how t is drawn: 0 uniform, else a logit-normal with this spread
     drop_label: float = 0.1         # probability of hiding the label, so that generate.py --guidance works
 
 
@@ -410,15 +414,16 @@ class DiffusionConfig(Common):
 # autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
     "tiny": {},
-    "small": dict(steps=4000, width=32, codes=4096, warmup=200, disc_start=3000, save_every=250,
-                  log_every=50),
+    "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0, warmup=100,
+                  save_every=400, log_every=50),
     "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5,
                   schedule="constant", warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64,
                   save_every=5000, log_every=100, workers=8),
 }
 DIFFUSION_PRESETS = {
     "tiny": {},
-    "small": dict(steps=6000, patch=128, width=48, warmup=300, ema=0.999, save_every=1000, log_every=50),
+    "small": dict(steps=1500, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
+                  log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
                   zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant",
                   warmup=1000, ema=0.9999, save_every=10_000, log_every=100, workers=8),

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from her2 import report_staining
+from her2 import report_images, report_staining
+from her2.draw import BLUE, GREEN, GREY, ORANGE, PURPLE
 from her2.metrics import matched
 
 BASELINE = "subtype"
@@ -30,6 +31,9 @@ METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in t
 CONTROLS = {"oracle": "oracle", "fresh": "fresh tissue", "restain": "restained",
             "reconstruct": "reconstructed"}
 REAL = "real"
+TITLES = {**METHODS, **CONTROLS}        # how the methods of generate.py are called
+COLORS = {REAL: GREY, "GAN": ORANGE, "diffusion": BLUE, "inpainting": GREEN,
+          **dict.fromkeys(CONTROLS.values(), PURPLE)}
 # Fields in which runs of one comparison differ on purpose, or that do not change the result.
 FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp",
         "log_every", "save_every", "data"}
@@ -253,6 +257,11 @@ def page(results: dict, data: str, notes, figures) -> str:
         parts += ["## Is the staining what was asked for?",
                   "Median DAB optical density of the instances by the subtype asked for (real: annotated), "
                   "and in brackets their number.", markdown(report_staining.table(results["staining"]))]
+    if "images" in results:
+        parts += ["## Do generated images obey their masks?",
+                  "A segmenter trained on other tissue looks at them: Dice and recalls against the masks "
+                  "asked for. Sharpness is a share of real patches; distances are to real training patches.",
+                  markdown(report_images.table(results["images"]))]
     parts += ["## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in figures)]
     return "\n\n".join(parts) + "\n"
 
@@ -265,7 +274,7 @@ def box_groups(results: dict, key: str) -> list:
         percent = round(100 * config["ratio"])
         plain_one = method in METHODS and config["name"] == f"{method}-{percent}"
         name = f"+{percent} %" if plain_one else config["name"]
-        title = {**METHODS, **CONTROLS}.get(method, method)
+        title = TITLES.get(method, method)
         groups.setdefault(name, []).append((title, figures_of(config, key)))
     return list(groups.items())
 

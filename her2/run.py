@@ -53,13 +53,13 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_run(script: str, config, device, command, inputs=()) -> Path:
+def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS) -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
     Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt):
-    a run does not go on with others. UserError: the folder holds another script's run, another
-    configuration (the message lists the difference), was begun with other inputs, is in use, or holds
-    files that are not a run at all.
+    a run does not go on with others. `free` fields may change between two starts. UserError: the folder
+    holds another script's run, another configuration (the message lists the difference), was begun with
+    other inputs, is in use, or holds files that are not a run at all.
     """
     folder, fields = Path(config.out), asdict(config)
     hashes = {str(file): file_hash(file) for file in inputs}
@@ -73,7 +73,7 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
         if old.get("script") != script:
             raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
                             "choose another --out")
-        names = sorted((set(fields) | set(old["fields"])) - set(FREE_FIELDS))
+        names = sorted((set(fields) | set(old["fields"])) - set(free))
         changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
                    if old["fields"].get(name) != fields.get(name)]
         if changes:

@@ -33,7 +33,8 @@ RANGES = {
     "codes": (2, 2**20), "width": (8, 1024), "z_dim": (1, 4096), "count": (0, 10**9), "overlap": (0, 4096),
     "timesteps": (2, 100000), "disc_start": (0, 10**9), "disc_weight": (0.0, 100.0), "dilate": (0, 64),
     "latent_pool": (0, 10**7), "lambda_feat": (0.0, 1e6), "lambda_kld": (0.0, 1e6), "lambda_vgg": (0.0, 1e6),
-    "lambda_lpips": (0.0, 1e6), "beta": POSITIVE, "threshold": SHARE, "min_area": (0, 10**9),
+    "lambda_lpips": (0.0, 1e6), "lambda_edge": (0.0, 1e6), "t_spread": (0.0, 10.0),
+    "beta": POSITIVE, "threshold": SHARE, "min_area": (0, 10**9),
     "simplify": (0.0, 1000.0),
 }
 
