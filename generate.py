@@ -90,7 +90,8 @@ KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct":
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
-PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(grain=True), "paper": dict(patch=512, batch=8)}
+PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(sampler="dpm", steps=15, grain=True),
+           "paper": dict(patch=512, batch=8)}
 
 
 def main(argv):
@@ -131,7 +132,9 @@ def main(argv):
     sources = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
                else lambda seed, i: draw_patch(sampler, seed, i))
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
-    count = config.count or round(config.ratio * sampler.num_patches)
+    count = config.count or round(min(config.ratio, 1001) * sampler.num_patches)
+    if config.ratio > 1000 and not config.count:
+        raise UserError(f"--ratio: found {config.ratio}; give a number of at most 1000")
     if count < 1:
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
@@ -263,11 +266,11 @@ class DiffusionPainter:
 
 
 class Manifest:
-    """manifest.jsonl: one line per finished image, appended when its files are on the disk. Process k > 0 of
-    torchrun appends to manifest.k.jsonl, which process 0 takes in."""
+    """manifest.jsonl: a line per finished image; process k > 0 has manifest.k.jsonl until process 0 takes it."""
 
     def __init__(self, folder):
         self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.own = folder / f"manifest.{run_distributed.rank() or ''}.jsonl".replace("..", ".")
 
     def finished(self, folder, checkpoint) -> set:
         """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
@@ -300,9 +303,7 @@ class Manifest:
 
     def append(self, record) -> None:
         self.records[int(Path(record["image"]).stem)] = record
-        rank = run_distributed.rank()
-        path = self.folder / f"manifest.{rank}.jsonl" if rank else self.path
-        with open(path, "a", encoding="utf-8") as file:
+        with open(self.own, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
