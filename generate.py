@@ -266,7 +266,7 @@ class DiffusionPainter:
 
 
 class Manifest:
-    """manifest.jsonl: a line per finished image; process k > 0 has manifest.k.jsonl until process 0 takes it."""
+    """manifest.jsonl: one line per image whose files are on the disk; process k > 0 has manifest.k.jsonl."""
 
     def __init__(self, folder):
         self.folder, self.path = folder, folder / "manifest.jsonl"
