@@ -56,25 +56,25 @@ def unet_of(config: dict) -> Denoiser:
                     config["attention_resolutions"])
 
 
-def run_unet(meta, sd, inp, out, out64, tolerance):
+def run_unet(meta, sd, inp, out):
     module = unet_of(meta["config"]["unet"])
     module.load_official_state_dict(sd)
     return module_outputs(module, meta, inp)
 
 
-def run_rescaler(meta, sd, inp, out, out64, tolerance):
+def run_rescaler(meta, sd, inp, out):
     config = meta["config"]["rescaler"]
     module = LabelCode(config["in_channels"], config["out_channels"], config["n_stages"])
     module.load_official_state_dict(sd)
     return module_outputs(module, meta, inp)
 
 
-def run_time_embedding(meta, sd, inp, out, out64, tolerance):
+def run_time_embedding(meta, sd, inp, out):
     return {f"{name}/{dim}": time_embedding(inp["t"], dim, ddpm=ddpm) for dim in meta["config"]["dims"]
             for name, ddpm in (("openai", False), ("ddpm_vq_model_py", True))}
 
 
-def run_quantizer(meta, sd, inp, out, out64, tolerance):
+def run_quantizer(meta, sd, inp, out):
     config, ours = meta["config"], {}
     codebook = Codebook(config["n_e"], config["e_dim"], config["beta"])
     codebook.load_state_dict(sd)
@@ -88,7 +88,7 @@ def run_quantizer(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_vq(meta, sd, inp, out, out64, tolerance):
+def run_vq(meta, sd, inp, out):
     config, x = meta["config"], inp["x"]
     model = autoencoder_of(config["ddconfig"], config["embed_dim"], config["n_embed"])
     model.load_official_state_dict(sd)
@@ -112,7 +112,7 @@ def run_vq(meta, sd, inp, out, out64, tolerance):
     return {**ours, "train/loss": loss, **gradient_outputs("train/", gradients)}
 
 
-def run_vq_step(meta, sd, inp, out, out64, tolerance):
+def run_vq_step(meta, sd, inp, out):
     """Training iterations of the autoencoder and its PatchGAN, each step with its own forward."""
     config, ours = meta["config"], {}
     options = config["loss"]
@@ -165,7 +165,7 @@ def run_vq_step(meta, sd, inp, out, out64, tolerance):
             **{f"final/disc/buf/{name}": buffer for name, buffer in patchgan.named_buffers()}}
 
 
-def run_schedule(meta, sd, inp, out, out64, tolerance):
+def run_schedule(meta, sd, inp, out):
     s = schedule_of(meta["config"])
     ours = {"betas": s.beta, "alphas_cumprod": s.alpha_bar, "alphas_cumprod_prev": s.alpha_bar_before,
             "sqrt_alphas_cumprod": s.alpha_bar.sqrt(),
@@ -183,7 +183,7 @@ def run_schedule(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_diffusion_math(meta, sd, inp, out, out64, tolerance):
+def run_diffusion_math(meta, sd, inp, out):
     s, t, x0, xt, noise = schedule_of(meta["config"]), *(inp[name] for name in ("t", "x0", "xt", "noise"))
     ours = {"q_sample": s.q_sample(x0, t, noise), "predict_start_from_noise": s.x0_and_eps(noise, xt, t)[0]}
     for name, value in zip(("mean", "variance", "log_variance"), s.q_mean_variance(x0, t)):
@@ -204,7 +204,7 @@ def run_diffusion_math(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_ddim(meta, sd, inp, out, out64, tolerance):
+def run_ddim(meta, sd, inp, out):
     s, ours = schedule_of(meta["config"]), {}
     last = s.alpha_bar[0].item()
     for case in sorted({name.rsplit("/", 1)[0] for name in out}):
@@ -222,7 +222,7 @@ def run_ddim(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_diffusers_ddim(meta, sd, inp, out, out64, tolerance):
+def run_diffusers_ddim(meta, sd, inp, out):
     """diffusers' DDIMScheduler: S levels T // S apart; `steps_offset` and the end of the last step vary."""
     s, ours = schedule_of(meta["config"]), {}
     for name in out:
@@ -242,7 +242,7 @@ def run_diffusers_ddim(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_ddpm_loop(meta, sd, inp, out, out64, tolerance):
+def run_ddpm_loop(meta, sd, inp, out):
     """All T steps: our DDIM with eta 1 on every level is the official ancestral sampler."""
     config, ours = meta["config"], {}
     s = schedule_of(config)
@@ -256,7 +256,7 @@ def run_ddpm_loop(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_ldm_step(meta, sd, inp, out, out64, tolerance):
+def run_ldm_step(meta, sd, inp, out):
     """Training iterations of the latent diffusion model, then samples from it."""
     config, ours = meta["config"], {}
     ldm = config["ldm"]
