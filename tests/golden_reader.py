@@ -116,7 +116,7 @@ def relative(ours, theirs) -> float:
 # off by one ulp of float32. The last three are the same on every machine, so the limits are.
 
 UNIT = 2.0 ** -24           # float32 moves a number by at most this share of it
-MARGIN = 64                 # a layer sums many roundings, the emulation makes one: 20 was the largest ratio seen
+MARGIN = 64                 # a layer sums many roundings, the emulation makes one: the largest ratio was 20
 
 
 def recast(tensors: dict, jitter=lambda x: x) -> dict:
@@ -195,7 +195,7 @@ def disagreements(path, run, network: bool, only: str = "", again: bool = False)
 
 @lru_cache(maxsize=None)
 def expectation(path, run, only: str = "") -> dict:
-    """What `disagreements` compares: recorded outputs, ours in float32 and float64, limits. Kept for reuse."""
+    """What `disagreements` compares: recorded outputs, ours in float32 and float64, limits; kept."""
     meta, sd, inp, out, out64 = load(path)
     if only:
         meta["config"]["steps"] = 1
