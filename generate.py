@@ -9,6 +9,7 @@ Image i of the set: a training patch is drawn, every tumor instance in it gets a
     gan       G(onehot, z), z ~ N(0, I)
     ldm       noise -> DDIM, conditioned on the new label -> decoder
     inpaint   the same, but only tumor is regenerated: the background keeps its pixels, bit for bit
+    oracle, fresh, restain, reconstruct     no generative network: see her2/study_controls.py
 
 The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says for
 every image where it came from. Each image has random numbers of its own, so the set does not depend on where
@@ -21,6 +22,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -29,8 +31,9 @@ import torch
 from tqdm import tqdm
 
 from her2 import run_config as configuration
-from her2 import draw, inpainting, run, run_training
+from her2 import draw, inpainting, run, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
+from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
@@ -38,8 +41,9 @@ from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
 from her2.run_provenance import file_hash
 from her2.relabel import relabel, repaint_mask
-from her2.data_patches import PatchSampler
-from her2.samplers import ddim_timesteps, image_noise, sample
+from her2.data_patches import PatchSampler, to_tensors
+from her2.data_regions import open_roi
+from her2.samplers import image_noise, sample, spaced_timesteps
 from her2.run_seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
 
@@ -52,21 +56,25 @@ class Config:
     seed: int = 0                   # decides the patches, the new subtypes and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
-    method: Literal["gan", "ldm", "inpaint"] = "ldm"    # which generative model paints the images
-    model: str = ""                 # its run folder; empty: runs/gan, or runs/ldm for ldm and inpaint
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    method: Literal["gan", "ldm", "inpaint", "oracle", "fresh", "restain", "reconstruct"] = "ldm"  # what
+                                    # paints: a generative model, or a control of her2/study_controls.py
+    model: str = ""                 # its run folder; empty: runs/gan, runs/vq for reconstruct, else runs/ldm
     ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once;
                                     # 1.0 = +100 %
     count: int = 0                  # number of images; 0: from --ratio
     batch: int = 16                 # images at a time; changes nothing but speed and memory
     patch: int = 64                 # side of an image in pixels
     sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
+    uniform: float = 0.0            # share of the source patches taken from anywhere, whatever --sampling is
     relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
     relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
                                     # empty: all tumor classes of the training slides
     steps: int = 50                 # denoising steps S, 1 to T
-    sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect)
-    spacing: Literal["trailing", "leading"] = "trailing"  # which timesteps to use; leading: the official
+    sampler: Literal["ddim", "ddpm", "dpm"] = "ddim"    # dpm: DPM-Solver++(2M), as good in far fewer steps;
+                                    # ddpm: ancestral, all T of them; --eta has an effect on ddim only
+    spacing: Literal["auto", "trailing", "leading", "log-snr"] = "auto"  # which timesteps to use: auto is
+                                    # log-snr for dpm, else trailing; leading is the official one
     eta: float = 1.0                # noise that DDIM adds back, 0 = deterministic
     guidance: float = 1.0           # classifier-free guidance; 1 = plain conditional sampling
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
@@ -74,29 +82,36 @@ class Config:
                                     # 0 keeps the background bit for bit
     erase: bool = False             # inpaint: fill the tumor with the local background before encoding, lest
                                     # the old staining leak through the encoder's receptive field
+    grain: bool = False             # give what a network painted the sensor noise of the source image
     cache: str = "cache"            # folder for the decoded images
 
 
+KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
+RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
-PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
+PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(grain=True), "paper": dict(patch=512, batch=8)}
 
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
     config.out = config.out or f"data/synth-{config.method}"
-    config.model = config.model or ("runs/gan" if config.method == "gan" else "runs/ldm")
+    if config.method in KIND:
+        config.model = config.model or RUN_OF[KIND[config.method]]
+    elif config.model:
+        raise UserError(f"--model: --method {config.method} paints without a network; leave --model out")
+    config.relabel &= config.method != "reconstruct"        # what it shows, the autoencoder does not change
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
     # ---- model ---------------------------------------------------------------------------------------------
-    content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion")
-    if config.method == "gan":
-        painter = SpadePainter(content, config, device)
-    else:
-        painter = DiffusionPainter(content, config, device)
-    if config.patch % painter.multiple:
-        raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
+    content = run.load_model(config.model, KIND[config.method]) if config.method in KIND else {}
+    if content:
+        painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
+            config.method, DiffusionPainter)(content, config, device)
+        if config.patch % painter.multiple:
+            raise UserError(f"--patch: found {config.patch}; "
+                            f"this model needs a multiple of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
     config.data = config.data or str(default_phantom(config.preset))
@@ -104,20 +119,32 @@ def main(argv):
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
         run_training.refuse_leak(part, dataset, config.model)
-    if content["classes"] != classes.to_json():
+    if content.get("classes", classes.to_json()) != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                           cache=config.cache)
+                           cache=config.cache, uniform=config.uniform)
+    if not content:
+        painter = (study_controls.RestainPainter(dataset, config.cache) if config.method == "restain"
+                   else study_controls.OraclePainter(dataset))
+    sources = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
+               else lambda seed, i: draw_patch(sampler, seed, i))
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
     count = config.count or round(config.ratio * sampler.num_patches)
     if count < 1:
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
 
+    @lru_cache(maxsize=None)
+    def level(name):                                # of the sensor's noise in a region, from its middle
+        tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, config.cache)
+        window = [(max(0, side // 2 - 512), min(side, 1024)) for side in (tile.height, tile.width)]
+        (y, height), (x, width) = window
+        return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
+
     folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
     manifest = Manifest(folder / "manifest.jsonl")
-    checkpoint = file_hash(run.model_file(config.model))[:16]
+    checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
     done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
@@ -132,7 +159,7 @@ def main(argv):
             continue
         # The whole batch is computed again even when part of it is there: the rounding of a convolution may
         # depend on the batch it is in, and the same command shall give the same files.
-        patches = [draw_patch(sampler, config.seed, i) for i in ids]
+        patches = [sources(config.seed, i) for i in ids]
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
         relabelled = [relabel(patch["label"], patch["instance"], classes,
@@ -143,8 +170,14 @@ def main(argv):
                                for inst, (_, mapping) in zip(instance, relabelled)])
         seeds = [hashed_seed(config.seed, "image", i) for i in ids]
         with torch.no_grad(), precision.autocast():
-            painted = painter.paint(image, run_training.one_hot(label, len(classes), device), repaint, seeds)
+            painted = painter.paint({
+                "image": image, "label": label, "instance": instance, "repaint": repaint, "seeds": seeds,
+                "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
+                "mappings": [mapping for _, mapping in relabelled]})
         painted = painted.float().cpu()
+        if config.grain and content:
+            levels = torch.stack([level(one["name"]) for one in patches])               # (B,)
+            painted = inpainting.add_grain(painted, image, levels, seeds)
         for k, i in enumerate(ids):
             if i in missing:
                 name = f"{i:06d}.png"
@@ -168,16 +201,16 @@ def main(argv):
 
 
 class SpadePainter:
-    """paint(image, onehot, repaint, seeds) -> (B, 3, H, W) in [-1, 1] by the GAN; `image` is ignored."""
+    """paint(batch) -> (B, 3, H, W) in [-1, 1] by the GAN, from the label; `batch`: see study_controls."""
 
     def __init__(self, content, config, device):
         self.network = run.build_model(SPADEGenerator, content, config.model).to(
             device, memory_format=torch.channels_last)
         self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
 
-    def paint(self, image, onehot, repaint, seeds):
-        z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in seeds])
-        return self.network(onehot, z.to(self.device))
+    def paint(self, batch):
+        z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in batch["seeds"]])
+        return self.network(batch["onehot"], z.to(self.device))
 
 
 class DiffusionPainter:
@@ -195,25 +228,26 @@ class DiffusionPainter:
         if config.steps > self.schedule.T:
             raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, "
                             "give at most that")
-        if ddim_timesteps(self.schedule.T, config.steps, config.spacing)[-1] >= self.schedule.T:
+        visited = spaced_timesteps(self.schedule, config.steps, config.sampler, config.spacing)
+        if visited[-1] >= self.schedule.T:
             raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a "
                             f"timestep beyond the last of {self.schedule.T}; "
                             "give a number of steps that divides it, or trailing")
         self.config, self.device = config, device
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
-    def paint(self, image, onehot, repaint, seeds):
-        config, factor = self.config, self.autoencoder.factor
+    def paint(self, batch):
+        config, factor, image = self.config, self.autoencoder.factor, batch["image"]
         known, repaint_latent = None, None
         if config.method == "inpaint":
-            region = inpainting.grow(repaint, config.blend)                           # (B, H, W)
+            region = inpainting.grow(batch["repaint"], config.blend)                           # (B, H, W)
             source = inpainting.erase(image, region) if config.erase else image
             known = self.denoiser.scale(self.autoencoder.encode(
                 source.to(self.device, memory_format=torch.channels_last)).float())     # (B, C, h, w)
             repaint_latent = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
         side = config.patch // factor
-        noise = image_noise(seeds, (self.denoiser.config["z_channels"], side, side), self.device)
-        predict = self.denoiser.predictor(self.denoiser.label_code(onehot), config.guidance)
+        noise = image_noise(batch["seeds"], (self.denoiser.config["z_channels"], side, side), self.device)
+        predict = self.denoiser.predictor(self.denoiser.label_code(batch["onehot"]), config.guidance)
         x0 = sample(predict, self.schedule, noise, steps=config.steps, eta=config.eta, sampler=config.sampler,
                     spacing=config.spacing, known=known, repaint=repaint_latent)        # (B, C, h, w)
         painted = self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1).cpu()
@@ -282,8 +316,8 @@ def keep(patch):
     """--no-relabel: the real label, every instance mapped to its own class."""
     mapping = {}
     for j in patch["instance"].unique().tolist():
-        if j:
-            old = int(patch["label"][patch["instance"] == j][0])
+        old = int(patch["label"][patch["instance"] == j][0])
+        if j and old != IGNORE:
             mapping[j] = (old, old)
     return patch["label"], mapping
 

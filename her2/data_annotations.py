@@ -1,6 +1,6 @@
 """Annotations of one image: any of the five formats -> polygons in image pixels with class ids.
 
-    read_annotations     file -> polygons in the file's coordinates, and a count of what was skipped
+    read_file            file -> `Found`: polygons in the file's coordinates, and what was left out
     transform_polygons   p_image = (p - (x, y)) / downsample, for crops that kept the slide's annotations
     place_polygons       the same, and refuses annotations that miss the image
     polygon_classes      class names -> ids, and refuses unknown ones
@@ -11,17 +11,27 @@ Source: paper, section 2.1 (annotated in EXACT); the other formats are what othe
 """
 
 import json
+import re
+import unicodedata
 from collections import Counter
 from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
 
 from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
 from her2.data_checks import REMEDY, Found, Polygon, show
-from her2.data_classes import ClassTable, parse_json, read_text
+from her2.data_classes import NO_CLASS, ClassTable, normal_form, parse_json, read_text
 from her2.run_errors import UserError, one_line
 
 
 def read_annotations(path, image=None) -> tuple[list[Polygon], Counter]:
-    """The polygons of a file, in its order, and how many annotations of which other kind it holds.
+    """The polygons of a file, in its order, and how many annotations were left out for which reason."""
+    found = read_file(path, image)
+    return found.polygons, found.skipped
+
+
+def read_file(path, image=None) -> Found:
+    """What an annotation file (gzipped or not) holds.
 
     `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. UserError for a
     file of no known format, and where polygons are broken: of fewer than three points, without area, with
@@ -35,7 +45,25 @@ def read_annotations(path, image=None) -> tuple[list[Polygon], Counter]:
         more = f" (and {len(found.problems) - 3} more)" if len(found.problems) > 3 else ""
         raise UserError(one_line(f"{path}: {'; '.join(found.problems[:3])}{more}; correct or delete "
                                  "them in the annotation program and export again"))
-    return found.polygons, found.skipped
+    return found
+
+
+def check_image(found: Found, image, slide: str, height: int, width: int) -> None:
+    """UserError where the file itself says that it belongs to an image of another name or size.
+
+    For images in their own coordinates: a crop of a slide has neither the slide's name nor its size. Programs
+    add to names (a folder, a hash, an ending), so one name inside the other is the same image.
+    """
+    name, *size = found.about
+    if size != [None, None] and size != [width, height]:
+        raise UserError(f"{found.path}: annotations of an image of {show(size[0])} x {show(size[1])} pixels, "
+                        f"but {image} has {width} x {height}; annotate the image itself, or give x, y and "
+                        "downsample in slides.csv")
+    theirs, ours, known = (normal_form(unicodedata.normalize("NFC", text)) for text in (
+        PurePosixPath(str(name or "").replace("\\", "/")).stem, Path(image).stem, slide))
+    if name and not any(a in b for a, b in ((theirs, ours), (ours, theirs), (known, theirs))):
+        raise UserError(f"{found.path}: annotations of the image {show(name)}, not of {image}; correct the "
+                        "annotations cell, or give the image that name if it is the one")
 
 
 def _reader(text, path):
@@ -72,8 +100,8 @@ def transform_polygons(polygons, x: float = 0.0, y: float = 0.0, downsample: flo
 
 
 def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: float = 0.0,
-                   downsample: float = 1.0) -> tuple[list[Polygon], Counter]:
-    """The polygons in pixels of an image of this size, without those that lie outside, which are counted.
+                   downsample: float = 1.0) -> tuple[list[Polygon], list[Polygon]]:
+    """The polygons in pixels of an image of this size, and those that lie outside of it.
 
     Annotations of an image that is not moved or scaled are its own: one outside is a mistake (x and y
     swapped, or coordinates of the slide). A crop of a slide (x, y, downsample given) leaves annotations of
@@ -89,7 +117,7 @@ def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: f
             f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} "
             f"pixels (annotation {show(outside[0].source_id)}: {where}); correct x, y, downsample in "
             f"slides.csv (now {x:g}, {y:g}, {downsample:g})")
-    return kept, Counter({"outside the image": len(outside)} if outside else {})
+    return kept, outside
 
 
 def touches(polygon, height: int, width: int) -> bool:
@@ -100,22 +128,37 @@ def touches(polygon, height: int, width: int) -> bool:
 
 def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:
     """The class id of each polygon. UserError when a name is not in the class table."""
-    names = list(dict.fromkeys(p.name for p in polygons))
-    known, unknown = {}, []
-    for name in names:
-        try:
-            known[name] = classes.id_of(name)
-        except KeyError:
-            unknown.append(name)
+    names = list(dict.fromkeys(p.name or NO_CLASS for p in polygons))
+    unknown = [name for name in names if not classes.knows(name)]
     if unknown:
-        where = next(p.source_id for p in polygons if p.name in unknown)
-        alias = json.dumps({"aliases": {unknown[0][:60]: classes.names[0]}}, ensure_ascii=False)
+        where = next(p.source_id for p in polygons if (p.name or NO_CLASS) in unknown)
+        aliases = {name: likely_class(name, classes) for name in unknown[:8] if len(name) <= 60}
         raise UserError(one_line(
             f"{path}: unknown class {_listed(unknown)} (annotation {show(where)}); names seen: "
-            f"{_listed(names)}; names known: {_listed([*classes.names, *classes.aliases])}; rename it "
-            f"where it was drawn, or add an alias for its class to classes.json beside slides.csv: {alias}"))
-    return [known[p.name] for p in polygons]
+            f"{_listed(names)}; names known: {_listed([*classes.names, *classes.aliases])}; rename it where "
+            "it was drawn, or give its class in classes.json, which python -m her2.data DIR --draft-classes "
+            f"writes for all files; a guess: {json.dumps({'aliases': aliases}, ensure_ascii=False)}"))
+    return [classes.id_of(p.name or NO_CLASS) for p in polygons]
+
+
+def likely_class(name: str, classes: ClassTable) -> str:
+    """A guess at the class of an unknown name, for a person to check: a class's name, or "ignore" if unclear.
+
+    Never a tumor class without a sign of which, and the background only for what is named as other tissue: a
+    wrong guess that nobody corrects must not teach a network anything.
+    """
+    text = name.casefold()
+    score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
+    guesses = [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
+    guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []
+    tumor = re.search(r"tumou?r|carcinom|cancer|invasi|metasta|ignore|\?", text)
+    if not tumor and re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|"
+                               r"background|glass|region", text):
+        guesses.append(classes.names[0])
+    close = get_close_matches(name, classes.names, n=1, cutoff=0.8) if len(name) > 3 else []
+    return next((guess for guess in [*guesses, *close] if classes.knows(guess)), "ignore")
 
 
 def _listed(names) -> str:
-    return ", ".join(show(name) if name else "(none)" for name in names[:30]) + ", ..." * (len(names) > 30)
+    shown = [name if name == NO_CLASS else show(name) for name in names[:30]]
+    return ", ".join(shown) + ", ..." * (len(names) > 30)

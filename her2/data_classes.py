@@ -18,12 +18,22 @@ A dataset may bring `classes.json`, in one of three forms:
     {"classes": [...as above...], "aliases": {"Normal duct": "Background"}}   the same, aliases apart
     {"aliases": {"Tumor three plus": "3+"}}                             the default table with more names
 
+In the second and third, "masks": "score" says that the masks are black and white: what is not 0 is tumor, of
+the subtype in the column score of slides.csv (a mask with instances beside it always holds ids). A mask may
+also be a picture in the classes' colors; an alias "#fa3253" gives a further color its class.
+
 Names are compared without regard to case and white space. The default aliases follow a class that keeps its
 id and name, unless the file gives the alias another meaning.
+
+What nobody can tell (folds, blur; the alias of "ignore") has the label IGNORE and no class: it is never the
+pixel around which a patch is drawn, has no one-hot code, and enters neither losses nor metrics.
 """
 
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +42,11 @@ import numpy as np
 
 from her2.run_errors import UserError, one_line
 
-MAX_CLASSES = 256  # labels are 8-bit PNG files
+IGNORE = 255       # the label of pixels that neither train nor count
+NO_CLASS = "(none)"  # the name of no class in messages and aliases
+MAX_TEXT = 1 << 30  # bytes of a gzipped file
+MAX_CLASSES = IGNORE  # labels are 8-bit PNG files
+IGNORE_COLOR = (150, 150, 150)
 REMEDY = ("write a list of {\"id\", \"name\", \"tumor\", \"variance\", \"color\", \"aliases\"}, or "
           "{\"aliases\": {\"your name\": \"class name\"}}, or remove the file to get the default table")
 
@@ -57,8 +71,8 @@ class ClassTable:
     `aliases` maps further names to ids. len(table) is K.
     """
 
-    def __init__(self, classes, aliases=None):
-        self.classes = list(classes)
+    def __init__(self, classes, aliases=None, masks: str = ""):
+        self.classes, self.masks = list(classes), masks     # masks: "score", "ids", or "" = not said
         ids = [c.id for c in self.classes]
         if ids != list(range(len(ids))) or not 2 <= len(ids) <= MAX_CLASSES:
             raise ValueError(f"ids are {ids}; they must be 0, 1, 2, ... in order, 2 to {MAX_CLASSES} classes")
@@ -78,7 +92,7 @@ class ClassTable:
                 raise ValueError(f"name {c.name!r} is empty or used twice (case and spaces do not count)")
         self.aliases = {}
         for alias, class_id in (aliases or {}).items():
-            if not 0 <= class_id < len(ids):
+            if not 0 <= class_id < len(ids) and class_id != IGNORE:
                 raise ValueError(f"alias {alias!r} means class {class_id}; the ids are 0 to {len(ids) - 1}")
             known = self._ids.setdefault(normal_form(alias), class_id)
             if known != class_id:
@@ -89,7 +103,12 @@ class ClassTable:
         return len(self.classes)
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, ClassTable) and (self.classes, self._ids) == (other.classes, other._ids)
+        # Which names are ignored says how annotations are read, not what an id means to a network.
+        return isinstance(other, ClassTable) and (self.classes, self._meanings()) == (other.classes,
+                                                                                      other._meanings())
+
+    def _meanings(self) -> dict:
+        return {name: class_id for name, class_id in self._ids.items() if class_id != IGNORE}
 
     @property
     def names(self) -> list[str]:
@@ -106,19 +125,22 @@ class ClassTable:
 
     @property
     def colors(self) -> np.ndarray:
-        """(K, 3) uint8: colors[label] is the label as a picture."""
-        return np.array([c.color for c in self.classes], dtype=np.uint8)
+        """(256, 3) uint8: colors[label] is the label as a picture."""
+        return np.array([*(c.color for c in self.classes), *[IGNORE_COLOR] * (256 - len(self))], np.uint8)
 
     def palette(self) -> list[int]:
         """The colors as one flat list, for a Pillow image of mode 'P' (`image.putpalette`)."""
         return self.colors.reshape(-1).tolist()
 
     def id_of(self, name: str) -> int:
-        """The id of the class of this name or alias. Raises KeyError(name) when there is none."""
+        """The id of the class of this name or alias, or IGNORE. Raises KeyError(name) when there is none."""
         class_id = self._ids.get(normal_form(name))
         if class_id is None:
             raise KeyError(name)
         return class_id
+
+    def knows(self, name: str) -> bool:
+        return normal_form(name) in self._ids
 
     def to_json(self) -> list[dict]:
         """What `from_json` and `classes.json` take: one object per class."""
@@ -129,34 +151,36 @@ class ClassTable:
     @staticmethod
     def from_json(obj, path="classes.json") -> "ClassTable":
         """The table in `obj` (see the module's docstring for the forms). `path` names it in the UserError."""
-        if isinstance(obj, dict) and not {"classes", "aliases"} & obj.keys():
-            raise _error(path, f"found an object with neither \"classes\" nor \"aliases\": {_show(obj)}")
-        if not isinstance(obj, dict):
-            obj = {"classes": obj}
+        obj = obj if isinstance(obj, dict) else {"classes": obj}
+        if not obj or obj.keys() - {"classes", "aliases", "masks"}:
+            raise _error(path, f"found an object that is not made of \"classes\", \"aliases\" and \"masks\": "
+                               f"{_show(obj)}")
         default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]
         rows, more = obj.get("classes", default), obj.get("aliases", {})
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise _error(path, f"the classes are {_show(rows)}, not a list of objects")
+        if obj.get("masks", "ids") not in ("score", "ids"):
+            raise _error(path, f"\"masks\" is {_show(obj['masks'])}, not \"score\" or \"ids\"")
         if not isinstance(more, dict):
             raise _error(path, f"\"aliases\" is {_show(more)}, not an object of alias: class name")
         classes = [_class_from_json(row, path) for row in rows]
 
-        by_name = {normal_form(c.name): c.id for c in classes}
+        by_name = {"ignore": IGNORE, **{normal_form(c.name): c.id for c in classes}}
         aliases = [(alias, row["id"]) for row in rows for alias in _aliases_of(row, path)]
         for alias, target in more.items():
             class_id = by_name.get(normal_form(target)) if isinstance(target, str) else target
             if not _is_int(class_id):
                 raise _error(path, f"alias {alias!r} means {_show(target)}, which is no class name and no id")
-            aliases.append((alias, class_id))
+            aliases.append((alias.strip() or NO_CLASS, class_id))
         meanings = {normal_form(alias): class_id for alias, class_id in aliases}
         twice = [alias for alias, class_id in aliases if meanings[normal_form(alias)] != class_id]
         if twice:
             raise _error(path, f"the aliases {_show(twice)} have two meanings each")
         inherited = {alias: class_id for alias, class_id in DEFAULT_ALIASES.items()
-                     if normal_form(alias) not in {**meanings, **by_name}
-                     and classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id]}
+                     if normal_form(alias) not in {**meanings, **by_name} and (class_id == IGNORE or
+                     classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id])}
         try:
-            return ClassTable(classes, {**dict(aliases), **inherited})
+            return ClassTable(classes, {**dict(aliases), **inherited}, obj.get("masks", ""))
         except ValueError as error:
             raise _error(path, error) from error
 
@@ -210,6 +234,7 @@ DEFAULT_ALIASES = {
     "negative": 1, "HER2 0": 1, "HER2 1+": 2, "1": 2, "HER2 2+": 3, "2": 3, "HER2 3+": 4, "3": 4,
     "DCIS": 5, "LCIS": 5, "DCIS/LCIS": 5,
     "Hard Negative": 0, "Necrosis": 0, "To Verify": 0, "Stroma": 0, "Normal": 0,
+    "Ignore": IGNORE, "Ignore*": IGNORE,
 }
 DEFAULT_CLASSES = ClassTable([
     TissueClass(0, "Background", False, False, (255, 255, 255)),
@@ -222,9 +247,14 @@ DEFAULT_CLASSES = ClassTable([
 
 
 def read_text(path, remedy: str) -> str:
-    """A text file in UTF-8, with or without a byte-order mark. UserError with `remedy` otherwise."""
+    """A text file in UTF-8, gzipped or not, with or without a byte-order mark. UserError otherwise."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.open(io.BytesIO(content)).read(MAX_TEXT)     # a bomb stays a text cut off
+        return content.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: a damaged gzip file ({one_line(error)}); {remedy}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except UnicodeDecodeError as error:

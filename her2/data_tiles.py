@@ -8,7 +8,7 @@ pages under it, and pages in memory are a cache that is given back when somethin
     image       (H, W, 3) uint8
     instance    (H, W) the smallest unsigned type that holds the largest id; 0 = background
     class_of    (N + 1,) uint8: class id of each instance, so that  label = class_of[instance]
-    row_counts  (K, H) int32: pixels of class k in row y
+    row_counts  (K, H) int32: pixels of class k in row y; those to be ignored are in none
 
 The label needs no map of its own because an instance has one class. The row counts make it possible to draw
 exactly uniformly from the pixels of a class without a list of them: the rank of a pixel is looked up in the
@@ -32,7 +32,7 @@ import numpy as np
 
 from her2.run_errors import atomic_write
 
-VERSION = 1  # part of every key: raise it when the layout or the meaning of the file changes
+VERSION = 2  # part of every key: raise it when the layout or the meaning of the file changes
 # The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
 # class_of (in this order each is aligned to its item size).
 MAGIC = b"HER2TILE"
@@ -59,7 +59,7 @@ class Tile:
             f"window {height} x {width} at row {y}, column {x} leaves {self.height} x {self.width}"
         area = slice(y, y + height), slice(x, x + width)
         instance = np.array(self.instance[area])                                       # (h, w)
-        return np.array(self.image[area]), self.class_of[instance], instance.astype(np.int32)
+        return np.array(self.image[area]), self.class_of.take(instance), instance.astype(np.int32)
 
     def count(self, class_ids) -> int:
         """Number of pixels whose class is one of `class_ids`."""
@@ -83,7 +83,7 @@ def tile_arrays(image, label, instance, num_classes: int) -> dict:
     height = len(label)
     row_counts = np.zeros((num_classes, height), dtype=np.int32)
     for y in range(height):
-        row_counts[:, y] = np.bincount(label[y], minlength=num_classes)
+        row_counts[:, y] = np.bincount(label[y], minlength=num_classes)[:num_classes]  # without IGNORE
     return {"class_of": class_of, "row_counts": row_counts, "image": image,
             "instance": instance.astype(np.min_scalar_type(len(class_of) - 1))}
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from her2.data_classes import IGNORE
 from her2.run_errors import atomic_write
 
 SCALE = 2                                                           # supersampling per side
@@ -169,7 +170,8 @@ def colorize(label, classes) -> np.ndarray:
     """Class ids (..., H, W), tensor or array -> their colours in the class table, (..., H, W, 3) uint8."""
     label = to_array(label)
     low, high = label.min(), label.max()
-    assert low >= 0 and high < len(classes), f"class ids {low}..{high} of {len(classes)} classes"
+    assert low >= 0 and (label[label != IGNORE] < len(classes)).all(), (
+        f"class ids {low}..{high} of {len(classes)} classes")
     return classes.colors[label]
 
 

@@ -1,5 +1,7 @@
 """The diagrams of the report: box plots (the paper's Fig. 5), shares (Fig. 2), confusion matrices (Fig. 6).
 
+Intervals of many arms side by side are not in the paper.
+
 A box plot must say what it shows with five runs, with one, and with hundreds of values:
 
     box, line      quartiles and median                 whiskers   minimum and maximum
@@ -72,7 +74,8 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
 
     panels   [(label of the y axis, groups, reference), ...]
              groups = [(name, [(series, values), ...]), ...]; values a list of numbers, None = not available
-             reference = (value, name) of a dashed line, or None
+             reference = (value, name) of a dashed line, or (value, name, low, high, color) with a band, or
+             None
     colors   {series: color}, the legend
     """
     names = [name for name, _ in panels[0][1]]
@@ -83,7 +86,7 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
         groups = [(name, [(series, [v for v in values if v is not None]) for series, values in boxes])
                   for name, boxes in groups]
         numbers = [v for _, boxes in groups for _, values in boxes for v in values + deviation_ends(values)]
-        numbers += [reference[0]] if reference else []
+        numbers += [value for k, value in enumerate(reference or ()) if k in (0, 2, 3)]
         ticks = nice_ticks(*widened(min(numbers), max(numbers)), 6) if numbers else [0, 1]
         prepared.append((label, groups, reference, ticks))
     left = max(text_width(text, 13) for *_, ticks in prepared for text in tick_texts(ticks)) + 48
@@ -99,7 +102,10 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
         axes = Axes(canvas, left, top, left + plot, top + height - 50, (0, plot), (ticks[0], ticks[-1]))
         axes.frame(ticks, label)
         if reference:
-            axes.margin_notes([reference])
+            if len(reference) > 2:
+                low, high, color = reference[2:]
+                canvas.rectangle(left, axes.y(high), left + plot, axes.y(low), tint(color, 0.25))
+            axes.margin_notes([reference[:2]])
         x = left + gap
         for (name, boxes), room in zip(groups, wide):
             canvas.text(x + room / 2, axes.bottom + 8, name, 13, anchor="ma")
@@ -112,6 +118,43 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
             x += room + gap
         axes.spines()
     canvas.text(left, canvas.height - 10, note, 11, GREY, anchor="ld")
+    return canvas.array()
+
+
+def intervals(panels, names, width=830, row=22) -> np.ndarray:
+    """One row per name, one column per panel: a mean with its interval, beside a line at "no difference".
+
+    panels   [(title, [(mean, low, high) or None per name], ticks, text of a tick)]; low and high may be None
+    """
+    left = max(text_width(name, 13) for name in names) + 22
+    gap, top = 40, 34
+    room = (width - left - gap * len(panels)) / len(panels)
+    canvas = Canvas(width, top + row * len(names) + 34)
+    bottom = top + row * len(names)
+    for i, name in enumerate(names):
+        canvas.text(left - 12, top + row * (i + 0.5), name, 13, anchor="rm")
+    for k, (title, values, ticks, text) in enumerate(panels):
+        start = left + k * (room + gap)
+        ends = [x for one in values if one for x in one if x is not None] + [*ticks, 0.0]
+        low, high = widened(min(ends), max(ends))
+
+        def x(value):
+            return start + (value - low) / (high - low) * room
+
+        canvas.text(start + room / 2, 8, title, 14, anchor="ma")
+        for tick in ticks:
+            canvas.line([(x(tick), top), (x(tick), bottom)], INK if tick == 0 else tint(GREY, 0.35),
+                        1.4 if tick == 0 else 1)
+            canvas.text(x(tick), bottom + 7, text(tick), 12, anchor="ma")
+        for i, one in enumerate(values):
+            y = top + row * (i + 0.5)
+            if one is None:
+                canvas.text(x(0), y, "n/a", 12, GREY, anchor="mm")
+                continue
+            mean, *ends = one
+            if None not in ends:
+                canvas.line([(x(ends[0]), y), (x(ends[1]), y)], BLUE, 2.2)
+            canvas.dot(x(mean), y, 3.6, BLUE, INK)
     return canvas.array()
 
 

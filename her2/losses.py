@@ -26,13 +26,16 @@ numbers back (tests/parity_segmentation.py):
                      loss is near 0 whatever is predicted. Ours divides all w by the largest (Sudre's ratio
                      does not change), which makes the loss independent of the number of pixels.
 
-Everything is float32, under autocast too: a half-precision sum over 4 million pixels stops counting at 2048.
+A pixel whose target is IGNORE is in none of the sums. Everything is float32, under autocast too: a
+half-precision sum over 4 million pixels stops counting at 2048.
 
 Key: B batch, K classes, H W image size.
 """
 
 import torch
 import torch.nn.functional as F
+
+from her2.data_classes import IGNORE
 
 
 def class_sums(logits: torch.Tensor, target: torch.Tensor, batch: bool = True, squared: bool = False):
@@ -41,7 +44,9 @@ def class_sums(logits: torch.Tensor, target: torch.Tensor, batch: bool = True, s
         f"logits (B, K, H, W) and target (B, H, W), found {tuple(logits.shape)} and {tuple(target.shape)}"
     prob = logits.float().softmax(dim=1).flatten(2)                               # (B, K, H*W)
     index = target.long().flatten(1).unsqueeze(1)                                 # (B, 1, H*W)
-    onehot = torch.zeros_like(prob).scatter_(1, index, 1.0)                       # (B, K, H*W)
+    counts = (index != IGNORE).to(prob.dtype)                                     # (B, 1, H*W) 0 or 1
+    onehot = torch.zeros_like(prob).scatter_(1, index.where(index != IGNORE, 0), counts)    # (B, K, H*W)
+    prob = prob * counts
     sums = [(prob * onehot).sum(2), (prob * prob if squared else prob).sum(2), onehot.sum(2)]
     return [s.sum(0, keepdim=True) if batch else s for s in sums]
 
@@ -95,12 +100,16 @@ def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 
     """The training loss. Returns (loss, {"dice": tensor, "ce": tensor}): the parts detached, unweighted, for
     the log.
 
-    logits (B, K, H, W); target (B, H, W) ids 0..K-1: for the paper's network 0 background, 1 tumor.
-    `class_weight` (K,) and `label_smoothing` are those of torch's cross_entropy.
+    logits (B, K, H, W); target (B, H, W) ids 0..K-1 or IGNORE: for the paper's network 0 background, 1 tumor.
+    `class_weight` (K,) and `label_smoothing` are those of torch's cross_entropy. Where all is ignored: 0.
     """
     assert dice in ("soft", "generalised"), f"dice is 'soft' or 'generalised', found {dice!r}"
     dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(logits, target)
-    ce = F.cross_entropy(logits.float(), target.long(), weight=class_weight, label_smoothing=label_smoothing)
+    target = target.long()
+    counts = target != IGNORE
+    whole = counts if class_weight is None else class_weight[target.where(counts, 0)] * counts
+    ce = F.cross_entropy(logits.float(), target, weight=class_weight, label_smoothing=label_smoothing,
+                         ignore_index=IGNORE, reduction="sum") / whole.sum().clamp_min(1e-7)
     return dice_weight * dice_loss + ce_weight * ce, {"dice": dice_loss.detach(), "ce": ce.detach()}
 
 
@@ -113,7 +122,8 @@ def constant_prediction_loss(target: torch.Tensor, prior=None, num_classes: int 
     Dice loss = 1 - s. `options` are those of `dice_cross_entropy`.
     """
     if prior is None:
-        prior = torch.bincount(target.flatten().long(), minlength=num_classes) / target.numel()
+        seen = target[target != IGNORE].long()
+        prior = torch.bincount(seen, minlength=num_classes) / max(len(seen), 1)
     prior = torch.as_tensor(prior, dtype=torch.float32, device=target.device)
     logits = prior.clamp_min(1e-7).log().view(1, -1, 1, 1).expand(target.shape[0], -1, *target.shape[1:])
     return float(dice_cross_entropy(logits, target, **options)[0])

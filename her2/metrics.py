@@ -31,6 +31,8 @@ Key: K classes.
 
 import numpy as np
 
+from her2.data_classes import IGNORE
+
 # 0.001 ... 0.999, and finer towards 0 and 1 down to 1e-7, because a network trained with Dice is sure of
 # itself: to lower its false-positive rate a little, the threshold may have to go from 0.999 to 0.99998.
 _TAIL = [float(f"{digit}e-{decade}") for decade in (7, 6, 5, 4) for digit in range(1, 10)]
@@ -50,16 +52,18 @@ class ProbabilityHistogram:
                              f"found {self.counts.shape} of {self.counts.dtype}")
 
     def add(self, prob, label) -> "ProbabilityHistogram":
-        """Count pixels: tumor probability and true class id (0..K-1), equal shapes, array or CPU tensor."""
+        """Count pixels: tumor probability and true class id (0..K-1, or IGNORE: not counted), equal shapes,
+        array or CPU tensor."""
         prob, label = np.asarray(prob), np.asarray(label)
         if prob.shape != label.shape:
             raise ValueError(f"prob has shape {prob.shape}, label {label.shape}")
         prob, label = prob.reshape(-1), label.reshape(-1)
         for start in range(0, prob.size, 1 << 20):  # in pieces: the float64 copies stay small
             p, k = prob[start:start + (1 << 20)], label[start:start + (1 << 20)].astype(np.int64)
+            p, k = p[k != IGNORE], k[k != IGNORE]
             if not ((p >= 0) & (p <= 1)).all():  # NaN fails too
                 raise ValueError(f"probabilities outside [0, 1]: {p.min()} to {p.max()}")
-            if k.min() < 0 or k.max() >= len(self.classes):
+            if k.min(initial=0) < 0 or k.max(initial=0) >= len(self.classes):
                 raise ValueError(f"class ids {k.min()} to {k.max()}, known are 0 to {len(self.classes) - 1}")
             cell = k * BINS + np.searchsorted(THRESHOLDS, p.astype(np.float64), side="right")
             self.counts += np.bincount(cell, minlength=self.counts.size).reshape(self.counts.shape)
@@ -102,6 +106,15 @@ class ProbabilityHistogram:
                 "fpr": ratio(fp, fp + tn),
                 "confusion": confusion.tolist()}
 
+    def best_threshold(self) -> float | None:
+        """The threshold of the highest Dice, of equals the one nearest to 0.5; None without tumor pixels."""
+        tumor = self.counts[self.classes.tumor_ids].sum(0)                                # (BINS,)
+        if not tumor.sum():
+            return None
+        found, tp = (part[::-1].cumsum()[::-1][1:] for part in (self.counts.sum(0), tumor))
+        dice = 2 * tp / (found + tumor.sum())                                             # at each threshold
+        return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), -dice])[0]])
+
     def threshold_at_fpr(self, target_fpr: float) -> float | None:
         """The threshold whose false-positive rate is nearest to `target_fpr`; None without background pixels.
 
@@ -132,9 +145,13 @@ def ratio(part, whole) -> float | None:
 
 
 def confusion_matrix(pred, target, num_classes: int) -> np.ndarray:
-    """(K, K) int64 counts of two arrays of class ids of one shape: rows = truth, columns = prediction."""
+    """(K, K) int64 counts of two arrays of class ids of one shape: rows = truth, columns = prediction.
+
+    Pixels whose truth is IGNORE are left out.
+    """
     pred, target = np.asarray(pred).reshape(-1), np.asarray(target).reshape(-1)
     assert pred.shape == target.shape, f"{pred.size} predictions, {target.size} targets"
+    pred, target = pred[target != IGNORE], target[target != IGNORE]
     both = np.concatenate([pred, target])
     assert both.min(initial=0) >= 0 and both.max(initial=0) < num_classes, f"ids {both.min()} to {both.max()}"
     pairs = target.astype(np.int64) * num_classes + pred

@@ -5,8 +5,9 @@ so that the synthetic dataset as a whole is balanced:
 
     new_label[instance == i] = new(i),   new(i) ~ U(relabel_class_ids)   for every tumor instance i
 
-The background keeps its label. The draw is per instance, never per pixel or connected region, so two touching
-instances get subtypes of their own and neither swallows the other: `instance` itself does not change.
+Background and pixels to be ignored keep their label. The draw is per instance, never per pixel or connected
+region, so two touching instances get subtypes of their own and neither swallows the other: `instance` itself
+does not change.
 
 Dimension letters: H, W patch.
 """

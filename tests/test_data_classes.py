@@ -17,8 +17,8 @@ def test_the_default_is_the_papers():
     assert table.names == ["Background", "0", "1+", "2+", "3+", "LCIS/DCIS"] and len(table) == 6
     assert table.tumor_ids == [1, 2, 3, 4, 5] and table.variance_ids == [1, 2, 3, 4]
     assert [c.id for c in table.classes] == list(range(6))
-    assert table.colors.shape == (6, 3) and table.colors.dtype == np.uint8
-    assert table.palette() == [v for c in table.classes for v in c.color]
+    assert table.colors.shape == (256, 3) and table.colors.dtype == np.uint8
+    assert table.palette()[:18] == [v for c in table.classes for v in c.color] and len(table.palette()) == 768
 
 
 @pytest.mark.parametrize("class_id, names", [
@@ -86,8 +86,9 @@ def row(**changes):
 
 
 @pytest.mark.parametrize("obj, what", [
-    ([], "ids are []"), ([ROW], "2 to 256"), (5, "not a list"), ("text", "not a list"), (None, "not a list"),
-    ({}, "neither"), ({"classes": 3}, "not a list"), ([1, 2], "not a list of objects"),
+    ([], "ids are []"), ([ROW], "2 to 255"), (5, "not a list"), ("text", "not a list"), (None, "not a list"),
+    ({}, "not made of"), ({"classes": ROWS, "ignored": []}, "not made of"),
+    ({"masks": "binary"}, "masks"), ({"classes": 3}, "not a list"), ([1, 2], "not a list of objects"),
     ({"aliases": ["a"]}, "not an object"), ({"aliases": {"a": "nothing"}}, "no class name"),
     ({"aliases": {"a": 17}}, "class 17"), ({"aliases": {"a": True}}, "no class name"),
     ({"aliases": {"2+": "3+"}}, "two meanings"), ({"aliases": {"A b": 1, "ab": 2}}, "two meanings"),

@@ -84,3 +84,16 @@ def test_stain_jitter_without_strength_is_the_identity_and_a_function_of_the_gen
     assert torch.allclose(stain_jitter(image, torch.Generator(), 0.0, 0.0), image, atol=1e-5)
     first, second = (stain_jitter(image, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first, second) and not torch.equal(first, image)
+
+
+def test_stain_jitter_is_deconvolve_change_compose_in_double_precision():
+    """One 3 x 3 matrix per image and float32 logarithms against the three steps, dye by dye, in float64."""
+    image = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    found = stain_jitter(image, torch.Generator().manual_seed(9), scale=0.1, shift=0.02)
+    random = torch.Generator().manual_seed(9)
+    factor, offset = (torch.rand(2, 3, generator=random).double().numpy() * 2 - 1 for _ in range(2))
+    for k, one in enumerate(image.permute(0, 2, 3, 1).double().numpy()):
+        amounts = optical_density((one + 1) / 2 * 255) @ np.linalg.inv(STAINS)           # (32, 32, 3 dyes)
+        amounts = amounts * (1 + 0.1 * factor[k]) + 0.02 * offset[k]
+        expected = (10 ** -(amounts @ STAINS)).clip(0, 1) * 2 - 1
+        assert np.abs(found[k].permute(1, 2, 0).numpy() - expected).max() < 1e-6

@@ -1,0 +1,300 @@
+"""The statistics of the study: what a handful of seeds can say about a claim, every formula by hand.
+
+The unit is a seed: its own tissue, generators and segmenters. Its arms share its slides, so all is said about
+paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
+
+    t interval    mean(d) +- q s / sqrt(n), s with n - 1, P(|T| <= q) = level for n - 1 degrees of freedom
+    bootstrap     n seeds drawn with replacement, in each its slides, as many per HER2 score as it has;
+                  percentiles of mean(d). Both arms get the same slides; the thresholds stay
+    sign flip     share of the 2^n ways to swap the arms within seeds that give a mean at least as far from 0:
+                  exact without any law of d, and never below 2 / 2^n
+    Holm          the i-th smallest of m p-values against .05 / (m + 1 - i), until the first that is larger
+    efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
+
+Variances are compared by their ratio, as log(max(variance, FLOOR)). Decisions rest on the t interval; the
+bootstrap has only n seeds to draw from, and is shown beside.
+
+    base = outcome(val, test, scores, classes)                  of `subtype`; counts (S, K, BINS), S scores
+    other = outcome(val, test, scores, classes, base.figures["half"]["fpr"])    any other arm of that seed
+    study = Study({"subtype": {10: base}, "ldm-100": {10: other}}, classes)
+    study.difference("ldm-100", "subtype", "best", "dice")      all results are as JSON can hold them
+    study.efficiency("ldm-100", "subtype", "oracle-100", "best", "dice")
+    study.primaries()                                           the four verdicts
+
+Points of operation: "best" (the threshold with the best Dice on val), "half" (0.5), "matched" (test
+false-positive rate = that of the baseline of the seed at 0.5). Figures: the keys of `rates`, and
+"average_precision" (no point, no bootstrap). A seed in which a figure does not exist (NaN) is left out.
+
+Sources: Student's law, Abramowitz & Stegun 26.7.3-4; Holm, Scand J Stat 6 (1979); Efron & Tibshirani, An
+Introduction to the Bootstrap (1993); expanded percentiles, Hesterberg, Am Stat 69 (2015). PAPER: five
+repetitions and no test are reported; margins, floor and the family of four are decisions of this study.
+Key: S slides, K classes, n seeds, R replicates.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from her2.metrics import THRESHOLDS, ProbabilityHistogram
+
+FLOOR = 1e-4    # of a variance: recalls that scatter by one percentage point are as good as equal
+MARGIN = {"dice": 0.005, "log_variance": math.log(0.8)}     # the least that counts; its sign is the paper's
+ALPHA = 0.05
+ORACLE = "oracle-100"
+CLAIMS = {"P1": ("subtype", "tumor", "best", "dice"),               # better arm, other arm, point, figure
+          "P2": ("subtype", "tumor", "matched", "log_variance"),
+          "P3": ("ldm-100", "subtype", "best", "dice"),
+          "P4": ("ldm-100", "subtype", "matched", "log_variance")}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm in one seed, at its three points of operation."""
+
+    scores: tuple           # of the S test slides: the strata of the bootstrap
+    thresholds: dict        # {point: threshold}
+    tables: dict            # {point: (S, K, 2) int64}, pixels called no | tumor
+    figures: dict           # {point: {figure: float}}, over all slides
+
+
+def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
+    """Counts (S, K, BINS) of val and of test -> Outcome. `baseline_fpr`: None for the baseline itself."""
+    assert len(test) == len(scores), f"{len(test)} test slides, {len(scores)} scores"
+    whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
+    target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
+    equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
+    thresholds = {"best": best_threshold(np.sum(val, axis=0), classes), "half": 0.5, "matched": equal or 0.5}
+    slides, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}
+    tables = {point: np.stack([slide.confusion(t) for slide in slides]) for point, t in thresholds.items()}
+    for point, table in tables.items():
+        figures[point] = {name: float(value) for name, value in rates(table.sum(axis=0), classes).items()}
+        figures[point]["average_precision"] = average_precision(whole.counts, classes)
+    return Outcome(tuple(scores), thresholds, tables, figures)
+
+
+def best_threshold(counts, classes) -> float:
+    """The threshold with the highest Dice of counts (K, BINS); of equals, the one nearest to 0.5."""
+    called = counts[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:].T                           # (thresholds, K)
+    dice = rates(np.stack([counts.sum(axis=1) - called, called], axis=-1), classes)["dice"]
+    return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), -dice])[0]])
+
+
+def average_precision(counts, classes) -> float:
+    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down; NaN without tumor.
+
+    The pixels of a bin are tied: they enter together, at the precision after the last of them.
+    """
+    tumor = counts[classes.tumor_ids].sum(axis=0)[::-1].cumsum()                        # (BINS,)
+    called = np.maximum(counts.sum(axis=0)[::-1].cumsum(), 1)
+    return float((np.diff(tumor, prepend=0) * tumor / called).sum() / tumor[-1]) if tumor[-1] else math.nan
+
+
+def rates(confusion, classes) -> dict:
+    """Counts (..., K, 2) -> {figure: (...)}: `metrics.report` for many tables at once, NaN for its None."""
+    confusion, tumor = np.asarray(confusion, dtype=np.float64), classes.tumor_ids
+    tp, fn = confusion[..., tumor, 1].sum(axis=-1), confusion[..., tumor, 0].sum(axis=-1)
+    fp, tn = confusion[..., 1].sum(axis=-1) - tp, confusion[..., 0].sum(axis=-1) - fn
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall = confusion[..., 1] / confusion.sum(axis=-1)                             # (..., K)
+        found = np.ma.masked_invalid(recall[..., classes.variance_ids])
+        variance = np.where(found.count(axis=-1) > 1, np.ma.filled(found.var(axis=-1), np.nan), np.nan)
+        return {"dice": np.where(tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn), 1.0),
+                "precision": tp / (tp + fp), "fpr": fp / (fp + tn),
+                "variance": variance, "log_variance": np.log(np.maximum(variance, FLOOR)),
+                **{f"recall {classes.names[k]}": recall[..., k] for k in tumor}}
+
+
+def t_within(t: float, freedom: int) -> float:
+    """P(-t <= T <= t) of Student's law, a sum of powers of cos(theta), tan(theta) = t / sqrt(freedom)."""
+    theta, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
+    term = total = float(freedom > 1)
+    for k in range(1 + odd, freedom - 2, 2):
+        term *= k / (k + 1) * math.cos(theta) ** 2
+        total += term
+    total *= math.sin(theta)
+    return 2 / math.pi * (theta + math.cos(theta) * total) if odd else total
+
+
+@lru_cache(maxsize=None)
+def t_quantile(level: float, freedom: int) -> float:
+    """The t with P(|T| <= t) = level, by bisection: t_quantile(0.95, 4) = 2.776."""
+    assert 0 < level < 1, level
+    low, high = 0.0, math.pi / 2                # of the angle whose tangent is t / sqrt(freedom)
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = t_within(math.sqrt(freedom) * math.tan(middle), freedom) >= level
+        low, high = (low, middle) if enough else (middle, high)
+    return math.sqrt(freedom) * math.tan(high)
+
+
+def t_interval(differences, level: float = 1 - ALPHA) -> dict:
+    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0.
+
+    A single seed leaves everything open: low and high are None, p is 1.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    n, mean = len(d), float(d.mean())
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None, "level": level, "n": 1, "p": 1.0}
+    error = float(d.std(ddof=1)) / math.sqrt(n)
+    width = t_quantile(level, n - 1) * error
+    p = 1 - t_within(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return {"mean": mean, "low": mean - width, "high": mean + width, "level": level, "n": n, "p": p}
+
+
+def sign_flip(differences) -> float:
+    """Exact two-sided p-value of 1 to 20 paired differences."""
+    d = np.asarray(differences, dtype=np.float64)
+    assert 1 <= len(d) <= 20, f"{len(d)} pairs: no sign pattern, or too many"
+    signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)          # (2^n, n) of +-1
+    return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).mean())  # but for rounding
+
+
+def holm(p_values) -> tuple[list, list]:
+    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= ALPHA.
+
+    From the first hypothesis that stands on, the level stays: nothing is tested after it.
+    """
+    m, largest, stood = len(p_values), 0.0, None
+    adjusted, levels = [0.0] * m, [0.0] * m
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
+        stood = rank if stood is None and largest > ALPHA else stood
+        adjusted[i], levels[i] = largest, 1 - ALPHA / (m - (rank if stood is None else stood))
+    return adjusted, levels
+
+
+@lru_cache(maxsize=8)
+def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list]:
+    """Draws of the bootstrap: the seed at each place (R, n); per seed the weights of its slides (places, S).
+
+    `scores`: n tuples, the strata of the slides of each seed. The order of weights is that of which == seed.
+    """
+    rng = np.random.default_rng(key)
+    which, weights = rng.integers(len(scores), size=(replicates, len(scores))), []
+    for seed, strata in enumerate(map(np.array, scores)):
+        weights.append(np.zeros(((which == seed).sum(), len(strata))))
+        for score in np.unique(strata):
+            here = np.flatnonzero(strata == score)
+            weights[-1][:, here] = rng.multinomial(len(here), [1 / len(here)] * len(here), len(weights[-1]))
+    return which, weights
+
+
+def percentiles(replicates, n: int) -> list:
+    """[low, high] of resamples of n seeds, wider than the 2.5 and 97.5 % points."""
+    # Resamples scatter by the sd with n, not n - 1, and know no t law: z = 1.96 becomes sqrt(n / (n - 1)) q.
+    tails = math.erfc(math.sqrt(n / (n - 1) / 2) * t_quantile(1 - ALPHA, n - 1)) if n > 1 else ALPHA
+    return [float(x) for x in np.nanquantile(replicates, [tails / 2, 1 - tails / 2])]
+
+
+class Study:
+    """arms: {name: {seed: Outcome}}. `replicates` and `key` decide the bootstrap, the same for all arms."""
+
+    def __init__(self, arms, classes, replicates: int = 2000, key: int = 0):
+        self.arms, self.classes, self.replicates, self.key = arms, classes, replicates, key
+
+    def values(self, names, point, figure) -> tuple[list, np.ndarray]:
+        """The n seeds in which all these arms have the figure, and (arms, n) figures."""
+        seeds = sorted(set.intersection(*(set(self.arms.get(name, {})) for name in names)))
+        table = np.array([[self.arms[name][s].figures[point][figure] for s in seeds] for name in names])
+        there = ~np.isnan(table).any(axis=0)
+        return [s for s, good in zip(seeds, there) if good], table[:, there]
+
+    def replicated(self, arm, seeds, point, figure) -> np.ndarray:
+        """(R,) bootstrap replicates of the arm's mean over `seeds`."""
+        runs = [self.arms[arm][seed] for seed in seeds]
+        which, weights = resample(tuple(one.scores for one in runs), self.replicates, self.key)
+        drawn = np.empty(which.shape)                                                   # (R, n)
+        for i, (one, rows) in enumerate(zip(runs, weights)):
+            table = one.tables[point]                                                   # (S, K, 2)
+            sums = (rows @ table.reshape(len(table), -1)).reshape(len(rows), *table.shape[1:])
+            drawn[which == i] = rates(sums, self.classes)[figure]
+        return drawn.mean(axis=1)
+
+    def difference(self, new, old, point, figure):
+        """t_interval of `new` - `old`, "seeds", "values", "sign_flip", "bootstrap"; None without a pair."""
+        seeds, (a, b) = self.values((new, old), point, figure)
+        if not seeds:
+            return None
+        assert all(self.arms[new][s].scores == self.arms[old][s].scores for s in seeds), "not the same slides"
+        drawn = None
+        if self.replicates and figure != "average_precision":
+            a_drawn, b_drawn = (self.replicated(arm, seeds, point, figure) for arm in (new, old))
+            drawn = percentiles(a_drawn - b_drawn, len(seeds))
+        return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(),
+                "sign_flip": sign_flip(a - b), "bootstrap": drawn}
+
+    def efficiency(self, arm, baseline, oracle, point, figure):
+        """[share of the oracle's gain that the arm reaches, low, high]; None where that gain may be 0."""
+        names = (arm, baseline, oracle)
+        seeds, table = self.values(names, point, figure)
+        if not seeds:
+            return None
+        a, b, c = (self.replicated(name, seeds, point, figure) for name in names)
+        low, high = percentiles(c - b, len(seeds))
+        if low <= 0 <= high:
+            return None
+        mean = table.mean(axis=1)
+        return [float((mean[0] - mean[1]) / (mean[2] - mean[1])), *percentiles((a - b) / (c - b), len(seeds))]
+
+    def primaries(self) -> list:
+        """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle", "verdict", "sentence".
+
+        The bound of a claim is the oracle against its other arm. A claim without data stays in the family.
+        """
+        found = {claim: self.difference(*what) for claim, what in CLAIMS.items()}
+        rows = []
+        for (claim, d), p, level in zip(found.items(), *holm([d["p"] if d else 1.0 for d in found.values()])):
+            new, old, point, figure = CLAIMS[claim]
+            equal = self.difference(new, old, "matched", figure)
+            oracle = self.difference(ORACLE, old, point, figure)
+            d = d and {**d, **t_interval(d["values"], level)}
+            name, sentence = verdict(claim, d, equal and equal["mean"], oracle)
+            rows.append({"claim": claim, **(d or {}), "p_holm": p, "matched": equal and equal["mean"],
+                         "oracle": oracle, "verdict": name, "sentence": sentence})
+        return rows
+
+
+def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
+    """(verdict, sentence); `found` and `oracle` as of `t_interval`, or None. The first that holds:
+
+    reproduced       the interval is without 0, its mean reaches the margin on the paper's side, and the mean
+                     at the matched false-positive rate has the same sign
+    not answerable   the oracle's interval includes 0
+    contradicted     the interval excludes even the margin, and the oracle shows it, by interval and mean
+    undecided        anything else
+    """
+    new, old, point, figure = CLAIMS[claim]
+    margin, sign = abs(MARGIN[figure]), np.sign(MARGIN[figure])
+
+    def ends(one):
+        return one["low"], one["high"]
+
+    def has_zero(one):
+        return one["n"] < 2 or one["low"] <= 0 <= one["high"]
+
+    def shows(one):
+        return not has_zero(one) and sign * one["mean"] >= margin
+
+    def amount(value):
+        return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {math.exp(value):.2f}"
+
+    def spoken(one):
+        between = " to ".join(map(amount, ends(one))) if one["n"] > 1 else "no interval"
+        return f"{amount(one['mean'])} ({100 * one['level']:.4g} %: {between}, n = {one['n']})"
+
+    name = "undecided"
+    if not found:
+        return name, f"{claim}: {name}; no seed has both {new} and {old}."
+    if shows(found) and sign * (matched or 0) > 0:
+        name = "reproduced"
+    elif oracle and has_zero(oracle) and oracle["n"] > 1:
+        name = "not answerable"
+    elif oracle and shows(oracle) and found["n"] > 1 and max(sign * x for x in ends(found)) < margin:
+        name = "contradicted"
+    what = "Dice" if figure == "dice" else "subtype variance"
+    equal = "" if point == "matched" or matched is None else f", {amount(matched)} at equal FPR"
+    return name, (f"{claim}, {what} of {new} against {old}: {name}; {spoken(found)}{equal}; "
+                  f"oracle {spoken(oracle) if oracle else 'n/a'}.")
