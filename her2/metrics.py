@@ -70,7 +70,7 @@ class ProbabilityHistogram:
         return self
 
     def __add__(self, other) -> "ProbabilityHistogram":
-        if isinstance(other, int):  # sum() starts with 0
+        if isinstance(other, int):                         # sum() starts with 0
             return self
         return ProbabilityHistogram(self.classes, self.counts + other.counts)
 
@@ -92,11 +92,16 @@ class ProbabilityHistogram:
 
     def report(self, threshold: float = 0.5) -> dict:
         """The fields of results.json: dice, recall, subtype_variance, precision, fpr, confusion."""
+        # Variance alone misleads. Say one network finds .2 .4 .6 .9 of 0, 1+, 2+, 3+ at threshold .9
+        # (variance .067), .5 .7 .9 1 at .5 (.037) and .9 1 1 1 at .1 (.002): the last calls half the stroma
+        # tumor, and looks best. So it is read beside fpr, or at one fpr (`matched`).
         confusion = self.confusion(threshold)
         tumor = np.zeros(len(self.classes), dtype=bool)
         tumor[self.classes.tumor_ids] = True
+        # The network answers tumor or not. Of which subtype the found pixels were, only the rows know.
         (tn, fp), (fn, tp) = confusion[~tumor].sum(0).tolist(), confusion[tumor].sum(0).tolist()
         found = [ratio(row[1], row.sum()) for row in confusion]
+        # HER2 scores are steps of one scale, and the question is whether its faint end is missed.
         recalls = [found[k] for k in self.classes.variance_ids if found[k] is not None]
         dice = ratio(2 * tp, 2 * tp + fp + fn)
         return {"dice": 1.0 if dice is None else dice,
@@ -111,6 +116,7 @@ class ProbabilityHistogram:
         tumor = self.counts[self.classes.tumor_ids].sum(0)                                # (BINS,)
         if not tumor.sum():
             return None
+        # Cumulated from above: counts at or over each threshold.
         found, tp = (part[::-1].cumsum()[::-1][1:] for part in (self.counts.sum(0), tumor))
         dice = 2 * tp / (found + tumor.sum())                                             # at each threshold
         return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), -dice])[0]])
@@ -133,6 +139,7 @@ def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_
     `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its
     threshold 0.5. "fpr" in the result is the rate on test. None where val has no background to match on.
     """
+    # Threshold from val, figures from test: chosen on the pixels it is judged by, it would flatter.
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:
         return None
@@ -147,14 +154,15 @@ def ratio(part, whole) -> float | None:
 def confusion_matrix(pred, target, num_classes: int) -> np.ndarray:
     """(K, K) int64 counts of two arrays of class ids of one shape: rows = truth, columns = prediction.
 
-    Pixels whose truth is IGNORE are left out.
+    Pixels whose truth is IGNORE are left out. This and what follows is for comparison with the reference
+    only: the project's own figures come from ProbabilityHistogram.
     """
     pred, target = np.asarray(pred).reshape(-1), np.asarray(target).reshape(-1)
     assert pred.shape == target.shape, f"{pred.size} predictions, {target.size} targets"
     pred, target = pred[target != IGNORE], target[target != IGNORE]
     both = np.concatenate([pred, target])
     assert both.min(initial=0) >= 0 and both.max(initial=0) < num_classes, f"ids {both.min()} to {both.max()}"
-    pairs = target.astype(np.int64) * num_classes + pred
+    pairs = target.astype(np.int64) * num_classes + pred                # one number per (truth, prediction)
     return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
 

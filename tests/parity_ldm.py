@@ -14,6 +14,7 @@ from her2.denoiser import Denoiser, LabelCode, LatentDenoiser, time_embedding
 from her2.diffusion import Schedule, denoising_loss
 from her2.discriminator import PatchGAN
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
+from her2.net_blocks import load_strict
 from her2.quantizer import Codebook, code_statistics, count_codes
 from her2.samplers import ddim_tables, ddim_timesteps, trajectory
 from her2.run_training import EMA
@@ -58,14 +59,14 @@ def unet_of(config: dict) -> Denoiser:
 
 def run_unet(meta, sd, inp, out):
     module = unet_of(meta["config"]["unet"])
-    module.load_official_state_dict(sd)
+    load_strict(module, sd)
     return module_outputs(module, meta, inp)
 
 
 def run_rescaler(meta, sd, inp, out):
     config = meta["config"]["rescaler"]
     module = LabelCode(config["in_channels"], config["out_channels"], config["n_stages"])
-    module.load_official_state_dict(sd)
+    load_strict(module, sd)
     return module_outputs(module, meta, inp)
 
 
