@@ -44,6 +44,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
+    # x + f(x): an image has to come out, so each block only learns what to change in it.
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = group_norm(in_channels)
@@ -54,6 +55,7 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The norm comes first, so the sum itself is never normalised: brightness passes through.
         y = self.conv1(F.silu(self.norm1(x)))                                # (B, out, h, w)
         y = self.conv2(F.silu(self.norm2(y)))                                # (B, out, h, w)
         return self.nin_shortcut(x) + y
@@ -70,7 +72,7 @@ class Attention(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:    # every place sees every other
         y = self.norm(x)                                                     # (B, C, h, w)
         q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1)          # (B, 1, hw, C)
                    for layer in (self.q, self.k, self.v))
@@ -95,6 +97,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
 
 
@@ -115,7 +118,7 @@ class Level(nn.Module):
             x = block(x)                                                     # (B, out, h, w)
             if self.attn:
                 x = self.attn[i](x)
-        return self.upsample(self.downsample(x))
+        return self.upsample(self.downsample(x))                             # one of them, or none, changes x
 
 
 class Middle(nn.Module):
@@ -126,7 +129,7 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        return self.block_2(self.attn_1(self.block_1(x)))                    # (B, C, h, w)
 
 
 class Encoder(nn.Module):
@@ -202,6 +205,7 @@ class VQAutoencoder(nn.Module):
         self.encoder = Encoder(widths, num_res_blocks, z_channels, attention_levels)
         self.decoder = Decoder(widths, num_res_blocks, z_channels, attention_levels)
         self.quantize = Codebook(num_codes, embed_dim, beta)
+        # 1 x 1, so that the codebook may look at the latent in axes of its own.
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         for norm in self.modules():
@@ -222,13 +226,14 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, D, h, w) -> image: quantised first, as official; no gradient passes to the codes."""
+        # A generated latent lies between the codes; the decoder has seen codes only.
         z_q, _, _ = self.quantize(z)                                         # (B, D, h, w)
         return self.decode_quantized(z_q)                                    # (B, 3, H, W)
 
     def forward(self, image: torch.Tensor):
         """-> reconstruction (B, 3, H, W), z, z_q (B, D, h, w), indices (B, h, w), vq_loss (scalar)."""
         z = self.encode(image)                                               # (B, D, h, w)
-        z_q, indices, loss = self.quantize(z)
+        z_q, indices, loss = self.quantize(z)                                # (B, D, h, w), (B, h, w), ()
         return self.decode_quantized(z_q), z, z_q, indices, loss
 
     @property

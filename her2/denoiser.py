@@ -208,11 +208,6 @@ class Denoiser(nn.Module):
         return self.out(x)                                                   # (B, out, h, w)
 
 
-def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance: away from what the network says without a label; scale 1 is `cond`."""
-    return uncond + scale * (cond - uncond)
-
-
 class LatentDenoiser(nn.Module):
     """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
 
@@ -279,7 +274,7 @@ class LatentDenoiser(nn.Module):
             both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w)
             # One forward of twice the batch is faster than two.
             cond, uncond = self(xt.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-            return guided(cond, uncond, guidance)
+            return uncond + guidance * (cond - uncond)       # away from what it says without a label
 
         return conditional if guidance == 1.0 else with_guidance
 

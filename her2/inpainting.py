@@ -61,7 +61,7 @@ def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     share = F.avg_pool2d(known.to(image.dtype), **pool)                      # (B, 1, H/2, W/2) in 0 .. 1
     # Unknown pixels count as 0 in the numerator and not at all in the share: the mean of the known ones.
     mean = F.avg_pool2d(image * known, **pool) / share.clamp(min=0.25)       # (B, 3, H/2, W/2)
-    coarse = erase(mean, share[:, 0] == 0)
+    coarse = erase(mean, share[:, 0] == 0)                                   # (B, 3, H/2, W/2)
     smooth = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")   # (B, 3, H, W)
     return torch.where(known, image, smooth)
 

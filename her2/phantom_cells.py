@@ -15,6 +15,8 @@ overlap, and the pattern tells more than the amount.
 All lengths are micrometres; dyes are amounts as in `stains`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from her2.phantom_textures import ramp
@@ -31,13 +33,29 @@ CELL = np.dtype([(name, np.float32) for name in (
     "cytoplasm", "brown", "membrane", "complete",      # haematoxylin; DAB of cytoplasm and membrane
     "wall")])                                         # haematoxylin of the cell border
 
-# kind: pitch, jitter, nucleus radius and its spread, elongation, nuclear stain factor, cytoplasm factor, wall
-EPITHELIUM = {"tumor":       (12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
-              "dcis":        (12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
-              "duct":        (9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
-              "acinus":      (10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06),
-              "histiocytes": (14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04),
-              "fat":         (44.0, 0.26, 0.00, 0.00, 0.00, 0.00, 0.0, 0.20)}
+NEST_SPREAD = 0.20                            # of the strength between nests, as a logarithm
+UNEVEN = (0.0, 0.34, 0.27, 0.13)              # the same between neighbours: 1+ and 2+ are patchy, 3+ is not
+PATCH_WAVES = 1 / 28                          # per um; doubled below: waves of about 90 um, patches of 3 cells
+
+
+class Epithelium(NamedTuple):
+    pitch: float           # um from cell to cell
+    jitter: float          # of the lattice, as a share of half the pitch
+    radius: float          # of a nucleus, um
+    spread: float          # of that radius, as a logarithm
+    elongation: float      # of a nucleus: spread of the logarithm of its aspect
+    stain: float           # factors to the slide's haematoxylin of nuclei and of cytoplasm
+    cytoplasm: float
+    wall: float            # haematoxylin of the cell border
+
+
+# Tumor nuclei are larger, farther apart and less alike than those of normal glands; acini come near them.
+EPITHELIUM = {"tumor":       Epithelium(12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
+              "dcis":        Epithelium(12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
+              "duct":        Epithelium(9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
+              "acinus":      Epithelium(10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06),
+              "histiocytes": Epithelium(14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04),
+              "fat":         Epithelium(44.0, 0.26, 0.00, 0.00, 0.00, 0.00, 0.0, 0.20)}
 
 
 def hollow(site, style, rng) -> None:
@@ -89,19 +107,19 @@ def _apart(points, least: float) -> np.ndarray:
 
 def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     """Cells (CELL records) of one site, and the nuclei of the flat cells around it."""
-    pitch, jitter, radius, spread, elongation, stain, cytoplasm, wall = EPITHELIUM[site.kind]
-    pitch = pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
-    star, layers = site.star, []
+    kind = EPITHELIUM[site.kind]
+    pitch = kind.pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
+    star, layers = site.star, []                       # each layer: (n, 3) x, y, direction
     if site.kind in ("duct", "acinus", "dcis"):
         for k in range({"duct": 1 + int(rng.random() < 0.4), "acinus": site.layers, "dcis": 1}[site.kind]):
             layers.append(star.ring((k + 0.55) * pitch * 0.95, pitch * 0.82, rng))
     core = 1.5 * pitch if site.kind == "dcis" else 0.3 * pitch
     if site.kind in ("tumor", "dcis", "histiocytes", "fat"):
-        points = hexagons(site.x, site.y, star.reach, pitch, jitter, rng)
+        points = hexagons(site.x, site.y, star.reach, pitch, kind.jitter, rng)
         points = _apart(points[star.distance(*points.T) < -core], 0.86 * pitch)
         layers.append(np.column_stack([points, rng.uniform(0, np.pi, len(points))]))
     points = np.concatenate(layers)
-    keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)
+    keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)     # gaps in the lattice
     for hole_x, hole_y, hole_radius in site.holes:
         keep &= np.hypot(points[:, 0] - hole_x, points[:, 1] - hole_y) > hole_radius
     points = points[keep]
@@ -116,12 +134,15 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     cells["reach"] = pitch * (1.5 if site.kind == "fat" else 0.86) * normal(0.07)
     cells["stretch"] = np.clip(normal(0.15), 0.7, 1.4)
     cells["nx"], cells["ny"] = (points[:, :2] + rng.normal(0, 0.09 * pitch, (n, 2))).T
-    cells["radius"] = radius * style.nucleus_size * np.exp(0.07 * rng.standard_normal()) * normal(spread)
-    cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * elongation)
-    cells["tilt"] = points[:, 2] + np.pi / 2 + rng.normal(0, 0.5, n)
-    cells["nucleus"] = style.nucleus_stain * stain * normal(0.20)
-    cells["cytoplasm"] = style.cytoplasm * cytoplasm * np.exp(0.15 * rng.standard_normal()) * normal(0.15)
-    cells["wall"] = wall
+    # Twice a spread: between sites and, more, between the cells of one.
+    size = kind.radius * style.nucleus_size
+    cells["radius"] = size * np.exp(0.07 * rng.standard_normal()) * normal(kind.spread)
+    cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * kind.elongation)
+    cells["tilt"] = points[:, 2] + np.pi / 2 + rng.normal(0, 0.5, n)       # across the outline, about
+    cells["nucleus"] = style.nucleus_stain * kind.stain * normal(0.20)
+    pale = style.cytoplasm * kind.cytoplasm
+    cells["cytoplasm"] = pale * np.exp(0.15 * rng.standard_normal()) * normal(0.15)
+    cells["wall"] = kind.wall
     if site.kind == "fat":
         return cells, np.zeros(0, CELL)
     cells["brown"] = style.breath * normal(0.35) * np.exp(0.3 * rng.standard_normal())
@@ -138,11 +159,11 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
 def _stain(cells, subtype: int, rng) -> None:
     """HER2 staining of one tumor site: it differs between nests and, in patches, between neighbours."""
     n = len(cells)
-    nest = np.exp(0.20 * rng.standard_normal())
-    wave = rng.normal(0, 1 / 28, (2, 3))   # three plane waves, 28 um / 2 pi: patches of a few cells
+    nest = np.exp(NEST_SPREAD * rng.standard_normal())
+    wave = rng.normal(0, PATCH_WAVES, (2, 3))
     patch = sum(np.cos(cells["x"] * wave[0, k] * 2 + cells["y"] * wave[1, k] * 2 + rng.uniform(0, 6.3))
                 for k in range(3))
-    uneven = (0.0, 0.34, 0.27, 0.13)[subtype] * patch + 0.2 * rng.standard_normal(n)
+    uneven = UNEVEN[subtype] * patch + 0.2 * rng.standard_normal(n)
     strength = nest * np.exp(uneven)
     cells["membrane"] = MEMBRANE[subtype] * strength
     cells["complete"] = COMPLETE[subtype] + 0.10 * patch * (subtype in (1, 2))

@@ -24,8 +24,19 @@ from her2.phantom_textures import ramp
 from her2.phantom_tissue import FAR, MAP_STEP, MARGIN, Scene, fibres
 
 TILE = 512
-FINEST = 0.5   # um per sample at most: membranes are about 1.5 um wide
-MEMBRANE_WIDTH = 0.80
+FINEST = 0.5               # um per sample at most: membranes are about 1.5 um wide
+MEMBRANE_WIDTH = 0.80      # um from the border at which the bell of its stain has fallen to 1 / e
+WARP = ((7.0, 0.8), (2.6, 0.22))     # (wavelength, amplitude) in um of what bends borders and nuclei
+EDGE = 0.5                 # um over which a cell ends, EDGE_NUCLEUS a nucleus
+EDGE_NUCLEUS = 0.45
+CAP = 1.0                  # um that cells bulge out of the outline of their site, and how much that varies
+CAP_WAVES = 0.9
+SLIT = 0.55                # half-width in um of the slit between neighbours that came apart
+SLIT_SHARE = 0.35          # of borders, times the slide's retraction; SLIT_DEPTH of the cell is gone there
+SLIT_DEPTH = 0.9
+BROKEN = 0.16              # how far texture moves the line between stained and bare membrane (incomplete: 1+)
+UNDER_NUCLEUS = 0.35       # share of the cytoplasm's brown that shows above and below a nucleus
+OVER_NUCLEUS = 0.6         # share of a membrane's brown that a nucleus hides
 
 
 def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
@@ -44,7 +55,7 @@ def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
     """The pixels from row `top`, column `left` on, in colour: (height, width, 3) uint8."""
     style = scene.style
     sigma = style.blur / um_per_px
-    halo = int(np.ceil(3 * sigma))
+    halo = int(np.ceil(3 * sigma))                    # pixels around, which the blur eats up again
     fold = max(1, int(np.ceil(um_per_px / FINEST - 1e-9)))
     ys, xs = (((np.arange((n + 2 * halo) * fold) + 0.5) / fold - halo + start) * um_per_px
               for n, start in ((height, top), (width, left)))
@@ -70,7 +81,8 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     """Haematoxylin and DAB on the grid ys x xs (micrometres): two (h, w) float32 arrays."""
     noise, style = scene.noise, scene.style
     ys, xs = np.asarray(ys), np.asarray(xs)
-    warp_x, warp_y = (noise[name].tile(ys, xs, 7.0) * 0.8 + noise[name].tile(ys, xs, 2.6) * 0.22
+    (long, far), (short, near) = WARP
+    warp_x, warp_y = (noise[name].tile(ys, xs, long) * far + noise[name].tile(ys, xs, short) * near
                       for name in ("warp_x", "warp_y"))
     x = (xs[None] + warp_x).astype(np.float32)                                          # (h, w)
     y = (ys[:, None] + warp_y).astype(np.float32)
@@ -81,23 +93,27 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     cell = scene.cells[first] if len(scene.cells) else np.zeros(1, scene.cells.dtype)[first]
     distance = _coarse(scene.distance, x, y).astype(np.float32)                        # (h, w) to a site
     # A body ends where its cap or the outline of its site does, whichever comes first.
-    free = np.minimum(cell["reach"] - d1, 1.0 + 0.9 * patchy - distance)
-    body = ramp(free, 0.5)                                                              # (h, w) in 0..1
+    free = np.minimum(cell["reach"] - d1, CAP + CAP_WAVES * patchy - distance)
+    body = ramp(free, EDGE)                                                             # (h, w) in 0..1
     border = np.minimum((d2 - d1) / 2, np.maximum(free, 0))
     nucleus, nucleus_dye = _nuclei(scene, x, y, ys, xs, fine, grain)
 
     tissue, stroma, stroma_dab = _stroma(scene, ys, xs, x, y, distance, patchy, grain)
     coin = _coin(first, second)
     bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)
-    # Some neighbours have come apart: a slit of glass between them.
-    slit = np.exp(-(border / 0.55) ** 2) * (coin * 7 % 1 < 0.35 * style.retraction) * ramp(patchy, 0.8)
-    body = body * (1 - 0.9 * slit)
+    # Some neighbours have come apart: a slit of glass between them. Of the coin's digits other ones decide.
+    slit = np.exp(-(border / SLIT) ** 2) * (coin * 7 % 1 < SLIT_SHARE * style.retraction) * ramp(patchy, 0.8)
+    body = body * (1 - SLIT_DEPTH * slit)
     inside = body * (1 - nucleus)
-    present = ramp(cell["complete"] + 0.16 * patchy + 0.16 * grain - coin, 0.12)
+    # `complete` is the share of coins below it: so much of the membrane of a cell is stained at all.
+    present = ramp(cell["complete"] + BROKEN * patchy + BROKEN * grain - coin, 0.12)
+    # Stain varies by factors, hence the exponentials; the last term keeps their mean near 1.
     membrane = cell["membrane"] * bell * present * np.exp(0.38 * fine + 0.30 * grain - 0.1)
     brown = cell["brown"] * np.exp(0.30 * fine + 0.32 * grain + 0.2 * patchy - 0.12)
+    # Chromogen also settles along free edges of tissue, where it says nothing about HER2.
     settled = style.rim * (cell["membrane"] > 0) * ramp(0.35 - tissue, 0.3) * ramp(1.5 - free, 1.0)
-    dab = body * membrane * (1 - 0.6 * nucleus) + (inside + 0.35 * nucleus * body) * brown + body * settled
+    dab = body * membrane * (1 - OVER_NUCLEUS * nucleus)
+    dab = dab + (inside + UNDER_NUCLEUS * nucleus * body) * brown + body * settled
     dab = dab + (1 - body) * stroma_dab + _smears(scene, x, y, ys, xs, fine)
     plasma = cell["cytoplasm"] * (1 + 0.28 * grain + 0.2 * fine) + cell["wall"] * bell
     haematoxylin = (1 - body) * (1 - nucleus) * stroma + inside * plasma + nucleus_dye
@@ -135,7 +151,7 @@ def _bodies(cells, x, y, ys, xs):
 
 
 def _coin(first, second) -> np.ndarray:
-    """A number in [0, 1) per pair of cells, the same from both sides."""
+    """A number in [0, 1) per pair of cells, the same from both sides: bits mixed as in a hash table."""
     low, high = np.minimum(first, second).astype(np.uint32), np.maximum(first, second).astype(np.uint32)
     mixed = low * np.uint32(0x9E3779B1) ^ high * np.uint32(0x85EBCA77)
     mixed ^= mixed >> np.uint32(15)
@@ -158,7 +174,7 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
             cosine, sine = np.cos(c["tilt"]), np.sin(c["tilt"])
             u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
             rho = np.hypot(u / long, v / short)
-            alpha = ramp((1 - rho) * short, 0.45)
+            alpha = ramp((1 - rho) * short, EDGE_NUCLEUS)
             # An open nucleus has a dark rim, a pale middle with clumps and one or two nucleoli.
             profile = 1 + c["open"] * (0.42 * ramp(rho - 0.78, 0.2) - 0.22)
             profile = profile + (0.12 + 0.22 * c["open"]) * grain[w]
@@ -176,7 +192,7 @@ def _coarse(grid, x, y) -> np.ndarray:
     """Bilinear values of a coarse map at points."""
     j, i = (x + MARGIN) / MAP_STEP, (y + MARGIN) / MAP_STEP
     j0, i0 = j.astype(np.int32).clip(0, grid.shape[1] - 2), i.astype(np.int32).clip(0, grid.shape[0] - 2)
-    fj, fi = j - j0, i - i0
+    fj, fi = j - j0, i - i0                                                             # shares of the next
     return ((grid[i0, j0] * (1 - fj) + grid[i0, j0 + 1] * fj) * (1 - fi)
             + (grid[i0 + 1, j0] * (1 - fj) + grid[i0 + 1, j0 + 1] * fj) * fi)
 

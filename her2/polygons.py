@@ -18,6 +18,16 @@ Rounding decides wrongly where x falls on a centre, and it often does: every edg
 pixels runs through centres. Crossings nearer to a centre than the rounding error are therefore computed
 again in exact arithmetic: whole numbers where the vertices are multiples of 1/256, else fractions.
 
+The rule alone, slow and readable, is what all this has to equal (its tests ask a twin of this):
+
+    def inside(rings, i, j):                                     # pixel (row j, column i), by the rule above
+        xc, yc, odd = i + Fraction(1, 2), j + Fraction(1, 2), False
+        for ring in rings:
+            for (x1, y1), (x2, y2) in zip(ring, ring[1:] + ring[:1]):       # vertices as pairs of Fractions
+                if (y1 > yc) != (y2 > yc) and xc < x1 + (yc - y1) / (y2 - y1) * (x2 - x1):
+                    odd = not odd
+        return odd
+
 Source: paper, section 2.1 (polygon annotations); it leaves rule and order open, see PAPER below.
 Letters: H, W the image; h, w the part of it under the polygon; E edges; C crossings; F flips; R runs.
 """
@@ -32,7 +42,7 @@ LATTICE = 256     # vertices on multiples of 1/256 pixel are exact in int64 up t
 LATTICE_MAX = 2.0 ** 21  # this coordinate: products of two differences stay below 2^62
 
 
-def _as_arrays(rings):
+def _as_arrays(rings):                     # list of (n, 2) float64
     rings = [np.asarray(ring, dtype=np.float64) for ring in rings]
     for ring in rings:
         assert ring.ndim == 2 and ring.shape[1] == 2, f"a ring is an (n, 2) array of x, y; found {ring.shape}"
@@ -44,9 +54,9 @@ def _edges(rings):
     """(E, 4) x1, y1, x2, y2 of all edges, turned so that y1 < y2, without level ones: these cross no row."""
     pairs = [np.hstack([ring, np.roll(ring, -1, axis=0)]) for ring in rings]
     edges = np.concatenate([np.zeros((0, 4)), *pairs])
-    edges = edges[edges[:, 1] != edges[:, 3]]
+    edges = edges[edges[:, 1] != edges[:, 3]]                         # level: (y1 > yc) == (y2 > yc)
     down = edges[:, 1] > edges[:, 3]
-    edges[down] = edges[down][:, [2, 3, 0, 1]]
+    edges[down] = edges[down][:, [2, 3, 0, 1]]                        # both directions round alike: no gaps
     return edges
 
 
@@ -55,7 +65,7 @@ def _centres_left(edges, rows):
     x1, y1, x2, y2 = edges.T
     with np.errstate(over="ignore", invalid="ignore"):
         x = x1 + (rows + 0.5 - y1) / (y2 - y1) * (x2 - x1) - 0.5
-        n = np.ceil(x)
+        n = np.ceil(x)                                                # (C,) right, but where near a centre
         # The roundings above are worth at most 13 x 1.1e-16 of the larger coordinate; this is 700 times that.
         tolerance = 1e-12 * np.maximum(1.0, np.maximum(np.abs(x1), np.abs(x2)))
         near = np.flatnonzero(~(np.abs(x - np.rint(x)) > tolerance))  # an overflow to NaN counts as near
@@ -69,6 +79,7 @@ def _centres_left(edges, rows):
     centre = np.rint(x[at])                                           # the column whose centre is in doubt
     xc = centre.astype(np.int64) * LATTICE + LATTICE // 2
     yc = rows[at] * LATTICE + LATTICE // 2
+    # xc < x, without the division: both sides times y2 - y1, which is positive.
     n[at] = centre + ((xc - x1) * (y2 - y1) < (yc - y1) * (x2 - x1))  # + 1: it lies left of the edge
     for k in near[~whole]:
         x1, y1, x2, y2 = map(Fraction, edges[k].tolist())
@@ -115,6 +126,7 @@ def _fill(rows, columns, flips):
     """The bool (h, w) mask of a polygon from its flips."""
     h, w = rows.stop - rows.start, columns.stop - columns.start
     lengths = np.diff(flips, prepend=0, append=h * (w + 1))
+    # Runs in turn outside and inside; column w ends each row outside.
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
 
 
@@ -132,6 +144,7 @@ def rasterize(rings, height: int, width: int) -> np.ndarray:
 
 def polygon_area(rings) -> float:
     """Square pixels of a polygon, uncut: the first ring less its holes, the others. Either direction."""
+    # Rings of either direction: sizes count, not signs. Which is a hole is known by its place in the list.
     outer, *holes = [abs(_signed_area(ring)) for ring in _as_arrays(rings)] or [0.0]
     return max(0.0, outer - sum(holes))
 
@@ -222,10 +235,10 @@ def _union(n, a, b):
 
     Every round hangs the larger root of each pair below the smaller one, then lets all point to their roots.
     """
-    root = np.arange(n)
+    root = np.arange(n)                                                  # each a set of its own
     while len(a):
         np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
-        while (root[root] != root).any():
+        while (root[root] != root).any():                                # paths halve every time
             root = root[root]
         a, b = root[a], root[b]
         a, b = a[a != b], b[a != b]

@@ -50,7 +50,7 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = None
+        self.downsample = None                           # no shortcut conv: what came in is added as it is
         if stride > 1:  # as deep as in torchvision: only where the shape changes
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                                             nn.BatchNorm2d(out_channels))
@@ -67,6 +67,7 @@ class ResNet34Encoder(nn.Module):
     def __init__(self, width: int = 64):
         super().__init__()
         self.channels = [3, width, width, 2 * width, 4 * width, 8 * width]
+        # No biases before a batch norm: it subtracts the mean, and a bias with it.
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         for stage, depth in enumerate(BLOCKS, start=1):
@@ -100,7 +101,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, y: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
         y = F.interpolate(y, scale_factor=2, mode="nearest")        # (B, c_in, 2h, 2w)
-        if skip is not None:
+        if skip is not None:                                        # where exactly: what halving has lost
             y = torch.cat([y, skip], dim=1)                         # (B, c_in + c_skip, 2h, 2w)
         return self.conv2(self.conv1(y))                            # (B, c_out, 2h, 2w)
 
@@ -184,6 +185,7 @@ def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
+            # Fan-out: the gradient keeps its size through 34 layers of ReLU.
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
     head = model.segmentation_head[0]
     nn.init.xavier_uniform_(head.weight, generator=generator)
@@ -242,7 +244,7 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
     """
     padded = math.ceil(length / STRIDE) * STRIDE
     tile = min(tile, padded)
-    step = (tile - overlap) // STRIDE * STRIDE
+    step = (tile - overlap) // STRIDE * STRIDE           # down: the overlap is at least what was asked for
     starts = [*range(0, padded - tile, step), padded - tile] if tile < padded else [0]
     cuts = [0, *((left + tile + right) // 2 for left, right in zip(starts, starts[1:])), length]
     return tile, [(start, cuts[i], min(cuts[i + 1], length)) for i, start in enumerate(starts)]
@@ -273,6 +275,7 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     _, height, width = image.shape
     tile_h, spans_y = tile_spans(height, tile, overlap)
     tile_w, spans_x = tile_spans(width, tile, overlap)
+    # Mirrored tissue is tissue: zeros beyond the border would be a colour that no slide has.
     rows = reflected(height, spans_y[-1][0] + tile_h)
     columns = reflected(width, spans_x[-1][0] + tile_w)
 
@@ -285,7 +288,9 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
         if tiles.dtype == torch.uint8:
             tiles = tiles.float() / 127.5 - 1
         logits = model(tiles.contiguous(memory_format=torch.channels_last))                 # (B, K, h, w)
+        # Tumor is everything but background; clamped, because sums of a softmax pass 1 by a rounding.
         tumor = logits.float().softmax(dim=1)[:, 1:].sum(dim=1).clamp(max=1).cpu()          # (B, h, w)
+        # Near its border a tile sees half of its surroundings: only the middle part is kept.
         for ((y, top, bottom), (x, left, right)), part in zip(batch, tumor):
             prob[top:bottom, left:right] = part[top - y:bottom - y, left - x:right - x]
     return prob
