@@ -35,7 +35,7 @@ CELL = np.dtype([(name, np.float32) for name in (
 
 NEST_SPREAD = 0.20                            # of the strength between nests, as a logarithm
 UNEVEN = (0.0, 0.34, 0.27, 0.13)              # the same between neighbours: 1+ and 2+ are patchy, 3+ is not
-PATCH_WAVES = 1 / 28                          # per um; doubled below: waves of about 90 um, patches of 3 cells
+PATCH_WAVES = 1 / 28                          # per um; doubled below: patches of 3 or 4 cells
 
 
 class Epithelium(NamedTuple):
