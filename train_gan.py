@@ -255,7 +255,7 @@ class Config:
 # said. We take it as kept.
 PRESETS = {
     "tiny": {},
-    "small": dict(steps=1200, lr=2e-4, disc_lr=4e-4, ema=0.998, log_every=50, save_every=400),
+    "small": dict(steps=900, lr=2e-4, disc_lr=4e-4, ema=0.998, log_every=50, save_every=450),
     "paper": dict(steps=200_000, batch=16, patch=512, width=64, hidden=128, z_dim=256, lr=5e-6, disc_lr=2e-5,
                   ema=0.999, log_every=100, save_every=5000, workers=8),
 }

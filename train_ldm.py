@@ -414,15 +414,15 @@ class DiffusionConfig(Common):
 # autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
     "tiny": {},
-    "small": dict(steps=1200, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0, warmup=100,
-                  save_every=300, log_every=50),
+    "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0, warmup=100,
+                  save_every=400, log_every=50),
     "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5,
                   schedule="constant", warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64,
                   save_every=5000, log_every=100, workers=8),
 }
 DIFFUSION_PRESETS = {
     "tiny": {},
-    "small": dict(steps=1500, width=48, latent_pool=800, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
+    "small": dict(steps=1500, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
                   log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
                   zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant",

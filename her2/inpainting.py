@@ -22,6 +22,10 @@ import torch.nn.functional as F
 from her2.run_seeds import generator
 
 
+# Of pure noise, the smoothest tenth of squares has a spread of .8 of the whole: 64 squared values scatter so.
+SMOOTHEST = 0.8
+
+
 def grow(repaint: torch.Tensor, radius: int) -> torch.Tensor:
     """Every True becomes a square of side 2 radius + 1. repaint (B, H, W) bool -> the same."""
     assert repaint.dtype == torch.bool and repaint.dim() == 3, \
@@ -76,7 +80,7 @@ def noise_level(image: torch.Tensor) -> torch.Tensor:
     line = torch.tensor([1.0, -2.0, 1.0])
     kernel = (torch.outer(line, line) / 6).expand(3, 1, 3, 3)
     fine = F.conv2d(image.float(), kernel, groups=3)                         # (B, 3, H - 2, W - 2)
-    return F.avg_pool2d(fine ** 2, 8).flatten(1).quantile(0.1, dim=1).sqrt()
+    return F.avg_pool2d(fine ** 2, 8).flatten(1).quantile(0.1, dim=1).sqrt() / SMOOTHEST
 
 
 def add_grain(painted: torch.Tensor, image: torch.Tensor, level: torch.Tensor, seeds) -> torch.Tensor:

@@ -80,12 +80,12 @@ def test_noise_level_is_that_of_the_sensor_and_grain_restores_it():
     noisy = ramp + 0.02 * noise
     noisy[:, :, :32, :32] += torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) - 0.5
     level = inpainting.noise_level(noisy)
-    assert ((0.015 < level) & (level < 0.021)).all()            # the smoothest tenth lies a little below
+    assert torch.allclose(level, torch.full((4,), 0.02), rtol=0.08)
     assert (inpainting.noise_level(ramp) < 1e-6).all()
     painted = ramp.clone()
     painted[:, :, :, 32:] = noisy[:, :, :, 32:]                 # pasted pixels of the photograph
     grainy = inpainting.add_grain(ramp.where(torch.arange(64) < 32, painted), noisy, level, range(4))
     assert torch.equal(grainy[..., 32:], noisy[..., 32:])
     plain = inpainting.add_grain(ramp, noisy, level, range(4))
-    assert torch.allclose(inpainting.noise_level(plain), level, rtol=0.15)
+    assert torch.allclose(inpainting.noise_level(plain), level, rtol=0.1)
     assert torch.equal(plain, inpainting.add_grain(ramp, noisy, level, range(4)))
