@@ -9,10 +9,6 @@ two residual blocks each, the time added inside every block. Module names are th
 attention resolutions [32, 16, 8] means downsampling factors, and there are only 1, 2 and 4: attention sits in
 the middle alone. Kept as it is.
 
-Guidance s mixes two answers of one network, u + s (c - u): c with the label, u without. s = 1 is the answer
-with the label; s = 3 goes on in the direction in which the label changed it, so that tissue shows its class
-more clearly and varies less; s = 8 leaves the law of the data: colours saturate.
-
 Differs from the official code (latent-diffusion): LatentDenoiser owns the label code with the U-Net, so that
 the moving average covers both (officially the U-Net alone: sampling then pairs averaged weights with a label
 code they were never trained with); the scale of the latents is stored with the weights (officially measured
@@ -38,8 +34,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with weights and bias 0: each residual branch begins as a zero, the output too."""
-    for parameter in layer.parameters():
+    for parameter in layer.parameters():                 # each residual branch begins as a zero, the output too
         nn.init.zeros_(parameter)
     return layer
 
@@ -208,6 +203,12 @@ class Denoiser(nn.Module):
         return self.out(x)                                                   # (B, out, h, w)
 
 
+def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance: 1 is `cond`, the answer with the label; 3 goes on where the label
+    led it (clearer classes, less variety); 8 leaves the law of the data (colours saturate)."""
+    return uncond + scale * (cond - uncond)
+
+
 class LatentDenoiser(nn.Module):
     """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
 
@@ -271,10 +272,9 @@ class LatentDenoiser(nn.Module):
             return self(xt, t, code)
 
         def with_guidance(xt, t):
-            both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w)
-            # One forward of twice the batch is faster than two.
+            both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w) one forward
             cond, uncond = self(xt.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-            return uncond + guidance * (cond - uncond)       # away from what it says without a label
+            return guided(cond, uncond, guidance)
 
         return conditional if guidance == 1.0 else with_guidance
 

@@ -64,8 +64,8 @@ class Schedule:
         self.alpha_bar, self.alpha_bar_before = alpha_bar, before
         self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta
         self.beta = 1 - self.alpha if zero_terminal_snr else beta
-        # Eq. 3. Training and sampling do without it (samplers.py, eta 1, is the same law): it is here for
-        # comparison with the reference only, and so are q_mean_variance, posterior and vlb_weight.
+        # Eq. 3. Training and sampling do without it (samplers.py, eta 1, is the same law): it is here to
+        # be looked at, and for comparison with the reference only; so is `posterior`.
         self.posterior_variance = self.beta * (1 - before) / (1 - alpha_bar)
         self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)
         self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)
@@ -93,11 +93,6 @@ class Schedule:
         assert x0.shape == eps.shape, f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} differ in shape"
         signal, noise = self.roots(t, x0)
         return signal * x0 + noise * eps                                     # (B, C, h, w)
-
-    def q_mean_variance(self, x0: torch.Tensor, t: torch.Tensor):
-        """Mean (B, C, h, w), variance and its logarithm (B, 1, 1, 1) of q(xt | x0)."""
-        variance = 1 - self.alpha_bar                                        # (T,)
-        return self.roots(t, x0)[0] * x0, self.at(variance, t, x0), self.at(variance.log(), t, x0)
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network should put out for xt: eps, or v by eq. 4."""
@@ -138,17 +133,6 @@ class Schedule:
         mean = self.at(self.posterior_x0, t, xt) * x0 + self.at(self.posterior_xt, t, xt) * xt
         log_variance = self.posterior_variance.clamp(min=1e-20).log()        # (T,)
         return mean, self.at(self.posterior_variance, t, xt), self.at(log_variance, t, xt)
-
-    def vlb_weight(self, dtype=torch.float64) -> torch.Tensor:
-        """(T,) weights that turn the L2 loss on eps into the variational bound; officially only logged.
-
-        At t = 0, where the posterior has no width, the weight of t = 1 stands. float32 repeats the official
-        rounding, which loses four digits in 1 - alpha_bar.
-        """
-        beta, variance, alpha, alpha_bar = (table.to(dtype) for table in (
-            self.beta, self.posterior_variance, self.alpha, self.alpha_bar))
-        weight = beta ** 2 / (2 * variance * alpha * (1 - alpha_bar))
-        return torch.cat([weight[1:2], weight[1:]])
 
 
 def draw_timesteps(count: int, T: int, spread: float, generator) -> torch.Tensor:

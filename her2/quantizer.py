@@ -86,16 +86,6 @@ def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
     return torch.bincount(indices.flatten(), minlength=num_codes)
 
 
-def code_statistics(counts: torch.Tensor):
-    """-> (perplexity, number of codes used): exp of the entropy of the codes' frequencies, at most K.
-
-    For comparison with the reference only; training logs the codes that a whole window used (CodeUsage).
-    """
-    frequency = counts.double() / counts.sum().clamp(min=1)                          # (K,)
-    perplexity = torch.exp(-(frequency * torch.log(frequency + 1e-10)).sum())
-    return perplexity.item(), int((counts > 0).sum())
-
-
 class CodeUsage:
     """How often each code was used over `window` steps (one batch says little), and the restarts for it.
 
