@@ -34,7 +34,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    for parameter in layer.parameters():                 # each residual branch begins as a zero, the output too
+    for parameter in layer.parameters():                 # residual branches begin as zeros, so does the output
         nn.init.zeros_(parameter)
     return layer
 
