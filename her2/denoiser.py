@@ -34,7 +34,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    for parameter in layer.parameters():                 # residual branches begin as zeros, so does the output
+    for parameter in layer.parameters():             # residual branches begin as zeros, so does the output
         nn.init.zeros_(parameter)
     return layer
 
@@ -85,7 +85,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(group_norm(out_channels), nn.SiLU(), nn.Identity(),
                                         zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
-        new = in_channels != out_channels
+        new = in_channels != out_channels                               # only then is a sum impossible
         self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if new else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
         assert channels % num_heads == 0, f"{channels} channels cannot be split into {num_heads} heads"
-        self.num_heads = num_heads
+        self.num_heads = num_heads                                      # each attends to something else
         self.norm = group_norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))         # begins as the identity
@@ -138,7 +138,7 @@ class Stage(nn.ModuleList):
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
-        return x
+        return x                                                        # (B, C, h, w)
 
 
 class Denoiser(nn.Module):
@@ -161,7 +161,7 @@ class Denoiser(nn.Module):
             attention = [Attention(out, num_heads)] if 2 ** level in attention_factors else []
             return [ResBlock(channels, out, emb_dim), *attention]
 
-        widths = [multiple * model_channels for multiple in channel_mult]
+        widths = [multiple * model_channels for multiple in channel_mult]  # per level
         channels = model_channels
         skips = [channels]                                 # widths of what the way up will concatenate
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, channels, 3, padding=1)])])
@@ -169,7 +169,7 @@ class Denoiser(nn.Module):
             for _ in range(num_res_blocks):
                 self.input_blocks.append(Stage(blocks(channels, width, level)))
                 channels = width
-                skips.append(channels)
+                skips.append(channels)                                 # popped in reverse order on the way up
             if level < self.levels - 1:
                 self.input_blocks.append(Stage([Downsample(channels)]))
                 skips.append(channels)
@@ -182,7 +182,7 @@ class Denoiser(nn.Module):
                 layers = blocks(channels + skips.pop(), width, level)
                 channels = width
                 if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(channels))
+                    layers.append(Upsample(channels))           # the last block of a level, but at the finest
                 self.output_blocks.append(Stage(layers))
         self.out = nn.Sequential(group_norm(channels), nn.SiLU(),
                                  zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)))
@@ -238,7 +238,7 @@ class LatentDenoiser(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module.check_latent_scale())
 
     def check_latent_scale(self) -> None:
-        scale = self.latent_scale.item()
+        scale = self.latent_scale.item()                       # NaN: sampling would go on and decode nonsense
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"latent_scale is {scale}, should be a positive number: it was never set")
 
@@ -249,7 +249,7 @@ class LatentDenoiser(nn.Module):
 
     def scale(self, z: torch.Tensor) -> torch.Tensor:
         """Latents of the autoencoder -> x0 of about unit variance."""
-        return z * self.latent_scale
+        return z * self.latent_scale                                    # (B, D, h, w)
 
     def unscale(self, x0: torch.Tensor) -> torch.Tensor:     # the way back, to what the autoencoder decodes
         return x0 / self.latent_scale
@@ -264,7 +264,7 @@ class LatentDenoiser(nn.Module):
     @staticmethod
     def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
         """`code` with the images where `dropped` (B,) is True set to the code of no label."""
-        return code.masked_fill(dropped[:, None, None, None], 0.0)
+        return code.masked_fill(dropped[:, None, None, None], 0.0)      # (B, code, h, w)
 
     def predictor(self, code: torch.Tensor, guidance: float = 1.0):
         """-> function(xt, t) for the samplers. guidance 1: plain conditional; else two answers per image."""

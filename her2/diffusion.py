@@ -55,20 +55,20 @@ class Schedule:
         self.T, self.parametrisation = T, parametrisation
         # Linear in the root: many gentle steps at first, so that fine detail is decided in small portions.
         beta = torch.linspace(linear_start ** 0.5, linear_end ** 0.5, T, dtype=torch.float64) ** 2
-        alpha_bar = torch.cumprod(1 - beta, dim=0)
+        alpha_bar = torch.cumprod(1 - beta, dim=0)                      # (T,) share of signal power
         if zero_terminal_snr:
             # Lin et al., algorithm 1: shift so that the last is 0, then scale so that the first stays.
             root = alpha_bar.sqrt()
             alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])        # (T,); before the first: no noise
         self.alpha_bar, self.alpha_bar_before = alpha_bar, before
-        self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta
-        self.beta = 1 - self.alpha if zero_terminal_snr else beta
+        self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta  # (T,)
+        self.beta = 1 - self.alpha if zero_terminal_snr else beta       # (T,)
         # Eq. 3. Training and sampling do without it (samplers.py, eta 1, is the same law): it is here to
         # be looked at, and for comparison with the reference only; so is `posterior`.
         self.posterior_variance = self.beta * (1 - before) / (1 - alpha_bar)
-        self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)
-        self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)
+        self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)  # weight of x0: grows towards t = 0
+        self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)  # weight of xt
 
     def to(self, device) -> "Schedule":
         """Move the tables; returns self."""
@@ -81,7 +81,7 @@ class Schedule:
         """Entries of a table for a batch, (B, 1, 1, 1), in x's precision but no less than float32."""
         assert t.shape == x.shape[:1], f"t {tuple(t.shape)} should be ({len(x)},)"
         values = table[t].to(torch.promote_types(x.dtype, torch.float32))    # (B,)
-        return values.view(-1, *[1] * (x.dim() - 1))
+        return values.view(-1, *[1] * (x.dim() - 1))                    # (B, 1, 1, 1)
 
     def roots(self, t: torch.Tensor, x: torch.Tensor):
         """sqrt(alpha_bar), sqrt(1 - alpha_bar): shares of signal and noise at t, each (B, 1, 1, 1)."""
@@ -91,7 +91,7 @@ class Schedule:
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """Eq. 1: x0 noised to level t."""
         assert x0.shape == eps.shape, f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} differ in shape"
-        signal, noise = self.roots(t, x0)
+        signal, noise = self.roots(t, x0)                               # (B, 1, 1, 1) each
         return signal * x0 + noise * eps                                     # (B, C, h, w)
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ class Schedule:
 
         At t = 0 the variance is 0; its logarithm is cut off at 1e-20, as official.
         """
-        mean = self.at(self.posterior_x0, t, xt) * x0 + self.at(self.posterior_xt, t, xt) * xt
+        mean = self.at(self.posterior_x0, t, xt) * x0 + self.at(self.posterior_xt, t, xt) * xt  # (B, C, h, w)
         log_variance = self.posterior_variance.clamp(min=1e-20).log()        # (T,)
         return mean, self.at(self.posterior_variance, t, xt), self.at(log_variance, t, xt)
 
@@ -144,7 +144,7 @@ def draw_timesteps(count: int, T: int, spread: float, generator) -> torch.Tensor
     section 3.1 (logit-normal).
     """
     if not spread:
-        return torch.randint(T, (count,), generator=generator)
+        return torch.randint(T, (count,), generator=generator)          # (count,)
     return (T * torch.sigmoid(spread * torch.randn(count, generator=generator))).long().clamp(max=T - 1)
 
 
@@ -157,7 +157,7 @@ def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1")
     assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
     assert output.shape == target.shape, f"output {tuple(output.shape)}, target {tuple(target.shape)}"
     error = (output.float() - target.float()).flatten(1)                     # (B, C*h*w)
-    return (error.abs() if kind == "l1" else error.square()).mean(1)
+    return (error.abs() if kind == "l1" else error.square()).mean(1)    # (B,)
 
 
 def loss_of_zero_output(kind: str = "l1") -> float:
@@ -167,7 +167,7 @@ def loss_of_zero_output(kind: str = "l1") -> float:
     Gaussian of unit variance, which `latent_scale` sees to.
     """
     assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
-    return math.sqrt(2 / math.pi) if kind == "l1" else 1.0
+    return math.sqrt(2 / math.pi) if kind == "l1" else 1.0              # .798
 
 
 def quartile_sums(loss: torch.Tensor, t: torch.Tensor, T: int):
@@ -177,5 +177,5 @@ def quartile_sums(loss: torch.Tensor, t: torch.Tensor, T: int):
     """
     assert loss.shape == t.shape, f"loss {tuple(loss.shape)} and t {tuple(t.shape)} differ in shape"
     quarter = t * 4 // T                                                     # (B,) 0 to 3
-    counts = torch.bincount(quarter, minlength=4).double()
+    counts = torch.bincount(quarter, minlength=4).double()              # (4,)
     return torch.bincount(quarter, weights=loss.detach().double(), minlength=4), counts

@@ -34,10 +34,10 @@ class ScaleDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int, ndf: int, num_layers: int):
         super().__init__()
-        self.names = [f"model{index}" for index in range(num_layers + 1)]
+        self.names = [f"model{index}" for index in range(num_layers + 1)]  # official names
         # No normalisation in the first layer: it would take away the brightness that a fake may have wrong.
         self.model0 = nn.Sequential(nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2), nn.LeakyReLU(SLOPE))
-        width = ndf
+        width = ndf                                                     # doubles per layer
         for index in range(1, num_layers):
             in_width, width = width, min(2 * width, 512)           # 512: the official ceiling
             stride = 2 if index < num_layers - 1 else 1            # the last one looks wider, not coarser
@@ -45,7 +45,7 @@ class ScaleDiscriminator(nn.Module):
             convolution = SpectralConv2d(in_width, width, 4, stride, padding=2, bias=False)
             setattr(self, f"model{index}", nn.Sequential(
                 nn.Sequential(convolution, nn.InstanceNorm2d(width)), nn.LeakyReLU(SLOPE)))
-        setattr(self, f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))
+        setattr(self, f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))  # the logits
 
     def forward(self, x: torch.Tensor) -> list:
         features = []
@@ -92,7 +92,7 @@ def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, f
     assert fake.shape == real.shape, f"fake {tuple(fake.shape)} and real {tuple(real.shape)} differ in shape"
     # With its label map beside it, a good image of the wrong tissue is a fake as well.
     x = torch.cat([torch.cat([onehot, onehot]), torch.cat([fake, real])], dim=1)      # (2B, K+3, H, W)
-    features = discriminator(x)
+    features = discriminator(x)                                         # per scale, per layer (2B, C, h, w)
     halves = [[feature.chunk(2) for feature in scale] for scale in features]          # (B, C, h, w) each
     return tuple([[pair[half] for pair in scale] for scale in halves] for half in (0, 1))
 
@@ -126,7 +126,7 @@ class PatchGAN(nn.Module):
 
         ValueError lists what does not fit.
         """
-        inside = "loss.discriminator."
+        inside = "loss.discriminator."                             # its name in a file of a whole autoencoder
         if any(name.startswith(inside) for name in state_dict):
             state_dict = {name.removeprefix(inside): state_dict[name] for name in state_dict
                           if name.startswith(inside)}

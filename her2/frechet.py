@@ -50,7 +50,7 @@ def kernel_distance(a, b) -> float:
         return (x @ y.T / x.shape[1] + 1) ** 3             # cubic: compares moments up to the third
 
     def mean_of_pairs(x):  # without the pairs of a sample with itself: that is what removes the bias
-        k = kernel(x, x)
+        k = kernel(x, x)                                                # (N, N)
         return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
 
     return float(mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel(a, b).mean())

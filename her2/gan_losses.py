@@ -52,12 +52,12 @@ def adversarial_loss(logits, role: str, kind: str = "hinge") -> torch.Tensor:
 
 def hinge_discriminator(logits_real, logits_fake):
     """-> (loss_real, loss_fake), to be added (SPADE) or averaged (VQ autoencoder)."""
-    return adversarial_loss(logits_real, "real"), adversarial_loss(logits_fake, "fake")
+    return adversarial_loss(logits_real, "real"), adversarial_loss(logits_fake, "fake")  # () each
 
 
 def hinge_generator(logits_fake) -> torch.Tensor:
     """-mean logits: no margin for the generator, its gradient never vanishes."""
-    return adversarial_loss(logits_fake, "generator")
+    return adversarial_loss(logits_fake, "generator")                   # ()
 
 
 def feature_matching(fake_features: list, real_features: list, weight: float = 10.0) -> torch.Tensor:
@@ -70,17 +70,17 @@ def feature_matching(fake_features: list, real_features: list, weight: float = 1
     distances = [F.l1_loss(fake.float(), real.detach().float())
                  for fake_scale, real_scale in zip(fake_features, real_features)
                  for fake, real in zip(fake_scale[:-1], real_scale[:-1])]
-    return weight / len(fake_features) * torch.stack(distances).sum()
+    return weight / len(fake_features) * torch.stack(distances).sum()   # ()
 
 
 def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)), (B, z_dim) each: summed over z; over B "mean" or official "sum"."""
     assert reduction in ("mean", "sum"), f"reduction is 'mean' or 'sum', found {reduction!r}"
-    mu, logvar = mu.float(), logvar.float()
+    mu, logvar = mu.float(), logvar.float()                             # exp overflows in fp16 above 11
     # Pulls what the encoder says of every image towards one law, N(0, I). Where all their N(mu, var) overlap
     # and fill it, a z drawn from N(0, I) is one that G has been trained on: a fair draw at synthesis.
     kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(dim=1)                                 # (B,)
-    return kl.mean() if reduction == "mean" else kl.sum()
+    return kl.mean() if reduction == "mean" else kl.sum()               # ()
 
 
 def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor,

@@ -61,7 +61,7 @@ def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     known = ~repaint[:, None]                                                # (B, 1, H, W)
     if bool(known.all()) or max(image.shape[-2:]) == 1:
         return torch.where(known, image, torch.ones_like(image))
-    pool = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
+    pool = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)  # odd sides: a half window at the end
     share = F.avg_pool2d(known.to(image.dtype), **pool)                      # (B, 1, H/2, W/2) in 0 .. 1
     # Unknown pixels count as 0 in the numerator and not at all in the share: the mean of the known ones.
     mean = F.avg_pool2d(image * known, **pool) / share.clamp(min=0.25)       # (B, 3, H/2, W/2)

@@ -63,7 +63,7 @@ def dice_scores(logits, target, batch: bool = True, eps: float = 0.01, squared: 
     whole = predicted + volume
     if jaccard:
         whole = 2 * (whole - intersection)       # for comparison with the reference only, as `squared`
-    return (2 * intersection + eps) / (whole + eps).clamp_min(1e-7)
+    return (2 * intersection + eps) / (whole + eps).clamp_min(1e-7)     # (1 or B, K)
 
 
 def soft_dice_loss(logits, target, include_background: bool = False, **options) -> torch.Tensor:
@@ -83,10 +83,10 @@ def generalised_dice_loss(logits, target, include_background: bool = True, batch
     """
     assert weighting in ("square", "simple", "uniform"), f"weighting {weighting!r}"
     assert absent in ("zero", "largest"), f"absent {absent!r}"
-    first = 0 if include_background else 1
+    first = 0 if include_background else 1                              # class 0
     intersection, predicted, volume = (s[:, first:] for s in class_sums(logits, target, batch))
-    power = {"square": 2, "simple": 1, "uniform": 0}[weighting]
-    present = volume > 0
+    power = {"square": 2, "simple": 1, "uniform": 0}[weighting]         # of 1 / V
+    present = volume > 0                                                # (1 or B, K)
     # I and V of a class grow with its pixels: one 1/V makes shares of them, so that each class counts alike
     # whatever its size; the second 1/V is Sudre's, and lets the smaller class count even more.
     weight = volume.clamp_min(1) ** -power                                        # (1 or B, K)
@@ -97,8 +97,8 @@ def generalised_dice_loss(logits, target, include_background: bool = True, batch
         weight = weight / weight.amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     # One ratio of sums, not a mean of ratios: Sudre's form.
     numerator = 2 * (weight * intersection).sum(1) + eps
-    denominator = (weight * (predicted + volume)).sum(1) + eps
-    return (1 - numerator / denominator).mean()
+    denominator = (weight * (predicted + volume)).sum(1) + eps          # (1 or B,)
+    return (1 - numerator / denominator).mean()                         # () over images where batch=False
 
 
 def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 0.5, ce_weight: float = 0.5,
@@ -130,7 +130,7 @@ def constant_prediction_loss(target: torch.Tensor, prior=None, num_classes: int 
     Dice loss = 1 - s. `options` are those of `dice_cross_entropy`.
     """
     if prior is None:      # the best constant for cross-entropy is the classes' frequencies
-        seen = target[target != IGNORE].long()
+        seen = target[target != IGNORE].long()                          # (pixels that count,)
         prior = torch.bincount(seen, minlength=num_classes) / max(len(seen), 1)
     prior = torch.as_tensor(prior, dtype=torch.float32, device=target.device)
     logits = prior.clamp_min(1e-7).log().view(1, -1, 1, 1).expand(target.shape[0], -1, *target.shape[1:])

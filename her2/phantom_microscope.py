@@ -45,7 +45,7 @@ def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
     for top in range(0, size, TILE):
         for left in range(0, size, TILE):
             height, width = min(TILE, size - top), min(TILE, size - left)
-            rng = numpy_generator(*key, "sensor", top, left)
+            rng = numpy_generator(*key, "sensor", top, left)     # by tile: the order of tiles does not matter
             tile = window(scene, um_per_px, top, left, height, width, rng)
             image[top:top + height, left:left + width] = tile
     return image
@@ -54,9 +54,9 @@ def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
 def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
     """The pixels from row `top`, column `left` on, in colour: (height, width, 3) uint8."""
     style = scene.style
-    sigma = style.blur / um_per_px
+    sigma = style.blur / um_per_px                                      # of the optics, in pixels
     halo = int(np.ceil(3 * sigma))                    # pixels around, which the blur eats up again
-    fold = max(1, int(np.ceil(um_per_px / FINEST - 1e-9)))
+    fold = max(1, int(np.ceil(um_per_px / FINEST - 1e-9)))              # samples per pixel and side
     ys, xs = (((np.arange((n + 2 * halo) * fold) + 0.5) / fold - halo + start) * um_per_px
               for n, start in ((height, top), (width, left)))
     haematoxylin, dab = amounts(scene, ys, xs)                                          # (h, w) each
@@ -71,7 +71,7 @@ def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
 def _blur(rgb, sigma: float, halo: int) -> np.ndarray:
     """Gaussian blur that eats the halo: (h + 2 halo, w + 2 halo, 3) -> (h, w, 3)."""
     kernel = np.exp(-0.5 * (np.arange(-halo, halo + 1) / sigma) ** 2).astype(np.float32)
-    kernel /= kernel.sum()
+    kernel /= kernel.sum()                                              # light is neither lost nor made
     height, width = rgb.shape[0] - 2 * halo, rgb.shape[1] - 2 * halo
     rgb = sum(k * rgb[i:i + height] for i, k in enumerate(kernel))
     return sum(k * rgb[:, i:i + width] for i, k in enumerate(kernel))
@@ -87,24 +87,24 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     x = (xs[None] + warp_x).astype(np.float32)                                          # (h, w)
     y = (ys[:, None] + warp_y).astype(np.float32)
     fine, grain = noise["fine"].tile(ys, xs, 1.0), noise["grain"].tile(ys, xs, 2.3)
-    patchy = noise["patchy"].tile(ys, xs, 14.0)
+    patchy = noise["patchy"].tile(ys, xs, 14.0)              # about a cell and a half: what varies in patches
 
-    first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)
+    first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)          # (h, w) each
     cell = scene.cells[first] if len(scene.cells) else np.zeros(1, scene.cells.dtype)[first]
     distance = _coarse(scene.distance, x, y).astype(np.float32)                        # (h, w) to a site
     # A body ends where its cap or the outline of its site does, whichever comes first.
     free = np.minimum(cell["reach"] - d1, CAP + CAP_WAVES * patchy - distance)
     body = ramp(free, EDGE)                                                             # (h, w) in 0..1
-    border = np.minimum((d2 - d1) / 2, np.maximum(free, 0))
+    border = np.minimum((d2 - d1) / 2, np.maximum(free, 0))             # um to the next border of any kind
     nucleus, nucleus_dye = _nuclei(scene, x, y, ys, xs, fine, grain)
 
     tissue, stroma, stroma_dab = _stroma(scene, ys, xs, x, y, distance, patchy, grain)
-    coin = _coin(first, second)
-    bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)
+    coin = _coin(first, second)                                         # (h, w) in [0, 1)
+    bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)                      # (h, w) 1 on a border
     # Some neighbours have come apart: a slit of glass between them. Of the coin's digits other ones decide.
     slit = np.exp(-(border / SLIT) ** 2) * (coin * 7 % 1 < SLIT_SHARE * style.retraction) * ramp(patchy, 0.8)
     body = body * (1 - SLIT_DEPTH * slit)
-    inside = body * (1 - nucleus)
+    inside = body * (1 - nucleus)                                       # cytoplasm
     # `complete` is the share of coins below it: so much of the membrane of a cell is stained at all.
     present = ramp(cell["complete"] + BROKEN * patchy + BROKEN * grain - coin, 0.12)
     # Stain varies by factors, hence the exponentials; the last term keeps their mean near 1.
@@ -139,10 +139,10 @@ def _bodies(cells, x, y, ys, xs):
         c = cells[k]
         w = _window(ys, xs, c["y"], c["x"], 2.1 * c["reach"])
         dx, dy = x[w] - c["x"], y[w] - c["y"]
-        cosine, sine = np.cos(c["angle"]), np.sin(c["angle"])
+        cosine, sine = np.cos(c["angle"]), np.sin(c["angle"])           # the axes of its body
         d = np.hypot((dx * cosine + dy * sine) / c["stretch"], (dy * cosine - dx * sine) * c["stretch"])
-        nearest = d < d1[w]
-        nearer = d < d2[w]
+        nearest = d < d1[w]                                             # takes the first place,
+        nearer = d < d2[w]                                              # or the second
         d2[w] = np.where(nearest, d1[w], np.where(nearer, d, d2[w]))
         second[w] = np.where(nearest, first[w], np.where(nearer, k, second[w]))
         d1[w] = np.where(nearest, d, d1[w])
@@ -166,14 +166,14 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
     for group in (scene.cells, scene.nuclei):
         for k in _near(group["nx"], group["ny"], ys, xs, 14.0):
             c = group[k]
-            if c["radius"] == 0:
+            if c["radius"] == 0:                                        # fat
                 continue
             long, short = c["radius"] * np.sqrt(c["ratio"]), c["radius"] / np.sqrt(c["ratio"])
             w = _window(ys, xs, c["ny"], c["nx"], long * 1.3 + 1.5)
             dx, dy = x[w] - c["nx"], y[w] - c["ny"]
             cosine, sine = np.cos(c["tilt"]), np.sin(c["tilt"])
             u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
-            rho = np.hypot(u / long, v / short)
+            rho = np.hypot(u / long, v / short)                         # 1 on the border of the ellipse
             alpha = ramp((1 - rho) * short, EDGE_NUCLEUS)
             # An open nucleus has a dark rim, a pale middle with clumps and one or two nucleoli.
             profile = 1 + c["open"] * (0.42 * ramp(rho - 0.78, 0.2) - 0.22)
@@ -183,7 +183,7 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
                 nucleolus = np.exp(-((u - spot[0]) ** 2 + (v - spot[1]) ** 2) / 0.7)
                 profile = profile + 0.75 * c["open"] * nucleolus
             stain = alpha * c["nucleus"] * np.maximum(profile + 0.10 * fine[w], 0.25)
-            dye[w] = np.maximum(dye[w], stain)
+            dye[w] = np.maximum(dye[w], stain)     # overlapping nuclei do not add up: one lies in the section
             cover[w] = np.maximum(cover[w], alpha)
     return cover, dye
 
@@ -209,7 +209,7 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)
     tissue = tissue * ramp(distance - cleft * ramp(patchy + 0.4, 0.7), 0.6) ** (cleft > 0)
     dye = style.stroma * (1 + 0.33 * style.fibre * streaks + 0.18 * grain + 0.20 * patchy)
-    within = ramp(-distance, 0.7) * hollow
+    within = ramp(-distance, 0.7) * hollow                              # (h, w) lumens
     texture = np.maximum(1 + (0.25 + 0.6 * debris) * grain + 0.3 * patchy * debris, 0)
     haematoxylin = tissue * np.maximum(dye, 0.02) * (1 - within) + within * fill_h * texture
     dab = tissue * (1 - within) * 0.25 * style.breath + within * fill_d * texture
@@ -218,12 +218,12 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
 
 def cell_of(position) -> np.ndarray:
     """Index into the coarse maps."""
-    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)
+    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)     # the nearest node
 
 
 def _smears(scene, x, y, ys, xs, fine) -> np.ndarray:
     """Brown that has nothing to do with HER2: smears of chromogen and granules of pigment."""
-    dab = np.zeros(x.shape, np.float32)
+    dab = np.zeros(x.shape, np.float32)                                 # (h, w)
     for sx, sy, radius, amount, granular in scene.smears:
         w = _window(ys, xs, sy, sx, 2.2 * radius)
         spread = np.exp(-((x[w] - sx) ** 2 + (y[w] - sy) ** 2) / (0.6 * radius) ** 2)

@@ -76,7 +76,7 @@ class Style:
 def draw_style(rng: np.random.Generator) -> Style:
     """One slide's style."""
     normal, uniform = rng.standard_normal, rng.uniform
-    thickness = np.exp(0.06 * normal())
+    thickness = np.exp(0.06 * normal())                            # a thicker section holds more of both dyes
     return Style(
         haematoxylin=thickness * np.exp(0.13 * normal()), dab=thickness * np.exp(0.13 * normal()),
         # Photographed dyes are bluer and yellower than the published vectors, by an amount of its own each.
@@ -129,7 +129,7 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     a slide shows its own score; duct: whether an LCIS/DCIS is certain.
     """
     assert len(mix) == 4 and size > 0, f"four shares and a positive size, found {mix}, {size}"
-    noise = {name: Noise(rng) for name in FIELDS}
+    noise = {name: Noise(rng) for name in FIELDS}                       # one law of texture for the whole ROI
     edge = None
     if rng.random() < 0.22:
         angle, offset = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.25, 0.42)
@@ -139,7 +139,7 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     sites = [s for s in sites if s.kind != "tumor" or s.star.radii.mean() > SMALLEST_NEST]
     sites = [part for site in sites for part in (_acini(site, rng) if site.kind == "lobule" else [site])]
     axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
-    distance, owner = _distance_map(sites, axis)
+    distance, owner = _distance_map(sites, axis)                        # (n, n) each
     angle = fibre_angle(noise, style, distance, axis)
     _, tissue = fibres(noise, style, edge, axis, axis, distance, owner)
     filled = [site_cells(site, style, rng) for site in sites]
@@ -197,7 +197,7 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
         put("dcis", radius_of("dcis"), subtype_of(), inside=True)
     radius = min(radius_of("tumor") * 1.3, np.sqrt(wanted / np.pi) * 0.85, 0.3 * size)
     covered[first] += np.pi * put("tumor", radius, first, inside=True) ** 2
-    failures = 0
+    failures = 0                                                        # full: then less tumor than wanted
     while covered.sum() < wanted and failures < 10:
         kind = "dcis" if rng.random() < 0.13 else "tumor"
         subtype = subtype_of()
@@ -277,7 +277,7 @@ def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.
     x_plus_y = xs[None] + ys[:, None]
     around = (0.6 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 30.0)
               + 0.4 * noise["loose"].at(distance, x_plus_y + 40 * owner, 4.5, 60.0))
-    ring = ramp(10 - distance, 6)
+    ring = ramp(10 - distance, 6)                             # collagen lies around a site within about 10 um
     streaks = free * (1 - ring) + around * ring                                         # (h, w)
     slow = noise["slow"].tile(ys, xs, 34.0) + 0.45 * noise["patchy"].tile(ys, xs, 14.0)
     tissue = ramp(0.42 * streaks + 0.85 * slow + 1.25 + 0.5 * ring - style.loose, 0.4)

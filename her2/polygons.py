@@ -93,13 +93,13 @@ def _flips(rings, height, width):
     Positions count along rows of w + 1, column w standing for all that lies right of the box; every row has
     an even number of them. They are all that is kept of a polygon until it is painted: not its area.
     """
-    edges = _edges(rings)
+    edges = _edges(rings)                                               # (E, 4)
     first = np.clip(np.ceil(edges[:, 1] - 0.5), 0, height).astype(np.int64)   # (E,) rows first <= j < last
     last = np.clip(np.ceil(edges[:, 3] - 0.5), 0, height).astype(np.int64)    # meet the edge
     edges, first, count = edges[last > first], first[last > first], (last - first)[last > first]
     if len(edges) == 0:
         return slice(0, 0), slice(0, 0), np.zeros(0, np.int64)
-    x = edges[:, [0, 2]]
+    x = edges[:, [0, 2]]                                  # (E, 2): no further left or right than its vertices
     left, right = np.clip([np.floor(x.min()), np.ceil(x.max())], 0, width).astype(np.int64).tolist()
     top, bottom, w = int(first.min()), int((first + count).max()), right - left
 
@@ -117,14 +117,14 @@ def _flips(rings, height, width):
 
 def _odd_ones(positions):
     """The positions that occur an odd number of times, sorted: two crossings at one place cancel."""
-    positions = np.sort(positions)
+    positions = np.sort(positions)                                      # (C,) equal ones side by side
     first = np.flatnonzero(np.diff(positions, prepend=-1))               # where each value begins
     return positions[first[np.diff(first, append=len(positions)) % 2 == 1]]
 
 
 def _fill(rows, columns, flips):
     """The bool (h, w) mask of a polygon from its flips."""
-    h, w = rows.stop - rows.start, columns.stop - columns.start
+    h, w = rows.stop - rows.start, columns.stop - columns.start         # of its box
     lengths = np.diff(flips, prepend=0, append=h * (w + 1))
     # Runs in turn outside and inside; column w ends each row outside.
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
@@ -136,7 +136,7 @@ def rasterize(rings, height: int, width: int) -> np.ndarray:
     `rings` is a list of (n, 2) arrays of x, y in pixels, closed or not (a repeated first one is harmless).
     What lies outside the image is cut off; rings of fewer than three points hold no pixel.
     """
-    mask = np.zeros((height, width), bool)
+    mask = np.zeros((height, width), bool)                              # (H, W)
     rows, columns, flips = _flips(_as_arrays(rings), height, width)
     mask[rows, columns] = _fill(rows, columns, flips)
     return mask
@@ -167,7 +167,7 @@ def paint(polygons, class_ids, height: int, width: int, larger_first: bool = Tru
     assert all(0 <= c <= 255 for c in class_ids), f"class ids must fit 8 bits, found {sorted(set(class_ids))}"
     polygons = [_as_arrays(rings) for rings in polygons]
     outlines = [_flips(rings, height, width) for rings in polygons]
-    order = range(len(polygons))
+    order = range(len(polygons))                                        # as given
     if larger_first:
         sizes = [_size(rings, flips) for rings, (_, _, flips) in zip(polygons, outlines)]
         order = sorted(order, key=lambda k: -sizes[k])   # keeps ties in input order
@@ -207,8 +207,8 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
     change = np.ones((height, width), bool)
     change[:, 1:] = label[:, 1:] != label[:, :-1]
     at = np.flatnonzero(change)                                          # (R,) first pixel of each run
-    length = np.diff(at, append=label.size)
-    value = label.reshape(-1)[at]
+    length = np.diff(at, append=label.size)                             # (R,)
+    value = label.reshape(-1)[at]                                       # (R,) its class
 
     tissue = np.flatnonzero(value)                                       # the runs that are not background
     row, start = np.divmod(at[tissue], width)
@@ -222,10 +222,10 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
     touching = np.maximum(high - low, 0)
     below = np.repeat(np.arange(len(tissue)), touching)
     above = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching - low, touching)
-    same = value[tissue[below]] == value[tissue[above]]
+    same = value[tissue[below]] == value[tissue[above]]                 # one class, or they stay apart
 
     root = _union(len(tissue), above[same], below[same])
-    ids = np.zeros(len(at), np.int32)
+    ids = np.zeros(len(at), np.int32)                                   # (R,) 0: background
     ids[tissue] = np.unique(root, return_inverse=True)[1].reshape(-1) + 1   # its root: its first run
     return np.repeat(ids, length).reshape(height, width)
 
@@ -242,7 +242,7 @@ def _union(n, a, b):
             root = root[root]
         a, b = root[a], root[b]
         a, b = a[a != b], b[a != b]
-    return root
+    return root                                                         # (n,)
 
 
 def outlines(mask: np.ndarray, corners: bool = True) -> list:
@@ -254,7 +254,7 @@ def outlines(mask: np.ndarray, corners: bool = True) -> list:
     down, left, up.
     """
     height, width = mask.shape
-    padded = np.pad(mask, 1)
+    padded = np.pad(mask, 1)                                            # outside the image is outside
     steps = []
     for d, (dy, dx) in enumerate(((-1, 0), (0, 1), (1, 0), (0, -1))):         # the neighbour on the left
         outside = ~padded[1 + dy:height + 1 + dy, 1 + dx:width + 1 + dx]

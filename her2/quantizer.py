@@ -36,7 +36,7 @@ def vq_loss(z: torch.Tensor, e: torch.Tensor, beta: float = 0.25, legacy: bool =
     z, e = z.float(), e.float()                                                      # half precision ends
     # One distance, two gradients: left the codes move to the latents, right the latents to their codes.
     codebook, commitment = F.mse_loss(e, z.detach()), F.mse_loss(z, e.detach())
-    return commitment + beta * codebook if legacy else codebook + beta * commitment
+    return commitment + beta * codebook if legacy else codebook + beta * commitment  # ()
 
 
 class Codebook(nn.Module):
@@ -46,7 +46,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.beta = beta
         assert num_codes >= 1 and dim >= 1, f"a codebook needs codes, found {num_codes} of width {dim}"
-        self.embedding = nn.Embedding(num_codes, dim)
+        self.embedding = nn.Embedding(num_codes, dim)                   # (K, D)
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)       # official; all near 0
 
     @property
@@ -83,7 +83,7 @@ class Codebook(nn.Module):
 
 def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
     """How often each code occurs in `indices` (any shape): (K,) int64. Add the counts of many batches up."""
-    return torch.bincount(indices.flatten(), minlength=num_codes)
+    return torch.bincount(indices.flatten(), minlength=num_codes)       # (K,)
 
 
 class CodeUsage:
@@ -103,10 +103,10 @@ class CodeUsage:
         whole, first = step % self.window == 0, step == self.window // 5
         if whole:
             self.used = int((self.counts > 0).sum())
-        if first or (whole and step <= self.last):
+        if first or (whole and step <= self.last):                 # later ones would disturb what has settled
             restart_dead_codes(codebook, self.counts, z, generator, optimizer)
         if first or whole:
-            self.counts.zero_()
+            self.counts.zero_()                                         # a new window
 
     def state_dict(self) -> dict:
         return {"counts": self.counts, "used": self.used}
@@ -135,9 +135,9 @@ def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z_sample: torch.
         return 0
     # Without replacement where the sample is large enough: two codes at one place would stay one code.
     order = [torch.randperm(len(vectors), generator=generator) for _ in range(-(-count // len(vectors)))]
-    chosen = torch.cat(order)[:count].to(vectors.device)
+    chosen = torch.cat(order)[:count].to(vectors.device)                # (dead codes,)
     weight[dead] = vectors[chosen].to(weight.dtype)                  # now nearest to one latent at least
-    state = optimizer.state.get(weight, {}) if optimizer is not None else {}
+    state = optimizer.state.get(weight, {}) if optimizer is not None else {}  # empty before its first step
     for moment in state.values():
         if torch.is_tensor(moment) and moment.shape == weight.shape:
             moment[dead] = 0                                         # of Adam's two, (K, D) each

@@ -35,7 +35,7 @@ def stain_matrix(haematoxylin=HAEMATOXYLIN, dab=DAB) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-STAINS = stain_matrix()
+STAINS = stain_matrix()                                                 # (3, 3) rows: dyes, columns: channels
 
 
 def white_point(rgb, percentile: float = 99.0) -> np.ndarray:
@@ -53,14 +53,14 @@ def optical_density(rgb, white=255.0) -> np.ndarray:
 def deconvolve(rgb, white=255.0, stains=STAINS) -> tuple[np.ndarray, np.ndarray]:
     """Image (..., 3) in 0..255 -> amounts (haematoxylin, DAB), each of shape (...)."""
     assert np.shape(rgb)[-1] == 3, f"expected (..., 3), found {np.shape(rgb)}"
-    amounts = optical_density(rgb, white) @ np.linalg.inv(stains)
-    return amounts[..., 0], amounts[..., 1]
+    amounts = optical_density(rgb, white) @ np.linalg.inv(stains)       # (..., 3 dyes)
+    return amounts[..., 0], amounts[..., 1]                             # the residual belongs to neither dye
 
 
 def compose(haematoxylin, dab, white=255.0, stains=STAINS) -> np.ndarray:
     """Amounts (...) of both dyes -> image (..., 3), float in 0..white. Inverse of `deconvolve`."""
     assert np.shape(haematoxylin) == np.shape(dab), f"{np.shape(haematoxylin)} against {np.shape(dab)}"
-    amounts = np.stack([haematoxylin, dab], axis=-1)
+    amounts = np.stack([haematoxylin, dab], axis=-1)                    # (..., 2): a picture has no residual
     return white * 10.0 ** -(amounts @ np.asarray(stains[:2], dtype=amounts.dtype))
 
 
