@@ -115,7 +115,7 @@ class ProbabilityHistogram:
         """The threshold of the highest Dice, of equals the one nearest to 0.5; None without tumor pixels."""
         tumor = self.counts[self.classes.tumor_ids].sum(0)                                # (BINS,)
         if not tumor.sum():
-            return None                                                 # nothing to match on
+            return None                                                 # no tumor: every threshold is as good
         # Cumulated from above: counts at or over each threshold.
         found, tp = (part[::-1].cumsum()[::-1][1:] for part in (self.counts.sum(0), tumor))
         dice = 2 * tp / (found + tumor.sum())                                             # at each threshold
