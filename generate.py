@@ -90,7 +90,8 @@ KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct":
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
-PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(grain=True), "paper": dict(patch=512, batch=8)}
+PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(sampler="dpm", steps=15, grain=True),
+           "paper": dict(patch=512, batch=8)}
 
 
 def main(argv):

@@ -422,7 +422,7 @@ AUTOENCODER_PRESETS = {
 }
 DIFFUSION_PRESETS = {
     "tiny": {},
-    "small": dict(steps=1500, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
+    "small": dict(steps=3000, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
                   log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
                   zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant",
