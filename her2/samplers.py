@@ -70,7 +70,7 @@ def ddim_timesteps(T: int, S: int, spacing: str = "trailing") -> list:
     if spacing == "leading":
         return [t + 1 for t in range(0, T, T // S)]       # official, for comparison: S may come out otherwise
     if spacing == "quadratic":
-        roots = torch.linspace(0, (T * 0.8) ** 0.5, S, dtype=torch.float64)  # official too: dense where noise is low
+        roots = torch.linspace(0, (T * 0.8) ** 0.5, S, dtype=torch.float64)  # official too
         return [int(root ** 2) + 1 for root in roots]
     raise ValueError(f"spacing is 'trailing', 'leading', 'quadratic' or 'log-snr', found {spacing!r}")
 
