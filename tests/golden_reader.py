@@ -221,7 +221,7 @@ def expectation(path, run, only: str = "") -> dict:
 def limits_of(name: str, exact: dict, near: dict, off: dict, out: dict):
     """-> the limit of questions 1 and 3, and that of 2: numbers, or of probes a column, one for every row."""
     theirs = as_array(out[name])
-    if theirs.dtype.kind != "f" or exact[name].shape != theirs.shape:
+    if theirs.dtype.kind != "f" or as_array(exact[name]).shape != theirs.shape:
         return 0.0, 0.0
 
     def moved(other):
