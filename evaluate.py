@@ -153,6 +153,8 @@ def read_run(folder) -> report.Run:
     if not isinstance(fields, dict) or content.get("script") != "train_seg.py":
         found = content.get("script") if isinstance(content, dict) else "no known script"
         raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
+    if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
+        fields["ratio"] = float("inf")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
     if missing:
         raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; "

@@ -131,7 +131,9 @@ def main(argv):
     sources = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
                else lambda seed, i: draw_patch(sampler, seed, i))
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
-    count = config.count or round(config.ratio * sampler.num_patches)
+    count = config.count or round(min(config.ratio, 1001) * sampler.num_patches)
+    if config.ratio > 1000 and not config.count:
+        raise UserError(f"--ratio: found {config.ratio}; give a number of at most 1000")
     if count < 1:
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")

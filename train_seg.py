@@ -183,7 +183,8 @@ class Config:
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
                                     # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
     synthetic: str = ""             # folder made by generate.py; empty: real patches only
-    ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic
+    ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic;
+                                    # inf: synthetic images alone
     uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
     jitter: float = 1.0             # strength of the stain augmentation, 0 = off
 

@@ -290,6 +290,9 @@ def sheet(rows, width=830, gap=10, size=13) -> np.ndarray:
         x = between
         for caption, picture in row:
             canvas.text(x + picture.shape[1] / 2, y + room - 4, caption, size, anchor="md")
+            if caption:
+                canvas.rectangle(x - 1, y + room - 1, x + picture.shape[1], y + room + picture.shape[0],
+                                 outline=GREY)
             canvas.paste(picture, x, y + room)
             x += picture.shape[1] + between
         y += room + height + gap

@@ -14,9 +14,8 @@ filled in by name. `answer` adds to the figure what the answer needs.
 
 import inspect
 import textwrap
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -30,14 +29,8 @@ from her2.run_config import Parser
 from her2.run_errors import UserError, command
 
 
-@dataclass
-class Lesson:
-    when: str           # start, if the files are read in this order
-    minutes: int        # to read the file, see the figure and try the exercise
-    file: str           # in her2/
-    draw: Callable      # answer: bool -> (figure (H, W, 3) uint8, numbers {name: number or text})
-
-
+# When it starts, minutes to read the file (in her2/), see the figure and try the exercise, and the function.
+Lesson = namedtuple("Lesson", "when minutes file draw")
 LESSONS = {
     "phantom": Lesson("Sat  9:00", 20, "phantom.py", tissue.phantom),
     "relabel": Lesson("Sat  9:20", 15, "relabel.py", tissue.relabel),

@@ -127,27 +127,26 @@ def samplers(answer):
         "close": twice["eta 0"][1][3], "ends": paths[1, 160][-1]}
 
 
-class Texture:
-    """A stationary Gaussian as data, with the mean, colours and power spectrum P of one z (1, C, h, w).
+def texture(z):
+    """`predict` for a stationary Gaussian with the mean, colours and power spectrum P of one z (1, C, h, w).
 
     Per principal colour and frequency x0 given xt is Wiener's filter: sqrt(ab) P / (ab P + 1 - ab) xt."""
+    mean = z.mean((0, 2, 3), keepdim=True)
+    flat = (z - mean).flatten(2)[0]                                                     # (C, hw)
+    colors = torch.linalg.eigh(flat @ flat.T)[1]                                        # (C, C)
 
-    def __init__(self, z, schedule=SCHEDULE):
-        self.schedule, self.mean = schedule, z.mean((0, 2, 3), keepdim=True)
-        flat = (z - self.mean).transpose(0, 1).flatten(1)                               # (C, hw)
-        self.colors = torch.linalg.eigh(flat @ flat.T)[1]                               # (C, C)
-        power = torch.fft.fft2(self.turn(z - self.mean, self.colors.T), norm="ortho").abs() ** 2
-        self.power = F.avg_pool2d(F.pad(power, (2, 2, 2, 2), mode="circular"), 5, stride=1)
+    def waves(z):
+        return torch.fft.fft2(torch.einsum("ij,bihw->bjhw", colors, z), norm="ortho")
 
-    def turn(self, z, matrix):
-        return torch.einsum("ij,bjhw->bihw", matrix, z)
+    power = F.avg_pool2d(F.pad(waves(z - mean).abs() ** 2, (2, 2, 2, 2), mode="circular"), 5, stride=1)
 
-    def predict(self, xt, t):
-        ab = self.schedule.alpha_bar[t][:, None, None, None]
-        waves = torch.fft.fft2(self.turn(xt - ab.sqrt() * self.mean, self.colors.T))
-        x0 = torch.fft.ifft2(ab.sqrt() * self.power / (ab * self.power + 1 - ab) * waves).real
-        x0 = self.turn(x0, self.colors) + self.mean
-        return self.schedule.target(x0, self.schedule.eps_from_x0(x0, xt, t), t)
+    def predict(xt, t):
+        ab = SCHEDULE.alpha_bar[t][:, None, None, None]
+        found = ab.sqrt() * power / (ab * power + 1 - ab) * waves(xt - ab.sqrt() * mean)
+        x0 = torch.einsum("ij,bjhw->bihw", colors, torch.fft.ifft2(found, norm="ortho").real) + mean
+        return SCHEDULE.target(x0, SCHEDULE.eps_from_x0(x0, xt, t), t)
+
+    return predict
 
 
 def inpainting(answer):
@@ -162,48 +161,42 @@ def inpainting(answer):
 
     Answer: off by {after:.3f}: xt still holds the noise of the last level visited, t = {last}, sqrt(1 -
     alpha_bar) = {predicted:.3f}. Put back before the step, they are what the network makes of them: off by
-    {before:.3f}. The step across the border is {seam_before:.2f} and {seam_after:.2f}, in the picture itself
-    {seam_own:.2f}: hard to see.
+    {before:.3f}.
     """
     image, _, instance = region(3)
     image = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None]                  # (1, 3, 256, 256)
     repaint = torch.from_numpy(instance == np.bincount(instance.ravel())[1:].argmax() + 1)[None]
     touched, cells = (inpaint.repaint_to_latent(repaint, 4, rim) for rim in (0, 1))     # (1, 1, 64, 64)
     z = 2 * F.avg_pool2d(image, 4)                  # "encoder": mean colours, scaled to unit variance or so
-    network, levels = Texture(z), ddim_timesteps(SCHEDULE.T, 50)
-    edge = cells[..., 1:] != cells[..., :-1]                        # borders between columns
+    levels = ddim_timesteps(SCHEDULE.T, 50)
 
     def noise(purpose, i):
         return torch.randn(z.shape, generator=generator("inpaint", purpose, i), dtype=torch.float64)
 
-    def rms(values, where):
-        return float(values[where.expand_as(values)].square().mean().sqrt())
-
-    ends, off, seam = {}, {}, {"own": rms(z.diff(dim=-1), edge)}
+    ends, off = {}, {}
     for blend in ("before", "after"):
-        states = trajectory(network.predict, SCHEDULE, noise, levels, 1.0, z, cells, blend=blend)
+        states = trajectory(texture(z), SCHEDULE, noise, levels, 1.0, z, cells, blend=blend)
         *_, (ends[blend], _) = states
-        off[blend] = rms(ends[blend] - z, ~cells)
-        seam[blend] = rms(torch.where(cells, ends[blend], z).diff(dim=-1), edge)
+        off[blend] = float((ends[blend] - z)[~cells.expand_as(z)].square().mean().sqrt())
     decoded = F.interpolate(torch.where(cells, ends["before"], z) / 2, scale_factor=4, mode="bilinear")
     result = inpaint.paste(image, decoded, repaint)
     difference = abs(result - image)
 
-    def on_image(mask, color):      # the picture with part of it tinted
+    def on_image(*masks):           # the picture with parts of it tinted
         shade = to_uint8(image)[0].astype(float)
-        shade[mask] = 0.35 * shade[mask] + 0.65 * np.array(color)
+        for mask, color in masks:
+            mask = F.interpolate(mask.float(), size=256)[0, 0].numpy() > 0
+            shade[mask] = 0.35 * shade[mask] + 0.65 * np.array(color)
         return shade.astype(np.uint8)
 
-    wide, narrow = (np.kron(mask[0, 0].numpy(), np.ones((4, 4), bool)) for mask in (cells, touched))
-    tinted = np.where(narrow[..., None], on_image(narrow, CYCLE[0]), on_image(wide, CYCLE[4]))
-    pictures = [("region", on_image(repaint[0].numpy(), CYCLE[1])), ("cells, and their rim", tinted),
+    pictures = [("region", on_image((repaint[:, None], CYCLE[1]))),
+                ("cells, and their rim", on_image((cells & ~touched, CYCLE[4]), (touched, CYCLE[0]))),
                 ("pasted", to_uint8(result)[0]), ("difference", to_uint8(difference - 1)[0])]
     rest = [(f"known cells, {blend}", fit(to_uint8(torch.where(cells, 0, 4 * abs(xt - z)) - 1)[0], 200))
             for blend, xt in ends.items()]
     return sheet([[(name, fit(one, 200)) for name, one in pictures]] + ([rest] if answer else [])), {
         "outside": float(difference[:, :, ~repaint[0]].max()), "last": levels[0], "touched": touched, **off,
-        "predicted": float((1 - SCHEDULE.alpha_bar[levels[0]]).sqrt()), "cells": cells, "repaint": repaint,
-        **{f"seam_{name}": value for name, value in seam.items()}}
+        "predicted": float((1 - SCHEDULE.alpha_bar[levels[0]]).sqrt()), "cells": cells, "repaint": repaint}
 
 
 def denoiser(answer):

@@ -10,29 +10,28 @@ from torch import nn
 
 from her2.autoencoder import VQ_F4, VQ_F8, Attention, VQAutoencoder
 from her2.discriminator import MultiscaleDiscriminator
-from her2.draw import CYCLE, GREY, INK, Canvas, fit, tint
+from her2.draw import CYCLE, GREY, INK, Canvas, fit, image_grid, tint
 from her2.draw_charts import plot, sheet
 from her2.lessons_diffusion import FLOWER
 from her2.lessons_tissue import region
-from her2.net_blocks import SpectralConv2d, init_weights
+from her2.net_blocks import init_weights
 from her2.quantizer import Codebook, count_codes, restart_dead_codes, vq_loss
 from her2.run_seeds import generator
 from her2.spade import SPADENorm
 
 
 def quantizer(answer):
-    """A latent is replaced by the nearest of K codes, so the plane falls into cells, one colour per code. A
-    code moves to the mean of what it wins, and one that wins nothing never moves: of 16 codes that start near
-    zero {used_plain} are in use after 200 steps, {used} when dead ones restart at latents of the data.
-    Weighing the codes' term by 0.25 (the official default) makes the first step of SGD {slow[SGD]:.1f} times
-    shorter, that of Adam {slow[Adam]:.1f} times: Adam cancels the scale of a loss.
+    """A latent is replaced by the nearest of K codes: the plane falls into cells, one colour per code. A code
+    moves to the mean of what it wins, and one that wins nothing never moves: of 16 that start near zero
+    {used[0]} are in use after 200 steps, {used[1]} when dead ones restart at latents of the data. A weight of
+    0.25 on the codes' term (the official default) makes the first step of SGD {slow[SGD]:.1f} times shorter,
+    that of Adam {slow[Adam]:.1f} times: Adam cancels the scale of a loss.
 
     Exercise: with beta on the commitment, a latent that wants to be at x (loss |z - x|^2) settles between x
     and its code. Where, for beta 0.05, 0.25 and 4?
 
-    Answer: at {rest[0]:.2f}, {rest[1]:.2f} and {rest[2]:.2f} of the way from x to the code: beta / (1 +
-    beta). A large beta makes the encoder obey codes that are still bad, a small one lets latents drift away
-    from them.
+    Answer: at {rest[0]:.2f}, {rest[1]:.2f} and {rest[2]:.2f} of the way from x to the code, beta / (1 +
+    beta): a large beta makes the encoder obey codes that are still bad, a small one lets latents drift away.
     """
     data = torch.randn(300, 2, generator=generator("latents")) * 0.3 + FLOWER.means[:2].repeat(150, 1).float()
     latents = data.T[None, :, None]                                                     # (1, 2, 1, 300)
@@ -45,12 +44,12 @@ def quantizer(answer):
         optimizer, usage = kind([book.weight], lr=0.02), torch.zeros(16)
         for step in range(steps):
             indices = book.nearest(latents)
-            usage += count_codes(indices, 16)
             loss = vq_loss(latents, book.lookup(indices), legacy=legacy)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             history.append(loss.item())
+            usage += count_codes(indices, 16)
             if restart and step % 50 == 49:
                 restart_dead_codes(book, usage, latents, generator("restart", step), optimizer)
                 usage.zero_()
@@ -64,33 +63,23 @@ def quantizer(answer):
                 image[y - size:y + size, x - size:x + size] = color
         return image
 
-    def settled(beta):              # where z ends that is pulled to x = 0 and committed to the code 1
-        z, code = torch.zeros(1, requires_grad=True), torch.ones(1)
-        optimizer = torch.optim.SGD([z], lr=0.05)
-        for _ in range(100):
-            optimizer.zero_grad()
-            (z.square().mean() + vq_loss(z, code, beta)).backward()
-            optimizer.step()
-        return z.item()
+    def settled(beta):              # z between x = 0 and its code 1: where the slope, linear in z, is 0
+        z = torch.tensor([0.0, 1.0], requires_grad=True)
+        at_x, at_code = torch.autograd.grad((z ** 2).mean() + vq_loss(z, torch.ones(2), beta), z)[0]
+        return float(at_x / (at_x - at_code))
 
-    start, plain, restarted = train(0)[0], train(200)[0], train(200, restart=True)[0]
-    kinds = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
-    slow = {}                       # how much longer the first step is without the weight of 0.25
-    for key, kind in kinds.items():
-        full, weighted = ((train(1, False, kind, legacy)[0].weight - start.weight).norm().item()
-                          for legacy in (False, True))
-        slow[key] = full / weighted
-    betas, rest = np.geomspace(0.01, 10, 50), [settled(beta) for beta in (0.05, 0.25, 4)]
-    chart = {f"{key}{', 0.25' * legacy}": (range(60), train(60, False, kind, legacy)[1])
-             for key, kind in kinds.items() for legacy in (False, True)}
-    if answer:
-        chart = {"b / (1 + b)": (betas, betas / (1 + betas)), "trained": ((0.05, 0.25, 4), rest, "dots")}
-    title, x_label = ("way to the code", "beta") if answer else ("loss", "steps")
-    chart = plot(chart, title, x_label, size=(215, 225), log_x=answer)
-    pictures = {"start": start, "200 steps": plain, "with restarts": restarted}
-    used = [len(book.nearest(latents).unique()) for book in (plain, restarted)]
-    return sheet([[*((name, picture(book)) for name, book in pictures.items()), chart]]), {
-        "used_plain": used[0], "used": used[1], "rest": rest, "slow": slow}
+    books = {"start": train(0)[0], "200 steps": train(200)[0], "with restarts": train(200, True)[0]}
+    slow, chart = {}, {}            # how much longer the first step is without the weight of 0.25
+    for kind in (torch.optim.SGD, torch.optim.Adam):
+        moved = []
+        for legacy in (False, True):
+            moved.append((train(1, False, kind, legacy)[0].weight - books["start"].weight).norm().item())
+            chart[kind.__name__ + ", 0.25" * legacy] = range(60), train(60, False, kind, legacy)[1]
+        slow[kind.__name__] = moved[0] / moved[1]
+    return sheet([[*((name, picture(book)) for name, book in books.items()),
+                   plot(chart, "loss", "steps", size=(215, 225))]]), {
+        "used": [len(book.nearest(latents).unique()) for book in list(books.values())[1:]], "slow": slow,
+        "rest": [settled(beta) for beta in (0.05, 0.25, 4)]}
 
 
 def seen_pixels(network, outputs, side: int, channels: int = 3) -> np.ndarray:
@@ -119,33 +108,28 @@ def autoencoder(answer):
     Exercise: how many parameters do vq-f4 and vq-f8 have, and how many numbers does each keep of a 512 px
     image?
 
-    Answer: {f4:,} and {f8:,} parameters: one level and wider latents more, attention at the lowest
-    resolution. A latent of f4 is 128 x 128 x 3 = {kept4:,} numbers, of f8 64 x 64 x 4 = {kept8:,}: a third.
+    Answer: {count[0]:,} and {count[1]:,} parameters: one level more, and attention at the lowest resolution.
+    A latent of f4 is 128 x 128 x 3 = 49,152 numbers, of f8 64 x 64 x 4 = 16,384: a third.
     """
-    maps = {}
-    for name, removed in (("convolutions alone", (nn.GroupNorm, Attention)), ("+ GroupNorm", (Attention,)),
-                          ("+ attention", ())):
+    kinds = {"convolutions alone": (nn.GroupNorm, Attention), "+ GroupNorm": (Attention,), "+ attention": ()}
+    maps, pictures = [], []
+    for name, removed in kinds.items():
         torch.manual_seed(0)
         network = without(VQAutoencoder(4, ch=8, num_codes=4), *removed)
-        maps[name] = seen_pixels(network, VQAutoencoder.encode, 128)
-    square = np.flatnonzero(maps["convolutions alone"].any(axis=0))
-    inside = np.zeros((128, 128), bool)
-    inside[square[0]:square[-1] + 1, square[0]:square[-1] + 1] = True
-    pictures = []
-    for name, one in maps.items():
-        level = np.log10(np.maximum(one / one.max(), 1e-6)) / 6 + 1     # 0 .. 1: six decades
-        pictures.append((f"{name} (log)", fit((255 - 255 * level).astype(np.uint8), 150)))
+        maps.append(seen_pixels(network, VQAutoencoder.encode, 128))
+        level = np.log10(np.maximum(maps[-1] / maps[-1].max(), 1e-6)) / 6 + 1       # 0 .. 1: six decades
+        pictures.append((f"{name} (log)", fit((255 - 255 * level).astype(np.uint8), 128)))
+    canvas, inside = Canvas(290, 128), np.outer(maps[0].any(axis=1), maps[0].any(axis=0))
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in VQAutoencoder(**options).parameters()) for options in (VQ_F4, VQ_F8)]
-    canvas = Canvas(290, 150)
-    for column, (name, options) in enumerate((("vq-f4", VQ_F4), ("vq-f8", VQ_F8))):
+        count = [sum(p.numel() for p in VQAutoencoder(**options).parameters()) for options in (VQ_F4, VQ_F8)]
+    for column, options in enumerate((VQ_F4, VQ_F8)):
         sizes = [f"{512 >> k} px: {options['ch'] * m}" for k, m in enumerate(options["ch_mult"])]
         latent = f"latent: {512 // options['factor']} px x {options['z_channels']}"
-        canvas.text(74 + 144 * column, 4, "\n".join([f"{name}, channels", *sizes, latent]), 13, anchor="ma")
-    whole = maps["+ attention"]
+        text = "\n".join([f"vq-f{options['factor']}, channels", *sizes, latent])
+        canvas.text(74 + 144 * column, 4, text, 13, anchor="ma")
     return sheet([[*pictures, canvas.array()]]), {
-        "sees": int(square[-1] - square[0] + 1), "far": float(whole[~inside].sum() / whole.sum()),
-        "f4": counts[0], "f8": counts[1], "kept4": 128 * 128 * 3, "kept8": 64 * 64 * 4, "maps": maps}
+        "sees": int(inside.any(axis=0).sum()), "far": float(maps[2][~inside].sum() / maps[2].sum()),
+        "count": count, "maps": maps}
 
 
 def spade(answer):
@@ -167,30 +151,24 @@ def spade(answer):
     layer = SPADENorm(8, 6, "instance", hidden=16)
     init_weights(layer, generator("lesson", "spade"))
     x = torch.randn(1, 8, 64, 64, generator=generator("lesson", "x"))
-    half = torch.zeros(64, 64, dtype=torch.long)
-    half[:, 32:] = 4
-    labels = {"class 0": torch.zeros_like(half), "class 3+": torch.full_like(half, 4), "halves": half}
-    usual, told, gammas = {}, {}, []
+    label = torch.zeros(3, 64, 64, dtype=torch.long)    # all of class 0, all of 3+, and one half of each
+    label[1], label[2, :, 32:] = 4, 4
+    onehot = F.one_hot(label, 6).movedim(-1, 1).float()                                 # (3, 6, 64, 64)
     with torch.no_grad():
-        for name, label in labels.items():
-            onehot = F.one_hot(label, 6).permute(2, 0, 1)[None].float()                 # (1, 6, 64, 64)
-            usual[name] = F.instance_norm(convolution(onehot))                          # (1, 8, 64, 64)
-            told[name] = layer(x, onehot)
-            gammas.append(layer.mlp_gamma(layer.mlp_shared(onehot)))
-        signals = [F.instance_norm(x)]
+        plain, usual = F.instance_norm(x), F.instance_norm(convolution(onehot))         # usual (3, 8, 64, 64)
+        told, gamma = layer(x.expand(3, -1, -1, -1), onehot), layer.mlp_gamma(layer.mlp_shared(onehot))
+        spread = [float(plain.std())]
         for _ in range(3):
-            signals.append(F.instance_norm(signals[-1]) * gammas[1])
-    spread = [float(one.std()) for one in signals]
-    pictures = [(f"{caption}\n{name}", fit((128 + 60 * one[0, 0]).clamp(0, 255).byte(), 128))
-                for caption, row in (("conv + norm", usual), ("1e4 (SPADE - norm)", told))
-                for name, one in ((name, 1e4 * (one - signals[0]) if row is told else one)
-                                  for name, one in row.items())]
+            x = F.instance_norm(x) * gamma[1:2]
+            spread.append(float(x.std()))
+    pictures = [(f"{caption}\n{name}", fit((128 + 60 * one[0]).clamp(0, 255).byte(), 128))
+                for caption, maps in (("conv + norm", usual), ("1e4 (SPADE - norm)", 1e4 * (told - plain)))
+                for name, one in zip(("class 0", "class 3+", "halves"), maps)]
     chart = plot({"with the 1": (range(4), [1.0] * 4), "without": (range(4), spread)},
                  "signal after n layers", "layers", size=(400, 220), log_y=True)
     return sheet([pictures, *([[chart]] if answer else [])]), {
-        "washed": float(abs(usual["class 0"] - usual["class 3+"]).max()), "told": told, "plain": signals[0],
-        "kept": float(abs(told["class 0"] - told["class 3+"]).mean()), "spread": spread,
-        "gamma": float(torch.cat(gammas).std())}
+        "washed": float(abs(usual[0] - usual[1]).max()), "kept": float(abs(told[0] - told[1]).mean()),
+        "spread": spread, "gamma": float(gamma.std()), "told": told, "plain": plain}
 
 
 def discriminator(answer):
@@ -200,18 +178,16 @@ def discriminator(answer):
 
     Exercise: keep one scale, but make its window as large as that of the other. What does it cost?
 
-    Answer: one more layer of stride 2 sees {deeper} pixels. With the official 64 channels it has
-    {deep_parameters:,} parameters, the two scales {parameters:,}; and each logit is now about a whole nest:
-    no loss is left that looks at fine texture on its own.
+    Answer: one more layer of stride 2 sees {deeper} pixels. With the official 64 channels it has {deep:,}
+    parameters, the two scales {parameters:,}; and each logit is now about a whole nest: no loss is left that
+    looks at fine texture on its own.
     """
     def window(layers, scale):
         network = without(MultiscaleDiscriminator(3, 2, layers), nn.InstanceNorm2d)     # norms see everything
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, SpectralConv2d)):     # positive weights cannot cancel
-                (module.weight if isinstance(module, nn.Conv2d) else module.weight_orig).data.fill_(0.1)
+        for name, weight in network.named_parameters():
+            weight.data.fill_(0.1)      # positive weights cannot cancel, and no ReLU is dead
         seen = seen_pixels(network.eval(), lambda net, image: net(image)[scale][-1], 352)
-        places = np.flatnonzero(seen.any(axis=0))
-        return int(places[-1] - places[0] + 1)
+        return int(seen.any(axis=0).sum())
 
     one, two, deeper = window(4, 0), window(4, 1), window(5, 0)
     image, crops = region(2)[0].copy(), []
@@ -224,8 +200,8 @@ def discriminator(answer):
     with torch.device("meta"):
         parameters, deep = (sum(p.numel() for p in MultiscaleDiscriminator(9, 64, *size).parameters())
                             for size in ((4, 2), (5, 1)))                               # layers, scales
-    return sheet([[("two windows", image), *crops]]), {"one": one, "two": two, "deeper": deeper,
-                                                       "parameters": parameters, "deep_parameters": deep}
+    return sheet([[("two windows", image), *crops]]), {
+        "one": one, "two": two, "deeper": deeper, "parameters": parameters, "deep": deep}
 
 
 def seeds(answer):
@@ -262,13 +238,7 @@ def seeds(answer):
     equal = [sum(bool((a == b).all()) for a, b in zip(one[6:], rows["global" if k > 1 else "keys"][6:]))
              for k, one in enumerate(rows.values())]
     rows = dict(list(rows.items())[:6 if answer else 4])
-    canvas = Canvas(830, 24 + 52 * len(rows))
-    for column in range(12):
-        canvas.text(196 + 52 * column + 22, 4, f"step {column}", 12, anchor="ma")
-    canvas.line([(191 + 52 * 6, 20), (191 + 52 * 6, canvas.height)], CYCLE[1], 2)
-    for row, (name, tiles) in enumerate(rows.items()):
-        canvas.text(186, 46 + 52 * row, name, 13, anchor="rm")
-        for column, tile in enumerate(tiles):
-            canvas.paste(fit(tile, 44), 196 + 52 * column, 24 + 52 * row)
-    return canvas.array(), {"same": equal[1], "again": equal[3], "state": len(state), "restored": equal[4],
-                            "shifted": equal[5]}
+    figure = image_grid([[fit(tile, 44) for tile in tiles] for tiles in rows.values()], list(rows),
+                        [f"step {k}" for k in range(12)], cell=44)
+    return figure, {"same": equal[1], "again": equal[3], "state": len(state), "restored": equal[4],
+                    "shifted": equal[5]}

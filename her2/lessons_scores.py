@@ -41,27 +41,25 @@ def segmenter(answer):
     with torch.device("meta"):
         full = UNet()
         maps = [(feature.shape[1], feature.shape[2]) for feature in full.encoder(torch.empty(1, 3, 512, 512))]
-    canvas = Canvas(810, 165)
+    canvas, up = Canvas(810, 165), [*full.config["decoder_channels"][::-1], None]
     for k, (channels, side) in enumerate(maps):
-        up = full.config["decoder_channels"][4 - k] if k < 5 else 0
-        y, half = 16 + 27 * k, 60 + 40 * (5 - k)
-        canvas.rectangle(400 - half - 55, y - 10, 400 - half + 55, y + 10, tint(CYCLE[0], 0.3), INK)
-        canvas.text(400 - half, y, f"{side} px, {channels}", 12, anchor="mm")
-        if up:
-            canvas.rectangle(400 + half - 55, y - 10, 400 + half + 55, y + 10, tint(CYCLE[1], 0.3), INK)
-            canvas.text(400 + half, y, f"{side} px, {up}", 12, anchor="mm")
-            if k:
-                canvas.line([(400 - half + 57, y), (400 + half - 57, y)], GREY, 1.2, dash=(5, 3))
-    canvas.text(10, 145, "encoder", 13, CYCLE[0])
-    canvas.text(800, 145, "decoder, with skips", 13, CYCLE[1], anchor="ra")
+        y, away = 16 + 27 * k, 60 + 40 * (5 - k)
+        if 0 < k < 5:
+            canvas.line([(400 - away, y), (400 + away, y)], GREY, 1.2, dash=(5, 3))     # the skip
+        for x, width, color in ((400 - away, channels, CYCLE[0]), (400 + away, up[k], CYCLE[1])):
+            if width:
+                canvas.rectangle(x - 55, y - 10, x + 55, y + 10, tint(color, 0.3), INK)
+                canvas.text(x, y, f"{side} px, {width}", 12, anchor="mm")
+    canvas.legend([("encoder", CYCLE[0]), ("decoder", CYCLE[1])], 10, 140, 300, marker="box")
     tumor = torch.tensor(np.stack([region(score, False)[1] > 0 for score in range(4)]))[:, None].float()
     cells = [2, 4, 8, 16, 32]
     rough = [F.interpolate(F.avg_pool2d(tumor, cell).round(), scale_factor=cell) for cell in cells]
     best = [float(2 * (tumor * one).sum() / (tumor.sum() + one.sum())) for one in rough]
     pictures = [(f"overlap {overlap}: 5 x the error", fit((255 - 255 * (5 * seam).clamp(0, 1)).byte(), 256))
                 for overlap, seam in zip((0, 64), seams)]
-    pictures.append(plot({"best Dice": (cells, best)}, "constant in cells", "side of a cell", "", SIZE, True)
-                    if answer else ("image", region(2)[0]))
+    if answer:
+        curve = {"best Dice": (cells, best)}
+        pictures.append(plot(curve, "constant in cells", "side of a cell", "", SIZE, True))
     count = [sum(p.numel() for p in part.parameters()) for part in (full.decoder, full)]
     return sheet([[canvas.array()], pictures]), {
         "seam_0": float(seams[0].max()), "seam_64": float(seams[1].max()), "best": best, "decoder": count[0],

@@ -89,7 +89,8 @@ def relabel(answer):
     """Every tumor instance of a real label map draws a new score, each of the five classes alike; the model
     then paints that map. A draw does not look at the size of its instance, so each class gets a fifth of the
     tumor area on average, whatever the real shares were. Drawn per pixel the map is noise that no tissue
-    looks like; drawn per connected component, nests that touch lose their border.
+    looks like; drawn per connected component, the {instances} nests here are only {components}, and those
+    that touch lose their border.
 
     Exercise: narrow the draw to "0" and "3+": predict the shares, and whether they settle sooner.
 
@@ -97,8 +98,10 @@ def relabel(answer):
     - p) sum a^2) / sum a over the areas a of the instances: {spread_two:.3f} for a half, {spread:.3f} for a
     fifth. That is later in absolute terms, but sooner in per cent of the share.
     """
-    _, label, instance = region(3)
-    label, instance = torch.from_numpy(label).long(), torch.from_numpy(instance)
+    _, found = scene_of(PRESETS["tiny"], 0, 3, 0)       # its polygons a little larger, so that nests touch
+    rings = [[ring.mean(axis=0) + 1.15 * (ring - ring.mean(axis=0))] for _, ring in found]
+    label, instance = map(torch.from_numpy, paint(rings, [c for c, _ in found], 256, 256))
+    label = label.long()
 
     def draw(label, instance, key, allowed=None):
         return relabelling.relabel(label, instance, CLASSES, generator("lesson", key), allowed)[0]
@@ -127,7 +130,8 @@ def relabel(answer):
     pictures = [(name, fit(colorize(one, CLASSES), 155)) for name, one in maps.items()]
     pictures.insert(1, ("instances", fit(shade[instance], 155)))
     return sheet([pictures[:5], [*pictures[5:], chart]]), {
-        "patches": patches, "shares": shares[0, -1], "two": shares[1, -1, [0, 3]], "spread": 0.4 * root,
+        "patches": patches, "instances": len(instance.unique()) - 1, "components": int(merged.max()),
+        "shares": shares[0, -1], "two": shares[1, -1, [0, 3]], "spread": 0.4 * root,
         "spread_two": 0.5 * root}
 
 

@@ -16,6 +16,7 @@ had happened.
 """
 
 import json
+import math
 import os
 import pickle
 import sys
@@ -61,7 +62,9 @@ def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS) 
     holds another script's run, another configuration (the message lists the difference), was begun with
     other inputs, is in use, or holds files that are not a run at all.
     """
-    folder, fields = Path(config.out), asdict(config)
+    # JSON has no infinity (--ratio inf): it is kept as its name.
+    folder, fields = Path(config.out), {name: "inf" if value == math.inf else value
+                                       for name, value in asdict(config).items()}
     hashes = {str(file): file_hash(file) for file in inputs}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")

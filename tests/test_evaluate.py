@@ -457,6 +457,7 @@ def test_order_of_the_medians(medians, ordered):
     ({"sampling": "tumor", "synthetic": "x", "ratio": 1.0}, "ldm", "ldm-100-tumor"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "reconstruct", "reconstruct-100"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "ldm-same", "ldm-100-same"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": float("inf")}, "ldm", "ldm-only"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0, "name": "my fork"}, "ldm", "my fork"),
 ])
 def test_names_of_configurations(fields, method, name):
