@@ -383,7 +383,7 @@ def write_classes(folder, dataset) -> None:
 
 
 def preview(folder, records, dataset) -> None:
-    """preview.png: new labels, source patches and generated images of the first records."""
+    """preview.png: new labels above the images generated from them, of the first records."""
     rows = [[], []]
     for record in records:
         name = Path(record["image"]).name

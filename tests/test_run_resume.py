@@ -1,6 +1,6 @@
 """Interruptions: killed runs end with the bits of whole ones; Ctrl-C, full disk, second process: one line.
 
-The long version with a hundred kills is `python tests/kill_harness.py`.
+The long version with a hundred kills is `python tests/run_kill_harness.py`.
 """
 
 import errno
