@@ -39,6 +39,10 @@ class Dataset:
         """{slide: split}"""
         return {roi.slide: roi.split for roi in self.rois}
 
+    def origin(self) -> dict:
+        """What a model says of the data that it was trained on: class table and split."""
+        return {"classes": self.classes.to_json(), "split": self.slides()}
+
 
 def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
     """(dataset, problems): everything that can be said without decoding an image. Problems: one line each.
@@ -73,8 +77,8 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
     if (root / "manifest.jsonl").exists():
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
-        problems.append(f"{path}: {len(scores)} slide{'s' * (len(scores) != 1)} cannot be split into train, "
-                        "val and test; add the slides of others, at least 3 in all")
+        problems.append(f"{path}: a split into train, val and test needs 3 slides, found {len(scores)}; add "
+                        "slides of other patients")
         return {}
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)

@@ -60,8 +60,8 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     if not Path(root).is_dir():
         return [], [f"{root}: no such folder; give the folder that holds slides.csv"], []
     if not path.is_file() and generating_command(root):
-        return [], [f"{path}: no such file, generate.py was interrupted before it completed this folder; its "
-                    f"command goes on: {generating_command(root)}"], []
+        return [], [f"{path}: no such file in a synthetic set that is not finished; go on with: "
+                    f"{generating_command(root)}"], []
     if not path.is_file():
         return [], [f"{path}: no such file; write one row per image, {INDEX_REMEDY}"], []
     try:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +21,9 @@ from tqdm import tqdm
 
 from her2.data_classes import parse_json, read_text
 from her2.data_folder import Dataset, load_dataset
-from her2.run_errors import UserError, atomic_write
+from her2.run_errors import UserError, atomic_write, say
 
+FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
 REMEDY = "restore or remove the file"
 KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthetic", "reconstruct"), str),
          "split_seed": int, "patch": int, "fields": dict}       # what the fields that are read must be
@@ -80,17 +80,18 @@ def _relative(path, dataset) -> str:
     return path.relative_to(dataset.root).as_posix()
 
 
-def input_hashes(config, *fields, data: Dataset, synthetic: Dataset = None) -> dict:
-    """{field: {name: hash}} of the datasets, and of the files or runs that `fields` of `config` name.
+def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
+    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name.
 
     What was made from the same data before they changed gets a warning on stderr.
     """
-    for source in [getattr(config, field) for field in fields] + [synthetic.root if synthetic else ""]:
-        for line in changed_since(source, data, config.cache) if source else ():
-            print(f"warning: {line}", file=sys.stderr)
+    files = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
+    for source in [*files.values(), *([synthetic.root] if synthetic else [])]:
+        for line in changed_since(source, data, config.cache):
+            say(f"warning: {line}")
     found = {"data": data_hashes(data, config.cache)}
     found |= {"synthetic": data_hashes(synthetic, config.cache)} if synthetic else {}
-    return found | {field: _file_input(getattr(config, field)) for field in fields if getattr(config, field)}
+    return found | {name: _file_input(path) for name, path in files.items()}
 
 
 def _file_input(path) -> dict:
