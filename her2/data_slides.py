@@ -59,9 +59,10 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     path = Path(root) / "slides.csv"
     if not Path(root).is_dir():
         return [], [f"{root}: no such folder; give the folder that holds slides.csv"], []
-    if not path.is_file() and generating_command(root):
-        return [], [f"{path}: no such file in a synthetic set that is not finished; go on with: "
-                    f"{generating_command(root)}"], []
+    again = generating_command(root)
+    if not path.is_file() and (again or (Path(root) / "manifest.jsonl").exists()):
+        return [], [f"{root}: a synthetic set that is not finished; give the command of generate.py again: "
+                    f"{again or 'it had this --out'}"], []
     if not path.is_file():
         return [], [f"{path}: no such file; write one row per image, {INDEX_REMEDY}"], []
     try:
