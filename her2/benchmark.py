@@ -1,18 +1,16 @@
 """How fast is this machine, and which card does a preset need: python -m her2.benchmark --preset tiny
 
 Measured: every training loop through its own script (data, forward, backward, optimiser), then patches,
-rasteriser, sampling and whole-region inference in this process. A number belongs to a machine; `--against` an
-earlier file gives ratios.
+rasteriser, sampling and whole-region inference in this process. `paper` is measured on a GPU only.
 
-Counted, without any memory or GPU: parameters, arithmetic and peak memory of one step of each loop. The
-networks stand on torch's "meta" device, where tensors have shapes and no content. A step is run there, and
+Counted, without GPU or memory: one step of each loop on torch's "meta" device, where tensors have shapes and
+no content, with the batch whole and in parts (whose gradients add up to the batch's):
 
-    arithmetic      2 per multiplication with addition, in convolutions and matrix products (torch's counter)
-    peak memory     the most bytes of storages that live at once during forward and backward (activations,
-                    gradients, what is in between), plus weights, Adam's two moments and the moving average
+    arithmetic  2 per multiplication with addition, in convolutions and matrix products (torch's counter)
+    memory      the most bytes of storages alive at once in forward and backward (activations, gradients),
+                plus weights, Adam's two moments and the moving average, in float32
 
-in float32. What cuDNN or oneDNN take for themselves comes on top. The same --batch in parts (micro-batches
-whose gradients are added up) costs the memory of one part. The paper's size is counted at --preset paper.
+What cuDNN or oneDNN take for themselves comes on top.
 """
 
 import os
@@ -52,26 +50,22 @@ from her2.run_provenance import git_commit, versions
 from her2.samplers import image_noise, sample
 from her2.segmenter import UNet, predict_roi
 from her2.spade import SPADEGenerator, VAEEncoder, reparameterize
-from her2.study import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 6                                             # of the default class table
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141, 192)       # GiB that cards are sold with
-MARGIN = 1.15           # context, kernels and their workspace: 0.5 to 2 GiB on cards of 12 to 24
-# loop: (its script, arguments, names of its configuration and presets there, copies of the weights that an
-# average keeps)
-LOOPS = {"autoencoder": ("train_ldm.py", ["--stage", "autoencoder"], "AutoencoderConfig", "AUTOENCODER_PRESETS"),
-         "diffusion": ("train_ldm.py", ["--stage", "diffusion"], "DiffusionConfig", "DIFFUSION_PRESETS"),
-         "gan": ("train_gan.py", [], "Config", "PRESETS"), "segmentation": ("train_seg.py", [], "Config", "PRESETS")}
+MARGIN = 1.15           # the context and the kernels' workspace: 1 to 2 GiB on a card of 12
+# Loop: its script with arguments, and what precedes Config and PRESETS in the names there.
+LOOPS = {"autoencoder": (["train_ldm.py", "--stage", "autoencoder"], "Autoencoder"),
+         "diffusion": (["train_ldm.py", "--stage", "diffusion"], "Diffusion"),
+         "gan": (["train_gan.py"], ""), "segmenter": (["train_seg.py"], "")}
 
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes to measure; paper needs a GPU
-    count: bool = True              # count parameters, arithmetic and memory of the preset's loops
-    measure: bool = True            # measure this machine; off: only count
-    batch: int = 16                 # patches per step that are counted
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes to measure and to count
     steps: int = 20                 # steps per loop; the second half of them is timed
+    batch: int = 16                 # patches per step that are counted
     data: str = ""                  # dataset folder; empty: a phantom of this preset, made for the purpose
     out: str = ""                   # JSON file for the figures; empty: only print
     against: str = ""               # JSON file of an earlier run: prints ratios, above 1 = faster now
@@ -81,9 +75,10 @@ class Config:
 
 def script_config(loop: str, preset: str):
     """The configuration that the script of `loop` has with this preset, read from the script itself."""
-    script, _, config, presets = LOOPS[loop]
-    names = runpy.run_path(str(ROOT / script), run_name="her2.benchmark")
-    return configuration.build(names[config], names[presets], {"preset": preset})
+    line, name = LOOPS[loop]
+    names = runpy.run_path(str(ROOT / line[0]), run_name="her2.benchmark")
+    presets = names[f"{name.upper()}_PRESETS" if name else "PRESETS"]
+    return configuration.build(names[f"{name}Config"], presets, {"preset": preset})
 
 
 class LiveBytes(TorchDispatchMode):
@@ -116,13 +111,14 @@ def one_step(loop: str, c, batch: int, device):
     image = torch.zeros(batch, 3, c.patch, c.patch, device=device)
     onehot = torch.zeros(batch, CLASSES, c.patch, c.patch, device=device)
     with torch.device(device):
-        if loop == "segmentation":
+        if loop == "segmenter":
             net, target = UNet(2, width=c.width), torch.zeros(batch, c.patch, c.patch, dtype=torch.long)
             return [net], [], [], lambda: dice_cross_entropy(net(image), target, c.dice)[0].backward()
 
         if loop == "gan":
             net = SPADEGenerator(CLASSES, c.width, c.z_dim, c.patch, hidden=c.hidden)
-            encoder, disc = VAEEncoder(c.width, c.z_dim, c.patch), MultiscaleDiscriminator(CLASSES + 3, c.width)
+            encoder = VAEEncoder(c.width, c.z_dim, c.patch)
+            disc = MultiscaleDiscriminator(CLASSES + 3, c.width)
 
             def step():
                 with frozen(disc):
@@ -134,12 +130,11 @@ def one_step(loop: str, c, batch: int, device):
                 sum(hinge_discriminator(real, fake)).backward()
             return [net, encoder, disc], [], [net], step
 
-        factor, width = (c.factor, c.width) if loop == "autoencoder" else (4, script_config(
-            "autoencoder", c.preset).width)
-        model = VQAutoencoder(**{**(VQ_F4 if factor == 4 else VQ_F8), "ch": width, "num_res_blocks": c.blocks,
-                                 "groups": max(1, width // 4)})
+        a = c if loop == "autoencoder" else script_config("autoencoder", c.preset)
+        model = VQAutoencoder(**{**(VQ_F4 if a.factor == 4 else VQ_F8), "ch": a.width, "num_codes": a.codes,
+                                 "num_res_blocks": a.blocks, "groups": max(1, a.width // 4)})
         if loop == "autoencoder":
-            disc = PatchGAN(3, c.disc_width, num_layers=3 if factor == 4 else 2)
+            disc = PatchGAN(3, c.disc_width, num_layers=3 if c.factor == 4 else 2)
 
             def step():
                 with frozen(disc):
@@ -174,130 +169,118 @@ def count(loop: str, c, batch: int, device="meta") -> dict:
 
 
 def count_table(preset: str, batch: int) -> dict:
-    """Prints what a step of every loop needs, the batch in one part and in smaller ones; returns the figures."""
+    """{loop: figures} of a step in one part and in smaller ones, printed."""
     parts = sorted({batch, max(1, batch // 4), 1}, reverse=True)
-    print(f"\none step at batch {batch}, preset {preset}, float32: GiB at "
-          f"{' / '.join(map(str, parts))} patches at a time, and the smallest card for each")
+    print(f"a step at batch {batch}, preset {preset}, float32: GiB at {' / '.join(map(str, parts))} patches "
+          "at once, and the smallest card for each")
     found = {}
     for loop in LOOPS:
         c = script_config(loop, preset)
-        rows = [count(loop, c, part) for part in parts]
-        gib = [row["bytes"] / 2**30 for row in rows]
-        cards = [next((str(card) for card in CARDS if card >= MARGIN * size), "none") for size in gib]
-        found[loop] = {"parameters": rows[0]["parameters"], "flops": rows[0]["flops"],
-                       "bytes": {str(part): row["bytes"] for part, row in zip(parts, rows)}}
-        print(f"  {loop:13} {rows[0]['parameters'] / 1e6:8.1f} M parameters {rows[0]['flops'] / 1e12:9.3f} TFLOP"
-              f"   {' / '.join(f'{size:.2f}' for size in gib)} GiB   {' / '.join(cards)} GiB cards", flush=True)
+        whole, *rest = (count(loop, c, part) for part in parts)
+        gib = [row["bytes"] / 2**30 for row in (whole, *rest)]
+        cards = [next((str(card) for card in CARDS if card >= MARGIN * size), "no") for size in gib]
+        found[loop] = {**whole, "bytes": dict(zip(map(str, parts), (size * 2**30 for size in gib)))}
+        print(f"  {loop:12} {whole['parameters'] / 1e6:7.1f} M parameters {whole['flops'] / 1e12:8.3f} TFLOP "
+              f"{' / '.join(f'{size:.2f}' for size in gib)} GiB   {' / '.join(cards)} GiB card", flush=True)
     return found
 
 
-def seconds(call, repeats: int = 5) -> float:
-    """Median time of a call, after one that warms up."""
-    call()
+def rate(number: float, call, repeats: int = 5) -> dict:
+    """`number` things per second by the median time of a call, after one that warms up."""
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         clock = time.perf_counter()
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - clock)
-    return statistics.median(times)
+    return {"samples_per_s": number / statistics.median(times[1:])}
 
 
 def train(loop: str, config, data, folder) -> dict:
     """Runs the script of a loop for `config.steps` steps and reads its log."""
-    script, arguments, *_ = LOOPS[loop]
-    c = script_config(loop, config.preset)
     half = max(1, config.steps // 2)
-    line = [sys.executable, str(ROOT / script), *arguments, "--preset", config.preset, "--data", str(data),
-            "--cache", str(folder / "cache"), "--out", str(folder / loop), "--device", config.device, "--amp",
-            config.amp, "--steps", str(2 * half), "--log-every", str(half), "--save-every", str(2 * half)]
-    line += ["--autoencoder", str(folder / "autoencoder"), "--sample-steps", "2"] * (loop == "diffusion")
-    line += ["--disc-start", "0"] * (loop == "autoencoder")     # the dear phase of the training
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, encoding="utf-8")
+    line = [sys.executable, str(ROOT / LOOPS[loop][0][0]), *LOOPS[loop][0][1:], "--preset", config.preset,
+            "--data", str(data), "--cache", str(folder / "cache"), "--out", str(folder / loop), "--device",
+            config.device, "--amp", config.amp, "--steps", str(2 * half), "--log-every", str(half),
+            "--save-every", str(2 * half)]
+    line += {"diffusion": ["--autoencoder", str(folder / "autoencoder"), "--sample-steps", "2"],
+             "autoencoder": ["--disc-start", "0"]}.get(loop, [])        # the dear phase of its training
+    # Threads that wait sleep: waiting busily costs a factor of ten where other programs run too.
+    done = subprocess.run(line, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
-        raise UserError(f"{script}: ended with exit status {done.returncode}: {done.stderr.strip()[-300:]}")
+        raise UserError(f"{LOOPS[loop][0][0]}: ended with exit status {done.returncode}: "
+                        f"{done.stderr.strip()[-300:]}")
     last = Log(folder / loop, 2 * half).records()[-1]
-    return {"samples_per_s": last["samples_per_s"], "steps_per_s": last["samples_per_s"] / c.batch,
-            "memory_mib": last["memory_mib"]}
+    return {"samples_per_s": last["samples_per_s"], "memory_mib": last["memory_mib"],
+            "steps_per_s": last["samples_per_s"] / script_config(loop, config.preset).batch}
 
 
-def measure(config, data, folder, device) -> dict:
-    """{row: figures}, printed one by one; a row has samples_per_s and what else is known."""
-    rows, precision = {}, run_training.Precision(device, config.amp)
-
-    def note(name, unit, **figures):
-        rows[name] = figures
-        more = "".join(f"   {figures[key]:.3g} {text}" for key, text in (
-            ("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")) if figures.get(key))
-        print(f"  {name:24} {figures['samples_per_s']:10.4g} {unit}/s{more}", flush=True)
-
+def measure(config, data, folder, device):
+    """Yields (row, what is counted, figures); figures have samples_per_s and, of loops, steps and memory."""
     for loop in LOOPS:
-        note(loop, "patches", **train(loop, config, data, folder))
-    c, dataset = script_config("segmentation", config.preset), load_dataset(data)
-    sampler = PatchSampler(dataset, "train", c.patch, stain=1.0, cache=folder / "cache")
-    numbers = iter(range(10**9))
-    note("patches, augmented", "patches", samples_per_s=16 / seconds(lambda: sampler.batch(next(numbers), 16)))
-    random = np.random.default_rng(0)
-    angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
-    stars = [[random.uniform(0, 2000, 2) + (random.uniform(20, 120) * (1 + random.uniform(0, 0.2, 200))
-              * np.stack([np.cos(angle), np.sin(angle)])).T] for _ in range(50)]
-    note("rasterised polygons", "polygons", samples_per_s=50 / seconds(lambda: paint(stars, [1] * 50, 2000, 2000)))
+        yield f"{loop} training", "patches", train(loop, config, data, folder)
+    side, dataset = script_config("segmenter", config.preset).patch, load_dataset(data)
+    sampler = PatchSampler(dataset, "train", side, stain=1.0, cache=folder / "cache")
+    numbers = iter(range(99))
+    yield f"{side}-px patches, augmented", "patches", rate(8, lambda: sampler.batch(next(numbers), 8), 20)
+    random, angle = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    unit = np.stack([np.cos(angle), np.sin(angle)], axis=1)                                     # (200, 2)
+    stars = [[random.uniform(0, 2000, 2) + random.uniform(50, 100, (200, 1)) * unit] for _ in range(50)]
+    yield "rasterising", "polygons of 200 points", rate(50, lambda: paint(stars, [1] * 50, 2000, 2000))
 
-    models = {kind: run.load_model(folder / loop, kind) for kind, loop in
-              (("autoencoder", "autoencoder"), ("diffusion", "diffusion"), ("gan", "gan"),
-               ("segmenter", "segmentation"))}
+    contents = {loop: run.load_model(folder / loop, loop) for loop in LOOPS}
     autoencoder, denoiser, gan, segmenter = (
-        run.build_model(cls, models[kind], folder).to(device, memory_format=torch.channels_last)
-        for cls, kind in ((VQAutoencoder, "autoencoder"), (LatentDenoiser, "diffusion"),
-                          (SPADEGenerator, "gan"), (UNet, "segmenter")))
-    schedule, count = Schedule(**models["diffusion"]["schedule"]).to(device), 4
-    onehot = run_training.one_hot(sampler.batch(0, count)["label"], len(dataset.classes), device)
-    noise = image_noise(range(count), (3, *(side // autoencoder.factor for side in onehot.shape[2:])), device)
+        run.build_model(cls, contents[loop], folder).to(device, memory_format=torch.channels_last)
+        for loop, cls in zip(LOOPS, (VQAutoencoder, LatentDenoiser, SPADEGenerator, UNet)))
+    schedule = Schedule(**contents["diffusion"]["schedule"]).to(device)
+    onehot = run_training.one_hot(sampler.batch(0, 4)["label"], len(dataset.classes), device)   # (4, K, H, W)
+    cells = side // autoencoder.factor
+    noise = image_noise(range(4), (denoiser.config["z_channels"], cells, cells), device)
 
     def diffuse(**options):
         x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise, **options)
-        return autoencoder.decode(denoiser.unscale(x0))
+        autoencoder.decode(denoiser.unscale(x0))
 
-    roi = max((image[0] for _, image, *_ in iterate_rois(dataset, "val", cache=folder / "cache")),
-              key=lambda image: image.numel())
-    with torch.no_grad(), precision.autocast():
-        for name, options in (("DDIM, 50 steps", dict(eta=0.0)),
-                              ("DPM-Solver++, 15 steps", dict(steps=15, sampler="dpm"))):
-            note(name, "images", samples_per_s=count / seconds(lambda: diffuse(**options), 3))
-        z = torch.zeros(count, models["gan"]["kwargs"]["z_dim"], device=device)
-        note("GAN images", "images", samples_per_s=count / seconds(lambda: gan(onehot, z)))
-        note("inference on a region", "megapixels", samples_per_s=roi[0].numel() / 1e6 / seconds(
-            lambda: predict_roi(segmenter, roi, tile=max(256, c.patch), overlap=64, device=device), 3))
-    return rows
+    _, roi, *_ = next(iterate_rois(dataset, "val", cache=folder / "cache"))                     # (1, 3, H, W)
+    z = torch.zeros(4, contents["gan"]["kwargs"]["z_dim"], device=device)
+    with torch.no_grad(), run_training.Precision(device, config.amp).autocast():
+        yield "DDIM, 50 steps", "images", rate(4, lambda: diffuse(eta=0.0), 3)
+        yield "DPM-Solver++, 15 steps", "images", rate(4, lambda: diffuse(steps=15, sampler="dpm"), 3)
+        yield "GAN", "images", rate(4, lambda: gan(onehot, z))
+        yield "region inference", "megapixels", rate(roi[0, 0].numel() / 1e6, lambda: predict_roi(
+            segmenter, roi[0], tile=max(256, side), overlap=64, device=device), 3)
 
 
 def main(argv):
     config = configuration.parse(Config, {name: {} for name in ("tiny", "small", "paper")}, argv, __doc__,
                                  "python -m her2.benchmark")
     device = run_training.pick_device(config.device)
-    earlier = run.read_json(config.against) if config.against else None
-    if earlier is not None and not isinstance(earlier.get("rows"), dict):
-        raise UserError(f"{config.against}: is no file of her2.benchmark --out; give one")
-    settings = {"machine": torch.cuda.get_device_name() if device.type == "cuda" else
-                torch.cpu.get_capabilities().get("cpu_name", "CPU"), "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(), "preset": config.preset, "device": str(device),
-                "precision": str(run_training.Precision(device, config.amp)), "git": git_commit(), **versions()}
+    earlier = run.read_json(config.against) if config.against else {"rows": {}}
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("rows"), dict):
+        raise UserError(f"{config.against}: was not written by her2.benchmark --out; give such a file")
+    machine = (torch.cuda.get_device_name() if device.type == "cuda"
+               else torch.cpu.get_capabilities().get("cpu_name", "CPU"))
+    settings = {"machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                "device": str(device), "precision": str(run_training.Precision(device, config.amp)),
+                "preset": config.preset, "git": git_commit(), **versions()}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    result = {"settings": settings, "rows": {}, "counted": {}}
-    if config.measure:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # a mapped file stays open
-            data = Path(config.data) if config.data else make_phantom(Path(folder) / "data", config.preset)
-            result["rows"] = measure(config, data, Path(folder), device)
-    for name in result["rows"] if earlier else ():
-        if name in earlier["rows"]:
-            ratio = result["rows"][name]["samples_per_s"] / earlier["rows"][name]["samples_per_s"]
-            print(f"  {name:24} {ratio:6.2f} times as fast as in {config.against}")
-    if config.count:
-        result["counted"] = count_table(config.preset, config.batch)
+    rows = {}
+    if config.preset != "paper" or device.type == "cuda":
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:    # mapped files are open
+            data = config.data or make_phantom(Path(folder) / "data", config.preset)
+            for name, unit, figures in measure(config, data, Path(folder), device):
+                rows[name] = figures
+                text = "".join(f"   {figures[key]:.3g} {word}" for key, word in (
+                    ("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")) if figures.get(key))
+                if name in earlier["rows"]:
+                    ratio = figures["samples_per_s"] / earlier["rows"][name]["samples_per_s"]
+                    text += f"   {ratio:.2f} times the earlier rate"
+                print(f"  {name:26} {figures['samples_per_s']:9.4g} {unit}/s{text}", flush=True)
+    counted = count_table(config.preset, config.batch)
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        run.write_json(config.out, result)
+        run.write_json(config.out, {"settings": settings, "rows": rows, "counted": counted})
     return 0
 
 
