@@ -82,20 +82,22 @@ def script_config(loop: str, preset: str):
 
 
 class LiveBytes(TorchDispatchMode):
-    """`with LiveBytes() as live:` counts the storages that operations make: live.now and live.peak, bytes."""
+    """`with LiveBytes() as live:` counts the storages that operations make, in bytes: live.now and live.peak."""
 
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # What is there already, such as weights, is not counted; a view of it shares its storage.
+        tree_map_only(torch.Tensor, lambda tensor: self.seen.add(tensor.untyped_storage()), (args, kwargs))
         result = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self.add, result)
         return result
 
     def add(self, tensor):
         storage = tensor.untyped_storage()
-        if storage not in self.seen:                    # views share one
+        if storage not in self.seen:
             self.seen.add(storage)
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
@@ -162,7 +164,9 @@ def count(loop: str, c, batch: int, device="meta") -> dict:
     trained, fixed, averaged, step = one_step(loop, c, batch, device)
     weights, still, copies = (sum(p.numel() for net in nets for p in net.parameters())
                               for nets in (trained, fixed, averaged))
-    with LiveBytes() as live, FlopCounterMode(display=False) as flops:
+    with LiveBytes() as live:
+        step()
+    with FlopCounterMode(display=False) as flops:       # a step of its own: it keeps tensors alive
         step()
     return {"parameters": weights, "flops": flops.get_total_flops(), "step_bytes": live.peak,
             "bytes": live.peak + 4 * (3 * weights + still + copies)}
