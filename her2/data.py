@@ -5,6 +5,7 @@
                                        regions with their outlines: look at these
     python -m her2.data DIR --index    write slides.csv for images/ with masks/ or annotations/
     python -m her2.data DIR --draft-classes    write classes.json with all class names and a guess at each
+    python -m her2.data DIR --prune-cache      remove what the cache holds of images that are gone or changed
 
 The check decodes every image and label as training does, so what passes here is usable there. It writes
 nothing into the dataset. Exit status 0 = usable, 2 = not, with one line per problem on stderr.
@@ -15,15 +16,16 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from her2.draw_charts import distribution
 from her2.run_config import Parser
-from her2.data_folder import Dataset, empty_splits, inspect_dataset
+from her2.data_folder import Dataset, empty_splits, inspect_dataset, load_dataset
 from her2.run_errors import UserError, command, one_line
 from her2.draw import save_png
 from her2.data_index import SLIDE_PATTERN, draft_classes, index
+from her2.data_regions import in_threads, tile_path
 from her2.data_slides import SPLITS
+from her2.data_tiles import prune_tiles
 from her2.data_survey import Survey, doubts, survey
 from her2.draw_overlay import COLUMNS, ROWS, sheet
 
@@ -32,12 +34,15 @@ PAGE = COLUMNS * ROWS     # regions on an overlay sheet
 
 def survey_all(dataset: Dataset, problems: list, notes: list) -> list[Survey]:
     """All regions that can be read; appends to `problems` and `notes`."""
-    found = []
-    for roi in tqdm(dataset.rois, desc="checking", unit="ROI", disable=None, leave=False):
+    def one_or_error(roi):
         try:
-            found.append(survey(roi, dataset.classes))
+            return survey(roi, dataset.classes)
         except UserError as error:
-            problems.append(str(error))
+            return error
+
+    found = in_threads(one_or_error, dataset.rois, desc="checking", leave=False)
+    problems += [str(one) for one in found if isinstance(one, UserError)]
+    found = [one for one in found if not isinstance(one, UserError)]
     ignored = sum(one.ignored for one in found)
     if ignored:
         whole = sum(one.roi.height * one.roi.width for one in found)
@@ -140,6 +145,15 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     return 0
 
 
+def prune_cache(root, cache) -> int:
+    dataset = load_dataset(root, require=())
+    current = {tile_path(roi, dataset.classes, cache) for roi in dataset.rois}
+    images = {roi.image.resolve() for roi in dataset.rois}
+    removed, size, kept = prune_tiles(cache, current, images, dataset.root.resolve())
+    print(f"{cache}: {removed} files removed ({size / 1e6:.1f} MB), {kept} kept")
+    return 0
+
+
 def main(argv=None) -> int:
     parser = Parser(prog="python -m her2.data", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="the dataset folder")
@@ -153,11 +167,16 @@ def main(argv=None) -> int:
                         "first match (or its first group) in the file name without ending is the slide "
                         "[%(default)s]")
     parser.add_argument("--draft-classes", action="store_true", help="write a draft of classes.json instead")
+    parser.add_argument("--prune-cache", action="store_true", help="remove decoded regions whose image is "
+                        "gone or changed")
+    parser.add_argument("--cache", default="cache", help="with --prune-cache: its folder [%(default)s]")
     args = parser.parse_args(argv)
     if args.um_per_px is not None and not 0 < args.um_per_px < 1000:
         raise UserError(f"--um-per-px: found {args.um_per_px}; give micrometres per pixel, such as 0.242")
     if args.index:
         return index(args.folder, args.slide_pattern)
+    if args.prune_cache:
+        return prune_cache(args.folder, args.cache)
     if args.draft_classes:
         return draft_classes(args.folder)
     return check(args.folder, args.seed, args.out, args.um_per_px)

@@ -13,7 +13,6 @@ Source: paper, section 2.1 (annotated in EXACT); the other formats are what othe
 import json
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -22,12 +21,6 @@ from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_
 from her2.data_checks import REMEDY, Found, Polygon, show
 from her2.data_classes import NO_CLASS, ClassTable, normal_form, parse_json, read_text
 from her2.run_errors import UserError, one_line
-
-
-def read_annotations(path, image=None) -> tuple[list[Polygon], Counter]:
-    """The polygons of a file, in its order, and how many annotations were left out for which reason."""
-    found = read_file(path, image)
-    return found.polygons, found.skipped
 
 
 def read_file(path, image=None) -> Found:
@@ -149,7 +142,9 @@ def likely_class(name: str, classes: ClassTable) -> str:
     """
     text = name.casefold()
     score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
-    guesses = [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
+    part = name.rpartition(":")[2].strip()                      # QuPath's derived classes: "Tumor: 3+"
+    guesses = [part] if part in classes.names else []
+    guesses += [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
     guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []
     tumor = re.search(r"tumou?r|carcinom|cancer|invasi|metasta|ignore|\?", text)
     if not tumor and re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|"

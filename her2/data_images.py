@@ -12,6 +12,7 @@ checksums: they are verified, because the decoder alone reads some damaged files
 """
 
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -25,6 +26,7 @@ from her2.run_errors import UserError, one_line
 MAX_PIXELS = 20000 * 20000
 MAX_INSTANCE = 2**24 - 1  # tables by instance id stay small
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+HEADER = threading.Lock()   # filters of warnings belong to the process, not to a thread
 OPAQUE = ("lay it on white, for example in Python: im = PIL.Image.open(old).convert('RGBA'); "
           "PIL.Image.alpha_composite(PIL.Image.new('RGBA', im.size, 'white'), im).convert('RGB').save(new)")
 ORIENTATION = 0x0112  # EXIF 2.3, table 4; 1 = upright
@@ -91,7 +93,7 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: an empty file (0 bytes); copy it again")
-        with warnings.catch_warnings():
+        with HEADER, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the others are about metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(path, formats=sorted(set(ENDINGS.values())))

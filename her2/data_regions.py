@@ -11,7 +11,9 @@ instance != 0 exactly where label != 0, and an instance has one class.
 
 import hashlib
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +134,8 @@ def _check_size(path, pixels, roi):
                         f"{roi.width} x {roi.height}; export both at the same size")
 
 
-def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """The tile of one region in the folder `cache`, made if it is not there yet.
+def tile_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """Where in the folder `cache` the tile of a region lies, whether or not it was made.
 
     Its name is a hash of all that its content depends on. The labels' files are small and enter with their
     content; the image enters with its place, size, time and last bytes (which in a PNG hold a checksum of all
@@ -148,14 +150,31 @@ def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
                        roi.downsample, classes.to_json(), classes.aliases, classes.masks,
                        classes.masks == "score" and roi.score, [len(content) for content in labels]])
     key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
-    return ensure_tile(Path(cache) / f"{roi.image.stem[:60]}-{key}.tile",
-                       lambda: tile_arrays(*read_roi(roi, classes), len(classes)))
+    return Path(cache) / f"{roi.image.stem[:60]}-{key}.tile"
+
+
+def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """The tile of one region in the folder `cache`, made if it is not there yet."""
+    return ensure_tile(tile_path(roi, classes, cache),
+                       lambda: tile_arrays(*read_roi(roi, classes), len(classes)), str(roi.image.resolve()))
+
+
+def in_threads(function, rois: list[ROI], **bar) -> list:
+    """[function(roi), ...] in order, by a few threads (decoders and numpy release the lock), with a tqdm bar.
+
+    At most 100 million pixels are worked on at a time, so that large regions do not fill the memory.
+    """
+    largest = max((roi.height * roi.width for roi in rois), default=1)
+    pool = ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1, 10**8 // largest)))
+    try:
+        return list(tqdm(pool.map(function, rois), total=len(rois), unit="ROI", disable=None, **bar))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def tile_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
     """`tile_file` for many regions, with a progress bar when it takes longer than a moment."""
-    bar = tqdm(rois, desc="reading regions", unit="ROI", delay=3, disable=None)
-    return [tile_file(roi, classes, cache) for roi in bar]
+    return in_threads(lambda roi: tile_file(roi, classes, cache), rois, desc="reading regions", delay=3)
 
 
 def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> Tile:

@@ -58,6 +58,9 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     path = Path(root) / "slides.csv"
     if not Path(root).is_dir():
         return [], [f"{root}: no such folder; give the folder that holds slides.csv"], []
+    if not path.is_file() and (Path(root) / "manifest.jsonl").exists():
+        return [], [f"{root}: a synthetic set that is not finished; give the command of generate.py again "
+                    "that stands in its config.json"], []
     if not path.is_file():
         return [], [f"{path}: no such file; write one row per image, {INDEX_REMEDY}"], []
     try:

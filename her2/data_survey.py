@@ -34,7 +34,7 @@ class Survey:
     left_out: Counter                   # annotations by the reason why they are left out
     outside: set                        # source ids of those outside of the image
     brightness: float                   # median of all channels, 0..255
-    dye: float                          # optical density that 1 % of the pixels exceed
+    dye: float                          # optical density between the palest and the darkest 1 % of the pixels
     dab: np.ndarray = field(repr=False)     # (2, K) summed DAB density and number of sampled pixels per class
     picture: np.ndarray = field(repr=False)     # (h, w, 3) uint8
 
@@ -58,6 +58,7 @@ def survey(roi: ROI, classes) -> Survey:
     step = max(1, min(label.shape) // SAMPLE)
     few, few_labels = image[::step, ::step], label[::step, ::step].reshape(-1)
     white = white_point(few)
+    pale, dark = np.percentile(optical_density(few, white).sum(-1), [1, 99])
     dab = deconvolve(few, white)[1].reshape(-1)
     shapes = defaultdict(set)
     for polygon, class_id in zip(polygons, class_ids):
@@ -69,7 +70,7 @@ def survey(roi: ROI, classes) -> Survey:
         int((sizes[ids] < SPECK).sum()), dict(shapes), tuple(np.max(far, axis=0)) if far else (),
         {p.source_id for p in polygons}, Counter(reason for reason, *_ in left_out),
         {name for reason, _, name in left_out if reason == "outside the image"}, float(np.median(few)),
-        float(np.percentile(optical_density(few, white).sum(-1), 99)),
+        float(dark - pale),
         np.stack([np.bincount(few_labels, dab, 256), np.bincount(few_labels, minlength=256)])[:, :count],
         overlay(image, label, instance, classes, [rings for _, rings, _ in left_out if rings], CELL))
 

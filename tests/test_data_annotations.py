@@ -8,9 +8,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data_factory import read_annotations
 
-from her2.data_annotations import (likely_class, place_polygons, polygon_classes, read_annotations,
-                                   transform_polygons)
+from her2.data_annotations import likely_class, place_polygons, polygon_classes, transform_polygons
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, ClassTable
 from her2.data_formats import uncompressed
 from her2.run_errors import UserError
@@ -387,7 +387,8 @@ def test_coco_details(read):
     assert np.array_equal(labels(polygons)[0] > 0, mask) and len(polygons) == 3
     assert sorted(len(p.rings) for p in polygons) == [1, 1, 2]
     for size, counts, what in (
-        ([20, 24], "abc", "cut off"), ([20, 24], "é", "cannot have written"), ([20, 24], [480], "without a pixel"), ([20, 24], [1, 2], "sum to 3"),
+        ([20, 24], "abc", "cut off"), ([20, 24], "é", "cannot have written"),
+        ([20, 24], [480], "without a pixel"), ([20, 24], [1, 2], "sum to 3"),
         ([20, 24], [1.5], "whole"), ([20, 24], [-1, 481], "whole"), ([20, 24], None, "list"),
         ([20, 24], [0, 2 ** 70], "sum to"), ([20], [20], "list of 2"), ([20, "24"], [480], "whole"),
         (None, [480], "list of 2"), ([2 ** 40, 0], [], "sum to 0"), ([20, 24, 1], [480], "whole"),
@@ -548,7 +549,7 @@ def test_unknown_classes_are_listed_with_the_remedy(read):
     ("HER2 (3+)", "3+"), ("Tumor: 2+", "2+"), ("her2-1", "1+"), ("Score 0", "0"), ("tumour 0+", "0"),
     ("Ductal carcinoma in situ", "LCIS/DCIS"), ("DCIS high grade", "LCIS/DCIS"), ("Tumor: DCIS", "LCIS/DCIS"),
     ("Stromal cells", "Background"), ("Immune cells", "Background"), ("Region*", "Background"),
-    ("Tumor", "ignore"), ("Tumor: 0", "ignore"), ("invasive", "ignore"), ("Tumor stroma?", "ignore"),
+    ("Tumor", "ignore"), ("Tumor: 0", "0"), ("invasive", "ignore"), ("Tumor stroma?", "ignore"),
     ("Tumor stroma", "ignore"), ("region 12", "Background"), ("(none)", "ignore"), ("4+", "ignore"),
     ("13+", "ignore"), ("Backgruond", "Background"), ("Artefact", "ignore"),
 ])

@@ -136,8 +136,8 @@ def test_bad_pictures_are_one_line_with_file_and_remedy(tmp_path, reader, name, 
     assert "\n" not in message and ";" in message and len(message) < 500
 
 
-@pytest.mark.parametrize("name", ["grey with alpha", "16-bit colour", "CMYK JPEG", "animated PNG", "bomb, PNG", "empty",
-                                  "turned by EXIF, JPEG", "JPEG named png"])
+@pytest.mark.parametrize("name", ["grey with alpha", "16-bit colour", "CMYK JPEG", "animated PNG", "bomb, PNG",
+                                  "empty", "turned by EXIF, JPEG", "JPEG named png"])
 def test_the_header_alone_is_enough_to_refuse(tmp_path, monkeypatch, name):
     """A bad kind is found before a pixel is decoded: a bomb must not go off first."""
     def explode(*args, **kwargs):
