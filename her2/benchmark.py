@@ -31,14 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from her2 import run, run_training
+from her2 import run, run_setup, run_training
 from her2 import run_config as configuration
-from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder
+from her2.autoencoder import VQAutoencoder
 from her2.data_folder import load_dataset
 from her2.data_patches import PatchSampler, iterate_rois
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule, denoising_loss
-from her2.discriminator import MultiscaleDiscriminator, PatchGAN, discriminate
+from her2.discriminator import discriminate
 from her2.gan_losses import feature_matching, hinge_discriminator, hinge_generator, kl_divergence
 from her2.losses import dice_cross_entropy
 from her2.net_blocks import frozen
@@ -49,7 +49,7 @@ from her2.run_log import Log
 from her2.run_provenance import git_commit, versions
 from her2.samplers import image_noise, sample
 from her2.segmenter import UNet, predict_roi
-from her2.spade import SPADEGenerator, VAEEncoder, reparameterize
+from her2.spade import SPADEGenerator, reparameterize
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 6                                             # of the default class table
@@ -78,11 +78,14 @@ def script_config(loop: str, preset: str):
     line, name = LOOPS[loop]
     names = runpy.run_path(str(ROOT / line[0]), run_name="her2.benchmark")
     presets = names[f"{name.upper()}_PRESETS" if name else "PRESETS"]
-    return configuration.build(names[f"{name}Config"], presets, {"preset": preset})
+    config = configuration.build(names[f"{name}Config"], presets, {"preset": preset})
+    if loop == "segmenter":
+        config.encoder_weights = "none"                 # sizes are asked for: no download for that
+    return config
 
 
 class LiveBytes(TorchDispatchMode):
-    """`with LiveBytes() as live:` counts the storages that operations make, in bytes: live.now and live.peak."""
+    """`with LiveBytes() as live:` counts the storages that operations make: live.now, live.peak in bytes."""
 
     def __init__(self):
         super().__init__()
@@ -107,84 +110,86 @@ class LiveBytes(TorchDispatchMode):
         self.now -= count
 
 
-def one_step(loop: str, c, batch: int, device):
-    """(trained networks, frozen ones, averaged ones, function without arguments): forward and backward."""
-    torch.manual_seed(0)
-    image = torch.zeros(batch, 3, c.patch, c.patch, device=device)
-    onehot = torch.zeros(batch, CLASSES, c.patch, c.patch, device=device)
-    with torch.device(device):
-        if loop == "segmenter":
-            net, target = UNet(2, width=c.width), torch.zeros(batch, c.patch, c.patch, dtype=torch.long)
-            return [net], [], [], lambda: dice_cross_entropy(net(image), target, c.dice)[0].backward()
+def one_step(loop: str, c, device):
+    """(trained, frozen, averaged networks, function step(batch)): forward and backward as in the loop."""
+    def zeros(*shape):
+        return torch.zeros(shape, device=device)
 
-        if loop == "gan":
-            net = SPADEGenerator(CLASSES, c.width, c.z_dim, c.patch, hidden=c.hidden)
-            encoder = VAEEncoder(c.width, c.z_dim, c.patch)
-            disc = MultiscaleDiscriminator(CLASSES + 3, c.width)
+    if loop == "segmenter":
+        net = run_setup.segmenter(c, device)
 
-            def step():
-                with frozen(disc):
-                    mu, logvar = encoder(image)
-                    made = net(onehot, reparameterize(mu, logvar, torch.zeros_like(mu)))
-                    fake, real = discriminate(disc, onehot, made, image)
-                (hinge_generator(fake) + feature_matching(fake, real) + kl_divergence(mu, logvar)).backward()
-                fake, real = discriminate(disc, onehot, made.detach(), image)
-                sum(hinge_discriminator(real, fake)).backward()
-            return [net, encoder, disc], [], [net], step
+        def step(batch):
+            logits, target = net(zeros(batch, 3, c.patch, c.patch)), zeros(batch, c.patch, c.patch).long()
+            dice_cross_entropy(logits, target, c.dice)[0].backward()
+        return [net], [], [], step
 
-        a = c if loop == "autoencoder" else script_config("autoencoder", c.preset)
-        model = VQAutoencoder(**{**(VQ_F4 if a.factor == 4 else VQ_F8), "ch": a.width, "num_codes": a.codes,
-                                 "num_res_blocks": a.blocks, "groups": max(1, a.width // 4)})
-        if loop == "autoencoder":
-            disc = PatchGAN(3, c.disc_width, num_layers=3 if c.factor == 4 else 2)
+    if loop == "gan":
+        net, encoder, disc = run_setup.spade_gan(c, CLASSES, device)
 
-            def step():
-                with frozen(disc):
-                    again, _, _, _, vq_loss = model(image)
-                    loss = (again - image).abs().mean() + vq_loss + hinge_generator(disc(again))
-                loss.backward()
+        def step(batch):
+            image, onehot = zeros(batch, 3, c.patch, c.patch), zeros(batch, CLASSES, c.patch, c.patch)
+            with frozen(disc):
+                mu, logvar = encoder(image)
+                made = net(onehot, reparameterize(mu, logvar, torch.zeros_like(mu)))
+                fake, real = discriminate(disc, onehot, made, image)
+            (hinge_generator(fake) + feature_matching(fake, real) + kl_divergence(mu, logvar)).backward()
+            fake, real = discriminate(disc, onehot, made.detach(), image)
+            sum(hinge_discriminator(real, fake)).backward()
+        return [net, encoder, disc], [], [net], step
+
+    model, disc = run_setup.autoencoder_gan(
+        c if loop == "autoencoder" else script_config("autoencoder", c.preset), device)
+    if loop == "autoencoder":
+        def step(batch):
+            image = zeros(batch, 3, c.patch, c.patch)
+            with frozen(disc):
+                again, _, _, _, vq_loss = model(image)
+                loss = (again - image).abs().mean() + vq_loss
+                (loss + hinge_generator(disc(again)) if c.disc_weight else loss).backward()
+            if c.disc_weight:
                 sum(hinge_discriminator(disc(image), disc(again.detach()))).backward()
-            return [model, disc], [], [], step
+        return [model, disc] if c.disc_weight else [model], [], [], step
 
-        denoiser = LatentDenoiser(CLASSES, 3, c.width, tuple(map(int, c.mult.split(","))), c.blocks,
-                                  groups=max(1, c.width // 4))
-        schedule, t = Schedule(T=c.timesteps).to(device), torch.zeros(batch, dtype=torch.long)
+    schedule, denoiser = run_setup.diffusion(c, model, CLASSES, device)
 
-        def step():
-            with torch.no_grad():
-                x0 = model.encode(image)
-            eps = torch.zeros_like(x0)
-            output = denoiser(schedule.q_sample(x0, t, eps), t, denoiser.label_code(onehot))
-            denoising_loss(output, eps).mean().backward()
-        return [denoiser], [model], [denoiser], step
+    def step(batch):
+        with torch.no_grad():
+            x0 = model.encode(zeros(batch, 3, c.patch, c.patch))
+        code = denoiser.label_code(zeros(batch, CLASSES, c.patch, c.patch))
+        t, eps = zeros(batch).long(), torch.zeros_like(x0)
+        denoising_loss(denoiser(schedule.q_sample(x0, t, eps), t, code), eps).mean().backward()
+    return [denoiser], [model], [denoiser], step
 
 
-def count(loop: str, c, batch: int, device="meta") -> dict:
-    """Parameters, floating-point operations and peak bytes of one step of a loop with configuration `c`."""
-    trained, fixed, averaged, step = one_step(loop, c, batch, device)
+def count(loop: str, c, parts, device="meta") -> dict:
+    """Parameters, operations of one step, and its peak bytes with each of `parts` patches at a time."""
+    trained, fixed, averaged, step = one_step(loop, c, device)
     weights, still, copies = (sum(p.numel() for net in nets for p in net.parameters())
                               for nets in (trained, fixed, averaged))
-    with LiveBytes() as live:
-        step()
-    with FlopCounterMode(display=False) as flops:       # a step of its own: it keeps tensors alive
-        step()
-    return {"parameters": weights, "flops": flops.get_total_flops(), "step_bytes": live.peak,
-            "bytes": live.peak + 4 * (3 * weights + still + copies)}
+    found = {"parameters": weights, "step_bytes": {}, "bytes": {}}
+    for part in parts:
+        for net in trained:
+            net.zero_grad(set_to_none=True)
+        with LiveBytes() as live:
+            step(part)
+        found["step_bytes"][part] = live.peak
+        found["bytes"][part] = live.peak + 4 * (3 * weights + still + copies)
+    with FlopCounterMode(display=False) as flops:       # a step of its own: the counter keeps tensors alive
+        step(max(parts))
+    return {**found, "flops": flops.get_total_flops()}
 
 
 def count_table(preset: str, batch: int) -> dict:
     """{loop: figures} of a step in one part and in smaller ones, printed."""
     parts = sorted({batch, max(1, batch // 4), 1}, reverse=True)
-    print(f"a step at batch {batch}, preset {preset}, float32: GiB at {' / '.join(map(str, parts))} patches "
-          "at once, and the smallest card for each")
+    print(f"a step at batch {batch}, preset {preset}, float32: GiB with {'/'.join(map(str, parts))} patches "
+          "at a time, and the smallest card for each")
     found = {}
     for loop in LOOPS:
-        c = script_config(loop, preset)
-        whole, *rest = (count(loop, c, part) for part in parts)
-        gib = [row["bytes"] / 2**30 for row in (whole, *rest)]
+        one = found[loop] = count(loop, script_config(loop, preset), parts)
+        gib = [size / 2**30 for size in one["bytes"].values()]
         cards = [next((str(card) for card in CARDS if card >= MARGIN * size), "no") for size in gib]
-        found[loop] = {**whole, "bytes": dict(zip(map(str, parts), (size * 2**30 for size in gib)))}
-        print(f"  {loop:12} {whole['parameters'] / 1e6:7.1f} M parameters {whole['flops'] / 1e12:8.3f} TFLOP "
+        print(f"  {loop:12} {one['parameters'] / 1e6:7.1f} M parameters {one['flops'] / 1e12:8.3f} TFLOP   "
               f"{' / '.join(f'{size:.2f}' for size in gib)} GiB   {' / '.join(cards)} GiB card", flush=True)
     return found
 
