@@ -83,19 +83,25 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean
     return kl.mean() if reduction == "mean" else kl.sum()               # ()
 
 
+def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """The gradients of both losses at `last_layer`, (2, *its shape)."""
+    return torch.stack([torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float() / scale
+                        for loss in (nll, g)])
+
+
 def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor,
-                    scale: float = 1.0) -> torch.Tensor:
+                    scale: float = 1.0, pool=None) -> torch.Tensor:
     """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4.
 
     Both losses are multiplied by `scale` and their gradients divided by it: the gradient of a mean over
     millions of pixels is nothing but rounding in fp16, so there it is GradScaler.get_scale(). Where that
-    overflows (the scaler then skips the step and lowers itself) the weight is 0.
+    overflows (the scaler then skips the step and lowers itself) the weight is 0. pool: turns the gradients of
+    a part of the batch into those of all of it, where the rest is elsewhere.
     """
     # The last layer stands for all others: every path of both losses goes through it, so the ratio there is
     # about the ratio everywhere, and its gradient costs one layer's backward instead of the whole network's.
-    nll_gradient, g_gradient = (
-        torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float() / scale
-        for loss in (nll, g))
+    gradients = pulls(nll, g, last_layer, scale)
+    nll_gradient, g_gradient = pool(gradients) if pool else gradients
     # 1e-4 and 1e4 (official): a D that says nothing would otherwise be amplified without bound.
     return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).nan_to_num(0.0).clamp(0.0, 1e4).detach()
 

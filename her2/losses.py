@@ -38,8 +38,12 @@ import torch.nn.functional as F
 from her2.data_classes import IGNORE
 
 
-def class_sums(logits: torch.Tensor, target: torch.Tensor, batch: bool = True, squared: bool = False):
-    """I, P, V of the module's docstring: (1, K) each, or (B, K) with batch=False. `squared`: prob^2 in P."""
+def class_sums(logits: torch.Tensor, target: torch.Tensor, batch: bool = True, squared: bool = False,
+               pool=None):
+    """I, P, V of the module's docstring: (1, K) each, or (B, K) with batch=False. `squared`: prob^2 in P.
+
+    pool: turns sums over a part of the batch into those over all of it, where the rest is elsewhere.
+    """
     assert logits.ndim == 4 and target.shape == (logits.shape[0], *logits.shape[2:]), \
         f"logits (B, K, H, W) and target (B, H, W), found {tuple(logits.shape)} and {tuple(target.shape)}"
     # Probabilities instead of a decision per pixel: a threshold has no gradient.
@@ -49,17 +53,18 @@ def class_sums(logits: torch.Tensor, target: torch.Tensor, batch: bool = True, s
     onehot = torch.zeros_like(prob).scatter_(1, index.where(index != IGNORE, 0), counts)    # (B, K, H*W)
     prob = prob * counts                                                          # (B, K, H*W)
     sums = [(prob * onehot).sum(2), (prob * prob if squared else prob).sum(2), onehot.sum(2)]
-    return [s.sum(0, keepdim=True) if batch else s for s in sums]
+    sums = [s.sum(0, keepdim=True) if batch else s for s in sums]
+    return pool(torch.stack(sums)).unbind() if pool else sums
 
 
 def dice_scores(logits, target, batch: bool = True, eps: float = 0.01, squared: bool = False,
-                jaccard: bool = False) -> torch.Tensor:
+                jaccard: bool = False, pool=None) -> torch.Tensor:
     """(2 I + eps) / (P + V + eps) per class: (1, K), or (B, K) with batch=False.
 
     `squared` has p^2 in P (Milletari et al., 2016); `jaccard` divides by the union instead: I / (P + V - I).
     eps = 0 is allowed: nothing by nothing is 0 then.
     """
-    intersection, predicted, volume = class_sums(logits, target, batch, squared)  # (1 or B, K) each
+    intersection, predicted, volume = class_sums(logits, target, batch, squared, pool)   # (1 or B, K) each
     whole = predicted + volume
     if jaccard:
         whole = 2 * (whole - intersection)       # for comparison with the reference only, as `squared`
@@ -74,7 +79,7 @@ def soft_dice_loss(logits, target, include_background: bool = False, **options) 
 
 def generalised_dice_loss(logits, target, include_background: bool = True, batch: bool = True,
                           eps: float = 1e-5, weighting: str = "square", absent: str = "zero",
-                          relative: bool = True) -> torch.Tensor:
+                          relative: bool = True, pool=None) -> torch.Tensor:
     """Sudre's generalised Dice loss. weighting: "square" 1/V^2; "simple" 1/V and "uniform" 1 are for
     comparison with the reference only, as are absent="largest" and relative=False.
 
@@ -84,7 +89,7 @@ def generalised_dice_loss(logits, target, include_background: bool = True, batch
     assert weighting in ("square", "simple", "uniform"), f"weighting {weighting!r}"
     assert absent in ("zero", "largest"), f"absent {absent!r}"
     first = 0 if include_background else 1                              # class 0
-    intersection, predicted, volume = (s[:, first:] for s in class_sums(logits, target, batch))
+    intersection, predicted, volume = (s[:, first:] for s in class_sums(logits, target, batch, pool=pool))
     power = {"square": 2, "simple": 1, "uniform": 0}[weighting]         # of 1 / V
     present = volume > 0                                                # (1 or B, K)
     # I and V of a class grow with its pixels: one 1/V makes shares of them, so that each class counts alike
@@ -102,22 +107,25 @@ def generalised_dice_loss(logits, target, include_background: bool = True, batch
 
 
 def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 0.5, ce_weight: float = 0.5,
-                       class_weight=None, label_smoothing: float = 0.0):
+                       class_weight=None, label_smoothing: float = 0.0, pool=None):
     """The training loss. Returns (loss, {"dice": tensor, "ce": tensor}): the parts detached, unweighted, for
     the log.
 
     logits (B, K, H, W); target (B, H, W) ids 0..K-1 or IGNORE: for the paper's network 0 background, 1 tumor.
     `class_weight` (K,) and `label_smoothing` are those of torch's cross_entropy. Where all is ignored: 0.
+    pool: see class_sums.
     """
     assert dice in ("soft", "generalised"), f"dice is 'soft' or 'generalised', found {dice!r}"
-    dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(logits, target)
+    dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(logits, target, pool=pool)
     # Dice alone is flat where the network is sure and wrong: softmax passes nothing there, and small tumor
     # gets lost in the first steps. Cross-entropy gives every pixel a gradient of its own, prob - target.
     target = target.long()
     counts = target != IGNORE                                                     # (B, H, W)
     whole = counts if class_weight is None else class_weight[target.where(counts, 0)] * counts
     ce = F.cross_entropy(logits.float(), target, weight=class_weight, label_smoothing=label_smoothing,
-                         ignore_index=IGNORE, reduction="sum") / whole.sum().clamp_min(1e-7)
+                         ignore_index=IGNORE, reduction="sum")
+    ce, whole = pool(torch.stack([ce, whole.sum().float()])) if pool else (ce, whole.sum())
+    ce = ce / whole.clamp_min(1e-7)
     return dice_weight * dice_loss + ce_weight * ce, {"dice": dice_loss.detach(), "ce": ce.detach()}
 
 

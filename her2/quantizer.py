@@ -83,7 +83,9 @@ class Codebook(nn.Module):
 
 def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
     """How often each code occurs in `indices` (any shape): (K,) int64. Add the counts of many batches up."""
-    return torch.bincount(indices.flatten(), minlength=num_codes)       # (K,)
+    indices = indices.flatten()
+    # Not bincount: on a GPU it asks for the largest index, and waits for it.
+    return indices.new_zeros(num_codes).index_add_(0, indices, torch.ones_like(indices))
 
 
 class CodeUsage:
