@@ -15,6 +15,7 @@ computed again while model, data and settings stay the same. Runs are grouped by
     fig2.png fig5.png fig6.png, and with --synthetic fig4.png staining.png
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import csv
 import glob
 import hashlib
@@ -29,9 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, draw_charts, report, report_images, report_staining, run, run_training
-from her2 import run_config as configuration
-from her2.data_classes import IGNORE, ClassTable, parse_json, read_text
+from her2 import (draw, draw_charts, draw_overlay, report, report_images, report_staining, run,
+                  run_distributed, run_training)
+from her2.data_classes import ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
@@ -81,7 +82,7 @@ def main(argv):
         key["model"] = file_hash(Path(one.folder) / "model.pt")
         if not read_metrics(one, key, dataset):
             predict(one, dataset, config, device, precision)
-            write_metrics(one, key)
+            run_distributed.rank() or write_metrics(one, key)
         found = sum(one.test.values()).report()
         for wrong, what in ((found["dice"] < 0.05, "finds hardly any tumor"),
                             ((found["fpr"] or 0) > 0.95, "calls nearly everything tumor")):
@@ -89,6 +90,8 @@ def main(argv):
                 notes.append(f"{one.folder} {what}: its training failed or was too short, see its curves.png")
 
     # ---- report --------------------------------------------------------------------------------------------
+    if run_distributed.rank():
+        return 0
     out = Path(config.out)
     results = report.collect(runs)
     pictures = draw_results(out, results, dataset, config)
@@ -153,6 +156,8 @@ def read_run(folder) -> report.Run:
     if not isinstance(fields, dict) or content.get("script") != "train_seg.py":
         found = content.get("script") if isinstance(content, dict) else "no known script"
         raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
+    if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
+        fields["ratio"] = float("inf")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
     if missing:
         raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; "
@@ -199,7 +204,8 @@ def fingerprint(dataset, cache) -> str:
 # ---- prediction --------------------------------------------------------------------------------------------
 
 def predict(one, dataset, config, device, precision) -> None:
-    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois."""
+    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois. Under
+    torchrun each process predicts some ROIs, and gets the counts of all."""
     content = run.load_model(one.folder, "segmenter")
     if content.get("step", 0) < one.fields["steps"]:
         raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "
@@ -208,35 +214,30 @@ def predict(one, dataset, config, device, precision) -> None:
         raise UserError(f"{one.folder}: was trained with another class table than that of {dataset.root}; "
                         "use the dataset that it was trained on")
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
-    jobs, worst = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
-                   for roi in dataset.split(split)], []
-    for roi, found in tqdm(jobs, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
+    rois = [*dataset.split("val"), *dataset.split("test")]
+    mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
+    worse = dict(key=lambda item: (-item[0], item[2]))
+    for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
         with precision.autocast():
             prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
                                config.batch, device)                                # (H, W)
-        part = ProbabilityHistogram(dataset.classes).add(prob, label)
-        found[roi.slide] = part + found.get(roi.slide, 0)
-        one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
+        counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).to_json()))
         if roi.split == "test":
-            worst = sorted([*worst, (*errors(image, label, prob.numpy(), dataset.classes), roi.name)],
-                           key=lambda found: -found[0])[:WORST]
-    draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
+            share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
+            worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]
+    counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
+    for k, part in sorted(counts, key=lambda item: item[0]):
+        roi, part = rois[k], ProbabilityHistogram.from_json(part, dataset.classes)
+        slides = one.val if roi.split == "val" else one.test
+        slides[roi.slide] = part + slides.get(roi.slide, 0)
+        one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
+    worst = sorted(worst, **worse)[:WORST]
+    run_distributed.rank() or draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
         [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[
             *draw.class_legend(dataset.classes, True), ("missed", draw.BLUE), ("false", draw.VERMILION)]))
-
-
-def errors(image, label, prob, classes):
-    """(share of wrong pixels, [image, annotated outlines, errors]) of an ROI, thinned to CELL pixels."""
-    tumor, found, counts = np.isin(label, classes.tumor_ids), prob >= 0.5, label != IGNORE
-    share = ((tumor != found) & counts).sum() / max(1, counts.sum())
-    step = max(1, max(label.shape) // CELL)
-    image, label, tumor, found, counts = (a[::step, ::step] for a in (image, label, tumor, found, counts))
-    wrong = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
-    wrong[tumor & ~found], wrong[found & ~tumor & counts] = draw.BLUE, draw.VERMILION
-    return share, [image, draw.outline(image, label, classes), wrong]
 
 
 def table(runs) -> str:

@@ -42,6 +42,7 @@ made: seeds may come from several machines (python -m her2.report_study FILES --
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,6 +57,7 @@ METHODS = ("gan", "ldm", "inpaint")
 RATIOS = (0.5, 1.0, 2.0, 4.0)  # paper, section 3
 PAPER_ARMS = ["tumor", "subtype",
               *(f"{method}-{round(100 * ratio)}" for ratio in RATIOS for method in METHODS)]
+EXPLORATORY = ["ldm-only", "gan-only", "oracle-only"]   # no real patch at all: --arms NAME, not among "all"
 CONTROLS = ["oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same", "subtype-2x"]
 NEEDS_PHANTOM = {"oracle", "fresh"}  # sets that real data cannot have
 # What the 2x arm needs to know: the optimiser steps of train_seg.py's presets.
@@ -97,14 +99,16 @@ PRESETS = {
 
 def arm_parts(arm: str) -> tuple:
     """(synthetic set or "", ratio, flags of train_seg.py). UserError for a name that is no arm."""
-    if arm not in PAPER_ARMS + CONTROLS:
-        raise UserError(f"--arms: {arm!r} is unknown; known are {', '.join(PAPER_ARMS + CONTROLS)}, and all")
+    known = PAPER_ARMS + CONTROLS + EXPLORATORY
+    if arm not in known:
+        raise UserError(f"--arms: {arm!r} is unknown; known are {', '.join(known)}, and all")
     if arm in ("tumor", "subtype"):
         return "", 0.0, ["--sampling", arm]
     if arm == "subtype-2x":
         return "", 0.0, ["--sampling", "subtype"]
     method, percent, *same = arm.split("-")
-    return "-".join([method, *same]), int(percent) / 100, ["--sampling", "subtype"]
+    ratio = math.inf if percent == "only" else int(percent) / 100
+    return "-".join([method, *same]), ratio, ["--sampling", "subtype"]
 
 
 def chosen_arms(config) -> list:
@@ -142,7 +146,7 @@ def stages(config, seed: int, data_hash: str = "") -> list:
     amount = {}
     for name, ratio, _ in parts.values():
         least = max(RATIOS) if name in METHODS and config.preset != "tiny" else 1.0
-        amount[name] = max(ratio, least, amount.get(name, 0.0))
+        amount[name] = max(0.0 if ratio == math.inf else ratio, least, amount.get(name, 0.0))
     network = {}                                        # what paints a set
     if amount.keys() & {"ldm", "inpaint", "ldm-same", "reconstruct"}:
         network["reconstruct"] = own("autoencoder", "autoencoder", [

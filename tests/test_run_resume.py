@@ -1,6 +1,6 @@
 """Interruptions: killed runs end with the bits of whole ones; Ctrl-C, full disk, second process: one line.
 
-The long version with a hundred kills is `python tests/kill_harness.py`.
+The long version with a hundred kills is `python tests/run_kill_harness.py`.
 """
 
 import errno
@@ -18,8 +18,7 @@ import torch
 
 from her2 import run, run_errors, run_lock
 from her2.run_errors import UserError, atomic_write, command
-from run_kill_harness import (LOOPS, command_line, differences, half_pictures, interrupt, prepare, progress,
-                              start)
+from run_kill_harness import (LOOPS, command_line, differences, half_pictures, interrupt, prepare)
 
 ROOT = Path(__file__).resolve().parents[1]
 # One kill of each kind that is cheap to hit, spread over the loops; the harness takes all kinds for each.
@@ -245,18 +244,3 @@ def test_the_study_resumes_stage_by_stage(tmp_path):
     assert done.returncode == 0, done.stderr
     assert journal.read_text(encoding="utf-8").split() == ["one", "two", "two", "report"]
     assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == {}
-
-
-def test_interrupting_a_process(root):
-    """A real Ctrl-C (SIGINT) where the system knows it: exit status 130, one line, no traceback."""
-    if os.name != "posix":
-        return                              # console events on Windows would reach the tests themselves
-    import signal
-    folder, errors_file = root / "sigint", root / "sigint.err"
-    process = start(command_line("segmentation", root, "sigint"), errors_file)
-    while process.poll() is None and not progress(folder):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    text = errors_file.read_text(encoding="utf-8")
-    assert text.count("interrupted:") == 1 and "Traceback" not in text
