@@ -26,19 +26,13 @@ from her2.metrics import ProbabilityHistogram
 from her2.run_errors import UserError
 from her2.run_seeds import hashed_seed
 
-MOST = 512  # images per source
-REAL_UNIFORM = 0.25  # share of the real patches from anywhere, as in the synthetic sets of the study
+MOST = 512              # images per source
+REAL_UNIFORM = 0.25     # share of the real patches from anywhere, as in the synthetic sets of the study
 
 
 def real_patches(dataset, split: str, patch: int, seed: int, cache):
     """(image, label) tensors of up to MOST patches, drawn as the sources of synthetic images are."""
-    sampler = PatchSampler(dataset,
-                           split,
-                           patch,
-                           "subtype",
-                           seed,
-                           flips=False,
-                           cache=cache,
+    sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
                            uniform=REAL_UNIFORM)
     batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
     return batch["image"], batch["label"]
@@ -101,24 +95,16 @@ def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") 
 
 def table(result: dict) -> list:
     """Rows of texts, header first."""
-
     def text(value, digits=3):
         return "n/a" if value is None else f"{value:.{digits}f}"
 
     subtypes = list(next(iter(result.values()))["recall"])
-    rows = [[
-        "images", "obedience, Dice", *(f"recall {name}"
-                                       for name in subtypes), "FPR", "sharpness", "Frechet", "kernel"
-    ]]
+    rows = [["images", "obedience, Dice", *(f"recall {name}" for name in subtypes), "FPR", "sharpness",
+             "Frechet", "kernel"]]
     for name, found in result.items():
-        rows.append([
-            name,
-            text(found["dice"]), *(text(found["recall"][s], 2) for s in subtypes),
-            text(found["fpr"]),
-            text(found["sharpness"], 2),
-            text(found["frechet"]),
-            text(found["kernel"])
-        ])
+        rows.append([name, text(found["dice"]), *(text(found["recall"][s], 2) for s in subtypes),
+                     text(found["fpr"]), text(found["sharpness"], 2), text(found["frechet"]),
+                     text(found["kernel"])])
     return rows
 
 
