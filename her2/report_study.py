@@ -130,8 +130,8 @@ def figures(out, study, configs, found) -> list:
                 [math.log(x) for x in (0.1, 0.3, 1, 3)], lambda x: f"x {math.exp(x):.1f}")
     draw.save_png(out / "ladder.png", draw_charts.intervals([dice, variance], rows))
     return [("ladder.png", "Difference to the subtype-sampled baseline at its own false-positive rate, mean "
-             "and 95 % interval over seeds, from what no generator can pass down to the paper's methods: where "
-             "a step loses, there the quality is lost."),
+             "and 95 % interval over seeds, from what no generator can pass down to the paper's methods: "
+             "where a step loses, there the quality is lost."),
             ("fig5.png", f"Fig. 5 of the paper, at 0.5. {draw_charts.NOTE}. Dashed: mean of the baseline; "
              "band: from the lowest to the highest oracle."),
             ("fig6.png", "Fig. 6 of the paper: confusion matrices at 0.5, rows divided by their sum, mean "
@@ -158,7 +158,8 @@ def write_report(files, out) -> dict:
     parts = ["# What the paper's method does on this tissue",
              f"{len(seeds)} seeds ({', '.join(map(str, numbers))}), preset `{preset}`; each is its own "
              "tissue, generators and segmenters. The plan that was fixed before stands in her2/study.py. "
-             "\u00b1 is the standard deviation over seeds, brackets are 95 % intervals of the paired difference.",
+             "\u00b1 is the standard deviation over seeds, brackets are 95 % intervals of the paired "
+             "difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
              "## Arms", report.markdown(arm_table(study, names)),
              "## Comparisons", report.markdown(difference_table(found, study))]
