@@ -22,15 +22,14 @@ Real patches of val and test slides, drawn as the sources are, say what is norma
 
     threshold   their quantile 1 - --false-alarm;   share: synthetic images above it
     p           permutation test of the set: the statistic is the sum over the synthetic images of
-                max(0, (similarity - median) / MAD)^2, pooled median and MAD: few copies weigh as much as a
-                shift of all. Patches count as exchangeable; those of one slide resemble each other, so few
-                held-out slides make p too small rather than too large
+                max(0, (similarity - median) / MAD)^3, pooled median and MAD: few copies weigh as much as a
+                shift of all. Patches count as exchangeable, but those of one slide resemble each other: where
+                held-out slides are few, p comes out too small, hence the verdict only from p < 0.01
 
 Inpainted images are compared on the tumor that was regenerated, held-out patches on the same places.
 Absence of evidence holds for these features only: a copy that is bent or scaled by much is not found.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,8 +102,9 @@ class Tissue:
         best, where = torch.full((count,), -2.0), torch.zeros(count, 4, dtype=torch.long)
         jobs = [(slice(first, first + BATCH), k) for first in range(0, count, BATCH) for k in range(8)]
         for part, k in tqdm(jobs, desc="nearest patches", leave=False, disable=None):
-            turned = [self.prepare(*(dihedral((x[part] if len(x) > 1 else x).to(self.device), k) for x in two))
-                      for two in zip(templates, weights)]
+            turned = [self.prepare(dihedral(feature[part].to(self.device), k),
+                                   dihedral((weight[part] if len(weight) > 1 else weight).to(self.device), k))
+                      for feature, weight in zip(templates, weights)]
             for i, (scales, places) in enumerate(self.regions):
                 ncc = [self.ncc(*one, *scale, places) for one, scale in zip(turned, scales)]
                 top, at = torch.maximum(*ncc).flatten(1).cpu().max(dim=1)               # (B,) each
@@ -136,7 +136,7 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
     """Probability that the synthetic set is this much nearer by chance; see the module's docstring."""
     both = np.concatenate([synthetic, held_out])
     away = both - np.median(both)
-    excess = np.maximum(0, away / max(1.4826 * np.median(np.abs(away)), 1e-9)) ** 2
+    excess = np.maximum(0, away / max(1.4826 * np.median(np.abs(away)), 1e-9)) ** 3
     rng, n = numpy_generator(seed, "audit", "permutations"), len(synthetic)
     chance = [excess[rng.permutation(len(both))[:n]].sum() for _ in range(PERMUTATIONS)]
     return (1 + int((np.array(chance) >= excess[:n].sum() * (1 - 1e-12)).sum())) / (1 + PERMUTATIONS)
@@ -153,8 +153,8 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
     weights = [[(maps > 0.999).float() for maps in pooled(region, patch)] for region in tumor]
     kept = [i for i, scales in enumerate(weights) if scales[0].sum() >= SMALLEST]
     if not kept:
-        raise UserError("the regenerated regions are too small to be compared with anything; audit a set of "
-                        "larger --patch")
+        raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, or "
+                        "make them of a larger --patch")
 
     def stacked(windows, numbers):
         maps = [features(image, instance, patch) for image, _, instance in windows]
@@ -173,17 +173,17 @@ def main(argv):
     for flag, kind, default, text in (
             ("--data", str, "", "dataset folder; empty: the one that the images were made from"),
             ("--out", str, "runs/audit", "folder of audit.json and audit.png"),
-            ("--count", int, 300, "synthetic images compared, evenly spread over the set; 0: all"),
-            ("--held-out", int, 900, "real patches of val and test slides to compare with"),
+            ("--count", int, 400, "synthetic images compared, evenly spread over the set; 0: all"),
+            ("--held-out", int, 1200, "real patches of val and test slides to compare with"),
             ("--false-alarm", float, 0.01, "share of the held-out patches above the threshold"),
             ("--seed", int, 0, "draws the held-out patches"),
             ("--split-seed", int, 0, "of the split, where neither slides.csv nor SYNTH has one"),
             ("--device", str, "auto", "auto, cpu or cuda"), ("--cache", str, "cache", "for decoded images")):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} [{default!r}]".replace("%", "%%"))
     args = parser.parse_args(argv)
-    if args.count < 0 or args.held_out < 20 or not 1 / args.held_out <= args.false_alarm < 1:
-        raise UserError("--count, --held-out, --false-alarm: give a count from 0, at least 20 held-out patches, "
-                        "and a false alarm rate from 1 / held-out to below 1")
+    if args.count < 0 or args.held_out < 20 or not 1 / args.held_out <= args.false_alarm < 1 or args.seed < 0:
+        raise UserError("--count and --seed start at 0, --held-out at 20, --false-alarm at 1 / held-out; give "
+                        "such numbers")
     folder = Path(args.synthetic)
     synthetic = load_synthetic(folder)
     content = run.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -196,8 +196,12 @@ def main(argv):
     sizes = {(roi.height, roi.width) for roi in synthetic.rois}
     patch = max(map(max, sizes))
     if sizes != {(patch, patch)} or patch % GRID:
-        raise UserError(f"{folder}: images of {len(sizes)} sizes, up to {patch}; the audit needs squares of one "
-                        "size that is a multiple of 32")
+        raise UserError(f"{folder}: images of {len(sizes)} sizes, up to {patch} pixels; the audit needs "
+                        f"squares of one size that is a multiple of {GRID}")
+    small = [roi for roi in dataset.split("train") if min(roi.height, roi.width) < patch]
+    if small:
+        raise UserError(f"{small[0].image}: smaller than the synthetic images ({patch} pixels); make them of "
+                        "a smaller --patch")
 
     # ---- compare -------------------------------------------------------------------------------------------
     step = max(1, len(synthetic.rois) // args.count) if args.count else 1
@@ -240,9 +244,9 @@ def main(argv):
     print(plain(rows))
     print(f"{len(found)} images: median similarity {np.median(found):.3f}, held-out {np.median(normal):.3f}; "
           f"{share:.1%} above {threshold:.3f} (expected {args.false_alarm:.1%}); p = {p:.4f}")
-    print("nearer to the training tissue than unseen tissue is" if p < 0.05 else
-          "no nearer to the training tissue than unseen tissue is")
-    print(f"done: {out / 'audit.json'}, {out / 'audit.png'}", file=sys.stdout)
+    print("The set is nearer to the training tissue than unseen tissue is." if p < 0.01 else
+          "Nothing says that the set is nearer to the training tissue than unseen tissue is.")
+    print(f"done: {out / 'audit.json'}, {out / 'audit.png'}")
     return 0
 
 
