@@ -153,8 +153,8 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
     weights = [[(maps > 0.999).float() for maps in pooled(region, patch)] for region in tumor]
     kept = [i for i, scales in enumerate(weights) if scales[0].sum() >= SMALLEST]
     if not kept:
-        raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, or "
-                        "make them of a larger --patch")
+        raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, "
+                        "or make them of a larger --patch")
 
     def stacked(windows, numbers):
         maps = [features(image, instance, patch) for image, _, instance in windows]
@@ -182,8 +182,8 @@ def main(argv):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} [{default!r}]".replace("%", "%%"))
     args = parser.parse_args(argv)
     if args.count < 0 or args.held_out < 20 or not 1 / args.held_out <= args.false_alarm < 1 or args.seed < 0:
-        raise UserError("--count and --seed start at 0, --held-out at 20, --false-alarm at 1 / held-out; give "
-                        "such numbers")
+        raise UserError("--count and --seed start at 0, --held-out at 20, --false-alarm at 1 / held-out; "
+                        "give such numbers")
     folder = Path(args.synthetic)
     synthetic = load_synthetic(folder)
     content = run.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
