@@ -6,9 +6,10 @@ The paper (section 5) hopes that synthetic images cannot be traced to a patient.
 found by its nearest neighbour: for a synthetic image S, over all training regions R, positions p and the 8
 flips and turns g,
 
-    similarity(S) = max over R, p, g, scale k, stain c of  NCC(g F_kc(S), F_kc(R) at p)
+    similarity(S) = sqrt(f) arctanh(max over R, p, g, scale k, stain c of NCC(g F_kc(S), F_kc(R) at p))
 
-NCC is the normalised cross-correlation (both parts with mean 0 and norm 1), for all p at once by FFT:
+f is the share of the image that is compared (Fisher's transform: small parts are alike by chance). NCC is the
+normalised cross-correlation (both parts with mean 0 and norm 1), for all p at once by FFT:
 
     num = sum_u T(u) R(p + u)      NCC = num / sqrt(sum w R^2 - (sum w R)^2 / n)      T = w (F - mean) / norm
 
@@ -53,6 +54,7 @@ GRID = 32               # steps per side of an image at which places are compare
 FLAT = 0.05             # optical density: deviation below which an instance has no structure of its own
 FLOOR = 1e-3            # variance of a feature below which a place is flat: its NCC would be that of noise
 SMALLEST = 100          # places that a regenerated region must hold, else chance alone is similar
+SURE = 0.9999           # an NCC above is not told from 1: float32
 PERMUTATIONS = 9999
 BATCH = 32
 
@@ -93,7 +95,7 @@ class Tissue:
         return torch.fft.rfft2(x, s=self.size)
 
     def search(self, templates, weights):
-        """Per image: similarity (N,) and where it is (N, 4): region, row and column in grid steps, turn k.
+        """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k.
 
         templates, weights: per scale (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1. The part of the
         region at that place is like dihedral(image, k).
@@ -143,7 +145,7 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
 
 
 def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False, cache="cache"):
-    """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,) indices of `pictures`).
+    """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): indices of `pictures`).
 
     pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
     the synthetic images counts, and those are left out in which it is too small.
@@ -156,14 +158,17 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
         raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, "
                         "or make them of a larger --patch")
 
-    def stacked(windows, numbers):
+    tissue = Tissue(rois, classes, patch, device, cache)
+
+    def compare(windows, numbers):
         maps = [features(image, instance, patch) for image, _, instance in windows]
         chosen = [weights[i] for i in (numbers if inpainted else kept[:1])]             # all alike if whole
-        return ([torch.stack(scale) for scale in zip(*maps)], [torch.stack(scale) for scale in zip(*chosen)])
+        best, where = tissue.search(*([torch.stack(scale) for scale in zip(*part)] for part in (maps, chosen)))
+        shares = np.array([float(scales[0].mean()) for scales in chosen])
+        return np.arctanh(best.astype(np.float64).clip(-SURE, SURE)) * np.sqrt(shares), where
 
-    tissue = Tissue(rois, classes, patch, device, cache)
-    found, where = tissue.search(*stacked([pictures[i] for i in kept], kept))
-    normal, _ = tissue.search(*stacked(held_out, [kept[j % len(kept)] for j in range(len(held_out))]))
+    found, where = compare([pictures[i] for i in kept], kept)
+    normal, _ = compare(held_out, [kept[j % len(kept)] for j in range(len(held_out))])
     return found, where, normal, np.array(kept)
 
 

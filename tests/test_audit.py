@@ -130,7 +130,7 @@ def test_a_copy_is_found_where_it_was_taken(tissue):
         truth.append((which, y, x))
     similar, where, _, _ = audit.audit(pictures, pictures[:1], train, real.classes, P, CPU, False,
                                        real.root / "cache")
-    assert (similar > 0.9).all()
+    assert (similar > 1.5).all()                        # arctanh(0.9)
     assert [tuple(place[:3].tolist()) for place in where] == truth
     for picture, place in zip(pictures, where):
         region = open_roi(train[place[0]], real.classes, real.root / "cache")
@@ -140,10 +140,11 @@ def test_a_copy_is_found_where_it_was_taken(tissue):
 def test_features_do_not_depend_on_the_amount_of_stain(tissue):
     image, _, instance = draws(tissue[0], ("train",), 1, 9)[0]
     haematoxylin, dab = deconvolve(image)
-    gain = 1 + 0.5 * (instance > 0)                     # another one inside the instances
-    other = compose(haematoxylin * 0.9 + 0.05, dab * gain * 0.8 + 0.1).round().clip(1, 255).astype(np.uint8)
+    gain = 0.9 - 0.3 * (instance > 0)                   # another one inside the instances
+    other = compose(haematoxylin * gain + 0.05, dab * gain + 0.02).round().clip(1, 255).astype(np.uint8)
     for one, two in zip(audit.features(image, instance, P), audit.features(other, instance, P)):
-        assert np.corrcoef(one.reshape(2, -1)[0], two.reshape(2, -1)[0])[0, 1] > 0.99
+        for stain in range(2):
+            assert np.corrcoef(one[stain].reshape(-1), two[stain].reshape(-1))[0, 1] > 0.97
 
 
 def test_p_is_the_share_of_all_divisions_that_are_as_extreme(monkeypatch):
@@ -209,9 +210,8 @@ def test_inpainting_is_audited_where_it_painted(tissue, folder, capsys):
             assert min(picture.size) > 100
     inpainted, whole = ([one["similarity"] for one in found[m]["nearest"]] for m in ("inpaint", "ldm"))
     assert found["inpaint"]["left_out"] == 1 and found["ldm"]["left_out"] == 0
-    assert inpainted[0] > 0.97 > np.median(inpainted[1:]), inpainted
+    assert inpainted[0] > 1.2 * max(inpainted[1:]), inpainted
     assert found["inpaint"]["region"] == "regenerated tumor" and found["ldm"]["region"] == "whole image"
-    assert np.median(whole[:6]) > np.median(inpainted[1:]) - 0.05
     slides = found["ldm"]["slides"]
     assert sum(int(row["nearest patch in it"]) for row in slides) == 7
     assert sum(int(row["images made from it"]) for row in slides) == 7
