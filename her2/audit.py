@@ -145,7 +145,7 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
 
 
 def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False, cache="cache"):
-    """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): indices of `pictures`).
+    """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
 
     pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
     the synthetic images counts, and those are left out in which it is too small.
@@ -163,7 +163,8 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
     def compare(windows, numbers):
         maps = [features(image, instance, patch) for image, _, instance in windows]
         chosen = [weights[i] for i in (numbers if inpainted else kept[:1])]             # all alike if whole
-        best, where = tissue.search(*([torch.stack(scale) for scale in zip(*part)] for part in (maps, chosen)))
+        maps, grid = ([torch.stack(scale) for scale in zip(*part)] for part in (maps, chosen))
+        best, where = tissue.search(maps, grid)
         shares = np.array([float(scales[0].mean()) for scales in chosen])
         return np.arctanh(best.astype(np.float64).clip(-SURE, SURE)) * np.sqrt(shares), where
 
