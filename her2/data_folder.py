@@ -38,6 +38,10 @@ class Dataset:
         """{slide: split}"""
         return {roi.slide: roi.split for roi in self.rois}
 
+    def origin(self) -> dict:
+        """What a model says of the data that it was trained on: class table and split."""
+        return {"classes": self.classes.to_json(), "split": self.slides()}
+
     def files(self) -> list[Path]:
         """The small files that say what the dataset is; a run goes on only while they stay the same."""
         return [self.root / name for name in ("slides.csv", "classes.json", "manifest.jsonl")]
@@ -73,8 +77,8 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
     if (root / "manifest.jsonl").exists():
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
-        problems.append(f"{path}: {len(scores)} slides cannot be split into train, val and test; add slides, "
-                        "or a split column")
+        problems.append(f"{path}: a split into train, val and test needs 3 slides, found {len(scores)}; add "
+                        "slides, or a split column")
         return {}
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)

@@ -62,14 +62,15 @@ def tick_texts(ticks) -> list:
 class Axes:
     """A frame on a canvas with data coordinates. `x_range`, `y_range` are (low, high) of the data."""
 
-    def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log_y=False):
+    def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log_y=False, log_x=False):
         assert left < right and top < bottom, f"no room: {left}..{right}, {top}..{bottom}"
-        self.canvas, self.log_y = canvas, log_y
+        self.canvas, self.log_y, self.log_x = canvas, log_y, log_x
         self.left, self.top, self.right, self.bottom = left, top, right, bottom
         (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
 
     def x(self, value):
-        return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
+        low, high, value = (math.log(v) if self.log_x else v for v in (self.x0, self.x1, value))
+        return self.left + (value - low) / (high - low) * (self.right - self.left)
 
     def y(self, value):
         """Vertical place of a value; what lies beyond the range is put on the frame."""

@@ -7,8 +7,11 @@ everywhere else: the background is bit-exact whatever the autoencoder does to it
 
 PAPER: "inpaint the tumor in existing images ... keeping the background unchanged" leaves the grid of the
 latents, the rim and the pasting open. It also reports "tissue with staining closer to the original image":
-the encoder sees the old tumor through its receptive field, and so do the known cells around the region.
-`erase` fills the region with what surrounds it before encoding.
+in the encoder, attention and GroupNorm let each cell see the whole patch, so all known cells carry something
+of the old tumor's staining.
+`erase` fills the region with what surrounds it before encoding. A decoder paints no noise, a sensor does:
+beside pasted pixels of the photograph, smoothness alone would tell generated tumor from background, and a
+segmenter would learn just that. `add_grain` gives generated pixels the noise of their slide.
 
 Key: B batch, H W image size, h w latent size.
 """
@@ -16,11 +19,18 @@ Key: B batch, H W image size, h w latent size.
 import torch
 import torch.nn.functional as F
 
+from her2.run_seeds import generator
+
+
+# Of pure noise, the smoothest tenth of squares has a spread of .8 of the whole: 64 squared values scatter so.
+SMOOTHEST = 0.8
+
 
 def grow(repaint: torch.Tensor, radius: int) -> torch.Tensor:
     """Every True becomes a square of side 2 radius + 1. repaint (B, H, W) bool -> the same."""
     assert repaint.dtype == torch.bool and repaint.dim() == 3, \
         f"repaint {repaint.dtype} {tuple(repaint.shape)} should be bool (B, H, W)"
+    # The largest of a window is 1 where any of it is: max-pooling is dilation.
     grown = F.max_pool2d(repaint[:, None].float(), 2 * radius + 1, stride=1, padding=radius)
     return grown[:, 0] > 0                                                   # (B, H, W)
 
@@ -29,6 +39,7 @@ def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> to
     """repaint (B, H, W) bool -> (B, 1, H/factor, W/factor) bool: touched cells, and `dilate` cells around."""
     assert repaint.shape[1] % factor == 0 and repaint.shape[2] % factor == 0, \
         f"repaint {tuple(repaint.shape)} should have sides that are multiples of {factor}"
+    # Maximum, not mean: an instance thinner than a cell must not vanish.
     cells = F.max_pool2d(repaint[:, None].float(), factor)[:, 0] > 0         # (B, h, w)
     return grow(cells, dilate)[:, None]                                      # (B, 1, h, w)
 
@@ -36,6 +47,7 @@ def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> to
 def paste(image: torch.Tensor, generated: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     """`generated` where `repaint` (B, H, W) is True, `image` bit for bit elsewhere; images (B, 3, H, W)."""
     assert image.shape == generated.shape, f"{tuple(image.shape)} and {tuple(generated.shape)} differ"
+    # The decoder moves every pixel a little. Without this a network could learn the label from its blur.
     return torch.where(repaint[:, None], generated, image)                   # (B, 3, H, W)
 
 
@@ -49,9 +61,32 @@ def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     known = ~repaint[:, None]                                                # (B, 1, H, W)
     if bool(known.all()) or max(image.shape[-2:]) == 1:
         return torch.where(known, image, torch.ones_like(image))
-    pool = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
+    pool = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)  # odd sides: a half window at the end
     share = F.avg_pool2d(known.to(image.dtype), **pool)                      # (B, 1, H/2, W/2) in 0 .. 1
+    # Unknown pixels count as 0 in the numerator and not at all in the share: the mean of the known ones.
     mean = F.avg_pool2d(image * known, **pool) / share.clamp(min=0.25)       # (B, 3, H/2, W/2)
-    coarse = erase(mean, share[:, 0] == 0)
+    coarse = erase(mean, share[:, 0] == 0)                                   # (B, 3, H/2, W/2)
     smooth = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")   # (B, 3, H, W)
     return torch.where(known, image, smooth)
+
+
+def noise_level(image: torch.Tensor) -> torch.Tensor:
+    """(B,) standard deviation of the noise in images (B, 3, H, W), where they are smoothest.
+
+    A second difference along both axes removes what is locally a plane, and leaves white noise 6 times as
+    strong (Immerkaer, Comput Vis Image Underst 64, 1996). Texture passes too, so only the smoothest tenth of
+    all squares of 8 x 8 pixels is asked.
+    """
+    line = torch.tensor([1.0, -2.0, 1.0])
+    kernel = (torch.outer(line, line) / 6).expand(3, 1, 3, 3)
+    fine = F.conv2d(image.float(), kernel, groups=3)                         # (B, 3, H - 2, W - 2)
+    return F.avg_pool2d(fine ** 2, 8).flatten(1).quantile(0.1, dim=1).sqrt() / SMOOTHEST
+
+
+def add_grain(painted: torch.Tensor, image: torch.Tensor, level: torch.Tensor, seeds) -> torch.Tensor:
+    """Noise that brings `painted` (B, 3, H, W) to `level` (B,), on all pixels that differ from `image`."""
+    lacking = (level ** 2 - noise_level(painted) ** 2).clamp(min=0).sqrt()   # variances of noises add up
+    noise = torch.stack([torch.randn(painted.shape[1:], generator=generator("grain", seed))
+                         for seed in seeds])
+    grainy = (painted + lacking[:, None, None, None] * noise).clamp(-1, 1)
+    return torch.where((painted == image).all(dim=1, keepdim=True), painted, grainy)

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from her2 import quantizer
-from her2.autoencoder import VQ_F4, VQ_F8, Attention, ResBlock, VQAutoencoder, psnr
-from her2.quantizer import Codebook, CodeUsage, code_statistics, count_codes, restart_dead_codes, vq_loss
+from her2.autoencoder import VQ_F4, VQ_F8, Attention, ResBlock, VQAutoencoder, edge_l1, psnr
+from her2.quantizer import Codebook, CodeUsage, count_codes, restart_dead_codes, vq_loss
 
 SMALL = dict(factor=4, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=3, num_codes=32)
 
@@ -74,10 +74,6 @@ def test_usage_counts_add_up_over_batches():
     counts = sum(count_codes(batch, 5) for batch in batches)
     expected = Counter(index for batch in batches for index in batch.flatten().tolist())
     assert counts.tolist() == [expected[i] for i in range(5)]
-    frequencies = [count / 6 for count in expected.values()]
-    perplexity, used = code_statistics(counts)
-    assert used == 3 and perplexity == pytest.approx(math.exp(-sum(f * math.log(f) for f in frequencies)))
-    assert code_statistics(torch.full((7,), 9))[0] == pytest.approx(7)
 
 
 @pytest.mark.parametrize("places", [2, 4, 40])           # fewer, as many, and more than dead codes
@@ -241,3 +237,14 @@ def test_codes_are_counted_over_a_window_and_restarted_in_its_first_fifth_and_at
     copy = CodeUsage(4, window=10, last=20)
     copy.load_state_dict(usage.state_dict())
     assert torch.equal(copy.counts, usage.counts) and copy.used == 1
+
+
+def test_edge_l1_is_the_sum_over_neighbours():
+    a, b = torch.rand(2, 3, 5, 7), torch.rand(2, 3, 5, 7)
+    down = [abs((a[..., y + 1, x] - a[..., y, x]) - (b[..., y + 1, x] - b[..., y, x])).mean()
+            for y in range(4) for x in range(7)]
+    right = [abs((a[..., y, x + 1] - a[..., y, x]) - (b[..., y, x + 1] - b[..., y, x])).mean()
+             for y in range(5) for x in range(6)]
+    expected = sum(down) / len(down) + sum(right) / len(right)
+    assert torch.allclose(edge_l1(a, b), expected, atol=1e-6)
+    assert edge_l1(a, a + 0.3) < 1e-6                        # a change of colour has no edge
