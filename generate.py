@@ -80,8 +80,8 @@ class Config:
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
     blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams;
                                     # 0 keeps the background bit for bit
-    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, lest
-                                    # the old staining leak through the encoder's receptive field
+    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, so
+                                    # that the encoder, which sees the whole patch, sees no old staining
     grain: bool = False             # give what a network painted the sensor noise of the source image
     cache: str = "cache"            # folder for the decoded images
 

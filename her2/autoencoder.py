@@ -13,7 +13,9 @@ table 8. Module names are the official ones, so that official weights load witho
 Differs from the official code (latent-diffusion): GroupNorm takes fewer than 32 groups when a layer is too
 narrow for 32, so that small models can be built; attention is the fused kernel (at 512 px the official
 one holds 16384 x 16384 scores per image); levels with attention are given as indices, because "resolution 32
-of 256" means another thing at every image size.
+of 256" means another thing at every image size. In train_ldm.py the discriminator learns from the first step
+on and the decoder listens from `disc_start` on; officially neither happens before `disc_start`, so that the
+decoder first listens to a discriminator that knows nothing.
 
 PAPER: "the vq-f4 configuration, which compressed the input by a factor of eight" contradicts itself: vq-f4
 halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.

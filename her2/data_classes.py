@@ -54,7 +54,7 @@ REMEDY = ("write a list of {\"id\", \"name\", \"tumor\", \"variance\", \"color\"
 @dataclass(frozen=True)
 class TissueClass:
     id: int                       # the pixel value in labels and masks
-    name: str                     # as it stands in tables and in results.json
+    name: str                     # in tables and in results.json
     tumor: bool                   # False: background for the segmentation network
     variance: bool                # its recall enters the subtype variance
     color: tuple[int, int, int]   # RGB, 0..255

@@ -79,7 +79,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
         super().__init__()
-        # The Identity stands where the official dropout (of 0) is: it keeps the numbers in the names.
+        # Identity is in the place of the official dropout (of 0), so that the numbers in the names agree.
         self.in_layers = nn.Sequential(group_norm(in_channels), nn.SiLU(),
                                        nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))

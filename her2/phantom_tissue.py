@@ -1,4 +1,4 @@
-"""What stands where in one region of interest (ROI): nests, ducts, fat, stroma.
+"""What lies where in one region of interest (ROI): nests, ducts, fat, stroma.
 
     style = draw_style(rng)                               one per slide: stain, scanner, habit of the tissue
     scene = lay_out(style, mix, tumor_share, size, rng)   one per ROI; `microscope` makes the picture
