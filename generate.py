@@ -112,8 +112,7 @@ def main(argv):
         painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
             config.method, DiffusionPainter)(content, config, device)
         if config.patch % painter.multiple:
-            raise UserError(f"--patch: found {config.patch}; "
-                            f"this model needs a multiple of {painter.multiple}")
+            raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
     with run_distributed.in_turn():
@@ -206,8 +205,7 @@ def main(argv):
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio,
-                           result=f"{folder}, {count} images")
+    configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio)
     return 0
 
 

@@ -120,7 +120,7 @@ def build(cls, presets: dict, given: dict):
     return config
 
 
-def say_done(config, script: str, *flags, result=None) -> None:
+def say_done(config, script: str, *flags) -> None:
     """Print that a run is done and the command that goes on: `flags`, a free --out, what `config` chose."""
     words, name = [*flags], Path(config.out).name.removeprefix("synth-")
     words += ["--out", f"{OUT[script]}-{name}".replace("ldm-vq", "ldm")] if script in OUT else []
@@ -128,7 +128,8 @@ def say_done(config, script: str, *flags, result=None) -> None:
         value = getattr(config, name)
         if value != getattr(type(config), name) and (name, script) != ("split_seed", "evaluate.py"):
             words += ["--" + name.replace("_", "-"), value]
-    print(f"done: {result or Path(config.out) / 'model.pt'}; next: {script_line(script, *words)}")
+    model = Path(config.out) / "model.pt"
+    print(f"done: {model if model.exists() else config.out}; next: {script_line(script, *words)}")
 
 
 def parse(cls, presets: dict, argv, description: str, prog: str):
