@@ -7,12 +7,12 @@
 Seconds each, on one CPU core, without data and without training: where a trained network would stand, there
 is one that is exact for a small made-up law, or one with random weights where only structure is at issue.
 
-A lesson is a function lesson(answer) -> (figure, numbers) in a module lessons_*.py that calls the code it
-explains. Its docstring is what is printed: text, exercise and answer, one paragraph each, with the numbers
-filled in by name. `answer` adds to the figure what the answer needs.
+A lesson is a function lesson() -> (rows of the figure, rows that the answer adds, numbers) in a module
+lessons_*.py that calls the code it explains. Its docstring is what is printed, with the numbers filled in.
 """
 
 import inspect
+import re
 import textwrap
 from collections import namedtuple
 from pathlib import Path
@@ -21,9 +21,8 @@ import numpy as np
 
 from her2 import lessons_diffusion as noise
 from her2 import lessons_networks as networks
-from her2 import lessons_scores as scores
 from her2 import lessons_tissue as tissue
-from her2.draw import save_png
+from her2.draw import Canvas, image_grid, save_png
 from her2.lessons_forks import forks
 from her2.run_config import Parser
 from her2.run_errors import UserError, command
@@ -45,26 +44,44 @@ LESSONS = {
     "denoiser": Lesson("Sat 15:05", 45, "denoiser.py", noise.denoiser),
     "spade": Lesson("Sun  9:00", 45, "spade.py", networks.spade),
     "discriminator": Lesson("Sun  9:45", 25, "discriminator.py", networks.discriminator),
-    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", scores.gan_losses),
+    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", networks.gan_losses),
     "seeds": Lesson("Sun 10:35", 10, "run_seeds.py", networks.seeds),
-    "segmenter": Lesson("Sun 11:00", 40, "segmenter.py", scores.segmenter),
-    "losses": Lesson("Sun 11:40", 30, "losses.py", scores.losses),
-    "metrics": Lesson("Sun 12:10", 30, "metrics.py", scores.metrics),
-    "frechet": Lesson("Sun 12:40", 15, "frechet.py", scores.frechet),
+    "segmenter": Lesson("Sun 11:00", 40, "segmenter.py", networks.segmenter),
+    "losses": Lesson("Sun 11:40", 30, "losses.py", networks.losses),
+    "metrics": Lesson("Sun 12:10", 30, "metrics.py", networks.metrics),
+    "frechet": Lesson("Sun 12:40", 15, "frechet.py", networks.frechet),
     "forks": Lesson("Sun 14:00", 120, "lessons_forks.py", forks),
 }
 
 
-def texts(name: str, numbers: dict) -> tuple[str, str, str]:
+def texts(name: str, numbers: dict) -> list:
     """The text of a lesson, its exercise and its answer, with the numbers in their places."""
-    paragraphs = inspect.getdoc(LESSONS[name].draw).split("\n\n")
-    text, exercise, answer = (" ".join(part.split()).format(**numbers) for part in paragraphs)
-    return text, exercise, answer
+    parts = re.split(r"\n(?=Exercise: |Answer: )", inspect.getdoc(LESSONS[name].draw))
+    return [" ".join(part.split()).format(**numbers) for part in parts]
 
 
-def thinned(figure) -> np.ndarray:
-    """64 levels per channel instead of 256: half the bytes of a PNG of tissue, and no eye sees it."""
-    return np.rint(np.rint(figure / 255 * 63) * (255 / 63)).astype(np.uint8)
+def sheet(rows, width=830) -> np.ndarray:
+    """The figure: rows of charts, (h, w, 3) uint8, and of (caption, picture), which share the room left."""
+    strips = []
+    for row in rows:
+        strip, pictures = ([item for item in row if isinstance(item, tuple) == captioned]
+                           for captioned in (False, True))
+        if pictures:
+            room = (width - sum(chart.shape[1] for chart in strip) - 6) // len(pictures) - 6
+            captions, images = zip(*pictures)
+            strip.insert(0, image_grid([images], column_captions=captions, cell=min(256, room)))
+        strips.append(strip)
+    heights = [max(part.shape[0] for part in strip) for strip in strips]
+    canvas, top = Canvas(width, sum(heights)), 0
+    for strip, height in zip(strips, heights):
+        x = (width - sum(part.shape[1] for part in strip)) // 2
+        assert x >= 0, f"{[part.shape for part in strip]} in {width} pixels"
+        for part in strip:
+            canvas.paste(part, x, top)
+            x += part.shape[1]
+        top += height
+    # 64 levels per channel instead of 256: half the bytes of a PNG of tissue, and no eye sees it.
+    return np.rint(np.rint(canvas.array() / 255 * 63) * (255 / 63)).astype(np.uint8)
 
 
 def timetable() -> str:
@@ -88,8 +105,8 @@ def main(argv=None) -> int:
     out = Path(args.out or f"runs/lesson_{args.name}.png")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the figure is a PNG file; give a name that ends in .png")
-    figure, numbers = LESSONS[args.name].draw(args.answer)
-    save_png(out, thinned(figure))
+    rows, answer_rows, numbers = LESSONS[args.name].draw()
+    save_png(out, sheet(rows + answer_rows if args.answer else rows))
     for paragraph in texts(args.name, numbers)[:3 if args.answer else 2]:
         print(textwrap.fill(paragraph, 100), end="\n\n")
     print(f"figure: {out}; code: her2/{LESSONS[args.name].file}")
