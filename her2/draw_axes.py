@@ -129,7 +129,7 @@ class Axes:
             self.canvas.text(self.right + 11, place, text, size, GREY, anchor="lm")
 
 
-def plot(series, title="", x_label="", size=(270, 230), log="", x_range=None, y_range=None, notes=(),
+def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_range=None, notes=(),
          colors=CYCLE) -> np.ndarray:
     """Curves or points over numbers, (H, W, 3) uint8.
 

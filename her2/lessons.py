@@ -22,7 +22,7 @@ import numpy as np
 from her2 import lessons_diffusion as noise
 from her2 import lessons_networks as networks
 from her2 import lessons_tissue as tissue
-from her2.draw import Canvas, image_grid, save_png
+from her2.draw import image_grid, save_png
 from her2.lessons_forks import forks
 from her2.run_config import Parser
 from her2.run_errors import UserError, command
@@ -39,7 +39,7 @@ LESSONS = {
     "diffusion": Lesson("Sat 11:00", 40, "diffusion.py", noise.diffusion),
     "samplers": Lesson("Sat 11:40", 45, "samplers.py", noise.samplers),
     "inpainting": Lesson("Sat 12:25", 20, "inpainting.py", noise.inpainting),
-    "quantizer": Lesson("Sat 14:00", 25, "quantizer.py", networks.quantizer),
+    "quantizer": Lesson("Sat 14:00", 25, "quantizer.py", noise.quantizer),
     "autoencoder": Lesson("Sat 14:25", 40, "autoencoder.py", networks.autoencoder),
     "denoiser": Lesson("Sat 15:05", 45, "denoiser.py", noise.denoiser),
     "spade": Lesson("Sun  9:00", 45, "spade.py", networks.spade),
@@ -61,27 +61,16 @@ def texts(name: str, numbers: dict) -> list:
 
 
 def sheet(rows, width=830) -> np.ndarray:
-    """The figure: rows of charts, (h, w, 3) uint8, and of (caption, picture), which share the room left."""
+    """The figure: rows of charts, (h, w, 3) uint8, and of (caption, picture), in cells of equal width."""
     strips = []
     for row in rows:
-        strip, pictures = ([item for item in row if isinstance(item, tuple) == captioned]
-                           for captioned in (False, True))
-        if pictures:
-            room = (width - sum(chart.shape[1] for chart in strip) - 6) // len(pictures) - 6
-            captions, images = zip(*pictures)
-            strip.insert(0, image_grid([images], column_captions=captions, cell=min(256, room)))
-        strips.append(strip)
-    heights = [max(part.shape[0] for part in strip) for strip in strips]
-    canvas, top = Canvas(width, sum(heights)), 0
-    for strip, height in zip(strips, heights):
-        x = (width - sum(part.shape[1] for part in strip)) // 2
-        assert x >= 0, f"{[part.shape for part in strip]} in {width} pixels"
-        for part in strip:
-            canvas.paste(part, x, top)
-            x += part.shape[1]
-        top += height
+        captions, images = zip(*(item if isinstance(item, tuple) else ("", item) for item in row))
+        strip = image_grid([images], column_captions=captions, cell=width // len(row) - 8)
+        room = width - strip.shape[1]
+        assert room >= 0, f"{captions} do not fit"
+        strips.append(np.pad(strip, ((0, 0), (room // 2, room - room // 2), (0, 0)), constant_values=255))
     # 64 levels per channel instead of 256: half the bytes of a PNG of tissue, and no eye sees it.
-    return np.rint(np.rint(canvas.array() / 255 * 63) * (255 / 63)).astype(np.uint8)
+    return np.rint(np.rint(np.concatenate(strips) / 255 * 63) * (255 / 63)).astype(np.uint8)
 
 
 def timetable() -> str:

@@ -61,15 +61,14 @@ SEVEN = [{"id": k, "name": name, "tumor": k in (1, 2), "variance": k in (1, 2), 
 
 
 def forks():
-    """A sampler needs no more than predict(xt, t), the schedule and a list of levels: Heun's method in 12
-    lines is {gain:.0f} times as exact as DDIM with 40 answers of the network each, on levels that are dense
-    near the image (on evenly spaced ones it is {loss:.1f} times worse). A segmenter needs forward(image) ->
-    logits and `.config`: "brown is tumor" finds {three:.0%} of 3+, but {zero:.0%} of 0. A class table is a
-    file: seven tissue classes, two of them tumor, are one classes.json and no line of Python.
+    """A sampler needs predict(xt, t), the schedule and a list of levels: Heun's method in 12 lines is
+    {gain:.0f} times as exact as DDIM with 40 answers of the network each, on levels that are dense near the
+    image ({loss:.1f} times worse on even ones). A segmenter needs forward(image) -> logits and `.config`:
+    "brown is tumor" finds {three:.0%} of 3+, but {zero:.0%} of 0. A class table is a file: seven tissue
+    classes are one classes.json and no line of Python.
     Exercise: with the seven classes, the recalls of the two tumor classes are 0.9 and 0.5. What is the
     subtype variance?
-    Answer: {variance:.2f}: of two numbers it is the square of half their difference, whatever the other five
-    classes do."""
+    Answer: {variance:.2f}, the square of half their difference, whatever the other five classes do."""
     noise, answers = flat_noise(300, 2, 1, 1), [10, 20, 40, 80]
 
     def ddim(predict, schedule, xt, timesteps):
