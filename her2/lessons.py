@@ -65,7 +65,7 @@ def sheet(rows, width=830) -> np.ndarray:
     strips = []
     for row in rows:
         captions, images = zip(*(item if isinstance(item, tuple) else ("", item) for item in row))
-        strip = image_grid([images], column_captions=captions, cell=width // len(row) - 8)
+        strip = image_grid([images], column_captions=captions, cell=min(width // len(row) - 8, 405))
         room = width - strip.shape[1]
         assert room >= 0, f"{captions} do not fit"
         strips.append(np.pad(strip, ((0, 0), (room // 2, room - room // 2), (0, 0)), constant_values=255))

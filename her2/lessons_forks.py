@@ -96,8 +96,8 @@ def forks():
         pictures += [(f"a region of {name}", image), ("brown is tumor", ink(prob))]
     recall, table = histogram.report()["recall"], ClassTable.from_json(SEVEN)
     rings = [[np.array([[x, 20], [x + 100, 50], [x + 70, 150], [x + 10, 140]])] for x in range(10, 400, 65)]
-    seven, _ = paint(rings, range(1, 7), 170, 400)
-    seven = image_grid([[colorize(seven, table)]], cell=400, legend=class_legend(table))
+    seven, _ = paint(rings, range(1, 7), 170, 390)
+    seven = image_grid([[colorize(seven, table)]], cell=390, legend=class_legend(table))
     counts = ProbabilityHistogram(table)
     for k, found in ((1, 900), (2, 500)):
         counts.add(np.repeat([0.9, 0.1], [found, 1000 - found]), np.full(1000, k))

@@ -106,16 +106,19 @@ def discriminator():
     Exercise: keep one scale, but make its window as large as that of the other. What does it cost?
     Answer: one more layer of stride 2 sees {deeper} pixels. With the official 64 channels it has {deep:,}
     parameters, the two scales {count:,}; and no loss is left that looks at fine texture on its own."""
-    def window(layers, scale):
+    def width(layers, scale):
         network = without(MultiscaleDiscriminator(3, 2, layers), nn.InstanceNorm2d)     # norms see everything
         for weight in network.parameters():
             weight.data.fill_(0.1)      # positive weights cannot cancel, and no ReLU is dead
         return int(seen_pixels(lambda image: network.eval()(image)[scale][-1], 352).any(axis=0).sum())
 
-    one, two, deeper = window(4, 0), window(4, 1), window(5, 0)
-    image = region(2)[0]
-    crops = [(f"{side} px", image[95 - side // 2:][:side, 183 - side // 2:][:, :side]) for side in (one, two)]
-    return [[("a region", image), *crops]], [], {
+    one, two, deeper = width(4, 0), width(4, 1), width(5, 0)
+    image, pictures = region(2)[0], []
+    for side in (one, two):
+        window = slice(95 - side // 2, 95 + side // 2), slice(183 - side // 2, 183 + side // 2)
+        pictures.append((f"a window of {side} px", image // 3 + 170))
+        pictures[-1][1][window] = image[window]
+    return [pictures], [], {
         "one": one, "two": two, "deeper": deeper, "count": parameters(MultiscaleDiscriminator, 9, 64, 4, 2),
         "deep": parameters(MultiscaleDiscriminator, 9, 64, 5, 1)}                       # layers, scales
 
@@ -144,7 +147,7 @@ def seeds():
     equal = [sum(bool((a == b).all()) for a, b in zip(one.split(6, 1), rows["global"].split(6, 1)))
              for one in rows.values()]
     strips = [(f"{name}: steps 0 to 11", torch.cat([before, one], 1)) for name, one in rows.items()]
-    keys = [("keys: steps 0 to 11", keyed), ("keys, resumed: steps 6 to 11", resumed)]
+    keys = [("keys: steps 0 to 11", keyed), ("keys, resumed at 6", torch.cat([keyed[:, :36], resumed], 1))]
     return [keys, strips[:2]], [strips[2:]], {
         "same": sum(bool((a == b).all()) for a, b in zip(keyed.split(6, 1)[6:], resumed.split(6, 1))),
         "again": equal[1], "state": len(state), "restored": equal[2], "shifted": equal[3]}

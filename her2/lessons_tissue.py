@@ -109,7 +109,7 @@ def relabel():
     total = counts.cumsum(axis=1)[..., 1:]                                              # (2, 600, 5)
     shares = total / total.sum(axis=-1, keepdims=True).clip(1)
     charts = [plot({CLASSES.names[i]: (range(1, 601), one[:, i - 1]) for i in ids}, "share of the tumor area",
-                   "patches", (480, 230), "x", y_range=(0, 1), notes=[(1 / len(ids), f"1 / {len(ids)}")],
+                   "patches", (405, 230), "x", y_range=(0, 1), notes=[(1 / len(ids), f"1 / {len(ids)}")],
                    colors=[CLASSES.classes[i].color for i in ids])
               for one, ids in zip(shares, (CLASSES.tumor_ids, (1, 4)))]
     root = np.linalg.norm(sizes) / sum(sizes)

@@ -43,7 +43,7 @@ def test_figure_and_texts(name):
     assert len(lessons.sheet(rows)) > 100
     buffer = io.BytesIO()
     Image.fromarray(figure).save(buffer, "PNG")
-    assert len(buffer.getvalue()) < 400_000
+    assert len(buffer.getvalue()) < 300_000
     text, exercise, answer = lessons.texts(name, found)
     assert exercise.startswith("Exercise: ") and answer.startswith("Answer: ")
     assert not set("{}") & set(text + exercise + answer) and "nan" not in text + answer
