@@ -46,7 +46,9 @@ def survey_all(dataset: Dataset, problems: list, notes: list) -> list[Survey]:
     ignored = sum(one.ignored for one in found)
     if ignored:
         whole = sum(one.roi.height * one.roi.width for one in found)
-        notes.append(f"{ignored / whole:.1%} of all pixels are to be ignored: they neither train nor count")
+        notes.append(f"{ignored / whole:.1%} of all pixels are to be ignored: they neither train nor count"
+                     + '; if that is the frame around a region, call it "Background" in classes.json'
+                     * (ignored > whole / 2))
     skipped = sum((one.left_out for one in found), Counter())
     if skipped:
         notes.append(f"annotations left out: {listed(skipped)}")

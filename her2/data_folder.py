@@ -38,6 +38,10 @@ class Dataset:
         """{slide: split}"""
         return {roi.slide: roi.split for roi in self.rois}
 
+    def origin(self) -> dict:
+        """What a model says of the data that it was trained on: class table and split."""
+        return {"classes": self.classes.to_json(), "split": self.slides()}
+
     def files(self) -> list[Path]:
         """The small files that say what the dataset is; a run goes on only while they stay the same."""
         return [self.root / name for name in ("slides.csv", "classes.json", "manifest.jsonl")]

@@ -156,15 +156,9 @@ def draft_classes(root) -> int:
                 values = set(np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256)).tolist())
                 two_valued += mask.dtype == bool or values <= {0, 255} or values <= {0, 1} and len(scores) > 1
     labels = color_names(root / "labelmap.txt")
-    own = {"#%02x%02x%02x" % c.color: c.name for c in DEFAULT_CLASSES.classes} if not labels else {}
-
-    def proposal(name):
-        known = labels.get(name, own.get(name, name))
-        id_ = DEFAULT_CLASSES.id_of(known) if DEFAULT_CLASSES.knows(known) else None
-        return likely_class(known, DEFAULT_CLASSES) if id_ is None else (
-            DEFAULT_CLASSES.names[id_] if id_ < len(DEFAULT_CLASSES) else "ignore")
-
-    aliases = {name: proposal(name) for name in names if name not in {*DEFAULT_CLASSES.names, *own}}
+    own = ["#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes] if not labels else []
+    aliases = {name: likely_class(labels.get(name, name), DEFAULT_CLASSES) for name in names
+               if name not in {*DEFAULT_CLASSES.names, *own}}
     content = {"aliases": aliases} if aliases else {}
     masks = sum(roi.mask is not None for roi in rois)
     if masks and two_valued == masks:

@@ -162,6 +162,8 @@ class PatchSampler:
 class MixedSampler:
     """Patches of `real` and images of `synthetic` (`load_synthetic`), the latter `ratio` times as many.
 
+    `ratio` inf: all images of `synthetic`, and no real patch (section 5 of the paper asks what that gives).
+
     Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`.
     """
 
@@ -169,7 +171,7 @@ class MixedSampler:
         assert ratio > 0, f"ratio is {ratio}, it must be positive; without synthetic images use PatchSampler"
         self.real, self.ratio, self.patch, self.num_patches = real, ratio, real.patch, real.num_patches
         self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
-        wanted = max(1, round(ratio * real.num_patches))
+        wanted = len(synthetic.rois) if ratio == math.inf else max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
             raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs "
                             f"{wanted}; make more: python generate.py --out {synthetic.root} --ratio "
@@ -224,20 +226,20 @@ def make_batch(sampler, step: int, indices) -> dict:
 class _Steps(torch.utils.data.Dataset):
     """The batches of steps first..last-1 as a map-style dataset, for worker processes."""
 
-    def __init__(self, sampler, first, last, arguments):
-        self.sampler, self.first, self.last, self.arguments = sampler, first, last, arguments
+    def __init__(self, sampler, first, last, indices):
+        self.sampler, self.first, self.last, self.indices = sampler, first, last, indices
 
     def __len__(self):
         return max(0, self.last - self.first)
 
     def __getitem__(self, k):
-        return self.sampler.batch(self.first + k, *self.arguments)
+        return make_batch(self.sampler, self.first + k, self.indices)
 
 
-def loader(sampler, first_step: int, last_step: int, batch_size: int, start: int = 0, stop=None,
-           workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """An iterable over the batches of steps first_step..last_step-1, in order; `workers` make them ahead."""
-    steps = _Steps(sampler, first_step, last_step, (batch_size, start, stop))
+def loader(sampler, first_step: int, last_step: int, indices, workers: int = 0,
+           pin_memory: bool = False) -> DataLoader:
+    """The samples `indices` of the batches of steps first_step..last_step-1; `workers` make them ahead."""
+    steps = _Steps(sampler, first_step, last_step, indices)
     # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
     # make other random numbers depend on how often a run was resumed. No batch uses it.
     return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory,

@@ -20,7 +20,7 @@ SPECK = 20          # pixels: smaller instances come from smoothed masks, not fr
 SAMPLE = 256        # points per side at which colours are measured
 
 
-@dataclass
+@dataclass(eq=False)
 class Survey:
     """One region: what it holds, how it looks, and its picture for the overlay sheets."""
     roi: ROI
@@ -81,8 +81,8 @@ def doubts(found: list[Survey], classes) -> list[str]:
 
     def note(rois, what, remedy):
         names = list(dict.fromkeys(roi.name for roi in rois))
-        notes.append(f"{what.format(n=len(names))} ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); "
-                     + remedy)
+        what = what.replace("{n}", str(len(names)))     # not format: a class's name may hold a brace
+        notes.append(f"{what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); {remedy}")
 
     drawn = [one for one in found if one.reach]
     polygons = sum(len(one.kept) for one in drawn)

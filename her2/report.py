@@ -18,7 +18,7 @@ results.json, "n/a" in the tables.
 """
 
 import dataclasses
-from dataclasses import dataclass
+import math
 
 import numpy as np
 
@@ -46,16 +46,15 @@ def configuration_name(fields: dict, method: str = "") -> str:
     kept the real labels). Synthetic images go with subtype sampling; with another one its name is appended,
     so that different things never share a name.
     """
-    if fields.get("name"):
-        return fields["name"]
-    if not fields.get("synthetic"):
-        return fields["sampling"]
+    if fields.get("name") or not fields.get("synthetic"):
+        return fields.get("name") or fields["sampling"]
     method, *same = method.split("-")
-    name = "-".join([method, str(round(100 * fields["ratio"])), *same])
+    share = "only" if fields["ratio"] == math.inf else str(round(100 * fields["ratio"]))
+    name = "-".join([method, share, *same])
     return name if fields["sampling"] == BASELINE else f"{name}-{fields['sampling']}"
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """One evaluated segmentation run; `val` and `test` are {slide: ProbabilityHistogram}."""
 
@@ -117,10 +116,12 @@ def collect(runs) -> dict:
     for name in sorted({run.name for run in runs}, key=order):
         members = sorted((run for run in runs if run.name == name), key=lambda run: run.seed)
         fields = members[0].fields
+        ratio = fields["ratio"] if fields.get("synthetic") else 0.0
         configs.append({
             "name": name,
             "method": members[0].method.split("-")[0] or REAL,
-            "ratio": float(fields["ratio"]) if fields.get("synthetic") else 0.0,
+            # None: synthetic images alone (infinity is no JSON)
+            "ratio": None if math.isinf(ratio) else float(ratio),
             "sampling": fields["sampling"],
             "runs": [run_record(run, baselines.get(run.seed)) for run in members]})
     return {"baseline": BASELINE, "threshold": 0.5, "configs": configs}
@@ -271,7 +272,7 @@ def box_groups(results: dict, key: str) -> list:
     groups = {}
     for config in results["configs"]:
         method = config["method"]
-        percent = round(100 * config["ratio"])
+        percent = round(100 * (config["ratio"] or 0))
         plain_one = method in METHODS and config["name"] == f"{method}-{percent}"
         name = f"+{percent} %" if plain_one else config["name"]
         title = TITLES.get(method, method)
@@ -295,5 +296,5 @@ def figure_pair(results: dict) -> list:
     configs = results["configs"]
     before = [config for config in configs if config["name"] == BASELINE]
     after = sorted((config for config in configs if config["method"] in METHODS),
-                   key=lambda c: (c["method"] != "ldm", abs(c["ratio"] - 1), order(c["name"])))
+                   key=lambda c: (c["method"] != "ldm", abs((c["ratio"] or 9) - 1), order(c["name"])))
     return (before + after[:1]) or configs[:1]

@@ -16,6 +16,7 @@ had happened.
 """
 
 import json
+import math
 import os
 import pickle
 import sys
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from her2 import run_lock
+from her2 import run_distributed, run_lock
 from her2.run_errors import UserError, atomic_write, one_line
 from her2.run_provenance import file_hash, git_commit, versions
 
@@ -38,6 +39,8 @@ FREE_FIELDS = ("out", "workers", "cache")
 def read_json(path):
     """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():      # a pipe would wait for a writer
+        raise UserError(f"{path}: is no ordinary file; remove it")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -53,15 +56,18 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS) -> Path:
+def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS, longer="") -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
     Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt):
-    a run does not go on with others. `free` fields may change between two starts. UserError: the folder
-    holds another script's run, another configuration (the message lists the difference), was begun with
-    other inputs, is in use, or holds files that are not a run at all.
+    a run does not go on with others. `free` fields may change between two starts; more `steps` are welcome
+    where `longer` is "yes", else it says why not. UserError: the folder holds another script's run, another
+    configuration (the message lists the difference), was begun with other inputs, is in use, or holds files
+    that are not a run at all.
     """
-    folder, fields = Path(config.out), asdict(config)
+    # JSON has no infinity (--ratio inf): it is kept as its name.
+    folder, fields = Path(config.out), {name: "inf" if value == math.inf else value
+                                       for name, value in asdict(config).items()}
     hashes = {str(file): file_hash(file) for file in inputs}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
@@ -74,6 +80,12 @@ def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS) 
             raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
                             "choose another --out")
         names = sorted((set(fields) | set(old["fields"])) - set(free))
+        steps = old["fields"].get("steps"), fields.get("steps")
+        if longer and None not in steps and steps[0] < steps[1]:
+            if longer != "yes":
+                raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, "
+                                "choose another --out")
+            old["fields"]["steps"] = fields["steps"]
         changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
                    if old["fields"].get(name) != fields.get(name)]
         if changes:
@@ -84,11 +96,20 @@ def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS) 
         if other:
             raise UserError(f"{folder}: was begun with another content of {', '.join(other)}; "
                             "restore the old one, or choose another --out")
+        if steps[0] != steps[1]:
+            write_json(path, old)
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); "
+                            "choose another --out") from None
         write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
+    if run_distributed.rank():
+        return folder                                   # process 0 holds it
     run_lock.hold(folder)
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
         rubbish.unlink(missing_ok=True)
@@ -130,18 +151,24 @@ def load_file(path) -> dict:
                         "only files of tensors, lists, dicts and numbers are accepted") from None
 
 
-def save_checkpoint(folder, saved: dict, **numbers) -> None:
+def save_checkpoint(folder, saved: dict, losses=None, **numbers) -> None:
     """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
+
+    losses: a run_losses.Losses, which is read first: weights that are not finite are never saved.
 
     The one before becomes last.prev.pt once the new one is whole on the disk.
     """
+    if losses is not None:
+        losses.read()
     folder = Path(folder)
     last, fresh = folder / "last.pt", folder / "last.new.pt"
-    state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
-    atomic_write(fresh, lambda file: torch.save(state, file))
-    if last.exists():
-        os.replace(last, folder / "last.prev.pt")
-    os.replace(fresh, last)
+    if not run_distributed.rank():
+        state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
+        atomic_write(fresh, lambda file: torch.save(state, file))
+        if last.exists():
+            os.replace(last, folder / "last.prev.pt")
+        os.replace(fresh, last)
+    run_distributed.barrier()           # a process that has ended would take process 0 with it
 
 
 def load_checkpoint(folder, saved: dict, **numbers) -> dict:

@@ -20,14 +20,16 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from her2.run_errors import UserError
 
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
-POSITIVE = (1e-12, math.inf)
+POSITIVE = (1e-12, 1e12)
+RATE = (1e-12, 1e3)
 COUNT = (1, 10**9)
 SHARE = (0.0, 1.0)
 RANGES = {
-    "steps": COUNT, "batch": COUNT, "patch": (16, 8192), "lr": POSITIVE, "seed": (0, 2**31 - 1),
+    "steps": COUNT, "batch": COUNT, "accumulate": COUNT, "patch": (16, 8192), "lr": RATE,
+    "seed": (0, 2**31 - 1),
     "trial": (0, 10**9), "seeds": (0, 1000), "split_seed": (0, 2**31 - 1), "blend": (0, 1024),
-    "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": POSITIVE, "disc_width": (1, 1024),
-    "ratio": (0.0, 1000.0), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
+    "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": RATE, "disc_width": (1, 1024),
+    "ratio": (0.0, math.inf), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
     "sample_steps": COUNT, "eta": SHARE, "warmup": (0, 10**9), "clip": POSITIVE, "log_every": COUNT,
     "save_every": COUNT, "workers": (0, 256), "dice_weight": SHARE, "jitter": (0.0, 1.0), "uniform": SHARE,
     "codes": (2, 2**20), "width": (8, 1024), "z_dim": (1, 4096), "count": (0, 10**9), "overlap": (0, 4096),
@@ -55,7 +57,7 @@ def field_help(cls) -> dict:
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for line in "\n".join(inspect.getsource(base) for base in bases).splitlines():
         match = re.match(r"\s+(\w+)\s*:[^#]*=[^#]*#\s*(.*)", line)
-        more = re.match(r"\s+#\s*(.*)", line)
+        more = re.match(r"\s+# (?!----)\s*(.*)", line)          # "# ----" begins a group of fields
         if match:
             name = match[1]
             texts[name] = match[2].strip()
@@ -89,7 +91,8 @@ def check_ranges(config) -> None:
         if name in RANGES and isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = RANGES[name]
             if not low <= value <= high:
-                allowed = "greater than 0" if low == POSITIVE[0] else f"between {low} and {high}"
+                allowed = (f"greater than 0 and at most {high:g}" if low == POSITIVE[0]
+                           else f"between {low} and {high}")
                 raise UserError(f"--{name.replace('_', '-')}: found {value}; give a number {allowed}")
 
 
@@ -107,6 +110,6 @@ def build(cls, presets: dict, given: dict):
 
 def parse(cls, presets: dict, argv, description: str, prog: str):
     """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it."""
-    parser = Parser(prog=prog, description=inspect.cleandoc(description))
+    parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))
     add_fields(parser, cls, presets)
     return build(cls, presets, vars(parser.parse_args(argv)))

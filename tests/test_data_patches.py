@@ -121,13 +121,13 @@ def test_loader_keeps_order_and_leaves_the_global_generator_alone(tmp_path):
     dataset, _ = two_regions(tmp_path)
     sampler = PatchSampler(dataset, "train", 12, cache=tmp_path)
     state = torch.get_rng_state()
-    inline = list(loader(sampler, 5, 9, 4))
+    inline = list(loader(sampler, 5, 9, range(4)))
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(inline) == 4 and list(loader(sampler, 9, 9, 4)) == []
+    assert len(inline) == 4 and list(loader(sampler, 9, 9, range(4))) == []
     for k, batch in enumerate(inline):
         assert torch.equal(batch["image"], sampler.batch(5 + k, 4)["image"])
         assert batch["names"] == sampler.batch(5 + k, 4)["names"]
-    spawned = list(loader(sampler, 5, 9, 4, start=1, stop=3, workers=1))
+    spawned = list(loader(sampler, 5, 9, [1, 2], workers=1))
     for a, b in zip(spawned, inline):
         assert torch.equal(a["image"], b["image"][1:3]) and a["names"] == b["names"][1:3]
     assert len(spawned) == 4
@@ -326,3 +326,11 @@ def test_the_share_of_uniform_patches_is_what_was_asked_for(tmp_path):
     elsewhere = sum(sampler.place(numpy_generator("share", k))[0] != 0 for k in range(4000))
     expected = 0.25 * (1 - sampler.area[0] / sampler.area[-1])
     assert abs(elsewhere / 4000 - expected) < 5 * math.sqrt(expected / 4000)
+
+
+def test_ratio_inf_is_synthetic_images_alone(tmp_path):
+    write_dataset(tmp_path / "real", slides=4)
+    real, synthetic = mixed(tmp_path, 1.0)
+    sampler = MixedSampler(real, synthetic, math.inf, cache=tmp_path)
+    names = {name for step in range(10) for name in sampler.batch(step, 50)["names"]}
+    assert names == {roi.name for roi in synthetic.rois}
