@@ -112,7 +112,7 @@ def main(argv):
         painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
             config.method, DiffusionPainter)(content, config, device)
         if config.patch % painter.multiple:
-            raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
+            raise UserError(f"--patch: found {config.patch}; the model needs multiples of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
     with run_distributed.in_turn():
