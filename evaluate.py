@@ -34,7 +34,7 @@ from her2.metrics import ProbabilityHistogram
 from her2.run_provenance import file_hash
 from her2.data_regions import class_pixels, open_roi, tile_file
 from her2.run_seeds import hashed_seed
-from her2.segmenter import UNet, predict_roi
+from her2.segmenter import UNet, check_tiles, predict_roi
 
 
 @dataclass
@@ -52,10 +52,11 @@ class Config:
 
 
 PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
-NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float),
-          "reconstruct": str}               # fields of a run that are read here, and what they must be
+# Fields of a run that are read here, and what they must be.
+TITLES = {**report.METHODS, **report.CONTROLS}       # how the methods of generate.py are called
+NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float)}
 COLORS = {report.REAL: draw.GREY, "GAN": draw.ORANGE, "diffusion": draw.BLUE,
-          "inpainting": draw.GREEN, report.RECONSTRUCTED: draw.PURPLE}
+          "inpainting": draw.GREEN, **dict.fromkeys(report.CONTROLS.values(), draw.PURPLE)}
 
 
 def main(argv):
@@ -92,7 +93,7 @@ def main(argv):
         pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
-                   **{report.METHODS[method]: images.rois for method, (images, _) in synthetic.items()}}
+                   **{TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
         densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
         results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
@@ -122,9 +123,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     names, synthetic = given.pop("runs"), given.pop("synthetic")
     config = configuration.build(Config, PRESETS, given)
-    if config.tile % 32 or config.tile < 32 or config.overlap > config.tile - 32:
-        raise UserError(f"--tile {config.tile} --overlap {config.overlap}: tiles would not fit together; "
-                        "give a tile that is a multiple of 32 and an overlap of at most tile - 32")
+    check_tiles(config.tile, config.overlap)
     folders = {}
     for name in names:          # not every shell replaces runs/seg*; a folder named twice counts once
         for path in sorted(glob.glob(name)) or [name]:
@@ -152,13 +151,13 @@ def read_run(folder) -> report.Run:
 
 
 def synthetic_method(folder) -> str:
-    """'gan', 'ldm' or 'inpaint': how generate.py made the images in `folder`."""
+    """How generate.py made the images in `folder`: 'gan', 'ldm', ...; '-same' when it kept the labels."""
     content = run.read_json(Path(folder) / "config.json")
     fields = content.get("fields") if isinstance(content, dict) else None
     method = fields.get("method") if isinstance(fields, dict) else None
-    if method not in report.METHODS:
+    if method not in TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
-    return method
+    return method if fields.get("relabel", True) or method == "reconstruct" else f"{method}-same"
 
 
 def shared_dataset(runs, folders, config):
@@ -268,7 +267,7 @@ def read_synthetic(folders, dataset) -> dict:
     """{method: (synthetic Dataset, {image name: line of its manifest})}, one folder per method."""
     found = {}
     for folder in folders:
-        method = synthetic_method(folder)
+        method = synthetic_method(folder).split("-")[0]
         if method in found:
             raise UserError(f"{found[method][0].root} and {folder}: both are made by --method {method}; give "
                             "one folder per method")
@@ -281,7 +280,7 @@ def read_synthetic(folders, dataset) -> dict:
         lines = [parse_json(line, path, "make the images again with generate.py")
                  for line in read_text(path, "").splitlines() if line.strip()]
         found[method] = (synthetic, {line["image"]: line for line in lines})
-    return {method: found[method] for method in report.METHODS if method in found}
+    return {method: found[method] for method in TITLES if method in found}
 
 
 def source_of(entry) -> tuple:

@@ -9,6 +9,7 @@ Image i of the set: a training patch is drawn, every tumor instance in it gets a
     gan       G(onehot, z), z ~ N(0, I)
     ldm       noise -> DDIM, conditioned on the new label -> decoder
     inpaint   the same, but only tumor is regenerated: the background keeps its pixels, bit for bit
+    oracle, fresh, restain, reconstruct     no generative network: see her2/study_controls.py
 
 The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says for
 every image where it came from. Each image has random numbers of its own, so the set does not depend on where
@@ -29,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from her2 import run_config as configuration
-from her2 import draw, inpainting, run, run_training
+from her2 import draw, inpainting, run, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset, write_split
@@ -54,14 +55,16 @@ class Config:
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
-    method: Literal["gan", "ldm", "inpaint"] = "ldm"    # which generative model paints the images
-    model: str = ""                 # its run folder; empty: runs/gan, or runs/ldm for ldm and inpaint
+    method: Literal["gan", "ldm", "inpaint", "oracle", "fresh", "restain", "reconstruct"] = "ldm"  # what
+                                    # paints: a generative model, or a control of her2/study_controls.py
+    model: str = ""                 # its run folder; empty: runs/gan, runs/vq for reconstruct, else runs/ldm
     ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once;
                                     # 1.0 = +100 %
     count: int = 0                  # number of images; 0: from --ratio
     batch: int = 16                 # images at a time; changes nothing but speed and memory
     patch: int = 64                 # side of an image in pixels
     sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
+    uniform: float = 0.0            # share of the source patches taken from anywhere, whatever --sampling is
     relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
     relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
                                     # empty: all tumor classes of the training slides
@@ -78,6 +81,8 @@ class Config:
     cache: str = "cache"            # folder for the decoded images
 
 
+KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
+RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
 PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
@@ -86,18 +91,22 @@ PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
     config.out = config.out or f"data/synth-{config.method}"
-    config.model = config.model or ("runs/gan" if config.method == "gan" else "runs/ldm")
+    if config.method in KIND:
+        config.model = config.model or RUN_OF[KIND[config.method]]
+    elif config.model:
+        raise UserError(f"--model: --method {config.method} paints without a network; leave --model out")
+    config.relabel &= config.method != "reconstruct"        # what it shows, the autoencoder does not change
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
     # ---- model ---------------------------------------------------------------------------------------------
-    content = run.load_model(config.model, "gan" if config.method == "gan" else "diffusion")
-    if config.method == "gan":
-        painter = SpadePainter(content, config, device)
-    else:
-        painter = DiffusionPainter(content, config, device)
-    if config.patch % painter.multiple:
-        raise UserError(f"--patch: found {config.patch}; this model needs a multiple of {painter.multiple}")
+    content = run.load_model(config.model, KIND[config.method]) if config.method in KIND else {}
+    if content:
+        painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
+            config.method, DiffusionPainter)(content, config, device)
+        if config.patch % painter.multiple:
+            raise UserError(f"--patch: found {config.patch}; "
+                            f"this model needs a multiple of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
     config.data = config.data or str(default_phantom(config.preset))
@@ -105,11 +114,16 @@ def main(argv):
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
         run_training.refuse_leak(part, dataset, config.model)
-    if content["classes"] != classes.to_json():
+    if content.get("classes", classes.to_json()) != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                           cache=config.cache)
+                           cache=config.cache, uniform=config.uniform)
+    if not content:
+        painter = (study_controls.RestainPainter(dataset, config.cache) if config.method == "restain"
+                   else study_controls.OraclePainter(dataset))
+    sources = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
+               else lambda seed, i: draw_patch(sampler, seed, i))
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
     count = config.count or round(config.ratio * sampler.num_patches)
     if count < 1:
@@ -118,7 +132,7 @@ def main(argv):
 
     folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
     manifest = Manifest(folder / "manifest.jsonl")
-    checkpoint = file_hash(run.model_file(config.model))[:16]
+    checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
     done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
@@ -133,7 +147,7 @@ def main(argv):
             continue
         # The whole batch is computed again even when part of it is there: the rounding of a convolution may
         # depend on the batch it is in, and the same command shall give the same files.
-        patches = [draw_patch(sampler, config.seed, i) for i in ids]
+        patches = [sources(config.seed, i) for i in ids]
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
         relabelled = [relabel(patch["label"], patch["instance"], classes,
@@ -144,7 +158,10 @@ def main(argv):
                                for inst, (_, mapping) in zip(instance, relabelled)])
         seeds = [hashed_seed(config.seed, "image", i) for i in ids]
         with torch.no_grad(), precision.autocast():
-            painted = painter.paint(image, run_training.one_hot(label, len(classes), device), repaint, seeds)
+            painted = painter.paint({
+                "image": image, "label": label, "instance": instance, "repaint": repaint, "seeds": seeds,
+                "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
+                "mappings": [mapping for _, mapping in relabelled]})
         painted = painted.float().cpu()
         for k, i in enumerate(ids):
             if i in missing:
@@ -169,16 +186,16 @@ def main(argv):
 
 
 class SpadePainter:
-    """paint(image, onehot, repaint, seeds) -> (B, 3, H, W) in [-1, 1] by the GAN; `image` is ignored."""
+    """paint(batch) -> (B, 3, H, W) in [-1, 1] by the GAN, from the label; `batch`: see study_controls."""
 
     def __init__(self, content, config, device):
         self.network = run.build_model(SPADEGenerator, content, config.model).to(
             device, memory_format=torch.channels_last)
         self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
 
-    def paint(self, image, onehot, repaint, seeds):
-        z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in seeds])
-        return self.network(onehot, z.to(self.device))
+    def paint(self, batch):
+        z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in batch["seeds"]])
+        return self.network(batch["onehot"], z.to(self.device))
 
 
 class DiffusionPainter:
@@ -203,18 +220,18 @@ class DiffusionPainter:
         self.config, self.device = config, device
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
-    def paint(self, image, onehot, repaint, seeds):
-        config, factor = self.config, self.autoencoder.factor
+    def paint(self, batch):
+        config, factor, image = self.config, self.autoencoder.factor, batch["image"]
         known, repaint_latent = None, None
         if config.method == "inpaint":
-            region = inpainting.grow(repaint, config.blend)                           # (B, H, W)
+            region = inpainting.grow(batch["repaint"], config.blend)                           # (B, H, W)
             source = inpainting.erase(image, region) if config.erase else image
             known = self.denoiser.scale(self.autoencoder.encode(
                 source.to(self.device, memory_format=torch.channels_last)).float())     # (B, C, h, w)
             repaint_latent = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
         side = config.patch // factor
-        noise = image_noise(seeds, (self.denoiser.config["z_channels"], side, side), self.device)
-        predict = self.denoiser.predictor(self.denoiser.label_code(onehot), config.guidance)
+        noise = image_noise(batch["seeds"], (self.denoiser.config["z_channels"], side, side), self.device)
+        predict = self.denoiser.predictor(self.denoiser.label_code(batch["onehot"]), config.guidance)
         x0 = sample(predict, self.schedule, noise, steps=config.steps, eta=config.eta, sampler=config.sampler,
                     spacing=config.spacing, known=known, repaint=repaint_latent)        # (B, C, h, w)
         painted = self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1).cpu()

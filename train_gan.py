@@ -55,6 +55,7 @@ class Config:
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
+    uniform: float = 0.0            # share of the patches taken from anywhere, whatever --sampling is
     init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth;
                                     # E and D are taken from the files beside it (latest_net_E.pth, ..._D.pth)
                                     # where they exist
@@ -98,7 +99,8 @@ def main(argv):
     precision = run_training.Precision(device, config.amp)
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache)
+    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache,
+                           uniform=config.uniform)
     num_classes = len(dataset.classes)
 
     # ---- networks, optimisers ------------------------------------------------------------------------------

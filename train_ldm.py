@@ -56,6 +56,7 @@ class Common:
     clip: float = 1.0               # largest L2 norm of each network's gradient
     patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
+    uniform: float = 0.0            # share of patches from anywhere
     log_every: int = 25             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images
@@ -150,7 +151,7 @@ def open_data(config):
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
-                                 cache=config.cache)
+                                 cache=config.cache, uniform=config.uniform)
 
 
 def train_autoencoder(config, argv) -> int:

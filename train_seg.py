@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from her2 import run_config as configuration
 from her2 import draw, draw_axes, run, run_training
-from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
 from her2.run_errors import UserError, command
@@ -53,7 +52,8 @@ class Config:
                                     # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
     synthetic: str = ""             # folder made by generate.py; empty: real patches only
     ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic
-    reconstruct: str = ""           # autoencoder run: pass every batch through it (what that alone costs)
+    uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
+    name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
     encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
     init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
                                     # smp's Unet-ResNet-34
@@ -61,6 +61,8 @@ class Config:
     dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
     dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
     jitter: float = 1.0             # strength of the stain augmentation, 0 = off
+    ema: float = 0.99               # decay of the moving average of the weights, which is what is evaluated;
+                                    # 0: the weights of the last step
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
     workers: int = 0                # processes that read patches ahead
@@ -91,8 +93,6 @@ def main(argv):
     if config.synthetic and not config.ratio:
         raise UserError("--ratio: 0 uses none of the images in --synthetic; "
                         "give a number greater than 0, or leave --synthetic out")
-    if config.reconstruct and config.synthetic:
-        raise UserError("--reconstruct is a control on real patches; leave --synthetic out")
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
@@ -100,7 +100,7 @@ def main(argv):
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
-                           cache=config.cache)
+                           cache=config.cache, uniform=config.uniform)
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset)         # no image made from a val or test slide
@@ -115,20 +115,14 @@ def main(argv):
     initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
     if initial:
         run_training.load_official(network, run.load_file(initial), initial)
-    autoencoder = None
-    if config.reconstruct:
-        content = run.load_model(config.reconstruct, "autoencoder")
-        run_training.refuse_leak(content, dataset, config.reconstruct)
-        autoencoder = run.build_model(VQAutoencoder, content,
-                                      config.reconstruct).requires_grad_(False).to(device)
 
     inputs = dataset.files() + (synthetic.files() if config.synthetic else [])
-    inputs += [run.model_file(config.reconstruct)] if config.reconstruct else []
     folder = run.open_run("train_seg.py", config, device, ["train_seg.py", *argv], inputs)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
+    ema = run_training.EMA(network, config.ema)     # what is evaluated: a single step's weights scatter more
     scaler = precision.scaler()
-    saved = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     step = run.load_checkpoint(folder, saved, step=0)["step"]
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
@@ -158,9 +152,6 @@ def main(argv):
         image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
         target = is_tumor[batch["label"]].to(device, non_blocking=True)
 
-        if autoencoder is not None:
-            with torch.no_grad(), precision.autocast():
-                image = autoencoder.decode(autoencoder.encode(image)).float().clamp(-1, 1)
         with precision.autocast():
             logits = network(image)                                                     # (B, 2, H, W)
             loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
@@ -177,6 +168,7 @@ def main(argv):
                                   {"grad_norm": norm}, {"network": network}, batch["names"], scaler)
         scaler.step(optimizer)
         scaler.update()
+        ema.update(network)
         step, images = step + 1, images + len(image)
 
         if step % config.log_every == 0 or step == config.steps:
@@ -186,11 +178,10 @@ def main(argv):
                        samples_per_s=images / seconds, memory_mib=run_training.peak_memory(device))
             clock, images = time.perf_counter(), 0
         if step % config.save_every == 0 or step == config.steps:
-            network.eval()
-            val = validate(network, dataset, config, precision, device)
+            val = validate(ema.module, dataset, config, precision, device)
             log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
                 f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-            sample_picture(folder, step, network, fixed, dataset.classes, precision, device)
+            sample_picture(folder, step, ema.module, fixed, dataset.classes, precision, device)
             records = log.records()
             draw_axes.curves_png(folder / "curves.png", records, [
                 draw_axes.Panel("loss", {"loss": "loss"}, reference={"predicts nothing": nothing}),
@@ -199,10 +190,9 @@ def main(argv):
             if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
                 log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
                         "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
-            run.save_model(folder, "segmenter", network.config, network.state_dict(), step=step,
+            run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                            classes=dataset.classes.to_json(), split=dataset.slides())
             run.save_checkpoint(folder, saved, step=step)
-            network.train()
             clock, images = time.perf_counter(), 0
     print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
     return 0

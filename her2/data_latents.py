@@ -17,13 +17,13 @@ from her2.run_seeds import generator
 def pooled_latents(config, dataset, encode, first_step: int):
     """Batches for the steps first_step..config.steps-1, each a function of (config.seed, step) alone.
 
-    config: latent_pool (N), batch, steps, patch, sampling, seed, cache.
+    config: latent_pool (N), batch, steps, patch, sampling, uniform, seed, cache.
     encode(image (B, 3, H, W)) -> z (B, C, h, w).
     An encoder is not exactly equivariant, so a flipped image is encoded again; its latent is not flipped
     instead. Yields {"z": (B, C, h, w) on the CPU, "label": (B, H, W), "names": list}.
     """
     upright = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                           cache=config.cache)
+                           cache=config.cache, uniform=config.uniform)
     z, label, names = [[] for _ in range(8)], [], []
     for part in tqdm(range(math.ceil(config.latent_pool / config.batch)), desc="latents", leave=False,
                      disable=None):

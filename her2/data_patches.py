@@ -8,14 +8,17 @@ How a patch is chosen decides what a network learns (section 3 of the paper comp
               not centred on a pixel to be ignored
 
 The patch is centred on the pixel, moved by up to a quarter of its side (else the network would learn that
-the centre is always tumor) and pushed back inside the region.
+the centre is always tumor) and pushed back inside the region. A share of the patches may be uniform whatever
+the sampling is (`uniform`): around tumor alone, most of the tissue that resembles tumor is never shown.
 
 Sample `index` of the batch of `step` is a function of (seed, step, index) alone. A run that is interrupted,
 or split over processes, therefore sees the same patches as one that is not.
 
 Synthetic images join as the paper adds them (+ 50 % ... + 400 %): the training set is `num_patches` real
 patches, as many as tile the training regions once, and the first ratio * num_patches synthetic images.
-Training draws uniformly from both together, so a sample is real with probability 1 / (1 + ratio).
+Training draws uniformly from both together, so a sample is real with probability 1 / (1 + ratio). Whether it
+is real is decided by a key of its own, so the real samples are those of the same seed without synthetic
+images: what then differs between two runs is what the synthetic images replace, and nothing else.
 
 Dimension letters: B batch, P side of the patch, H, W region.
 """
@@ -78,13 +81,14 @@ def _check_patch(rois, patch, where):
 class PatchSampler:
     """Random patches of one split of a real dataset. UserError where no patch can be drawn.
 
+    uniform share of the patches that come from anywhere in the regions, whatever `sampling` says
     flips   augment with the 8 flips and rotations, the same for image, label and instance
     stain   strength of the stain jitter of the image: 1 = mild, 0 = off (generative models are to learn the
             stain as it is)
     """
 
     def __init__(self, dataset: Dataset, split: str, patch: int, sampling: str = "subtype", seed: int = 0,
-                 flips: bool = True, stain: float = 0.0, cache="cache"):
+                 flips: bool = True, stain: float = 0.0, cache="cache", uniform: float = 0.0):
         assert sampling in SAMPLINGS, f"sampling {sampling!r}, known are {SAMPLINGS}"
         self.rois, self.patch, self.sampling, self.seed = dataset.split(split), patch, sampling, seed
         self.flips, self.stain = flips, stain
@@ -109,33 +113,39 @@ class PatchSampler:
         # subtypes": all five, LCIS/DCIS is one of them.
         self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
         self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups]
-        if sampling == "uniform":    # all pixels but those to be ignored
-            self.groups, every = [None], list(range(len(dataset.classes)))
-            self.ends = [np.cumsum([open_tile(file).count(every) for file in self.files])]
-            if not self.ends[0][-1]:
+        self.uniform = 1.0 if sampling == "uniform" else uniform
+        if self.uniform:             # all pixels but those to be ignored
+            every = list(range(len(dataset.classes)))
+            self.area = np.cumsum([open_tile(file).count(every) for file in self.files])
+            if not self.area[-1]:
                 raise UserError(f"{dataset.root}: every pixel of the split {split!r} is to be ignored; "
                                 "annotate its images or use another split")
 
     def place(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """(index of the region, y, x) of a random patch."""
-        k = int(rng.integers(len(self.groups)))
-        rank = int(rng.integers(self.ends[k][-1]))
-        which = int(np.searchsorted(self.ends[k], rank, side="right"))
-        roi, p = self.rois[which], self.patch
-        if self.sampling == "uniform":
-            tile = open_tile(self.files[which])
+        p = self.patch
+        if rng.random() < self.uniform:
+            which = int(np.searchsorted(self.area, rng.integers(self.area[-1]), side="right"))
+            roi, tile = self.rois[which], open_tile(self.files[which])
             for _ in range(TRIES):
                 y, x = int(rng.integers(roi.height - p + 1)), int(rng.integers(roi.width - p + 1))
                 if tile.class_of[tile.instance[y + p // 2, x + p // 2]] != IGNORE:
                     break
             return which, y, x
+        k = int(rng.integers(len(self.groups)))
+        rank = int(rng.integers(self.ends[k][-1]))
+        which = int(np.searchsorted(self.ends[k], rank, side="right"))
+        roi = self.rois[which]
         before = int(self.ends[k][which - 1]) if which else 0
         centre = open_tile(self.files[which]).pixel(self.groups[k], rank - before)
         y, x = np.array(centre) - p // 2 + rng.integers(-(p // 4), p // 4 + 1, size=2)
         return which, int(np.clip(y, 0, roi.height - p)), int(np.clip(x, 0, roi.width - p))
 
-    def draw(self, rng: np.random.Generator):
-        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch, not augmented."""
+    def draw(self, rng: np.random.Generator, coin: float = 0.0):
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch, not augmented.
+
+        `coin` is for `MixedSampler`, whose interface is the same.
+        """
         which, y, x = self.place(rng)
         pixels = open_tile(self.files[which]).window(y, x, self.patch, self.patch)
         return *pixels, f"{self.rois[which].name} x={x} y={y}"
@@ -168,9 +178,12 @@ class MixedSampler:
         _check_patch(self.rois, real.patch, synthetic.root)
         self.files = tile_files(self.rois, synthetic.classes, cache)
 
-    def draw(self, rng: np.random.Generator):
-        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented."""
-        if rng.random() < 1 / (1 + self.ratio):
+    def draw(self, rng: np.random.Generator, coin: float):
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented.
+
+        coin: uniform in [0, 1); below 1 / (1 + ratio) the patch is real.
+        """
+        if coin < 1 / (1 + self.ratio):
             return self.real.draw(rng)
         which = int(rng.integers(len(self.rois)))
         tile = open_tile(self.files[which])
@@ -191,7 +204,8 @@ def make_batch(sampler, step: int, indices) -> dict:
     images, labels, instances, names = [], [], [], []
     for index in indices:
         rng = numpy_generator(sampler.seed, "patch", step, index)
-        *arrays, name = sampler.draw(rng)
+        # The coin has a key of its own: taken from `rng`, it would move the place of every real patch.
+        *arrays, name = sampler.draw(rng, numpy_generator(sampler.seed, "coin", step, index).random())
         image, label, instance = map(torch.from_numpy, arrays)
         k = int(rng.integers(8)) if sampler.flips else 0
         images.append(dihedral(image.permute(2, 0, 1), k))

@@ -106,6 +106,15 @@ class ProbabilityHistogram:
                 "fpr": ratio(fp, fp + tn),
                 "confusion": confusion.tolist()}
 
+    def best_threshold(self) -> float | None:
+        """The threshold of the highest Dice, of equals the one nearest to 0.5; None without tumor pixels."""
+        tumor = self.counts[self.classes.tumor_ids].sum(0)                                # (BINS,)
+        if not tumor.sum():
+            return None
+        found, tp = (part[::-1].cumsum()[::-1][1:] for part in (self.counts.sum(0), tumor))
+        dice = 2 * tp / (found + tumor.sum())                                             # at each threshold
+        return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), -dice])[0]])
+
     def threshold_at_fpr(self, target_fpr: float) -> float | None:
         """The threshold whose false-positive rate is nearest to `target_fpr`; None without background pixels.
 

@@ -53,7 +53,7 @@ class Preset:
 
 
 PRESETS = {"tiny": Preset(1.0, 256, 1, (8, 4, 4)),
-           "small": Preset(1.0, 512, 2, (16, 8, 8)),
+           "small": Preset(1.0, 256, 1, (8, 8, 32)),
            "paper": Preset(0.242, 6200, 10, (24, 8, 8))}
 
 

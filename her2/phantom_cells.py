@@ -40,6 +40,32 @@ EPITHELIUM = {"tumor":       (12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
               "fat":         (44.0, 0.26, 0.00, 0.00, 0.00, 0.00, 0.0, 0.20)}
 
 
+def hollow(site, style, rng) -> None:
+    """Lumens, what fills them, and the cleft of a site that has its outline."""
+    inner = site.star.radii.min()
+    if site.kind == "tumor":
+        site.cleft = rng.uniform(1.5, 6) if rng.random() < style.retraction else 0.0
+        if rng.random() < 0.3:  # gland-like spaces in the nest
+            site.holes = [_spot(site, inner, rng.uniform(7, 12), rng) for _ in range(rng.integers(1, 4))]
+    elif site.kind == "dcis":
+        kind = rng.random()
+        if kind < 0.35:    # comedo: dead cells in the middle
+            site.holes, site.debris, site.fill = [(site.x, site.y, inner * 0.5)], True, (0.10, 0.10)
+        elif kind < 0.75:  # cribriform: several punched-out lumens
+            site.holes = [_spot(site, inner, rng.uniform(8, 13), rng) for _ in range(rng.integers(2, 6))]
+            site.fill = (0.02, 0.01)
+    elif site.kind == "duct":
+        site.fill = (rng.uniform(0, 0.06), rng.uniform(0, 0.03))
+    elif site.kind == "vessel":
+        site.fill = (0.02, rng.choice([0.0, 0.06]))
+
+
+def _spot(site, inner, radius, rng) -> tuple[float, float, float]:
+    """A round lumen somewhere in the middle of a site."""
+    away, angle = inner * 0.55 * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
+    return site.x + away * np.cos(angle), site.y + away * np.sin(angle), radius
+
+
 def hexagons(x, y, radius, pitch, jitter, rng) -> np.ndarray:
     """(n, 2) jittered hexagonal lattice over a square around (x, y), at a random angle."""
     k = np.arange(-int(1.5 * radius / pitch) - 2, int(1.5 * radius / pitch) + 3)

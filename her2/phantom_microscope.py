@@ -35,13 +35,13 @@ def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
         for left in range(0, size, TILE):
             height, width = min(TILE, size - top), min(TILE, size - left)
             rng = numpy_generator(*key, "sensor", top, left)
-            tile = _tile(scene, um_per_px, top, left, height, width, rng)
+            tile = window(scene, um_per_px, top, left, height, width, rng)
             image[top:top + height, left:left + width] = tile
     return image
 
 
-def _tile(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
-    """One tile in colour: (height, width, 3) uint8."""
+def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
+    """The pixels from row `top`, column `left` on, in colour: (height, width, 3) uint8."""
     style = scene.style
     sigma = style.blur / um_per_px
     halo = int(np.ceil(3 * sigma))
@@ -184,7 +184,7 @@ def _coarse(grid, x, y) -> np.ndarray:
 def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     """What lies outside the cells: (how much tissue there is, its haematoxylin, its DAB), (h, w) each."""
     noise, style = scene.noise, scene.style
-    owner = scene.owner[_cell_of(y), _cell_of(x)]                                       # (h, w), -1 = none
+    owner = scene.owner[cell_of(y), cell_of(x)]                                       # (h, w), -1 = none
     hollow = ("fat", "duct", "vessel", "dcis", "tumor", "acinus")
     none = [(0,) * 5]                              # row -1, for where no site is near
     table = np.array([(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites] + none, np.float32)
@@ -200,7 +200,7 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     return tissue * (1 - within), haematoxylin, dab
 
 
-def _cell_of(position) -> np.ndarray:
+def cell_of(position) -> np.ndarray:
     """Index into the coarse maps."""
     return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)
 

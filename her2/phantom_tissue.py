@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from her2.phantom_cells import CELL, site_cells, stroma_nuclei
+from her2.phantom_cells import CELL, hollow, site_cells, stroma_nuclei
 from her2.phantom_textures import Noise, Star, ramp, squeeze, wobbly_radii
 
 MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its border cuts through nests
@@ -100,6 +100,8 @@ class Scene:
     sites: list[Site]
     cells: np.ndarray         # CELL records with a body
     nuclei: np.ndarray        # CELL records without one: stroma, lymphocytes, debris
+    cell_site: np.ndarray     # index of the site that each record of `cells` belongs to
+    nucleus_site: np.ndarray  # the same of `nuclei`, -1 = the stroma
     smears: np.ndarray        # (n, 5) x, y, radius, DAB, 1 if granular: brown that is no staining
     distance: np.ndarray      # coarse map (rows y, columns x from -MARGIN on): distance to the next site
     owner: np.ndarray         # coarse map: that site, -1 = none within FAR
@@ -133,8 +135,11 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     for row in smears:
         granular = rng.random() < 0.5
         row[:] = (*rng.uniform(0, size, 2), rng.uniform(5, 20), rng.uniform(0.2, 0.9), granular)
+    cell_site, nucleus_site = (np.repeat(np.arange(len(sites)), [len(part[k]) for part in filled])
+                               for k in (0, 1))
     return Scene(style, size, sites, np.concatenate([c for c, _ in filled] or [np.zeros(0, CELL)]),
-                 np.concatenate([n for _, n in filled] + [stroma]), smears, distance, owner, edge, noise)
+                 np.concatenate([n for _, n in filled] + [stroma]), cell_site,
+                 np.append(nucleus_site, np.full(len(stroma), -1)), smears, distance, owner, edge, noise)
 
 
 def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
@@ -201,28 +206,7 @@ def _outline(sites, style, rng) -> None:
         radii = wobbly_radii(site.radius, wobble, np.exp(abs(rng.normal(0, spread))),
                              style.flow + rng.normal(0, 0.5), rng)
         site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, gap * rng.uniform(0.8, 1.6)))
-        inner = site.star.radii.min()
-        if site.kind == "tumor":
-            site.cleft = rng.uniform(1.5, 6) if rng.random() < style.retraction else 0.0
-            if rng.random() < 0.3:  # gland-like spaces in the nest
-                site.holes = [_spot(site, inner, rng.uniform(7, 12), rng) for _ in range(rng.integers(1, 4))]
-        elif site.kind == "dcis":
-            kind = rng.random()
-            if kind < 0.35:    # comedo: dead cells in the middle
-                site.holes, site.debris, site.fill = [(site.x, site.y, inner * 0.5)], True, (0.10, 0.10)
-            elif kind < 0.75:  # cribriform: several punched-out lumens
-                site.holes = [_spot(site, inner, rng.uniform(8, 13), rng) for _ in range(rng.integers(2, 6))]
-                site.fill = (0.02, 0.01)
-        elif site.kind == "duct":
-            site.fill = (rng.uniform(0, 0.06), rng.uniform(0, 0.03))
-        elif site.kind == "vessel":
-            site.fill = (0.02, rng.choice([0.0, 0.06]))
-
-
-def _spot(site, inner, radius, rng) -> tuple[float, float, float]:
-    """A round lumen somewhere in the middle of a site."""
-    away, angle = inner * 0.55 * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
-    return site.x + away * np.cos(angle), site.y + away * np.sin(angle), radius
+        hollow(site, style, rng)
 
 
 def _acini(lobule: Site, rng) -> list[Site]:

@@ -181,11 +181,11 @@ def _size(rings, flips) -> float:
     return centres if centres > area + length + 1 else area
 
 
-def connected_components(label: np.ndarray) -> np.ndarray:
+def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
     """Instances of a label map that has none: int32 (H, W), 0 where label is 0, else 1, 2, ... as read.
 
-    Two pixels of one class are connected when they touch, corners included (8 neighbours). Works on runs, the
-    maximal stretches of one class in a row: there are hundreds of times fewer of them than pixels.
+    Two pixels of one class are connected when they touch, `corners` included (8 neighbours) or not (4). Works
+    on runs, the maximal stretches of one class in a row: there are hundreds of times fewer than pixels.
     """
     assert label.ndim == 2, f"label is (H, W), found {label.shape}"
     height, width = label.shape
@@ -200,11 +200,12 @@ def connected_components(label: np.ndarray) -> np.ndarray:
     tissue = np.flatnonzero(value)                                       # the runs that are not background
     row, start = np.divmod(at[tissue], width)
     end = start + length[tissue]                                         # exclusive
-    # A run of the row above touches run r when its end >= start[r] and its start <= end[r]. Runs of a row
-    # do not overlap, so those are consecutive: keys that rise through the image find the first and last.
-    stride = width + 1
-    low = np.searchsorted(row * stride + end, (row - 1) * stride + start, side="left")
-    high = np.searchsorted(row * stride + start, (row - 1) * stride + end, side="right")
+    # A run of the row above touches run r when its end >= start[r] and its start <= end[r], > and < without
+    # corners. Runs of a row do not overlap, so those are consecutive: keys that rise through the image find
+    # the first and last.
+    stride, sides = width + 1, ("left", "right") if corners else ("right", "left")
+    low = np.searchsorted(row * stride + end, (row - 1) * stride + start, side=sides[0])
+    high = np.searchsorted(row * stride + start, (row - 1) * stride + end, side=sides[1])
     touching = np.maximum(high - low, 0)
     below = np.repeat(np.arange(len(tissue)), touching)
     above = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching - low, touching)
@@ -231,11 +232,13 @@ def _union(n, a, b):
     return root
 
 
-def outlines(mask: np.ndarray) -> list:
+def outlines(mask: np.ndarray, corners: bool = True) -> list:
     """The way back: polygons (lists of rings, the outer one first) that hold exactly the pixels of a mask.
 
-    `mask` is bool (H, W); there is one polygon per 8-connected component. Rings run along pixel borders with
-    the inside on the right hand; only corners are kept. Directions d are clockwise: right, down, left, up.
+    `mask` is bool (H, W); there is one polygon per connected component, of 8 neighbours, or of 4 without
+    `corners`: no ring passes a point twice then, as other programs demand of a valid polygon. Rings run along
+    pixel borders with the inside on the right hand; only corners are kept. Directions d are clockwise: right,
+    down, left, up.
     """
     height, width = mask.shape
     padded = np.pad(mask, 1)
@@ -253,21 +256,29 @@ def outlines(mask: np.ndarray) -> list:
     corner, d = np.divmod(keys, 4)
     end = corner + np.array([1, width + 1, -1, -width - 1])[d]
     following = np.zeros(len(keys), np.int64)
-    for turn in (1, 0, 3):   # right, straight, left: left wins where two pixels meet in a corner
+    for turn in (1, 0, 3) if corners else (3, 0, 1):   # where two pixels meet in a corner, a left turn joins
         at = np.searchsorted(keys, end * 4 + (d + turn) % 4).clip(max=len(keys) - 1)
         there = keys[at] == end * 4 + (d + turn) % 4
         following[there] = at[there]
 
-    component, following = connected_components(mask)[j, i], following.tolist()
-    rings, seen = {}, np.zeros(len(keys), bool)
+    following, begins, loops, seen = following.tolist(), corner.tolist(), [], [False] * len(keys)
     for first in range(len(keys)):
-        ring, k = [], first
+        ring, place, k = [], {}, first                                        # place: corner -> where in ring
         while not seen[k]:
             seen[k] = True
+            since = place.get(begins[k], len(ring))
+            if not corners and since < len(ring) and begins[ring[since]] == begins[k]:
+                loops.append(ring[since:])                                   # back at a point: a ring
+                del ring[since:]
+            place[begins[k]] = len(ring)
             ring.append(k)
             k = following[k]
         if ring:
-            bend = np.array(ring)[d[ring] != d[np.roll(ring, 1)]]
-            y, x = np.divmod(corner[bend], width + 1)
-            rings.setdefault(component[first], []).append(np.stack([x, y], axis=1).astype(np.float64))
+            loops.append(ring)
+
+    component, rings = connected_components(mask, corners)[j, i].tolist(), {}
+    for ring in loops:
+        bend = np.array(ring)[d[ring] != d[np.roll(ring, 1)]]
+        y, x = np.divmod(corner[bend], width + 1)
+        rings.setdefault(component[ring[0]], []).append(np.stack([x, y], axis=1).astype(np.float64))
     return [sorted(part, key=_signed_area, reverse=True) for part in rings.values()]  # holes are negative

@@ -22,29 +22,31 @@ from dataclasses import dataclass
 import numpy as np
 
 from her2 import report_staining
-from her2.run_errors import UserError
 from her2.metrics import matched
 
 BASELINE = "subtype"
 METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in the paper's order
-REAL, RECONSTRUCTED = "real", "reconstructed"
+CONTROLS = {"oracle": "oracle", "fresh": "fresh tissue", "restain": "restained",
+            "reconstruct": "reconstructed"}
+REAL = "real"
 # Fields in which runs of one comparison differ on purpose, or that do not change the result.
-FREE = {"out", "seed", "sampling", "synthetic", "ratio", "reconstruct", "workers", "cache", "device", "amp",
+FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp",
         "log_every", "save_every", "data"}
 
 
 def configuration_name(fields: dict, method: str = "") -> str:
-    """`tumor`, `subtype`, `uniform`, `gan-100`, `reconstructed`, ...: the configuration of a run.
+    """`tumor`, `subtype`, `uniform`, `gan-100`, `ldm-100-same`, ...: the configuration of a run.
 
-    `method` is that of the synthetic folder ('' without one). Synthetic images and reconstructions go with
-    subtype sampling; with another one its name is appended, so that different things never share a name.
+    `--name` where it was given. `method` is that of the synthetic folder ('' without one; 'ldm-same' when it
+    kept the real labels). Synthetic images go with subtype sampling; with another one its name is appended,
+    so that different things never share a name.
     """
-    if fields.get("reconstruct"):
-        name = RECONSTRUCTED
-    elif fields.get("synthetic"):
-        name = f"{method}-{round(100 * fields['ratio'])}"
-    else:
+    if fields.get("name"):
+        return fields["name"]
+    if not fields.get("synthetic"):
         return fields["sampling"]
+    method, *same = method.split("-")
+    name = "-".join([method, str(round(100 * fields["ratio"])), *same])
     return name if fields["sampling"] == BASELINE else f"{name}-{fields['sampling']}"
 
 
@@ -54,13 +56,13 @@ class Run:
 
     folder: str
     fields: dict            # of its config.json
-    method: str             # 'gan', 'ldm', 'inpaint', or '' without synthetic images
+    method: str             # 'gan', 'ldm', 'ldm-same' (labels kept), 'oracle', ...; '' without any
     val: dict
     test: dict
+    name: str = ""          # of its configuration; made unique by `check_comparable`
 
-    @property
-    def name(self) -> str:
-        return configuration_name(self.fields, self.method)
+    def __post_init__(self):
+        self.name = self.name or configuration_name(self.fields, self.method)
 
     @property
     def seed(self) -> int:
@@ -72,21 +74,29 @@ def order(name: str) -> tuple:
     first = ["tumor", BASELINE, "uniform"]
     if name in first:
         return 0, first.index(name), 0, name
-    method, ratio = (name.split("-") + [""])[:2]
-    if method in METHODS and ratio.isdigit():
-        return 1, int(ratio), list(METHODS).index(method), name
-    return 2, 0, 0, name
+    method, ratio, *rest = name.split("-") + [""]
+    known = [*METHODS, *CONTROLS]
+    if method in known and ratio.isdigit():
+        return 1 + (method in CONTROLS or any(rest)), int(ratio), known.index(method), name
+    return 3, 0, 0, name
 
 
 def check_comparable(runs) -> list:
-    """One warning per training field in which the runs differ. UserError when two are the same experiment."""
-    seen = {}
+    """One warning per training field in which the runs differ, and per run whose name another one has.
+
+    Two runs of one name and seed are no repetition of each other: the later one gets a name of its own.
+    """
+    seen, notes = {}, []
     for run in runs:
-        other = seen.setdefault((run.name, run.seed), run)
-        if other is not run:
-            raise UserError(f"{run.folder} and {other.folder}: both are configuration {run.name!r} with seed "
-                            f"{run.seed}; leave one of them out")
-    notes = []
+        other, number, name = seen.get((run.name, run.seed)), 1, run.name
+        while (run.name, run.seed) in seen:
+            number += 1
+            run.name = f"{name} ({number})"
+        seen[run.name, run.seed] = run
+        if other is not None:
+            notes.append(f"{other.folder} and {run.folder} are both configuration {name!r} with seed "
+                         f"{run.seed}; the second one is called {run.name!r} here, --name of train_seg.py "
+                         "gives it a better name")
     for field in sorted({field for run in runs for field in run.fields} - FREE):
         found = sorted({repr(run.fields.get(field)) for run in runs})
         if len(found) > 1:
@@ -103,7 +113,7 @@ def collect(runs) -> dict:
         fields = members[0].fields
         configs.append({
             "name": name,
-            "method": members[0].method or (RECONSTRUCTED if fields.get("reconstruct") else REAL),
+            "method": members[0].method.split("-")[0] or REAL,
             "ratio": float(fields["ratio"]) if fields.get("synthetic") else 0.0,
             "sampling": fields["sampling"],
             "runs": [run_record(run, baselines.get(run.seed)) for run in members]})
@@ -246,12 +256,15 @@ def page(results: dict, data: str, notes, figures) -> str:
 
 
 def box_groups(results: dict, key: str) -> list:
-    """The groups of Fig. 5 for `draw_charts.box_plots`: baselines, one group per ratio, the control."""
+    """The groups of Fig. 5 for `draw_charts.box_plots`: baselines, one group per ratio, the controls."""
     groups = {}
     for config in results["configs"]:
         method = config["method"]
-        name = f"+{round(100 * config['ratio'])} %" if method in METHODS else config["name"]
-        groups.setdefault(name, []).append((METHODS.get(method, method), figures_of(config, key)))
+        percent = round(100 * config["ratio"])
+        plain_one = method in METHODS and config["name"] == f"{method}-{percent}"
+        name = f"+{percent} %" if plain_one else config["name"]
+        title = {**METHODS, **CONTROLS}.get(method, method)
+        groups.setdefault(name, []).append((title, figures_of(config, key)))
     return list(groups.items())
 
 

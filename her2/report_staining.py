@@ -35,14 +35,17 @@ def instance_densities(image, instance, count: int, white, pixel_area: int = 1) 
     return np.where(pixels * pixel_area >= SMALLEST, total / np.maximum(pixels, 1), np.nan)
 
 
+def median_white(rois, classes, cache="cache") -> np.ndarray:
+    """(3,) the median over regions of their white points, 0..255."""
+    return np.median([white_point(open_roi(roi, classes, cache).image[::8, ::8]) for roi in rois], axis=0)
+
+
 def measure(sources: dict, classes, white_rois, cache="cache") -> dict:
     """{source: {class id: [density, ...]}} of the tumor instances of {source: [ROI, ...]}.
 
     `white_rois` are the regions whose median white point is used for all.
     """
-    white = np.median([white_point(open_roi(roi, classes, cache).image[::8, ::8])
-                       for roi in white_rois], axis=0)                                  # (3,)
-    densities = {}
+    white, densities = median_white(white_rois, classes, cache), {}
     for source, rois in sources.items():
         densities[source] = {k: [] for k in classes.tumor_ids}
         for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from her2.net_blocks import load_strict
 from her2.run_errors import UserError, one_line
@@ -225,6 +226,13 @@ def encoder_weights(choice: str) -> Path | None:
     return path
 
 
+def check_tiles(tile: int, overlap: int) -> None:
+    """UserError unless `predict_roi` can cut an image into tiles of this side and overlap."""
+    if tile < STRIDE or tile % STRIDE or not 0 <= overlap <= tile - STRIDE:
+        raise UserError(f"--tile {tile} --overlap {overlap}: tiles would not fit together; give a tile that "
+                        f"is a multiple of {STRIDE} and an overlap of at most tile - {STRIDE}")
+
+
 def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[int, int, int]]]:
     """Cut one axis into tiles: (size of a tile, [(start of the tile, start of the kept part, its end), ...]).
 
@@ -261,9 +269,7 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
         raise ValueError("predict_roi needs model.eval(): batch statistics would tie the tiles together")
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is (3, H, W), found {tuple(image.shape)}")
-    if tile < STRIDE or tile % STRIDE or not 0 <= overlap <= tile - STRIDE:
-        raise ValueError(f"tile must be a multiple of {STRIDE} and overlap 0 .. tile - {STRIDE}, "
-                         f"found tile {tile}, overlap {overlap}")
+    check_tiles(tile, overlap)
     _, height, width = image.shape
     tile_h, spans_y = tile_spans(height, tile, overlap)
     tile_w, spans_x = tile_spans(width, tile, overlap)
@@ -272,7 +278,7 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
 
     prob = torch.empty(height, width)
     jobs = [(span_y, span_x) for span_y in spans_y for span_x in spans_x]
-    for first in range(0, len(jobs), batch_size):
+    for first in tqdm(range(0, len(jobs), batch_size), "tiles", leave=False, delay=3, disable=None):
         batch = jobs[first:first + batch_size]
         tiles = torch.stack([image[:, rows[y:y + tile_h, None], columns[x:x + tile_w]]
                              for (y, _, _), (x, _, _) in batch]).to(device)                 # (B, 3, h, w)

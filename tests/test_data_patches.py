@@ -300,3 +300,29 @@ def test_regions_come_whole_for_evaluation(tmp_path):
                 and label.dtype == torch.int64)
         assert np.allclose((image[0].permute(1, 2, 0).numpy() + 1) * 127.5, decoded[0], atol=1e-3)
         assert np.array_equal(label[0], expected) and np.array_equal(instance[0], decoded[2])
+
+
+def test_the_real_half_of_a_mixed_batch_is_the_batch_without_synthetic_images(tmp_path):
+    write_dataset(tmp_path / "real", slides=4)
+    real, synthetic = mixed(tmp_path, 1.0)
+    real = PatchSampler(load_dataset(tmp_path / "real"), "train", 24, cache=tmp_path, stain=1.0, uniform=0.25)
+    sampler = MixedSampler(real, synthetic, 1.0, cache=tmp_path)
+    same = 0
+    for step in range(5):
+        plain, both = real.batch(step, 20), sampler.batch(step, 20)
+        for k, name in enumerate(both["names"]):
+            if " x=" in name:
+                same += 1
+                assert name == plain["names"][k]
+                assert all(torch.equal(plain[key][k], both[key][k]) for key in ("image", "label", "instance"))
+    assert 30 < same < 70
+
+
+def test_the_share_of_uniform_patches_is_what_was_asked_for(tmp_path):
+    """A region without tumor is only ever reached by the uniform share."""
+    write_dataset(tmp_path, slides=4)
+    sampler = PatchSampler(load_dataset(tmp_path), "train", 24, "subtype", cache=tmp_path, uniform=0.25)
+    sampler.ends = [np.array([end[0]] * len(end)) for end in sampler.ends]
+    elsewhere = sum(sampler.place(numpy_generator("share", k))[0] != 0 for k in range(4000))
+    expected = 0.25 * (1 - sampler.area[0] / sampler.area[-1])
+    assert abs(elsewhere / 4000 - expected) < 5 * math.sqrt(expected / 4000)

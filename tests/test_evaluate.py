@@ -25,7 +25,7 @@ from her2.segmenter import UNet
 from her2.stains import compose, deconvolve
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = {"seed": 0, "steps": 10, "sampling": "subtype", "synthetic": "", "ratio": 1.0, "reconstruct": "",
+FIELDS = {"seed": 0, "steps": 10, "sampling": "subtype", "synthetic": "", "ratio": 1.0,
           "lr": 0.1}
 
 
@@ -303,8 +303,6 @@ BAD = {
     "no split.json": (lambda: Path("runs/tumor0/split.json").unlink(), RUNS, ["tumor0", "split.json"]),
     "another script": (other_script, RUNS, ["tumor0", "train_gan.py"]),
     "a field is lost": (lost_field, RUNS, ["tumor0", "sampling"]),
-    "same configuration and seed": (lambda: shutil.copytree("runs/tumor0", "runs/copy"), ["runs/copy", *RUNS],
-                                    ["runs/copy", "runs/tumor0", "seed 0"]),
     "other data": (other_dataset, RUNS, ["runs/subtype1", "data2"]),
     "another split": (other_split, RUNS, ["runs/subtype1", "s3"]),
     "not finished": (lambda: make_run("runs/tumor0", "data", step=4, sampling="tumor"), RUNS,
@@ -414,15 +412,26 @@ def test_order_of_the_medians(medians, ordered):
     ({"sampling": "subtype", "synthetic": "x", "ratio": 0.5}, "gan", "gan-50"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 4.0}, "inpaint", "inpaint-400"),
     ({"sampling": "tumor", "synthetic": "x", "ratio": 1.0}, "ldm", "ldm-100-tumor"),
-    ({"sampling": "subtype", "reconstruct": "runs/vq"}, "", "reconstructed"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "reconstruct", "reconstruct-100"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "ldm-same", "ldm-100-same"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0, "name": "my fork"}, "ldm", "my fork"),
 ])
 def test_names_of_configurations(fields, method, name):
-    assert report.configuration_name({"synthetic": "", "reconstruct": "", **fields}, method) == name
+    assert report.configuration_name({"synthetic": "", **fields}, method) == name
+
+
+def test_two_runs_of_one_name_and_seed_are_told_apart():
+    runs = [report.Run(f"runs/{k}", {**FIELDS, "seed": seed}, "", {}, {})
+            for k, seed in enumerate((0, 0, 1, 0))]
+    notes = report.check_comparable(runs)
+    assert [one.name for one in runs] == ["subtype", "subtype (2)", "subtype", "subtype (3)"]
+    assert len(notes) == 2 and all("runs/0 and runs/" in note and "--name" in note for note in notes)
 
 
 def test_order_of_configurations():
     protocol = ["tumor", "subtype", *(f"{method}-{ratio}" for ratio in (50, 100, 200, 400)
-                                      for method in ("gan", "ldm", "inpaint")), "reconstructed"]
+                                      for method in ("gan", "ldm", "inpaint")), "ldm-100-same",
+                "oracle-100", "restain-100", "reconstruct-100", "a fork"]
     assert sorted(sorted(protocol), key=report.order) == protocol
 
 

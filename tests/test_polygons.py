@@ -271,3 +271,40 @@ def test_outlines_are_the_inverse_of_rasterisation():
         assert sum(polygon_area(rings) for rings in polygons) == mask.sum()
     [[outer, hole]] = outlines(rasterize(box(1, 1, 8, 7), 9, 9) & ~rasterize(box(3, 3, 5, 5), 9, 9))
     assert len(outer) == len(hole) == 4 and set(map(tuple, outer)) == {(1, 1), (8, 1), (8, 7), (1, 7)}
+
+
+def four_neighbours(mask):
+    """Components of 4 neighbours: every pixel takes the smallest number around it until nothing changes."""
+    number = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        padded = np.pad(np.where(mask, number, mask.size + 1), 1, constant_values=mask.size + 1)
+        around = np.min([padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2],
+                         padded[1:-1, 2:]], axis=0)
+        if np.array_equal(np.where(mask, around, 0), number):
+            return number
+        number = np.where(mask, around, 0)
+
+
+def test_outlines_without_corners_are_valid_polygons_of_four_neighbours():
+    """No ring passes a point twice, holes lie in their own component, every component is one polygon."""
+    rng = np.random.default_rng(3)
+    for _ in range(150):
+        mask = rng.random(rng.integers(1, 20, 2)) < rng.uniform()
+        number = four_neighbours(mask)
+        components = connected_components(mask, corners=False)
+        assert len(set(zip(number[mask], components[mask]))) == len(set(number[mask])) == components.max()
+        polygons = outlines(mask, corners=False)
+        found = []
+        for rings in polygons:
+            assert all(len(set(map(tuple, ring))) == len(ring) for ring in rings)
+            inside = rasterize(rings, *mask.shape)
+            assert len(set(number[inside])) == 1 and polygon_area(rings) == inside.sum()
+            # Outline and holes one by one: holes are disjoint parts of what the outline alone encloses.
+            assert inside.sum() == (rasterize(rings[:1], *mask.shape).sum()
+                                    - sum(rasterize([hole], *mask.shape).sum() for hole in rings[1:]))
+            found.append(inside)
+        assert np.array_equal(np.sum(found, axis=0) if found else mask * 0, mask)
+    # A ring of pixels that closes over a corner only, and two pixels that share one.
+    [[outer, hole]] = outlines(np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0]], bool), corners=False)
+    assert polygon_area([outer]) == 8 and polygon_area([hole]) == 1
+    assert len(outlines(np.eye(2, dtype=bool), corners=False)) == 2 and len(outlines(np.eye(2) > 0)) == 1

@@ -127,12 +127,12 @@ def test_torch_and_pillow_do_not_hide_that_the_disk_is_full(tmp_path):
     if os.name != "posix":
         return                              # no limits on the size of files there
     program = ("import resource, signal, sys, torch, numpy as np\n"
-               "from her2 import run, figures\nfrom her2.run_errors import command\n"
+               "from her2 import run, draw\nfrom her2.run_errors import command\n"
                "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
                "state = {'a': torch.rand(10000)}\n"
                "tensor = lambda argv: run.save_model(argv[0], 'gan', {}, state)\n"
                "image = np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)\n"
-               "picture = lambda argv: figures.save_png(argv[0] + '/a.png', image)\n"
+               "picture = lambda argv: draw.save_png(argv[0] + '/a.png', image)\n"
                "command({'tensor': tensor, 'picture': picture}[sys.argv[1]], sys.argv[2:])\n")
     for kind, file in (("tensor", "model.pt"), ("picture", "a.png")):
         done = subprocess.run([sys.executable, "-c", program, kind, str(tmp_path)], cwd=ROOT,
@@ -190,7 +190,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(root, capsys):
 
 def test_two_processes_do_not_work_in_one_folder(root, tmp_path):
     """The first one holds the folder until it ends, however it ends."""
-    program = ("import sys, time\nfrom her2 import lock\nlock.hold(sys.argv[1])\n"
+    program = ("import sys, time\nfrom her2 import run_lock\nrun_lock.hold(sys.argv[1])\n"
                "print('held', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,

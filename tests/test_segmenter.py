@@ -308,7 +308,7 @@ def test_more_classes_and_half_precision():
 
 @pytest.mark.parametrize("tile, overlap", [(0, 0), (48, 0), (64, 64), (64, 33), (64, -1)])
 def test_impossible_tilings_are_refused(tile, overlap):
-    with pytest.raises(ValueError, match="tile"):
+    with pytest.raises(UserError, match="tile"):
         predict_roi(Pointwise().eval(), torch.zeros(3, 100, 100), tile, overlap)
 
 

@@ -1,0 +1,254 @@
+"""Tumor in images that nobody annotated: a trained segmentation network, and polygons back into QuPath.
+
+    python -m her2.predict IMAGES... --model runs/seg --out runs/predictions
+
+IMAGES are image files of any size, folders of them, or dataset folders (slides.csv says where an image lies
+in its slide: x, y, downsample). Per image NAME, in the output folder:
+
+    probability/NAME.png   tumor probability p, 8-bit grey: 255 p, rounded
+    masks/NAME.png         0 background, 1 tumor: p >= threshold, without specks and holes below --min-area
+    overlays/NAME.png      the image, at most 2048 pixels a side, with the mask's outline
+    polygons/NAME.geojson  the mask as annotations that QuPath opens: p_slide = p_image * downsample + (x, y)
+    predictions.csv        a row per image: tumor share, DAB density in the predicted tumor, polygons, area
+
+A polygon is a component of 4 neighbours: pixels that share only a corner are two polygons, because a ring
+that passes a point twice is no valid one. Rasterised by the rule of `polygons`, they give the mask exactly
+while --simplify is below 0.5; above, only pixels whose centre is that near to an outline can differ.
+
+The same command again goes on where it stopped; an image that changed is predicted again.
+"""
+
+import csv
+import glob
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from her2 import draw, run, run_training
+from her2 import run_config as configuration
+from her2.data_classes import ClassTable, TissueClass
+from her2.data_images import ENDINGS, read_image, read_size
+from her2.data_slides import read_slides
+from her2.metrics import ProbabilityHistogram
+from her2.polygons import outlines, paint, polygon_area
+from her2.run_errors import UserError, atomic_write, command
+from her2.run_provenance import file_hash
+from her2.segmenter import UNet, check_tiles, predict_roi
+from her2.stains import deconvolve, white_point
+
+OVERLAY = 2048      # longest side of an overlay picture
+GRID = 1024         # the white point is measured on a grid of at least this many points per side
+STRIP = 256         # rows measured at a time: bounds the memory of float64 copies
+# QuPath's own name and colour of this class.
+TISSUE = ClassTable([TissueClass(0, "Background", False, False, (255, 255, 255)),
+                     TissueClass(1, "Tumor", True, False, (200, 0, 0))])
+KINDS = {"probability": ".png", "masks": ".png", "overlays": ".png", "polygons": ".geojson"}
+COLUMNS = ["image", "x", "y", "downsample", "width", "height", "tumor_share", "mean_probability",
+           "dab_density", "polygons", "area", "sha256"]
+
+
+@dataclass
+class Config:
+    model: str = "runs/seg"         # run folder of train_seg.py, or its model.pt
+    out: str = "runs/predictions"   # output folder
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
+    threshold: float = 0.0          # probability from which a pixel is tumor; 0: that of the best Dice on val
+                                    # if evaluate.py was run on the model, else 0.5
+    min_area: int = 64              # pixels; smaller specks are left out, smaller holes are filled
+    simplify: float = 0.0           # pixels by which an outline may move to save points
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
+    batch: int = 4                  # tiles at a time; changes nothing but speed and memory
+    tile: int = 256                 # side of the tiles in which an image is predicted, divisible by 32
+    overlap: int = 64               # pixels that neighbouring tiles share; only their centres are kept
+
+
+PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
+
+
+class Input(NamedTuple):
+    name: str                       # where it lies in the folder that was given
+    path: Path
+    x: float = 0.0
+    y: float = 0.0
+    downsample: float = 1.0
+
+
+def main(argv):
+    parser = configuration.Parser(prog="python -m her2.predict", description=__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="images, or folders that hold them")
+    configuration.add_fields(parser, Config, PRESETS)
+    given = vars(parser.parse_args(argv))
+    names = given.pop("images")
+    config = configuration.build(Config, PRESETS, given)
+    check_tiles(config.tile, config.overlap)
+    images = find_images(names, config.out)
+
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
+    content, model = run.load_model(config.model, "segmenter"), run.model_file(config.model)
+    network = run.build_model(UNet, content, config.model).to(device, memory_format=torch.channels_last)
+    config.threshold = config.threshold or best_threshold(model, content)
+    out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv], [model])
+
+    rows = read_rows(out / "predictions.csv")
+    for image in tqdm(images, desc="predict", unit="image", disable=None):
+        paths = {kind: out / kind / Path(image.name).with_suffix(end) for kind, end in KINDS.items()}
+        row = {"image": image.name, "sha256": file_hash(image.path),
+               **{key: f"{image._asdict()[key]:.12g}" for key in ("x", "y", "downsample")}}
+        done = row.items() <= rows.get(image.name, {}).items()
+        if not done or not all(path.is_file() for path in paths.values()):
+            rows[image.name] = {**row, **predict(image, paths, network, config, precision, device)}
+            text = io.StringIO()
+            table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows[name] for name in sorted(rows))
+            atomic_write(out / "predictions.csv", text.getvalue())
+    print(f"done: {out / 'predictions.csv'}, {len(images)} images, threshold {config.threshold:g}, "
+          f"{sum(int(rows[image.name]['polygons']) for image in images)} polygons in {out / 'polygons'}")
+    return 0
+
+
+def find_images(names, out) -> list:
+    """The Inputs that the command line names, headers checked. UserError when two would share their files."""
+    images, seen = [], {}
+    for path in (Path(path) for name in names for path in sorted(glob.glob(name)) or [name]):
+        if (path / "slides.csv").is_file():
+            rois, problems, _ = read_slides(path)
+            if problems:
+                raise UserError(problems[0])
+            images += [Input(roi.name, roi.image, roi.x, roi.y, roi.downsample) for roi in rois]
+            continue
+        files = [path] if path.is_file() else [
+            file for file in sorted(path.rglob("[!.]*")) if file.suffix.lower() in ENDINGS
+            and not file.resolve().is_relative_to(Path(out).resolve())]
+        if not files:
+            raise UserError(f"{path}: no image there ({', '.join(ENDINGS)}); give images or their folders")
+        images += [Input(file.relative_to(path if path.is_dir() else path.parent).as_posix(), file)
+                   for file in files]
+    for image in images:
+        read_size(image.path)
+        other = seen.setdefault(str(Path(image.name).with_suffix("")).casefold(), image)
+        if other is not image:
+            raise UserError(f"{other.path} and {image.path}: their files in {out} would have one name; give "
+                            "each a command and an --out of its own")
+    return images
+
+
+def best_threshold(model, content) -> float:
+    """The threshold of the best Dice on val, from the metrics.json beside a model.pt; 0.5 without one."""
+    path = model.with_name("metrics.json")
+    if path.is_file():
+        try:
+            metrics, classes = run.read_json(path), ClassTable.from_json(content["classes"], model)
+            if metrics["key"]["model"] == file_hash(model):
+                val = sum(ProbabilityHistogram.from_json(part, classes) for part in metrics["val"].values())
+                return val.best_threshold() or 0.5
+        except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"note: {path}: damaged ({error}), the threshold is 0.5", file=sys.stderr)
+    return 0.5
+
+
+def read_rows(path) -> dict:
+    """{image: row} of a predictions.csv; {} where there is none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return {row["image"]: row for row in csv.DictReader(io.StringIO(text))
+            if list(row) == COLUMNS and None not in row.values()}
+
+
+def predict(image, paths, network, config, precision, device) -> dict:
+    """Predict one image and write its four files; returns its figures for predictions.csv.
+
+    dab_density is the mean amount of DAB (optical density) of the predicted tumor's pixels against the
+    image's own white point: where an image shows no glass, it is too low. area is in pixels of the slide.
+    """
+    pixels = read_image(image.path)                                                     # (H, W, 3) uint8
+    height, width, _ = pixels.shape
+    with precision.autocast():
+        prob = predict_roi(network, torch.from_numpy(pixels).permute(2, 0, 1), config.tile, config.overlap,
+                           config.batch, device).numpy()                                # (H, W)
+    if not np.isfinite(prob).all():
+        raise UserError(f"{config.model}: predicts NaN for {image.path}; its training failed, train it again")
+    draw.save_png(paths["probability"], np.rint(prob * 255).astype(np.uint8))
+
+    polygons = tumor_polygons(prob >= config.threshold, config.min_area)
+    label, instance = paint(polygons, [1] * len(polygons), height, width)               # (H, W) each
+    draw.save_png(paths["masks"], label, TISSUE.palette())
+    step = max(1, min(height, width) // GRID)
+    white = white_point(pixels[::step, ::step])
+    count, total, dab = np.zeros(len(polygons) + 1), np.zeros(len(polygons) + 1), 0.0   # by polygon, 0: none
+    for top in range(0, height, STRIP):
+        ids = instance[top:top + STRIP].reshape(-1)
+        count += np.bincount(ids, minlength=len(count))
+        total += np.bincount(ids, prob[top:top + STRIP].reshape(-1), minlength=len(count))
+        dab += deconvolve(pixels[top:top + STRIP].reshape(-1, 3)[ids > 0], white)[1].sum()
+
+    size = [max(1, round(side * min(1, OVERLAY / max(height, width)))) for side in (width, height)]
+    small = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+    label = np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+    draw.save_png(paths["overlays"], draw.outline(small, label, TISSUE, width=2))
+
+    area, tumor = count * image.downsample ** 2, count[1:].sum()
+    features = [feature(polygons[k - 1], image, config.simplify,
+                        {"Area px^2": area[k], "Mean tumor probability": round(total[k] / count[k], 6)})
+                for k in range(1, len(count))]
+    atomic_write(paths["polygons"], json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
+    return {"width": width, "height": height, "polygons": len(polygons), "area": f"{area[1:].sum():.12g}",
+            "tumor_share": f"{tumor / count.sum():.6f}", "dab_density": f"{dab / tumor:.6f}" if tumor else "",
+            "mean_probability": f"{total.sum() / count.sum():.6f}"}
+
+
+def tumor_polygons(mask, smallest: int) -> list:
+    """Polygons (lists of rings, outer first) of a mask (H, W), without holes and specks below `smallest`.
+
+    Holes are filled first: what lies in a hole that is too small is itself too small.
+    """
+    polygons = [[outer, *(hole for hole in holes if polygon_area([hole]) >= smallest)]
+                for outer, *holes in outlines(mask, corners=False)]
+    return [rings for rings in polygons if polygon_area(rings) >= smallest]
+
+
+def simplify(ring, tolerance: float) -> np.ndarray:
+    """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays.
+
+    A pixel changes sides only where its centre is within `tolerance` of the ring, so below half a pixel none
+    does on a ring of pixel borders. A ring that would lose its area stays as it is. Source: Douglas and
+    Peucker, Cartographica 10 (1973), with the distance to the segment, not to its line.
+    """
+    points = np.vstack([ring, ring[:1]]).astype(np.float64)                   # closed: (n + 1, 2)
+    far = int(np.hypot(*(points - points[0]).T).argmax())
+    keep = np.isin(np.arange(len(points)), [0, far])
+    todo = [(0, far), (far, len(ring))]
+    while todo:
+        a, b = todo.pop()
+        arm, between = points[b] - points[a], points[a + 1:b] - points[a]
+        along = np.clip(between @ arm / max(arm @ arm, 1e-300), 0, 1)
+        away = np.hypot(*(between - along[:, None] * arm).T)
+        if b - a > 1 and away.max() > tolerance:
+            middle = a + 1 + int(away.argmax())
+            keep[middle] = True
+            todo += [(a, middle), (middle, b)]
+    return points[keep] if keep.sum() > 2 else points[:-1]
+
+
+def feature(rings, image, tolerance: float, measurements: dict) -> dict:
+    """A polygon as QuPath's GeoJSON: rings closed, in the slide's coordinates."""
+    rings = [simplify(ring, tolerance) if tolerance else ring for ring in rings]
+    rings = [np.vstack([ring, ring[:1]]) * image.downsample + (image.x, image.y) for ring in rings]
+    tumor = TISSUE.classes[1]
+    return {"type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]},
+            "properties": {"objectType": "annotation", "measurements": measurements,
+                           "classification": {"name": tumor.name, "color": list(tumor.color)}}}
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,176 @@
+"""Synthetic images without a generative network: the yardsticks between which the paper's methods are read.
+
+    oracle        the phantom renders the source patch again, each nest in its new subtype; outlines, stroma,
+                  stain and scanner of the slide stay. No generator can obey a label better: what the oracle
+                  does not gain, relabelling cannot give
+    fresh         the same on new slides of the same law: what any further data would give
+    restain       the DAB of every instance scaled to the median of its new subtype, pixel by pixel: what a
+                  generator must beat to have been worth its training
+    reconstruct   the real patch through the autoencoder, its label kept: what decoding alone costs
+
+The first two need a phantom (its folder says which seed made it). PAPER: none of these is in the paper, whose
+real data have no oracle. A painter has `multiple` (what the side of a patch must be divisible by) and
+
+    paint(batch) -> (B, 3, P, P) float in [-1, 1]
+
+    batch: image (B, 3, P, P) in [-1, 1], label (B, P, P) the new one, instance (B, P, P),
+    onehot (B, K, P, P), repaint (B, P, P) bool, seeds [B], sources [B] as of `draw_patch`,
+    mappings [B] {instance: (old, new)}
+
+Dimension letters: B batch, P side of the patch, K classes.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from her2 import phantom, report_staining, run
+from her2.autoencoder import VQAutoencoder
+from her2.data_folder import NEW_TISSUE
+from her2.phantom_cells import hollow, site_cells
+from her2.phantom_microscope import cell_of, window
+from her2.polygons import paint
+from her2.run_errors import UserError
+from her2.run_seeds import numpy_generator
+from her2.stains import STAINS, deconvolve
+
+FRESH = 100_000         # number of the first fresh slide: no phantom folder has as many
+NOWHERE = -1e6          # where the cells of a nest go that is filled anew: no window sees them
+FAINTEST = 0.02         # DAB below which a factor would only blow up noise
+
+
+def with_classes(scene, wanted: dict, key: tuple):
+    """The scene with the nests `wanted` {index of the site: class id} filled anew in their new class.
+
+    Their outlines stay, and so does all else, to the bit: the table of cells only grows at its end, because
+    the coins of `phantom_microscope` are thrown by the number of a cell.
+    """
+    sites, cells, nuclei = list(scene.sites), [scene.cells.copy()], [scene.nuclei.copy()]
+    for k, class_id in sorted(wanted.items()):
+        rng = numpy_generator(*key, "site", k)
+        in_situ = class_id == phantom.IN_SITU_CLASS
+        # In situ tumor is stained like the tumor of its slide: it keeps the subtype of the nest it replaces.
+        subtype = sites[k].subtype if in_situ else phantom.SUBTYPE_CLASS.index(class_id)
+        sites[k] = replace(sites[k], kind="dcis" if in_situ else "tumor", subtype=subtype, holes=[],
+                           fill=(0.0, 0.0), debris=False)
+        hollow(sites[k], scene.style, rng)
+        for column in ("x", "nx"):
+            cells[0][column][scene.cell_site == k] = NOWHERE
+            nuclei[0][column][scene.nucleus_site == k] = NOWHERE
+        for table, part in zip((cells, nuclei), site_cells(sites[k], scene.style, rng)):
+            table.append(part)
+    return replace(scene, sites=sites, cells=np.concatenate(cells), nuclei=np.concatenate(nuclei))
+
+
+class Tissue:
+    """The scenes behind a phantom's folder. UserError where `dataset` is no phantom."""
+
+    def __init__(self, dataset):
+        path = dataset.root / "phantom.json"
+        if not path.exists():
+            raise UserError(f"{dataset.root}: is no phantom (no phantom.json), so nothing can render it "
+                            "again; use a folder made by her2.phantom, or another --method")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["recipe"] != phantom.RECIPE:
+            raise UserError(f"{path}: made by another version of the phantom; make it again")
+        self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
+        self.seed, self.kept = found["seed"], {}
+
+    def scene(self, slide: int, roi: int):
+        """(scene, polygons) of `phantom.scene_of`; the last few dozen are kept."""
+        if (slide, roi) not in self.kept:
+            if len(self.kept) > 64:
+                self.kept.clear()
+            self.kept[slide, roi] = phantom.scene_of(self.preset, self.seed, slide, roi)
+        return self.kept[slide, roi]
+
+
+class OraclePainter:
+    """paint(batch) by the phantom itself. `batch["sources"]` say which slide, ROI and position."""
+
+    multiple = 1
+
+    def __init__(self, dataset):
+        self.tissue = Tissue(dataset)
+
+    def paint(self, batch):
+        images = [self.render(source, instance.numpy(), mapping, seed) for source, instance, mapping, seed
+                  in zip(batch["sources"], batch["instance"], batch["mappings"], batch["seeds"])]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def render(self, source, instance, mapping, seed) -> np.ndarray:
+        """(P, P, 3) uint8 of one patch."""
+        slide, roi = map(int, re.findall(r"\d+", source["name"])[:2])           # images/slide03_roi0.png
+        scene, _ = self.tissue.scene(slide, roi)
+        um, wanted = self.tissue.preset.um_per_px, {}
+        for i, (_, new) in mapping.items():
+            # An annotated outline is drawn by a shaky hand: its nest is the one that owns most of its pixels.
+            y, x = np.nonzero(instance == i)
+            owners = scene.owner[cell_of((y + source["y"] + 0.5) * um), cell_of((x + source["x"] + 0.5) * um)]
+            owners = [k for k in owners if k >= 0 and scene.sites[k].kind in ("tumor", "dcis")]
+            if owners:
+                wanted[int(np.bincount(owners).argmax())] = new
+        scene = with_classes(scene, wanted, (seed,))
+        return window(scene, um, source["y"], source["x"], *instance.shape, numpy_generator(seed, "sensor"))
+
+
+class FreshSampler:
+    """Source patches of new slides: `source(seed, i)` in place of generate.py's `draw_patch`."""
+
+    def __init__(self, tissue: Tissue, sampler):
+        self.tissue, self.sampler = tissue, sampler
+
+    def source(self, seed: int, i: int) -> dict:
+        rng, side, patch = numpy_generator(seed, "fresh", i), self.tissue.preset.size, self.sampler.patch
+        scene, polygons = self.tissue.scene(FRESH + i, 0)
+        label, instance = paint([[ring] for _, ring in polygons], [k for k, _ in polygons], side, side)
+        present = [k for k in np.unique(label) if k]
+        y, x = rng.integers(side - patch + 1, size=2)                           # anywhere
+        if present and rng.random() >= self.sampler.uniform:                    # or around a subtype
+            inside = np.argwhere(label == rng.choice(present))
+            y, x = (inside[rng.integers(len(inside))] - patch // 2).clip(0, side - patch)
+        part = np.s_[y:y + patch, x:x + patch]
+        ids, numbered = np.unique(instance[part], return_inverse=True)
+        numbered = numbered.reshape(patch, patch) + (ids[0] > 0)                # from 1, 0 = background
+        return {"image": torch.zeros(3, patch, patch), "label": torch.from_numpy(label[part]).long(),
+                "instance": torch.from_numpy(numbered).int(), "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0",
+                "slide": f"new{FRESH + i}", "x": int(x), "y": int(y)}
+
+
+class RestainPainter:
+    """paint(batch) by colour deconvolution: rgb * 10 ** -((f - 1) dab STAINS[1]), f = wanted / measured."""
+
+    multiple = 1
+
+    def __init__(self, dataset, cache):
+        train = dataset.split("train")
+        found = report_staining.measure({"real": train}, dataset.classes, train, cache)["real"]
+        self.white = report_staining.median_white(train, dataset.classes, cache)
+        self.median = {k: float(np.median(values)) for k, values in found.items() if values}
+
+    def paint(self, batch):
+        rgb = ((batch["image"].permute(0, 2, 3, 1) + 1) * 127.5).numpy().astype(np.float64)     # (B, P, P, 3)
+        dab = deconvolve(rgb, self.white)[1].clip(min=0)                                        # (B, P, P)
+        for one, amount, instance, mapping in zip(rgb, dab, batch["instance"].numpy(), batch["mappings"]):
+            for i, (old, new) in mapping.items():
+                inside = instance == i
+                factor = self.median.get(new, 0.0) / max(amount[inside].mean(), FAINTEST)
+                if old != new:
+                    one[inside] *= 10 ** -((factor - 1) * amount[inside][:, None] * STAINS[1])
+        return torch.from_numpy(rgb.clip(0, 255)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class ReconstructPainter:
+    """paint(batch) by the autoencoder alone; the labels of the batch are the real ones."""
+
+    def __init__(self, content, config, device):
+        self.autoencoder = run.build_model(VQAutoencoder, content, config.model).to(
+            device, memory_format=torch.channels_last)
+        self.device, self.multiple = device, self.autoencoder.factor
+
+    def paint(self, batch):
+        image = batch["image"].to(self.device, memory_format=torch.channels_last)
+        return self.autoencoder.decode(self.autoencoder.encode(image)).float().clamp(-1, 1)

@@ -1,0 +1,129 @@
+"""The controls of the study: tissue that the phantom renders again, and instances that are restained."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+from her2 import phantom, study_controls
+from her2.data_folder import check_synthetic, load_dataset, load_synthetic
+from her2.phantom_microscope import render, window
+from her2.run_errors import UserError
+from her2.run_seeds import numpy_generator
+from her2.stains import STAINS, compose, deconvolve, white_point
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("controls")
+    phantom.make_phantom(root / "phantom", "tiny", seed=4, progress=False)
+    return root
+
+
+def make(folder, method, *flags):
+    """The synthetic folder of generate.py --method `method` with six images."""
+    out = folder / f"{method}{''.join(flags)}"
+    assert generate.main(["--method", method, "--data", str(folder / "phantom"), "--out", str(out), "--cache",
+                          str(folder / "cache"), "--count", "6", "--sampling", "subtype", *flags]) == 0
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    read = {kind: [np.array(Image.open(out / kind / f"{k:06d}.png")) for k in range(6)]
+            for kind in ("images", "masks", "instances")}
+    return out, lines, read
+
+
+def scene(seed=4, slide=1):
+    return phantom.scene_of(phantom.Preset(1.0, 256, 1, (8, 4, 4)), seed, slide, 0)[0]
+
+
+def test_filling_a_nest_anew_changes_nothing_outside_it():
+    """Outlines, background and slide stay to the bit; inside, the new staining shows."""
+    before = scene()
+    nests = [k for k, site in enumerate(before.sites) if site.kind == "tumor"]
+    k = max(nests, key=lambda k: before.sites[k].radius)
+    site = before.sites[k]
+    after = study_controls.with_classes(before, {k: 4}, (0,))
+    old, new = (render(one, 1.0, 256, (0,)).astype(int) for one in (before, after))
+    y, x = np.mgrid[:256, :256] + 0.5
+    distance = site.star.distance(x.reshape(-1), y.reshape(-1)).reshape(256, 256)
+    # Thin nuclei lie outside a nest along its outline, and go with it: up to 25 um where it has a corner.
+    changed = (old != new).any(axis=-1)
+    assert not changed[distance > 25].any() and (distance > 25).sum() > 20_000
+    assert changed[distance > 9].mean() < 0.01 and changed[distance < -3].mean() > 0.9
+    inside = distance < -3
+    dab = [deconvolve(one[inside], white_point(one))[1].mean() for one in (old, new)]
+    assert dab[1] > 0.4 > dab[0] - 0.1 * (site.subtype == 3)
+    assert before.sites[k].subtype == site.subtype and len(after.cells) > len(before.cells)   # a copy
+
+
+def test_staining_follows_the_class_asked_for():
+    before = scene(slide=3)
+    nests = [k for k, site in enumerate(before.sites) if site.kind == "tumor"]
+    densities = []
+    for class_id in phantom.SUBTYPE_CLASS:
+        after = study_controls.with_classes(before, dict.fromkeys(nests, class_id), (1,))
+        image = render(after, 1.0, 256, (1,))
+        owner = np.zeros((256, 256), bool)
+        y, x = np.mgrid[:256, :256] + 0.5
+        for k in nests:
+            owner |= before.sites[k].star.distance(x.reshape(-1), y.reshape(-1)).reshape(256, 256) < -3
+        densities.append(deconvolve(image[owner], white_point(image))[1].mean())
+    assert densities == sorted(densities) and densities[3] > 2 * densities[2] > 2 * densities[1] > 0
+
+
+def test_a_window_is_a_part_of_the_whole():
+    one = scene()
+    whole = render(one, 1.0, 256, (0,))
+    part = window(one, 1.0, 64, 100, 64, 64, numpy_generator(0, "sensor", 0, 0)).astype(int)
+    assert np.abs(part - whole[64:128, 100:164]).max() < 25        # only the sensor's noise differs
+    assert np.abs((part - whole[64:128, 100:164]).mean()) < 0.2
+
+
+def test_oracle_and_restain_have_the_labels_of_a_generator(folder):
+    """All methods of one seed paint the same relabelled patches: their images come in pairs."""
+    (_, first, oracle), (_, second, restain) = make(folder, "oracle"), make(folder, "restain")
+    same = [{key: line[key] for key in ("source_image", "x", "y", "instances")} for line in first]
+    assert same == [{key: line[key] for key in same[0]} for line in second]
+    assert all((a == b).all() for a, b in zip(oracle["masks"], restain["masks"]))
+    dataset = load_dataset(folder / "phantom")
+    check_synthetic(load_synthetic(folder / "oracle"), dataset)
+    for line, image, mask in zip(second, restain["images"], restain["masks"]):
+        source = np.array(Image.open(folder / "phantom" / line["source_image"]))
+        patch = source[line["y"]:line["y"] + 64, line["x"]:line["x"] + 64]
+        assert (image[mask == 0] == patch[mask == 0]).all()
+
+
+def test_restaining_reaches_the_median_of_the_new_subtype(folder):
+    painter = study_controls.RestainPainter(load_dataset(folder / "phantom"), folder / "cache")
+    assert painter.median[1] < painter.median[2] < painter.median[4]
+    flat = compose(np.full((8, 8), 0.2), np.full((8, 8), painter.median[2]), painter.white, STAINS)
+    batch = {"image": torch.from_numpy(flat).permute(2, 0, 1)[None].float() / 127.5 - 1,
+             "instance": torch.ones(1, 8, 8, dtype=torch.int32), "mappings": [{1: (2, 3)}]}
+    painted = ((painter.paint(batch) + 1) * 127.5)[0].permute(1, 2, 0).numpy()
+    haematoxylin, dab = deconvolve(painted, painter.white)
+    assert np.allclose(dab, painter.median[3], atol=1e-3) and np.allclose(haematoxylin, 0.2, atol=1e-3)
+
+
+def test_fresh_tissue_is_of_slides_that_no_folder_has(folder):
+    out, lines, read = make(folder, "fresh")
+    dataset = load_dataset(folder / "phantom")
+    check_synthetic(load_synthetic(out), dataset)
+    assert {line["source_slide"] for line in lines}.isdisjoint(dataset.slides())
+    assert any((mask > 0).any() for mask in read["masks"])
+    for mask, instance in zip(read["masks"], read["instances"]):
+        assert ((mask > 0) == (instance > 0)).all()
+    (folder / "phantom" / "phantom.json").rename(folder / "hidden.json")
+    try:
+        with pytest.raises(UserError, match="new tissue"):
+            check_synthetic(load_synthetic(out), load_dataset(folder / "phantom"))
+        with pytest.raises(UserError, match="is no phantom"):
+            make(folder, "oracle", "--seed", "3")
+    finally:
+        (folder / "hidden.json").rename(folder / "phantom" / "phantom.json")
+
+
+def test_a_control_without_a_network_takes_no_model(folder):
+    with pytest.raises(UserError, match="leave --model out"):
+        generate.main(["--method", "oracle", "--model", "runs/ldm", "--data", str(folder / "phantom")])
