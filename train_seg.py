@@ -103,7 +103,7 @@ def main(argv):
                            cache=config.cache, uniform=config.uniform)
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
-        check_synthetic(synthetic, dataset)         # no image made from a val or test slide
+        check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor

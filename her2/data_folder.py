@@ -131,12 +131,13 @@ def load_synthetic(folder) -> Dataset:
     return dataset
 
 
-def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
+def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> None:
     """UserError when an image of `synthetic` was made from a slide that is not a training slide of `real`.
 
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
+    `same_classes`: whether another class table is refused too.
     """
-    if synthetic.classes != real.classes:
+    if same_classes and synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
                         f"something else; make the images again: python generate.py --data {real.root}")
     path = synthetic.root / "manifest.jsonl"
