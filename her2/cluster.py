@@ -104,8 +104,8 @@ def merged(classes, text: str):
         ids = {classes.id_of(old) if classes.knows(old) else None for old in olds.split(",")}
         taken = classes.knows(new) and classes.id_of(new) not in ids
         if not new or taken or ids & target.keys() or ids - set(classes.tumor_ids):
-            raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD where no other class has the name "
-                            f"NEW, and OLD stands once, of {', '.join(map(repr, tumor))}")
+            raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD where no other class is "
+                            f"called NEW, and each OLD stands once, of {', '.join(map(repr, tumor))}")
         target |= dict.fromkeys(ids, new)
     groups = {}                                                 # {new name: old classes}, in their order
     for c in classes.classes:
@@ -162,7 +162,7 @@ def instance_sums(tile, strip: int = 512) -> np.ndarray:
 def log_joint(x, w, m, C) -> np.ndarray:
     """log w_k + log N(x; m_k, C_k), (n, K): x (n, D), weights (K,), means (K, D), covariances (K, D, D)."""
     away = x[:, None] - m                                                               # (n, K, D)
-    distance = np.einsum("nki,kij,nkj->nk", away, np.linalg.inv(C), away)
+    distance = (np.einsum("nki,kij->nkj", away, np.linalg.inv(C)) * away).sum(axis=2)
     return np.log(w) - (distance + np.linalg.slogdet(C)[1] + x.shape[1] * np.log(2 * np.pi)) / 2
 
 
@@ -176,11 +176,11 @@ def fit(x, K: int, rng):
             m = np.concatenate([m, x[[rng.choice(len(x), p=far / far.sum())]]])
         share = np.eye(K)[((x[:, None] - m) ** 2).sum(axis=2).argmin(axis=1)]           # (n, K)
         total, gain = -np.inf, np.inf
-        while gain > 1e-6 * len(x):
+        while gain > 1e-5 * len(x):
             size = share.sum(axis=0) + 1e-9                                             # maximisation
             m = share.T @ x / size[:, None]
             away = x[:, None] - m
-            C = np.einsum("nk,nki,nkj->kij", share, away, away) / size[:, None, None]
+            C = np.einsum("nki,nkj->kij", share[:, :, None] * away, away) / size[:, None, None]
             mixture = size / size.sum(), m, C + LEAST_VARIANCE * np.eye(x.shape[1])
             joint = log_joint(x, *mixture)                                              # expectation
             evidence = np.logaddexp.reduce(joint, axis=1)                               # (n,) log p(x)
