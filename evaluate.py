@@ -9,12 +9,16 @@ so that each figure, at any threshold, follows from counts; these are kept in th
 computed again while model, data and settings stay the same. Runs are grouped by configuration and seed.
 
     results.json    every figure of every run, also at the false-positive rate of the subtype-sampled baseline
+    results.csv     a row per run and split, and per run and ROI: the figures at threshold 0.5; the worst test
+                    ROIs of a run are drawn in its own folder, worst.png
     report.md       tables (mean and standard deviation over seeds, change against the baseline) and figures
-    fig2.png fig5.png fig6.png, and with --synthetic fig4.png report_staining.png
+    fig2.png fig5.png fig6.png, and with --synthetic fig4.png staining.png
 """
 
+import csv
 import glob
 import hashlib
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -25,9 +29,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, draw_charts, report, report_staining, run, run_training
+from her2 import draw, draw_charts, report, report_images, report_staining, run, run_training
 from her2 import run_config as configuration
-from her2.data_classes import ClassTable, parse_json, read_text
+from her2.data_classes import IGNORE, ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
@@ -43,6 +47,8 @@ class Config:
     out: str = "runs/report"        # folder of the report
     preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
     seed: int = 0                   # which examples Fig. 4 shows
+    judge: str = ""                 # run of train_seg.py on other tissue, which looks at --synthetic: do the
+                                    # images obey their masks, how far are they from real patches?
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     batch: int = 4                  # tiles at a time; changes nothing but speed and memory
@@ -51,12 +57,10 @@ class Config:
     cache: str = "cache"            # folder for the decoded images
 
 
-PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
+PRESETS = {"tiny": {}, "small": {}, "paper": dict(tile=1024, overlap=256)}
 # Fields of a run that are read here, and what they must be.
-TITLES = {**report.METHODS, **report.CONTROLS}       # how the methods of generate.py are called
 NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float)}
-COLORS = {report.REAL: draw.GREY, "GAN": draw.ORANGE, "diffusion": draw.BLUE,
-          "inpainting": draw.GREEN, **dict.fromkeys(report.CONTROLS.values(), draw.PURPLE)}
+WORST, CELL = 4, 320        # ROIs in worst.png, and pixels a side there
 
 
 def main(argv):
@@ -93,13 +97,20 @@ def main(argv):
         pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
-                   **{TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
+                   **{report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
         densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
         results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
+        if config.judge:
+            content = run.load_model(config.judge, "segmenter")
+            network = run.build_model(UNet, content, config.judge).to(device)
+            sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
+            results["images"] = report_images.measure(sets, dataset, network, device, config.seed,
+                                                      config.cache)
         pictures.append(("staining.png", "DAB optical density of single instances by the subtype asked for, "
                          "beside the real instances of the training slides."))
     run.write_json(out / "results.json", results)
+    atomic_write(out / "results.csv", table(runs))
     atomic_write(out / "report.md", report.page(results, str(dataset.root), notes, pictures))
 
     for note in notes:
@@ -142,6 +153,8 @@ def read_run(folder) -> report.Run:
     if not isinstance(fields, dict) or content.get("script") != "train_seg.py":
         found = content.get("script") if isinstance(content, dict) else "no known script"
         raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
+    if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
+        fields["ratio"] = float("inf")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
     if missing:
         raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; "
@@ -155,7 +168,7 @@ def synthetic_method(folder) -> str:
     content = run.read_json(Path(folder) / "config.json")
     fields = content.get("fields") if isinstance(content, dict) else None
     method = fields.get("method") if isinstance(fields, dict) else None
-    if method not in TITLES:
+    if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
     return method if fields.get("relabel", True) or method == "reconstruct" else f"{method}-same"
 
@@ -188,7 +201,7 @@ def fingerprint(dataset, cache) -> str:
 # ---- prediction --------------------------------------------------------------------------------------------
 
 def predict(one, dataset, config, device, precision) -> None:
-    """Fill one.val and one.test: {slide: ProbabilityHistogram} over the whole ROIs."""
+    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois."""
     content = run.load_model(one.folder, "segmenter")
     if content.get("step", 0) < one.fields["steps"]:
         raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "
@@ -197,20 +210,59 @@ def predict(one, dataset, config, device, precision) -> None:
         raise UserError(f"{one.folder}: was trained with another class table than that of {dataset.root}; "
                         "use the dataset that it was trained on")
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
-    jobs = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
-            for roi in dataset.split(split)]
+    jobs, worst = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
+                   for roi in dataset.split(split)], []
     for roi, found in tqdm(jobs, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
-        image = torch.from_numpy(image).permute(2, 0, 1)                            # (3, H, W)
         with precision.autocast():
-            prob = predict_roi(network, image, config.tile, config.overlap, config.batch, device)    # (H, W)
-        found.setdefault(roi.slide, ProbabilityHistogram(dataset.classes)).add(prob, label)
+            prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
+                               config.batch, device)                                # (H, W)
+        part = ProbabilityHistogram(dataset.classes).add(prob, label)
+        found[roi.slide] = part + found.get(roi.slide, 0)
+        one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
+        if roi.split == "test":
+            worst = sorted([*worst, (*errors(image, label, prob.numpy(), dataset.classes), roi.name)],
+                           key=lambda found: -found[0])[:WORST]
+    draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
+        [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
+        ["Image", "Annotated", "Errors"], cell=CELL, legend=[
+            *draw.class_legend(dataset.classes, True), ("missed", draw.BLUE), ("false", draw.VERMILION)]))
+
+
+def errors(image, label, prob, classes):
+    """(share of wrong pixels, [image, annotated outlines, errors]) of an ROI, thinned to CELL pixels."""
+    tumor, found, counts = np.isin(label, classes.tumor_ids), prob >= 0.5, label != IGNORE
+    share = ((tumor != found) & counts).sum() / max(1, counts.sum())
+    step = max(1, max(label.shape) // CELL)
+    image, label, tumor, found, counts = (a[::step, ::step] for a in (image, label, tumor, found, counts))
+    wrong = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    wrong[tumor & ~found], wrong[found & ~tumor & counts] = draw.BLUE, draw.VERMILION
+    return share, [image, draw.outline(image, label, classes), wrong]
+
+
+def table(runs) -> str:
+    """results.csv. What does not exist (the recall of an absent subtype) is an empty cell."""
+    rows = []
+    for one in runs:
+        whole = [{"split": split, **sum(parts.values()).report()}
+                 for split, parts in (("val", one.val), ("test", one.test))]
+        for found in whole + one.rois:
+            rows.append({"configuration": one.name, "seed": one.seed, "run": one.folder,
+                         **{key: found.get(key) for key in ("split", "slide", "roi")},
+                         "pixels": int(np.sum(found["confusion"])),
+                         **{key: found[key] for key, _ in report.MEASURES},
+                         **{f"recall {name}": value for name, value in found["recall"].items()}})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_metrics(one, key) -> None:
     """metrics.json: the figures on test, then what they were computed from; one line per entry."""
-    content = {"figures": sum(one.test.values()).report(), "key": key,
+    content = {"figures": sum(one.test.values()).report(), "key": key, "rois": one.rois,
                "val": {slide: part.to_json() for slide, part in one.val.items()},
                "test": {slide: part.to_json() for slide, part in one.test.items()}}
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
@@ -226,6 +278,7 @@ def read_metrics(one, key, dataset) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["key"] != key:
             return False
+        one.rois = content["rois"]
         one.val, one.test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes)
                               for slide, part in content[split].items()} for split in ("val", "test"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -245,7 +298,7 @@ def draw_results(out, results, dataset, config) -> list:
         panels.append((label, report.box_groups(results, key),
                        (mean[0], f"{report.BASELINE} {mean[0]:.{digits}f}") if mean else None))
     series = {name for _, boxes in panels[0][1] for name, _ in boxes}
-    colors = {name: color for name, color in COLORS.items() if name in series}
+    colors = {name: color for name, color in report.COLORS.items() if name in series}
     draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
 
     matrices = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *report.row_normalised(c))
@@ -277,7 +330,7 @@ def read_synthetic(folders, dataset) -> dict:
         lines = [parse_json(line, path, "make the images again with generate.py")
                  for line in read_text(path, "").splitlines() if line.strip()]
         found[method] = (synthetic, {line["image"]: line for line in lines})
-    return {method: found[method] for method in TITLES if method in found}
+    return {method: found[method] for method in report.TITLES if method in found}
 
 
 def source_of(entry) -> tuple:
@@ -300,6 +353,8 @@ def examples(synthetic, dataset, config) -> np.ndarray:
     by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
                  for method, (images, entries) in synthetic.items()}
     first = next(iter(by_source.values()))
+    # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
+    by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
     common = [source for source in first if all(source in rois for rois in by_source.values())]
     sources = sorted(common or first, key=lambda source: hashed_seed(config.seed, "fig4", repr(source)))[:100]
     labels = {source: content(first[source])[1] for source in sources}
@@ -330,7 +385,7 @@ def draw_staining(path, densities, classes) -> None:
     groups = [(classes.names[k], [(source, found[k]) for source, found in densities.items()])
               for k in classes.tumor_ids]
     draw.save_png(path, draw_charts.box_plots(
-        [("DAB optical density", groups, None)], {source: COLORS[source] for source in densities},
+        [("DAB optical density", groups, None)], {source: report.COLORS[source] for source in densities},
         note="dots: instances, box: quartiles and median, whiskers: minimum and maximum", with_mean=False,
         height=360))
 

@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -40,8 +41,9 @@ from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
 from her2.run_provenance import file_hash
 from her2.relabel import relabel, repaint_mask
-from her2.data_patches import PatchSampler
-from her2.samplers import ddim_timesteps, image_noise, sample
+from her2.data_patches import PatchSampler, to_tensors
+from her2.data_regions import open_roi
+from her2.samplers import image_noise, sample, spaced_timesteps
 from her2.run_seeds import generator, hashed_seed, numpy_generator
 from her2.spade import SPADEGenerator
 
@@ -69,8 +71,10 @@ class Config:
     relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
                                     # empty: all tumor classes of the training slides
     steps: int = 50                 # denoising steps S, 1 to T
-    sampler: Literal["ddim", "ddpm"] = "ddim"           # ddpm is the ancestral sampler (--eta has no effect)
-    spacing: Literal["trailing", "leading"] = "trailing"  # which timesteps to use; leading: the official
+    sampler: Literal["ddim", "ddpm", "dpm"] = "ddim"    # dpm: DPM-Solver++(2M), as good in far fewer steps;
+                                    # ddpm: ancestral, all T of them; --eta has an effect on ddim only
+    spacing: Literal["auto", "trailing", "leading", "log-snr"] = "auto"  # which timesteps to use: auto is
+                                    # log-snr for dpm, else trailing; leading is the official one
     eta: float = 1.0                # noise that DDIM adds back, 0 = deterministic
     guidance: float = 1.0           # classifier-free guidance; 1 = plain conditional sampling
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
@@ -78,6 +82,7 @@ class Config:
                                     # 0 keeps the background bit for bit
     erase: bool = False             # inpaint: fill the tumor with the local background before encoding, lest
                                     # the old staining leak through the encoder's receptive field
+    grain: bool = False             # give what a network painted the sensor noise of the source image
     cache: str = "cache"            # folder for the decoded images
 
 
@@ -85,7 +90,8 @@ KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct":
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
 # patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
-PRESETS = {"tiny": dict(steps=25), "small": dict(patch=128), "paper": dict(patch=512, batch=8)}
+PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(sampler="dpm", steps=15, grain=True),
+           "paper": dict(patch=512, batch=8)}
 
 
 def main(argv):
@@ -125,10 +131,19 @@ def main(argv):
     sources = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
                else lambda seed, i: draw_patch(sampler, seed, i))
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
-    count = config.count or round(config.ratio * sampler.num_patches)
+    count = config.count or round(min(config.ratio, 1001) * sampler.num_patches)
+    if config.ratio > 1000 and not config.count:
+        raise UserError(f"--ratio: found {config.ratio}; give a number of at most 1000")
     if count < 1:
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
+
+    @lru_cache(maxsize=None)
+    def level(name):                                # of the sensor's noise in a region, from its middle
+        tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, config.cache)
+        window = [(max(0, side // 2 - 512), min(side, 1024)) for side in (tile.height, tile.width)]
+        (y, height), (x, width) = window
+        return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
 
     folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
     manifest = Manifest(folder / "manifest.jsonl")
@@ -163,6 +178,9 @@ def main(argv):
                 "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
                 "mappings": [mapping for _, mapping in relabelled]})
         painted = painted.float().cpu()
+        if config.grain and content:
+            levels = torch.stack([level(one["name"]) for one in patches])               # (B,)
+            painted = inpainting.add_grain(painted, image, levels, seeds)
         for k, i in enumerate(ids):
             if i in missing:
                 name = f"{i:06d}.png"
@@ -213,7 +231,8 @@ class DiffusionPainter:
         if config.steps > self.schedule.T:
             raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, "
                             "give at most that")
-        if ddim_timesteps(self.schedule.T, config.steps, config.spacing)[-1] >= self.schedule.T:
+        visited = spaced_timesteps(self.schedule, config.steps, config.sampler, config.spacing)
+        if visited[-1] >= self.schedule.T:
             raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a "
                             f"timestep beyond the last of {self.schedule.T}; "
                             "give a number of steps that divides it, or trailing")

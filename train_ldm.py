@@ -14,49 +14,340 @@ Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees t
 
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
+
+The file begins with the two loops, each whole in itself. Below them: what they call, how their parts are
+made, the configurations, and `main`.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
-from her2 import draw, draw_axes, run, run_config as configuration, run_training
-from her2.autoencoder import VQ_F4, VQ_F8, VQAutoencoder, psnr
+from her2 import draw, draw_axes, run, run_config as configuration, run_log, run_training
+from her2.autoencoder import VQ_F2, VQ_F4, VQ_F8, VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, init_weights
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
-from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
+from her2.diffusion import Schedule, denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
 from her2.discriminator import PatchGAN
 from her2.run_errors import UserError, command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
-from her2.data_latents import pooled_latents
+from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
 from her2.phantom import default_phantom
-from her2.quantizer import count_codes, restart_dead_codes
-from her2.data_patches import PatchSampler, loader
+from her2.quantizer import CodeUsage
+from her2.data_patches import PatchSampler
 from her2.samplers import image_noise, sample
 from her2.run_seeds import generator
 
 
+def train_autoencoder(config, argv) -> int:
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
+    model, disc = build_autoencoder(config, device)
+    dataset, sampler = open_data(config)
+    perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
+    disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
+    scaler, disc_scaler = precision.scaler(), precision.scaler()
+
+    usage = CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)  # 1000 patches
+
+    saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
+             "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
+    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv,
+                                     dataset.files(), saved)
+    step = numbers["step"]
+    if step >= config.steps:
+        return 0
+    write_split(folder / "split.json", dataset)
+    fixed = run_training.to_device(sampler.batch(0, 8)["image"], device)                # (8, 3, H, W)
+    flat = float((fixed - fixed.mean((0, 2, 3), keepdim=True)).abs().mean())
+    parameters = sum(p.numel() for p in model.parameters())
+    log.begin(step, f"VQ autoencoder, {parameters:,} parameters, {device}, {precision}; "
+              f"painting every pixel in the mean colour has an L1 of {flat:.3f}")
+
+    def write_log():
+        log.record(step, **losses.read(), flat_colour_l1=flat, codes_used=usage.used,
+                   psnr=psnr(reconstruction.detach(), image).mean(), lr=optimizer.param_groups[0]["lr"],
+                   **speed.report())
+        if usage.used is not None and usage.used < 0.05 * config.codes and step > 2000 / config.batch:
+            log.say(f"warning: {usage.used} of {config.codes} codes in use at step {step}, the codebook is "
+                    "collapsing; try a lower --lr, a larger --beta or fewer --codes")
+
+    def save():
+        losses.read()
+        model.eval()
+        with torch.no_grad(), precision.autocast():
+            again = model(fixed)[0]
+        model.train()
+        draw.samples_png(folder, step, image=fixed, reconstruction=again)
+        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
+        run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
+                       classes=dataset.classes.to_json(), split=dataset.slides())
+        run.save_checkpoint(folder, saved, step=step)
+        speed.restart()
+
+    speed = run_training.Speed(device)
+    losses = run_training.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
+    for batch in run_training.steps("autoencoder", config, sampler, step, device):
+        # 1 data
+        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
+
+        # 2 through the bottleneck: every latent vector becomes the nearest of a few thousand codes. vq_loss
+        #   pulls codes and latents together; the bottleneck leaves a small, tame space to the diffusion.
+        with precision.autocast(), frozen(disc):    # here D only passes the gradient on
+            reconstruction, z, _, indices, vq_loss = model(image)   # (B, 3, H, W), (B, D, h, w), (B, h, w)
+            l1 = (reconstruction.float() - image).abs().mean()                          # ()
+            nll = l1
+            if config.lambda_edge:
+                nll = nll + config.lambda_edge * edge_l1(reconstruction.float(), image)
+            if perceptual is not None:
+                nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
+            loss, adversarial = nll + vq_loss, {}
+
+            # 3 look real: L1 alone blurs (the mean of all likely textures costs least). Late, since D would
+            #   drive the first rough reconstructions anywhere; weighted to pull as hard as L1 does.
+            if config.disc_weight and step >= config.disc_start:
+                g_loss = hinge_generator(disc(reconstruction))                          # ()
+                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer,
+                                                              scaler.get_scale())
+                loss, adversarial = loss + weight * g_loss, {"g_loss": g_loss, "disc_weight": weight}
+        for opt in (optimizer, disc_optimizer):
+            run_training.set_learning_rate(opt, config, step)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        norm = run_training.update(optimizer, scaler, config.clip)
+
+        # 4 the discriminator tells the image from its reconstruction, from the first step on: it should know
+        #   something by the time it is listened to.
+        if config.disc_weight:
+            with precision.autocast():
+                d_loss = sum(hinge_discriminator(disc(image), disc(reconstruction.detach()))) / 2   # ()
+            disc_optimizer.zero_grad(set_to_none=True)
+            disc_scaler.scale(d_loss).backward()
+            d_norm = run_training.update(disc_optimizer, disc_scaler, config.clip)
+            adversarial |= {"d_loss": d_loss, "d_grad_norm": d_norm}
+        losses.add(step, batch["names"], loss=loss, l1=l1, vq_loss=vq_loss, grad_norm=norm, **adversarial)
+        step += 1
+
+        # 5 wake dead codes: a code that no latent is nearest to gets no gradient, ever. It restarts at a
+        #   latent of this batch; in the second half of the training the codebook should stay.
+        usage.step(step, model.quantize, indices, z.detach(), generator(config.seed, "restart", step),
+                   optimizer)
+
+        # 6 report
+        speed.add(len(image))
+        if step % config.log_every == 0 or step == config.steps:
+            write_log()
+        if step % config.save_every == 0 or step == config.steps:
+            save()
+    print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
+    return 0
+
+
+def train_diffusion(config, argv) -> int:
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
+    content = run.load_model(config.autoencoder, "autoencoder")
+    autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
+    dataset, sampler = open_data(config)
+    run_training.refuse_leak(content, dataset, config.autoencoder)
+    schedule, denoiser = build_denoiser(config, autoencoder, len(dataset.classes), device)
+    ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
+    scaler = precision.scaler()
+
+    saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    folder, log, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
+                                     [*dataset.files(), run.model_file(config.autoencoder)], saved,
+                                     quarters=torch.zeros(2, 4, dtype=torch.double))
+    # Sum and number of the losses since the last log line, by quarter of t: low t is detail, high t layout.
+    step, quarters = numbers["step"], numbers["quarters"].to(device)                    # (2, 4)
+    if step >= config.steps:
+        return 0
+    write_split(folder / "split.json", dataset)
+
+    @torch.no_grad()
+    def encode(image):                  # (B, 3, H, W) -> (B, C, h, w), everywhere in the same precision
+        with precision.autocast():
+            return autoencoder.encode(run_training.to_device(image, device)).float()
+
+    if step == 0 and not config.init:
+        std = latent_std(sampler, encode, config.batch)
+        denoiser.set_latent_scale(std)
+        ema.module.set_latent_scale(std)
+    zero, fixed = loss_of_zero_output(config.loss), sampler.batch(0, 8)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    log.begin(step, f"denoiser, {parameters:,} parameters, {device}, {precision}; "
+              f"latent scale {float(denoiser.latent_scale):.3f}; "
+              f"a network that always outputs zero has a loss of {zero:.3f}")
+
+    def write_log():
+        sums, counts = quarters.tolist()
+        mean = sum(sums) / sum(counts)
+        log.record(step, **losses.read() | {"loss": mean}, zero_output=zero,
+                   **{f"loss_q{q + 1}": sums[q] / counts[q] if counts[q] else None for q in range(4)},
+                   lr=optimizer.param_groups[0]["lr"], **speed.report())
+        if mean > 0.95 * zero and step >= max(500, config.warmup):
+            log.say(f"warning: at step {step} the loss is still that of a network that outputs zero; "
+                    "try another --lr, or look at the autoencoder's samples")
+        quarters.zero_()
+
+    def save():
+        losses.read()
+        sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
+                       device)
+        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
+        run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
+                       schedule=schedule.config, autoencoder=content, classes=dataset.classes.to_json(),
+                       split=dataset.slides(), drop_label=config.drop_label)
+        run.save_checkpoint(folder, saved, step=step, quarters=quarters)
+        speed.restart()
+
+    speed, losses = run_training.Speed(device), run_training.Losses(folder, {"denoiser": denoiser}, scaler)
+    batches = pooled_latents(config, dataset, encode, step) if config.latent_pool else None
+    for batch in run_training.steps("diffusion", config, sampler, step, device, batches):
+        # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
+        z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])     # (B, C, h, w)
+        x0 = denoiser.scale(z)                                                          # (B, C, h, w)
+        onehot = run_training.one_hot(batch["label"], len(dataset.classes), device)     # (B, K, H, W)
+
+        # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low t,
+        #   layout at high t.
+        random = generator(config.seed, "noise", step)
+        t = draw_timesteps(len(x0), config.timesteps, config.t_spread, random).to(device)       # (B,)
+        eps = torch.randn(x0.shape, generator=random).to(device)                        # (B, C, h, w)
+        dropped = (torch.rand(len(x0), generator=random) < config.drop_label).to(device)        # (B,)
+        xt = schedule.q_sample(x0, t, eps)                                              # (B, C, h, w)
+
+        # 3 name the noise, seeing the label. Now and then the label is hidden: then sampling can compare
+        #   "with" and "without" and exaggerate the difference (guidance).
+        with precision.autocast():
+            code = denoiser.drop_label(denoiser.label_code(onehot), dropped)            # (B, C, h, w)
+            output = denoiser(xt, t, code)                                              # (B, C, h, w)
+        per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)    # (B,)
+        loss = per_image.mean()                                                         # ()
+
+        # 4 gradient
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+
+        # 5 update, and the average of the weights over the last steps: single steps jump with the t and eps
+        #   that were drawn, and what is sampled is the average.
+        run_training.set_learning_rate(optimizer, config, step)
+        norm = run_training.update(optimizer, scaler, config.clip)
+        ema.update(denoiser)
+        losses.add(step, batch["names"], loss=loss, grad_norm=norm)
+        step += 1
+
+        # 6 report
+        speed.add(len(x0))
+        quarters += torch.stack(quartile_sums(per_image, t, config.timesteps))          # (2, 4)
+        if step % config.log_every == 0 or step == config.steps:
+            write_log()
+        if step % config.save_every == 0 or step == config.steps:
+            save()
+    print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
+    return 0
+
+
+# ---- what the loops call -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision,
+                   device) -> None:
+    """samples/: eight fixed labels, their real patches, and images from fixed noise with the EMA weights."""
+    onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
+    side = config.patch // autoencoder.factor
+    noise = image_noise(range(len(onehot)), (denoiser.config["z_channels"], side, side), device)
+    with precision.autocast():
+        x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise,
+                    steps=min(config.sample_steps, config.timesteps))
+        image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
+    draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
+                     sampled=image)
+
+
+# ---- how their parts are made ------------------------------------------------------------------------------
+
+def open_data(config):
+    """Dataset and sampler of the training split. No stain jitter: a painter should learn the true colours."""
+    config.data = config.data or str(default_phantom(config.preset))
+    dataset = load_dataset(config.data, seed=config.split_seed)
+    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
+                                 cache=config.cache, uniform=config.uniform)
+
+
+def build_autoencoder(config, device):
+    """(autoencoder, discriminator) with their initial weights. UserError when the sizes do not fit."""
+    if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
+        raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
+    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
+    official = {2: VQ_F2, 4: VQ_F4, 8: VQ_F8}[config.factor]
+    model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
+                             "num_codes": config.codes, "beta": config.beta,
+                             "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
+    if config.init:
+        run_training.load_official(model, run.load_file(config.init), config.init)
+    disc = PatchGAN(3, config.disc_width, num_layers=2 if config.factor == 8 else 3)
+    init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
+    return [module.to(device, memory_format=torch.channels_last) for module in (model, disc)]
+
+
+def build_denoiser(config, autoencoder, num_classes, device):
+    """(noise schedule, denoiser with its initial weights). UserError when the sizes do not fit together."""
+    levels = tuple(int(m) for m in config.mult.split(","))
+    if config.width * levels[-1] % 8:
+        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 "
+                        "attention heads")
+    coarsest = autoencoder.factor * 2 ** (len(levels) - 1)
+    if config.patch % coarsest:
+        raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
+                        f"give a multiple of {coarsest}")
+    if config.zero_terminal_snr and config.parametrisation != "v":
+        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; "
+                        "add --parametrisation v, or --no-zero-terminal-snr")
+    if config.init and config.parametrisation != "eps":
+        raise UserError("--init: official weights name eps; "
+                        "add --parametrisation eps --no-zero-terminal-snr")
+    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
+    denoiser = LatentDenoiser(num_classes=num_classes, z_channels=autoencoder.config["z_channels"],
+                              model_channels=config.width, channel_mult=levels, num_res_blocks=config.blocks,
+                              stages=int(math.log2(autoencoder.factor)), groups=max(1, config.width // 4))
+    if config.init:
+        run_training.load_official(denoiser, run.load_file(config.init), config.init)
+    schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
+                        parametrisation=config.parametrisation)
+    return schedule.to(device), denoiser.to(device, memory_format=torch.channels_last)
+
+
+# ---- configuration -----------------------------------------------------------------------------------------
+
 @dataclass
 class Common:
+    # the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+
+    # patches
+    patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
+    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
+    uniform: float = 0.0            # share of patches from anywhere
+
+    # optimiser
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of each network's gradient
-    patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
-    uniform: float = 0.0            # share of patches from anywhere
+
+    # machine and reports: the result does not depend on them, but for the rounding
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     log_every: int = 25             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images
@@ -64,43 +355,55 @@ class Common:
 
 @dataclass
 class AutoencoderConfig(Common):
+    # the run
     out: str = "runs/vq"            # run folder; the same command again goes on where it stopped
     steps: int = 800                # optimiser steps
     batch: int = 8                  # patches per step
+    save_every: int = 125           # steps between two checkpoints, with sample pictures
+
+    # networks
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
-    factor: Literal[4, 8] = 4       # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
+    factor: Literal[2, 4, 8] = 4    # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level: 8, 16 or a multiple of 32; official: 128
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
+    disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
+
+    # losses
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
+    lambda_edge: float = 0.0        # weight of the L1 between differences of neighbouring pixels
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
     disc_start: int = 650           # step from which the discriminator's gradient enters; it trains from
                                     # step 0. Before L1 has flattened it ruins the reconstruction
     disc_weight: float = 0.1        # factor on the adaptive weight of the GAN loss; 0 trains no discriminator
-    disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
-    save_every: int = 125           # steps between two checkpoints, with sample pictures
 
 
 @dataclass
 class DiffusionConfig(Common):
+    # the run
     out: str = "runs/ldm"           # run folder; the same command again goes on where it stopped
     autoencoder: str = "runs/vq"    # run folder of stage 1
     steps: int = 900                # optimiser steps
     batch: int = 16                 # patches per step
+    save_every: int = 250           # steps between two checkpoints, with sample pictures
+    sample_steps: int = 50          # DDIM steps of the sample pictures
+    latent_pool: int = 0            # 0: new patches each step; N: N patches, encoded once in 8 orientations
+
+    # network
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint
     width: int = 32                 # channels of the finest level; 128 is the official one
     mult: Literal["1,4,8", "1,2,4"] = "1,2,4"           # width of each level, as multiples of --width
     blocks: int = 1                 # residual blocks per level; 2 is the official number
+    ema: float = 0.999              # decay of the moving average of the weights, which is what samples
+
+    # diffusion
     timesteps: int = 1000           # T, length of the noise schedule
     parametrisation: Literal["eps", "v"] = "v"          # what the network predicts
     zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise: white glass stays white
     loss: Literal["l1", "l2"] = "l2"  # distance between the target and the prediction
+    t_spread: float = 0.0           # how t is drawn: 0 uniform, else a logit-normal with this spread
     drop_label: float = 0.1         # probability of hiding the label, so that generate.py --guidance works
-    ema: float = 0.999              # decay of the moving average of the weights, which is what samples
-    latent_pool: int = 0            # 0: new patches each step; N: N patches, encoded once in 8 orientations
-    sample_steps: int = 50          # DDIM steps of the sample pictures
-    save_every: int = 250           # steps between two checkpoints, with sample pictures
 
 
 # The official objective is L1 on eps. After a few minutes of training it samples grey plates: at t near T an
@@ -111,15 +414,16 @@ class DiffusionConfig(Common):
 # autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
     "tiny": {},
-    "small": dict(steps=4000, width=32, codes=4096, warmup=200, disc_start=3000, save_every=250,
-                  log_every=50),
+    "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0, warmup=100,
+                  save_every=400, log_every=50),
     "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5,
                   schedule="constant", warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64,
                   save_every=5000, log_every=100, workers=8),
 }
 DIFFUSION_PRESETS = {
     "tiny": {},
-    "small": dict(steps=6000, patch=128, width=48, warmup=300, ema=0.999, save_every=1000, log_every=50),
+    "small": dict(steps=3000, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
+                  log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
                   zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant",
                   warmup=1000, ema=0.9999, save_every=10_000, log_every=100, workers=8),
@@ -144,307 +448,6 @@ def main(argv):
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
     train_autoencoder(configuration.build(AutoencoderConfig, AUTOENCODER_PRESETS, common), argv)
     return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common), argv)
-
-
-def open_data(config):
-    """Dataset and sampler of the training split. No stain jitter: a painter should learn the true colours."""
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
-                                 cache=config.cache, uniform=config.uniform)
-
-
-def train_autoencoder(config, argv) -> int:
-    if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
-        raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
-    dataset, sampler = open_data(config)
-
-    # ---- networks, optimisers ------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    official = VQ_F4 if config.factor == 4 else VQ_F8
-    model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
-                             "num_codes": config.codes, "beta": config.beta,
-                             "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
-    if config.init:
-        run_training.load_official(model, run.load_file(config.init), config.init)
-    disc = PatchGAN(3, config.disc_width, num_layers=3 if config.factor == 4 else 2)
-    init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
-    perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
-
-    folder = run.open_run("train_ldm.py --stage autoencoder", config, device, ["train_ldm.py", *argv],
-                          dataset.files())
-    model.to(device, memory_format=torch.channels_last)
-    disc.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
-    disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
-    scaler, disc_scaler = precision.scaler(), precision.scaler()
-    window = math.ceil(1000 / config.batch)         # codes are counted over 1000 patches, not over a batch
-    saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
-             "scaler": scaler, "disc_scaler": disc_scaler}
-    numbers = run.load_checkpoint(folder, saved, step=0, codes_used=None,
-                                  usage=torch.zeros(config.codes, dtype=torch.long))
-    step, codes_used, usage = numbers["step"], numbers["codes_used"], numbers["usage"].to(device)
-    if step >= config.steps:
-        print(f"{folder}: complete ({step} steps); nothing to do")
-        return 0
-    log = run.Log(folder, step)
-    write_split(folder / "split.json", dataset)
-
-    # ---- what is normal ------------------------------------------------------------------------------------
-    fixed = sampler.batch(0, 8)["image"].to(device, memory_format=torch.channels_last)
-    flat = float((fixed - fixed.mean((0, 2, 3), keepdim=True)).abs().mean())
-    if step == 0:
-        parameters = sum(p.numel() for p in model.parameters())
-        log.say(f"VQ autoencoder, {parameters:,} parameters, {device}, {precision}; "
-                f"painting every pixel in the mean colour has an L1 of {flat:.3f}")
-    else:
-        log.say(f"going on from step {step}")
-
-    # ---- the loop ------------------------------------------------------------------------------------------
-    clock, images = time.perf_counter(), 0
-    batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
-                     pin_memory=device.type == "cuda")
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="autoencoder", leave=False,
-                      disable=None):
-        image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
-        for opt in (optimizer, disc_optimizer):
-            run_training.set_learning_rate(opt, config.lr, step, config.warmup, config.steps, config.schedule)
-
-        # The autoencoder: reconstruct, commit to the codes, and (later) look real to the discriminator.
-        with precision.autocast(), frozen(disc):
-            reconstruction, z, _, indices, vq_loss = model(image)
-            l1 = (reconstruction.float() - image).abs().mean()
-            nll = l1
-            if perceptual is not None:
-                nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
-            loss, g_loss, weight = nll + vq_loss, None, None
-            if config.disc_weight and step >= config.disc_start:
-                g_loss = hinge_generator(disc(reconstruction))
-                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer,
-                                                              scaler.get_scale())
-                loss = loss + weight * g_loss
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = run_training.grad_norm(model.parameters(), config.clip)
-        losses = {"loss": loss, "l1": l1, "vq_loss": vq_loss}
-        losses |= {} if g_loss is None else {"g_loss": g_loss, "disc_weight": weight}
-
-        # The discriminator: tell the image from its reconstruction, from the first step on.
-        d_loss, d_norm = None, 0.0
-        if config.disc_weight:
-            with precision.autocast():
-                d_loss = sum(hinge_discriminator(disc(image), disc(reconstruction.detach()))) / 2
-            disc_optimizer.zero_grad(set_to_none=True)
-            disc_scaler.scale(d_loss).backward()
-            disc_scaler.unscale_(disc_optimizer)
-            d_norm = run_training.grad_norm(disc.parameters(), config.clip)
-            losses["d_loss"] = d_loss
-        run_training.stop_if_diverged(folder, step, losses, {"grad_norm": norm, "d_grad_norm": d_norm},
-                                  {"autoencoder": model, "discriminator": disc}, batch["names"], scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        if config.disc_weight:
-            disc_scaler.step(disc_optimizer)
-            disc_scaler.update()
-        step, images = step + 1, images + len(image)
-
-        # Codes unused over 1000 patches restart at latents of this batch, at first sooner: all begin near 0.
-        usage += count_codes(indices, config.codes)
-        counted, first = step % window == 0, step == window // 5
-        if counted:
-            codes_used = int((usage > 0).sum())
-            if codes_used < 0.05 * config.codes and step > window:
-                log.say(f"warning: {codes_used} of {config.codes} codes in use at step {step}, the codebook "
-                        "is collapsing; try a lower --lr, a larger --beta or fewer --codes")
-        if first or (counted and step <= config.steps // 2):    # later the codebook should stay
-            restart_dead_codes(model.quantize, usage, z.detach(), generator(config.seed, "restart", step),
-                               optimizer)
-        if first or counted:
-            usage.zero_()
-
-        if step % config.log_every == 0 or step == config.steps:
-            log.record(step, loss=loss, l1=l1, flat_colour_l1=flat, vq_loss=vq_loss, g_loss=g_loss,
-                       d_loss=d_loss, disc_weight=weight, psnr=psnr(reconstruction.detach(), image).mean(),
-                       codes_used=codes_used, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                       samples_per_s=images / (time.perf_counter() - clock),
-                       memory_mib=run_training.peak_memory(device))
-            clock, images = time.perf_counter(), 0
-        if step % config.save_every == 0 or step == config.steps:
-            model.eval()
-            with torch.no_grad(), precision.autocast():
-                again = model(fixed)[0]
-            model.train()
-            draw.samples_png(folder, step, image=fixed, reconstruction=again)
-            draw_axes.curves_png(folder / "curves.png", log.records(), [
-                draw_axes.Panel("reconstruction L1", {"L1": "l1"}, log_y=True,
-                            reference={"one flat colour": flat}),
-                draw_axes.Panel("PSNR of the batch (dB)", {"PSNR": "psnr"}),
-                draw_axes.Panel("adversarial", {"discriminator": "d_loss", "generator": "g_loss"}),
-                draw_axes.Panel("codes used over 1000 patches", {"codes": "codes_used"},
-                            reference={"codebook": config.codes})])
-            run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
-                           classes=dataset.classes.to_json(), split=dataset.slides())
-            run.save_checkpoint(folder, saved, step=step, codes_used=codes_used, usage=usage)
-            clock, images = time.perf_counter(), 0
-    print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
-    return 0
-
-
-def train_diffusion(config, argv) -> int:
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
-    content = run.load_model(config.autoencoder, "autoencoder")
-    autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
-    dataset, sampler = open_data(config)
-    run_training.refuse_leak(content, dataset, config.autoencoder)
-    levels = tuple(int(m) for m in config.mult.split(","))
-    if config.width * levels[-1] % 8:
-        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 "
-                        "attention heads")
-    coarsest = autoencoder.factor * 2 ** (len(levels) - 1)
-    if config.patch % coarsest:
-        raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
-                        f"give a multiple of {coarsest}")
-    if config.zero_terminal_snr and config.parametrisation != "v":
-        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; "
-                        "add --parametrisation v, or --no-zero-terminal-snr")
-
-    # ---- network, optimiser --------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    classes = dataset.classes
-    schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
-                        parametrisation=config.parametrisation)
-    denoiser = LatentDenoiser(num_classes=len(classes), z_channels=content["kwargs"]["z_channels"],
-                              model_channels=config.width, channel_mult=levels, num_res_blocks=config.blocks,
-                              stages=int(math.log2(autoencoder.factor)), groups=max(1, config.width // 4))
-
-    @torch.no_grad()
-    def encode(image):                              # the same precision for every use of the autoencoder
-        with precision.autocast():
-            return autoencoder.encode(image.to(device, memory_format=torch.channels_last)).float()
-
-    if config.init:
-        if config.parametrisation != "eps":
-            raise UserError("--init: official weights name eps; "
-                            "add --parametrisation eps --no-zero-terminal-snr")
-        run_training.load_official(denoiser, run.load_file(config.init), config.init)
-    inputs = [*dataset.files(), run.model_file(config.autoencoder)]
-    folder = run.open_run("train_ldm.py --stage diffusion", config, device, ["train_ldm.py", *argv], inputs)
-    denoiser.to(device, memory_format=torch.channels_last)
-    schedule.to(device)
-    ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
-    scaler = precision.scaler()
-    saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    # Loss per quarter of t since the last log line: low t is detail, high t is layout.
-    numbers = run.load_checkpoint(folder, saved, step=0, sums=torch.zeros(4), counts=torch.zeros(4))
-    step, sums, counts = numbers["step"], numbers["sums"], numbers["counts"]
-    if step >= config.steps:
-        print(f"{folder}: complete ({step} steps); nothing to do")
-        return 0
-    log = run.Log(folder, step)
-    write_split(folder / "split.json", dataset)
-    if step == 0 and not config.init:
-        # One scale for the whole data law, over many patches. The official code takes the first batch's and
-        # loses it on resuming; here it is a buffer, saved with the weights.
-        z = torch.cat([encode(sampler.batch(k, config.batch)["image"])
-                       for k in range(max(1, 256 // config.batch))])
-        denoiser.set_latent_scale(float(z.std()))
-        ema.module.set_latent_scale(float(z.std()))
-
-    # ---- data: new patches every step, or a pool of cached latents -----------------------------------------
-    if config.latent_pool:
-        batches = pooled_latents(config, dataset, encode, step)
-    else:
-        batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
-                         pin_memory=device.type == "cuda")
-
-    # ---- what is normal ------------------------------------------------------------------------------------
-    zero = loss_of_zero_output(config.loss)
-    fixed = sampler.batch(0, 8)
-    if step == 0:
-        parameters = sum(p.numel() for p in denoiser.parameters())
-        log.say(f"denoiser, {parameters:,} parameters, {device}, {precision}; "
-                f"latent scale {float(denoiser.latent_scale):.3f}; "
-                f"a network that always outputs zero has a loss of {zero:.3f}")
-    else:
-        log.say(f"going on from step {step}")
-
-    # ---- the loop ------------------------------------------------------------------------------------------
-    clock, images = time.perf_counter(), 0
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="diffusion", leave=False, disable=None):
-        z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])
-        x0 = denoiser.scale(z)                                                          # (B, C, h, w)
-        onehot = run_training.one_hot(batch["label"], len(classes), device)                  # (B, K, H, W)
-        random = generator(config.seed, "noise", step)
-        t = torch.randint(config.timesteps, (len(x0),), generator=random).to(device)
-        eps = torch.randn(x0.shape, generator=random).to(device)
-        dropped = (torch.rand(len(x0), generator=random) < config.drop_label).to(device)
-        xt = schedule.q_sample(x0, t, eps)
-        with precision.autocast():
-            code = denoiser.drop_label(denoiser.label_code(onehot), dropped)
-            output = denoiser(xt, t, code)                                              # (B, C, h, w)
-        per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)    # (B,)
-        loss = per_image.mean()
-        run_training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps,
-                                       config.schedule)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = run_training.grad_norm(denoiser.parameters(), config.clip)
-        run_training.stop_if_diverged(folder, step, {"loss": loss}, {"grad_norm": norm},
-                                      {"denoiser": denoiser}, batch["names"], scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        ema.update(denoiser)
-        step, images = step + 1, images + len(x0)
-        quarter_sums, quarter_counts = quartile_sums(per_image.detach(), t, config.timesteps)
-        sums, counts = sums + quarter_sums.cpu(), counts + quarter_counts.cpu()
-
-        if step % config.log_every == 0 or step == config.steps:
-            quarters = {f"loss_q{q + 1}": float(sums[q] / counts[q]) if counts[q] else None for q in range(4)}
-            mean = float(sums.sum() / counts.sum())
-            log.record(step, loss=mean, zero_output=zero, **quarters, grad_norm=norm,
-                       lr=optimizer.param_groups[0]["lr"],
-                       samples_per_s=images / (time.perf_counter() - clock),
-                       memory_mib=run_training.peak_memory(device))
-            if mean > 0.95 * zero and step >= max(500, config.warmup):
-                log.say(f"warning: at step {step} the loss is still that of a network that outputs zero; "
-                        "try another --lr, or look at the autoencoder's samples")
-            clock, images = time.perf_counter(), 0
-            sums, counts = torch.zeros(4), torch.zeros(4)
-        if step % config.save_every == 0 or step == config.steps:
-            sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
-                           device)
-            draw_axes.curves_png(folder / "curves.png", log.records(), [
-                draw_axes.Panel("loss", {"loss": "loss"}, reference={"zero output": zero}),
-                draw_axes.Panel("loss by quarter of t",
-                            {f"t in quarter {q}": f"loss_q{q}" for q in range(1, 5)})])
-            run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
-                           schedule=schedule.config, autoencoder=content, classes=classes.to_json(),
-                           split=dataset.slides(), drop_label=config.drop_label)
-            run.save_checkpoint(folder, saved, step=step, sums=sums, counts=counts)
-            clock, images = time.perf_counter(), 0
-    print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
-    return 0
-
-
-@torch.no_grad()
-def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision,
-                   device) -> None:
-    """samples/: eight fixed labels, their real patches, and images from fixed noise with the EMA weights."""
-    onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
-    side = config.patch // autoencoder.factor
-    noise = image_noise(range(len(onehot)), (denoiser.config["z_channels"], side, side), device)
-    with precision.autocast():
-        x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise,
-                    steps=min(config.sample_steps, config.timesteps))
-        image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
-    draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
-                        sampled=image)
 
 
 if __name__ == "__main__":

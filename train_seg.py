@@ -11,58 +11,206 @@ the class ids to background/tumor, and minimise
 
 with Adam. The number of optimiser steps is the same whatever the ratio is, so configurations are comparable.
 The subtypes are used for sampling and for the evaluation only: the network never sees them.
+
+The file begins with the loop (`train`). Below it: what the loop calls, how its parts are made, the
+configuration, and `main`.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from her2 import run_config as configuration
-from her2 import draw, draw_axes, run, run_training
+from her2 import draw, draw_axes, run, run_log, run_training
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
 from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
-from her2.data_patches import MixedSampler, PatchSampler, iterate_rois, loader
+from her2.data_patches import MixedSampler, PatchSampler, iterate_rois
 from her2.segmenter import UNet, encoder_weights, predict_roi
 
 
+def train(config, argv) -> int:
+    device = run_training.pick_device(config.device)
+    precision = run_training.Precision(device, config.amp)
+    dataset, sampler, inputs = open_data(config)
+    is_tumor = torch.zeros(256, dtype=torch.long)
+    is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
+    is_tumor[IGNORE] = IGNORE
+    network = build(config).to(device, memory_format=torch.channels_last)
+    ema = run_training.EMA(network, config.ema)     # what is evaluated: a single step's weights scatter more
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
+    scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
+
+    saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    folder, log, numbers = run_log.begin("train_seg.py", config, device, argv, inputs, saved)
+    step = numbers["step"]
+    if step >= config.steps:
+        return 0
+    write_split(folder / "split.json", dataset)
+    fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
+    nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice,
+                                       dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
+    parameters = sum(p.numel() for p in network.parameters())
+    log.begin(step, f"U-Net, {parameters:,} parameters, {device}, {precision}; "
+              f"{sampler.num_patches} patches tile the training ROIs once; "
+              f"a network that predicts the same everywhere has a loss of {nothing:.3f}")
+
+    def write_log():
+        log.record(step, **losses.read(), predicts_nothing=nothing, lr=optimizer.param_groups[0]["lr"],
+                   **speed.report())
+
+    def save():
+        losses.read()
+        val = validate(ema.module, dataset, config, precision, device)
+        log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
+            f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
+        sample_picture(folder, step, ema.module, fixed, dataset.classes, precision, device)
+        records = log.records()
+        draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
+        if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
+            log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
+                    "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
+        run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
+                       classes=dataset.classes.to_json(), split=dataset.slides())
+        run.save_checkpoint(folder, saved, step=step)
+        speed.restart()
+
+    network.train()
+    speed, losses = run_training.Speed(device), run_training.Losses(folder, {"network": network}, scaler)
+    for batch in run_training.steps("segmentation", config, sampler, step, device):
+        # 1 data: patches around tumor pixels. The network is asked one question, tumor or not; were it to
+        #   name the subtype too, it could not be compared with the paper's.
+        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
+        target = is_tumor[batch["label"]].to(device, non_blocking=True)                 # (B, H, W)
+
+        # 2 predict and compare: Dice looks at the overlap, so that much background does not drown little
+        #   tumor; cross-entropy gives every pixel a gradient, also where Dice is flat.
+        with precision.autocast():
+            logits = network(image)                                                     # (B, 2, H, W)
+            loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
+                                             1 - config.dice_weight)                    # ()
+
+        # 3 gradient
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+
+        # 4 update: a small rate at first, while Adam's averages are those of few steps; and one strange batch
+        #   may not throw the weights away, so the gradient's length is limited.
+        run_training.set_learning_rate(optimizer, config, step)
+        norm = run_training.update(optimizer, scaler, config.clip)
+        ema.update(network)
+        losses.add(step, batch["names"], loss=loss, dice_loss=parts["dice"], cross_entropy=parts["ce"],
+                   grad_norm=norm)
+        step += 1
+
+        # 5 report
+        speed.add(len(image))
+        if step % config.log_every == 0 or step == config.steps:
+            write_log()
+        if step % config.save_every == 0 or step == config.steps:
+            save()
+    print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
+    return 0
+
+
+# ---- what the loop calls -----------------------------------------------------------------------------------
+
+def validate(network, dataset, config, precision, device) -> dict:
+    """Metrics on the whole ROIs of the validation slides at threshold 0.5; training chooses nothing by it."""
+    histogram = ProbabilityHistogram(dataset.classes)
+    for _, image, label, _ in iterate_rois(dataset, "val", cache=config.cache):
+        with precision.autocast():
+            prob = predict_roi(network, image[0], tile=max(256, config.patch), overlap=64, device=device)
+        histogram.add(prob, label[0])
+    return histogram.report()
+
+
+@torch.no_grad()
+def sample_picture(folder, step, network, fixed, classes, precision, device) -> None:
+    """samples/: eight fixed patches with their label and the predicted tumor probability."""
+    image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
+    with precision.autocast():
+        prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
+    draw.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8],
+                     probability=prob)
+
+
+# ---- how its parts are made --------------------------------------------------------------------------------
+
+def open_data(config):
+    """(dataset, sampler of its training patches, files that the result depends on)"""
+    config.data = config.data or str(default_phantom(config.preset))
+    dataset = load_dataset(config.data, seed=config.split_seed)
+    inputs = dataset.files()
+    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
+                           cache=config.cache, uniform=config.uniform)
+    if config.synthetic:
+        synthetic = load_synthetic(config.synthetic)
+        check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
+        sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
+        inputs += synthetic.files()
+    return dataset, sampler, inputs
+
+
+def build(config):
+    """The network with its initial weights."""
+    torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
+    network = UNet(num_classes=2, width=config.width)
+    initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
+    if initial:
+        run_training.load_official(network, run.load_file(initial), initial)
+    return network
+
+
+# ---- configuration -----------------------------------------------------------------------------------------
+
 @dataclass
 class Config:
+    # the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = "runs/seg"           # run folder; the same command again goes on where it stopped
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
+
+    # patches
+    patch: int = 64                 # side of a patch in pixels, divisible by 32
+    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
+                                    # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
+    synthetic: str = ""             # folder made by generate.py; empty: real patches only
+    ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic;
+                                    # inf: synthetic images alone
+    uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
+    jitter: float = 1.0             # strength of the stain augmentation, 0 = off
+
+    # network
+    width: int = 16                 # channels of the first encoder stage; 64 is the real ResNet-34
+    encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
+    init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
+                                    # smp's Unet-ResNet-34
+
+    # loss
+    dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
+    dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
+
+    # optimiser
     steps: int = 240                # optimiser steps
     batch: int = 16                 # patches per step
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 30                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of the gradient
-    patch: int = 64                 # side of a patch in pixels, divisible by 32
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
-                                    # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
-    synthetic: str = ""             # folder made by generate.py; empty: real patches only
-    ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic
-    uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
-    name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
-    encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
-    init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
-                                    # smp's Unet-ResNet-34
-    width: int = 16                 # channels of the first encoder stage; 64 is the real ResNet-34
-    dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
-    dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
-    jitter: float = 1.0             # strength of the stain augmentation, 0 = off
     ema: float = 0.99               # decay of the moving average of the weights, which is what is evaluated;
                                     # 0: the weights of the last step
+
+    # machine and reports: the result does not depend on them, but for the rounding
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
     workers: int = 0                # processes that read patches ahead
@@ -73,7 +221,7 @@ class Config:
 # steps; from random weights they learn nothing in the steps of `tiny` and `small`, whose rates are measured.
 PRESETS = {
     "tiny": {},
-    "small": dict(steps=1000, patch=128, warmup=100, save_every=500, log_every=50),
+    "small": dict(steps=2400, warmup=100, save_every=1200, log_every=50),
     "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000,
                   save_every=2000, log_every=100, encoder_weights="imagenet", workers=8),
 }
@@ -93,129 +241,7 @@ def main(argv):
     if config.synthetic and not config.ratio:
         raise UserError("--ratio: 0 uses none of the images in --synthetic; "
                         "give a number greater than 0, or leave --synthetic out")
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
-
-    # ---- data ----------------------------------------------------------------------------------------------
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
-                           cache=config.cache, uniform=config.uniform)
-    if config.synthetic:
-        synthetic = load_synthetic(config.synthetic)
-        check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
-        sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
-    is_tumor = torch.zeros(256, dtype=torch.long)
-    is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
-    is_tumor[IGNORE] = IGNORE
-
-    # ---- network, optimiser --------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
-    network = UNet(num_classes=2, width=config.width)
-    initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
-    if initial:
-        run_training.load_official(network, run.load_file(initial), initial)
-
-    inputs = dataset.files() + (synthetic.files() if config.synthetic else [])
-    folder = run.open_run("train_seg.py", config, device, ["train_seg.py", *argv], inputs)
-    network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
-    ema = run_training.EMA(network, config.ema)     # what is evaluated: a single step's weights scatter more
-    scaler = precision.scaler()
-    saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    step = run.load_checkpoint(folder, saved, step=0)["step"]
-    if step >= config.steps:
-        print(f"{folder}: complete ({step} steps); nothing to do")
-        return 0
-    log = run.Log(folder, step)
-    write_split(folder / "split.json", dataset)
-
-    # ---- what is normal ------------------------------------------------------------------------------------
-    fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
-    nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice,
-                                       dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
-    if step == 0:
-        parameters = sum(p.numel() for p in network.parameters())
-        log.say(f"U-Net, {parameters:,} parameters, {device}, {precision}; "
-                f"{sampler.num_patches} patches tile the training ROIs once; "
-                f"a network that predicts the same everywhere has a loss of {nothing:.3f}")
-    else:
-        log.say(f"going on from step {step}")
-
-    # ---- the loop ------------------------------------------------------------------------------------------
-    clock, images = time.perf_counter(), 0
-    network.train()
-    batches = loader(sampler, step, config.steps, config.batch, workers=config.workers,
-                     pin_memory=device.type == "cuda")
-    for batch in tqdm(batches, initial=step, total=config.steps, desc="segmentation", leave=False,
-                      disable=None):
-        image = batch["image"].to(device, memory_format=torch.channels_last, non_blocking=True)
-        target = is_tumor[batch["label"]].to(device, non_blocking=True)
-
-        with precision.autocast():
-            logits = network(image)                                                     # (B, 2, H, W)
-            loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
-                                             1 - config.dice_weight)
-
-        run_training.set_learning_rate(optimizer, config.lr, step, config.warmup, config.steps,
-                                       config.schedule)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = run_training.grad_norm(network.parameters(), config.clip)
-        run_training.stop_if_diverged(folder, step,
-                                  {"loss": loss, "dice": parts["dice"], "cross_entropy": parts["ce"]},
-                                  {"grad_norm": norm}, {"network": network}, batch["names"], scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        ema.update(network)
-        step, images = step + 1, images + len(image)
-
-        if step % config.log_every == 0 or step == config.steps:
-            seconds = time.perf_counter() - clock
-            log.record(step, loss=loss, predicts_nothing=nothing, dice_loss=parts["dice"],
-                       cross_entropy=parts["ce"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                       samples_per_s=images / seconds, memory_mib=run_training.peak_memory(device))
-            clock, images = time.perf_counter(), 0
-        if step % config.save_every == 0 or step == config.steps:
-            val = validate(ema.module, dataset, config, precision, device)
-            log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
-                f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-            sample_picture(folder, step, ema.module, fixed, dataset.classes, precision, device)
-            records = log.records()
-            draw_axes.curves_png(folder / "curves.png", records, [
-                draw_axes.Panel("loss", {"loss": "loss"}, reference={"predicts nothing": nothing}),
-                draw_axes.Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
-                draw_axes.Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)])
-            if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
-                log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
-                        "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
-            run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
-                           classes=dataset.classes.to_json(), split=dataset.slides())
-            run.save_checkpoint(folder, saved, step=step)
-            clock, images = time.perf_counter(), 0
-    print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
-    return 0
-
-
-def validate(network, dataset, config, precision, device) -> dict:
-    """Metrics on the whole ROIs of the validation slides at threshold 0.5; training chooses nothing by it."""
-    histogram = ProbabilityHistogram(dataset.classes)
-    for _, image, label, _ in iterate_rois(dataset, "val", cache=config.cache):
-        with precision.autocast():
-            prob = predict_roi(network, image[0], tile=max(256, config.patch), overlap=64, device=device)
-        histogram.add(prob, label[0])
-    return histogram.report()
-
-
-@torch.no_grad()
-def sample_picture(folder, step, network, fixed, classes, precision, device) -> None:
-    """samples/: eight fixed patches with their label and the predicted tumor probability."""
-    image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
-    with precision.autocast():
-        prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
-    draw.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8],
-                        probability=prob)
+    return train(config, argv)
 
 
 if __name__ == "__main__":

@@ -1,65 +1,86 @@
 """Check a dataset folder, or write the table of one that has none yet.
 
     python -m her2.data DIR            every problem with its file and remedy, or, if there is none, the
-                                       dataset as a table and a picture (the paper's Fig. 2)
+                                       dataset as a table, a picture (the paper's Fig. 2), and sheets of all
+                                       regions with their outlines: look at these
     python -m her2.data DIR --index    write slides.csv for images/ with masks/ or annotations/
+    python -m her2.data DIR --draft-classes    write classes.json with all class names and a guess at each
+    python -m her2.data DIR --prune-cache      remove what the cache holds of images that are gone or changed
 
 The check decodes every image and label as training does, so what passes here is usable there. It writes
 nothing into the dataset. Exit status 0 = usable, 2 = not, with one line per problem on stderr.
 """
 
-import csv
-import io
-import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from her2.draw_charts import distribution
 from her2.run_config import Parser
-from her2.data_classes import IGNORE
-from her2.data_folder import Dataset, empty_splits, inspect_dataset
-from her2.run_errors import UserError, atomic_write, command, one_line
+from her2.data_folder import Dataset, empty_splits, inspect_dataset, load_dataset
+from her2.run_errors import UserError, command, one_line
 from her2.draw import save_png
-from her2.data_images import ENDINGS
-from her2.data_regions import read_polygons, read_roi
+from her2.data_index import SLIDE_PATTERN, draft_classes, index
+from her2.data_regions import in_threads, tile_path
 from her2.data_slides import SPLITS
+from her2.data_tiles import prune_tiles
+from her2.data_survey import Survey, doubts, survey
+from her2.draw_overlay import COLUMNS, ROWS, sheet
 
-# The first match in the file name is the slide. Too coarse by default rather than too fine: two slides taken
-# for one cost a little data, one slide taken for two leaks from training into the test.
-SLIDE_PATTERN = "[^_]+"
+PAGE = COLUMNS * ROWS     # regions on an overlay sheet
 
 
-def measure(dataset: Dataset, problems: list, notes: list):
-    """(pixels, instances), each {split: (K,) counts per class}; appends to `problems` and `notes`."""
-    count = len(dataset.classes)
-    pixels = {split: np.zeros(count, np.int64) for split in (*SPLITS, "")}  # "": not decided, after a problem
-    instances = {split: np.zeros(count, np.int64) for split in pixels}
-    skipped = Counter()
-    ignored = 0
-    for roi in tqdm(dataset.rois, desc="checking", unit="ROI", disable=None, leave=False):
+def survey_all(dataset: Dataset, problems: list, notes: list) -> list[Survey]:
+    """All regions that can be read; appends to `problems` and `notes`."""
+    def one_or_error(roi):
         try:
-            _, label, instance = read_roi(roi, dataset.classes)
-            skipped += read_polygons(roi, dataset.classes)[2]
+            return survey(roi, dataset.classes)
         except UserError as error:
-            problems.append(str(error))
-            continue
-        pixels[roi.split] += np.bincount(label.reshape(-1), minlength=count)[:count]
-        ignored += (label == IGNORE).sum()
-        class_of = np.zeros(instance.max() + 1, np.uint8)                              # (largest id + 1,)
-        class_of[instance] = label
-        ids = np.flatnonzero(np.bincount(instance.reshape(-1)))
-        instances[roi.split] += np.bincount(class_of[ids[ids > 0]], minlength=count)[:count]
+            return error
+
+    found = in_threads(one_or_error, dataset.rois, desc="checking", leave=False)
+    problems += [str(one) for one in found if isinstance(one, UserError)]
+    found = [one for one in found if not isinstance(one, UserError)]
+    ignored = sum(one.ignored for one in found)
     if ignored:
-        whole = sum(roi.height * roi.width for roi in dataset.rois)
+        whole = sum(one.roi.height * one.roi.width for one in found)
         notes.append(f"{ignored / whole:.1%} of all pixels are to be ignored: they neither train nor count")
+    skipped = sum((one.left_out for one in found), Counter())
     if skipped:
-        notes.append("annotations left out: "
-                     + ", ".join(f"{count} {kind}" for kind, count in skipped.most_common()))
-    return pixels, instances
+        notes.append(f"annotations left out: {listed(skipped)}")
+    return found
+
+
+def listed(counts: Counter) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def per_split(dataset: Dataset, found: list[Survey], what: str) -> dict:
+    """{split: (K,) sum over its regions} of `what`, "pixels" or "instances"."""
+    zero = np.zeros(len(dataset.classes), np.int64)
+    return {split: sum((getattr(one, what) for one in found if one.roi.split == split), zero)
+            for split in SPLITS}
+
+
+def sheets(dataset: Dataset, found: list[Survey], out: Path) -> list[Path]:
+    """Write the overlay sheets beside the picture `out`; returns their paths."""
+    cells, names = [], dataset.classes.names
+    for one in found:
+        majority = one.majority(dataset.classes)
+        most = f"{majority[1]:.0%} of the tumor is {names[majority[0]]}" if majority else "no tumor"
+        texts = [f"slide {one.roi.slide}, score {one.roi.score or 'none'}; {most}", one.roi.name]
+        if one.left_out:
+            texts.append(f"left out: {listed(one.left_out)}")
+        cells.append((one.picture, texts, dataset.classes.colors[majority[0]] if majority else None))
+    paths = []
+    for first in range(0, len(cells), PAGE):
+        page = cells[first:first + PAGE]
+        title = f"{dataset.root.resolve().name}: regions {first + 1} to {first + len(page)} of {len(cells)}"
+        paths.append(out.with_name(f"{out.stem}_overlay{first // PAGE + 1:03d}.png"))
+        save_png(paths[-1], sheet(page, dataset.classes, title))
+    return paths
 
 
 def table(dataset: Dataset, pixels: dict, instances: dict, um_per_px=None) -> str:
@@ -93,11 +114,13 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     if not problems:
         problems += empty_splits(dataset, ("train",) if synthetic else SPLITS)
     notes = list(dataset.notes)
-    pixels, instances = measure(dataset, problems, notes)
+    found = survey_all(dataset, problems, notes)
+    pixels, instances = (per_split(dataset, found, what) for what in ("pixels", "instances"))
     tumor = dataset.classes.tumor_ids
     bare = [split for split in SPLITS if dataset.split(split) and not pixels[split][tumor].any()]
     if "train" in bare and not problems:
-        problems.append(f"{dataset.root}: no tumor pixel in the split 'train'; annotate its images, or "
+        why = f" ({'; '.join(notes)})" if any(one.left_out or one.ignored for one in found) else ""
+        problems.append(f"{dataset.root}: no tumor pixel in the split 'train'{why}; annotate its images, or "
                         "change the split")
     for problem in problems:
         print(f"error: {one_line(problem)}", file=sys.stderr)
@@ -108,6 +131,7 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     notes += [f"no {', '.join(names)} in the split {split!r}: nothing is "
               f"{'learned' if split == 'train' else 'measured'} about it there"
               for split, names in absent.items() if names]
+    notes += doubts(found, dataset.classes)
     print(table(dataset, pixels, instances, um_per_px))
     for note in notes:
         print(f"note: {note}")
@@ -115,78 +139,18 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     shown = [split for split in SPLITS if dataset.split(split) and split not in bare]
     save_png(out, distribution({split: pixels[split] for split in shown}, dataset.classes,
                                {split: instances[split] for split in shown}))
-    print(f"usable. Picture: {out}")
+    pages = sheets(dataset, found, out)
+    print(f"usable. Pictures: {out}, and to check the outlines {pages[0]}"
+          + (f" to {pages[-1].name}" if len(pages) > 1 else ""))
     return 0
 
 
-def files_by_stem(folder, endings=None) -> dict:
-    """{stem: [files]} of one folder, {} if there is none; hidden files and other endings are left out."""
-    found = defaultdict(list)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        kept = endings is None or path.suffix.lower() in endings
-        if kept and path.is_file() and not path.name.startswith("."):
-            found[path.stem].append(path)
-    return dict(found)
-
-
-def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
-    """Write slides.csv for the folder `root`: images paired with masks or annotations of the same stem."""
-    root = Path(root)
-    table_path = root / "slides.csv"
-    try:
-        pattern = re.compile(slide_pattern)
-    except re.error as error:
-        raise UserError(f"--slide-pattern {slide_pattern!r}: not a regular expression ({error}); quote it, "
-                        "and escape special characters with a backslash") from error
-    if table_path.exists():
-        raise UserError(f"{table_path}: exists already and is never overwritten; remove or rename it first")
-    images = files_by_stem(root / "images", ENDINGS)
-    if not images:
-        raise UserError(f"{root / 'images'}: no {', '.join(ENDINGS)} file there; put the images into this "
-                        "folder")
-    partners = {"annotations": files_by_stem(root / "annotations"),
-                "mask": files_by_stem(root / "masks", {".png"}),
-                "instances": files_by_stem(root / "instances", ENDINGS)}
-    problems, rows = [], []
-    for stem, paths in images.items():
-        row = {"image": paths, **{column: found[stem] for column, found in partners.items() if stem in found}}
-        twice = [path.name for paths in row.values() if len(paths) > 1 for path in paths]
-        if twice:
-            problems.append(f"{root}: {' and '.join(twice)} have the same stem; keep one of them")
-        elif "annotations" in row and "mask" in row:
-            problems.append(f"{root}: {stem} has a mask and annotations; keep one of them")
-        elif "annotations" in row or "mask" in row:
-            match = pattern.search(stem)
-            slide = (match.group(1) if pattern.groups else match.group()) if match else None
-            if not slide:
-                problems.append(f"{root}: --slide-pattern {slide_pattern!r} finds no slide in {stem!r}; "
-                                "change it")
-            row = {column: found[0].relative_to(root).as_posix() for column, found in row.items()}
-            rows.append({**row, "slide": slide})
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        return 2
-    if not rows:
-        raise UserError(f"{root}: no image has a partner of the same stem in masks/ or annotations/; rename "
-                        "the files")
-    lonely = [path for stem, paths in images.items() for path in paths
-              if stem not in partners["mask"] and stem not in partners["annotations"]]
-    lonely += [path for found in partners.values() for stem, paths in found.items() if stem not in images
-               for path in paths]
-    columns = [column for column in ("image", *partners, "slide") if any(column in row for row in rows)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(table_path, text.getvalue())
-    slides = sorted({row["slide"] for row in rows})
-    for path in lonely:
-        print(f"no partner: {path}")
-    print(f"{table_path}: {len(rows)} images of {len(slides)} slides ({', '.join(slides[:6])}"
-          f"{', ...' if len(slides) > 6 else ''}), {len(lonely)} files without a partner left out")
-    print("Are these the slides? The split rests on them; if not, remove the file and give --slide-pattern. "
-          f"Columns that can be added: score, split, x, y, downsample. Next: python -m her2.data {root}")
+def prune_cache(root, cache) -> int:
+    dataset = load_dataset(root, require=())
+    current = {tile_path(roi, dataset.classes, cache) for roi in dataset.rois}
+    images = {roi.image.resolve() for roi in dataset.rois}
+    removed, size, kept = prune_tiles(cache, current, images, dataset.root.resolve())
+    print(f"{cache}: {removed} files removed ({size / 1e6:.1f} MB), {kept} kept")
     return 0
 
 
@@ -202,11 +166,19 @@ def main(argv=None) -> int:
     parser.add_argument("--slide-pattern", metavar="REGEX", default=SLIDE_PATTERN, help="with --index: its "
                         "first match (or its first group) in the file name without ending is the slide "
                         "[%(default)s]")
+    parser.add_argument("--draft-classes", action="store_true", help="write a draft of classes.json instead")
+    parser.add_argument("--prune-cache", action="store_true", help="remove decoded regions whose image is "
+                        "gone or changed")
+    parser.add_argument("--cache", default="cache", help="with --prune-cache: its folder [%(default)s]")
     args = parser.parse_args(argv)
     if args.um_per_px is not None and not 0 < args.um_per_px < 1000:
         raise UserError(f"--um-per-px: found {args.um_per_px}; give micrometres per pixel, such as 0.242")
     if args.index:
         return index(args.folder, args.slide_pattern)
+    if args.prune_cache:
+        return prune_cache(args.folder, args.cache)
+    if args.draft_classes:
+        return draft_classes(args.folder)
     return check(args.folder, args.seed, args.out, args.um_per_px)
 
 

@@ -1,6 +1,6 @@
 """Annotations of one image: any of the five formats -> polygons in image pixels with class ids.
 
-    read_annotations     file -> polygons in the file's coordinates, and a count of what was skipped
+    read_file            file -> `Found`: polygons in the file's coordinates, and what was left out
     transform_polygons   p_image = (p - (x, y)) / downsample, for crops that kept the slide's annotations
     place_polygons       the same, and refuses annotations that miss the image
     polygon_classes      class names -> ids, and refuses unknown ones
@@ -12,18 +12,19 @@ Source: paper, section 2.1 (annotated in EXACT); the other formats are what othe
 
 import json
 import re
-from collections import Counter
+import unicodedata
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
 
 from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
 from her2.data_checks import REMEDY, Found, Polygon, show
-from her2.data_classes import NO_CLASS, ClassTable, parse_json, read_text
+from her2.data_classes import NO_CLASS, ClassTable, normal_form, parse_json, read_text
 from her2.run_errors import UserError, one_line
 
 
-def read_annotations(path, image=None) -> tuple[list[Polygon], Counter]:
-    """The polygons of a file, in its order, and how many annotations of which other kind it holds.
+def read_file(path, image=None) -> Found:
+    """What an annotation file (gzipped or not) holds.
 
     `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. UserError for a
     file of no known format, and where polygons are broken: of fewer than three points, without area, with
@@ -37,7 +38,25 @@ def read_annotations(path, image=None) -> tuple[list[Polygon], Counter]:
         more = f" (and {len(found.problems) - 3} more)" if len(found.problems) > 3 else ""
         raise UserError(one_line(f"{path}: {'; '.join(found.problems[:3])}{more}; correct or delete "
                                  "them in the annotation program and export again"))
-    return found.polygons, found.skipped
+    return found
+
+
+def check_image(found: Found, image, slide: str, height: int, width: int) -> None:
+    """UserError where the file itself says that it belongs to an image of another name or size.
+
+    For images in their own coordinates: a crop of a slide has neither the slide's name nor its size. Programs
+    add to names (a folder, a hash, an ending), so one name inside the other is the same image.
+    """
+    name, *size = found.about
+    if size != [None, None] and size != [width, height]:
+        raise UserError(f"{found.path}: annotations of an image of {show(size[0])} x {show(size[1])} pixels, "
+                        f"but {image} has {width} x {height}; annotate the image itself, or give x, y and "
+                        "downsample in slides.csv")
+    theirs, ours, known = (normal_form(unicodedata.normalize("NFC", text)) for text in (
+        PurePosixPath(str(name or "").replace("\\", "/")).stem, Path(image).stem, slide))
+    if name and not any(a in b for a, b in ((theirs, ours), (ours, theirs), (known, theirs))):
+        raise UserError(f"{found.path}: annotations of the image {show(name)}, not of {image}; correct the "
+                        "annotations cell, or give the image that name if it is the one")
 
 
 def _reader(text, path):
@@ -74,8 +93,8 @@ def transform_polygons(polygons, x: float = 0.0, y: float = 0.0, downsample: flo
 
 
 def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: float = 0.0,
-                   downsample: float = 1.0) -> tuple[list[Polygon], Counter]:
-    """The polygons in pixels of an image of this size, without those that lie outside, which are counted.
+                   downsample: float = 1.0) -> tuple[list[Polygon], list[Polygon]]:
+    """The polygons in pixels of an image of this size, and those that lie outside of it.
 
     Annotations of an image that is not moved or scaled are its own: one outside is a mistake (x and y
     swapped, or coordinates of the slide). A crop of a slide (x, y, downsample given) leaves annotations of
@@ -91,7 +110,7 @@ def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: f
             f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} "
             f"pixels (annotation {show(outside[0].source_id)}: {where}); correct x, y, downsample in "
             f"slides.csv (now {x:g}, {y:g}, {downsample:g})")
-    return kept, Counter({"outside the image": len(outside)} if outside else {})
+    return kept, outside
 
 
 def touches(polygon, height: int, width: int) -> bool:
@@ -123,7 +142,9 @@ def likely_class(name: str, classes: ClassTable) -> str:
     """
     text = name.casefold()
     score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
-    guesses = [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
+    part = name.rpartition(":")[2].strip()                      # QuPath's derived classes: "Tumor: 3+"
+    guesses = [part] if part in classes.names else []
+    guesses += [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
     guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []
     tumor = re.search(r"tumou?r|carcinom|cancer|invasi|metasta|ignore|\?", text)
     if not tumor and re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|"

@@ -1,12 +1,13 @@
 """What the annotation readers share: the polygon, the checks of its coordinates, and the account of a file.
 
-What was never meant as a polygon (points, lines, deleted ones) is counted in `Found.skipped`. What was meant
-as one and is broken is a problem, and a file with problems is refused, all of them in one message: a polygon
-that quietly vanishes is background to a network that learns from it.
+What was never meant as a polygon of this image (points, deleted ones, detected cells) is kept in
+`Found.left_out` with the reason. What was meant as one and is broken is a problem, and a file with problems
+is refused, all of them in one message: a polygon that quietly vanishes is background to a network.
 """
 
+import re
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from reprlib import repr as show   # short, whatever the length or the depth of the value
@@ -31,10 +32,23 @@ class Polygon:
 
 
 class Found:
-    """What a file holds: polygons, how many annotations of each other kind, and what is wrong with which."""
+    """What a file holds: polygons, what else was left out, what is wrong with which, and what it says of its
+    image: `about` = (name, width, height), None for what it does not say."""
 
     def __init__(self, path):
-        self.path, self.polygons, self.skipped, self.problems, self._ids = path, [], Counter(), [], set()
+        self.path, self.polygons, self.left_out, self.problems, self._ids = path, [], [], [], set()
+        self.about = (None, None, None)
+
+    @property
+    def skipped(self) -> Counter:
+        return Counter(reason for reason, _ in self.left_out)
+
+    def leave_out(self, reason, rings=lambda: []):
+        """Keep an annotation that is no polygon of this image; `rings()` gives its outline, if any."""
+        shape = []
+        with suppress(Malformed):
+            shape = [make_ring(ring) for ring in rings()]
+        self.left_out.append((reason, shape))
 
     @contextmanager
     def annotation(self, where):
@@ -46,8 +60,8 @@ class Found:
 
     def new_id(self, value, number) -> str:
         """What to call an annotation: its id, or else `number`. Malformed when the id was seen before."""
-        if value is None:
-            return str(number)
+        if value is None or isinstance(value, str) and re.fullmatch("(Path|TMA)[A-Za-z]*(Object)?", value):
+            return str(number)      # QuPath up to 0.3 wrote the kind of object as the id of all
         if not isinstance(value, (int, str)):
             raise Malformed(f"has the id {show(value)}, neither a number nor a text")
         if value in self._ids:

@@ -18,6 +18,10 @@ A dataset may bring `classes.json`, in one of three forms:
     {"classes": [...as above...], "aliases": {"Normal duct": "Background"}}   the same, aliases apart
     {"aliases": {"Tumor three plus": "3+"}}                             the default table with more names
 
+In the second and third, "masks": "score" says that the masks are black and white: what is not 0 is tumor, of
+the subtype in the column score of slides.csv (a mask with instances beside it always holds ids). A mask may
+also be a picture in the classes' colors; an alias "#fa3253" gives a further color its class.
+
 Names are compared without regard to case and white space. The default aliases follow a class that keeps its
 id and name, unless the file gives the alias another meaning.
 
@@ -25,8 +29,11 @@ What nobody can tell (folds, blur; the alias of "ignore") has the label IGNORE a
 pixel around which a patch is drawn, has no one-hot code, and enters neither losses nor metrics.
 """
 
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +44,7 @@ from her2.run_errors import UserError, one_line
 
 IGNORE = 255       # the label of pixels that neither train nor count
 NO_CLASS = "(none)"  # the name of no class in messages and aliases
+MAX_TEXT = 1 << 30  # bytes of a gzipped file
 MAX_CLASSES = IGNORE  # labels are 8-bit PNG files
 IGNORE_COLOR = (150, 150, 150)
 REMEDY = ("write a list of {\"id\", \"name\", \"tumor\", \"variance\", \"color\", \"aliases\"}, or "
@@ -63,8 +71,8 @@ class ClassTable:
     `aliases` maps further names to ids. len(table) is K.
     """
 
-    def __init__(self, classes, aliases=None):
-        self.classes = list(classes)
+    def __init__(self, classes, aliases=None, masks: str = ""):
+        self.classes, self.masks = list(classes), masks     # masks: "score", "ids", or "" = not said
         ids = [c.id for c in self.classes]
         if ids != list(range(len(ids))) or not 2 <= len(ids) <= MAX_CLASSES:
             raise ValueError(f"ids are {ids}; they must be 0, 1, 2, ... in order, 2 to {MAX_CLASSES} classes")
@@ -143,14 +151,16 @@ class ClassTable:
     @staticmethod
     def from_json(obj, path="classes.json") -> "ClassTable":
         """The table in `obj` (see the module's docstring for the forms). `path` names it in the UserError."""
-        if isinstance(obj, dict) and not {"classes", "aliases"} & obj.keys():
-            raise _error(path, f"found an object with neither \"classes\" nor \"aliases\": {_show(obj)}")
-        if not isinstance(obj, dict):
-            obj = {"classes": obj}
+        obj = obj if isinstance(obj, dict) else {"classes": obj}
+        if not obj or obj.keys() - {"classes", "aliases", "masks"}:
+            raise _error(path, f"found an object that is not made of \"classes\", \"aliases\" and \"masks\": "
+                               f"{_show(obj)}")
         default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]
         rows, more = obj.get("classes", default), obj.get("aliases", {})
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise _error(path, f"the classes are {_show(rows)}, not a list of objects")
+        if obj.get("masks", "ids") not in ("score", "ids"):
+            raise _error(path, f"\"masks\" is {_show(obj['masks'])}, not \"score\" or \"ids\"")
         if not isinstance(more, dict):
             raise _error(path, f"\"aliases\" is {_show(more)}, not an object of alias: class name")
         classes = [_class_from_json(row, path) for row in rows]
@@ -170,7 +180,7 @@ class ClassTable:
                      if normal_form(alias) not in {**meanings, **by_name} and (class_id == IGNORE or
                      classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id])}
         try:
-            return ClassTable(classes, {**dict(aliases), **inherited})
+            return ClassTable(classes, {**dict(aliases), **inherited}, obj.get("masks", ""))
         except ValueError as error:
             raise _error(path, error) from error
 
@@ -237,9 +247,14 @@ DEFAULT_CLASSES = ClassTable([
 
 
 def read_text(path, remedy: str) -> str:
-    """A text file in UTF-8, with or without a byte-order mark. UserError with `remedy` otherwise."""
+    """A text file in UTF-8, gzipped or not, with or without a byte-order mark. UserError otherwise."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.open(io.BytesIO(content)).read(MAX_TEXT)     # a bomb stays a text cut off
+        return content.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: a damaged gzip file ({one_line(error)}); {remedy}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except UnicodeDecodeError as error:

@@ -73,8 +73,8 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
     if (root / "manifest.jsonl").exists():
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
-        problems.append(f"{path}: {len(scores)} slides cannot be split into train, val and test; add slides, "
-                        "or a split column")
+        problems.append(f"{path}: a split into train, val and test needs 3 slides, found {len(scores)}; add "
+                        "slides, or a split column")
         return {}
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)

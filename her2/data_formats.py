@@ -20,7 +20,8 @@ from her2.data_classes import parse_json
 from her2.run_errors import UserError
 from her2.polygons import outlines
 
-EXACT_POLYGON = 5           # vector_type: 1 box, 2 point, 3 line, 4 lines, 6 fixed box, 7 whole image
+EXACT_POLYGON = 5
+EXACT_OTHERS = {1: "box", 2: "point", 3: "line", 4: "lines", 6: "fixed box", 7: "whole image"}
 GEOJSON_OTHERS = ("Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
 ASAP_POLYGONS = ("Polygon", "Spline", "Rectangle")   # a spline's control points are taken as corners
 ASAP_OTHERS = ("Dot", "PointSet", "Measurement", "None")
@@ -44,14 +45,15 @@ def read_exact_text(text, found, image=None):
     lines = [(number, line.split("|", 2)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     slides = {parts[0].strip(): parts[0].strip() for _, parts in lines}
     slide = choose_image(slides, image, found.path) if len(slides) > 1 else None
+    found.about = (slide or next(iter(slides.values()), None), None, None)
     for number, parts in lines:
         with found.annotation(f"line {number}"):
             last = "|".join(parts).strip().rstrip("|").rpartition("|")[2].strip()
             if slide is not None and parts[0].strip() != slide:
-                found.skipped["of another image"] += 1
+                found.leave_out("of another image")
                 continue
             if last.lower() == "not in image":
-                found.skipped["not in image"] += 1
+                found.leave_out("not in image")
                 continue
             if len(parts) < 3 or not last.startswith("{"):
                 raise Malformed(f"is {show('|'.join(parts))}, not slide|class|{{\"x1\": 1, \"y1\": 2, ...}}|")
@@ -61,7 +63,7 @@ def read_exact_text(text, found, image=None):
                 raise Malformed(f"is {str(error).rstrip('; ')}") from error
             numbers = exact_vector(vector)
             if len(numbers) in (2, 4):   # points and boxes: this format does not name the type
-                found.skipped[f"point or box ({len(numbers) // 2} vertices)"] += 1
+                found.leave_out(f"point or box ({len(numbers) // 2} vertices)")
             else:
                 found.add([numbers], parts[1].strip(), number)
 
@@ -94,9 +96,10 @@ def read_exact_rest(obj, found, image=None):
             if deleted not in (None, False, True):
                 raise Malformed(f"has \"deleted\": {show(deleted)}, neither true nor false")
             if deleted or vector is None:
-                found.skipped["deleted" if deleted else "vector null"] += 1
+                found.leave_out("deleted" if deleted else "vector null", lambda: [exact_vector(vector)])
             elif vector_type not in (None, EXACT_POLYGON):
-                found.skipped[f"vector_type {vector_type}"] += 1
+                found.leave_out(EXACT_OTHERS.get(vector_type, f"vector_type {vector_type}"),
+                                lambda: [exact_vector(vector)])
             else:
                 found.add([exact_vector(vector)], name, found.new_id(row.get("id"), number))
                 sources.add(show(source))
@@ -106,17 +109,34 @@ def read_exact_rest(obj, found, image=None):
 
 
 def qupath_class(properties) -> str:
-    """QuPath's versions write the class as {"name"}, as {"names": [...]}, as a text, or leave it out."""
+    """QuPath's versions write the class as {"name"}, as {"names": [...]}, as a text, or leave it out.
+
+    The annotation's own name is no class: people number their regions, and "2" would become the score 2+.
+    """
     kind = properties.get("classification")
     if isinstance(kind, dict):
         if kind.get("names") is not None:   # a derived class, which QuPath shows as "Tumor: 3+"
             return ": ".join(as_name(name) for name in as_list(kind["names"]))
         kind = kind.get("name")
-    return as_name(properties.get("name") if kind is None else kind)
+    return as_name(kind)
+
+
+def qupath_object(feature, properties) -> str:
+    """"annotation", or what else QuPath exports as polygons: "cell", "detection", "tile", "tma_core", ...
+
+    QuPath says it in properties.objectType since 0.3, before in the id that all objects of a kind share.
+    """
+    kind, shared = properties.get("objectType"), feature.get("id")
+    match = re.fullmatch("(?:Path)?([A-Za-z]+)Object", shared) if isinstance(shared, str) else None
+    kind = kind if isinstance(kind, str) else match[1] if match else "annotation"
+    return "cell" if "nucleusGeometry" in feature else kind.lower()
 
 
 def read_geojson(obj, found, image=None):
-    """QuPath's export: a FeatureCollection, a list of features, or one. Rings after the first are holes."""
+    """QuPath's export: a FeatureCollection, a list of features, or one. Rings after the first are holes.
+
+    What QuPath detected by itself (cells, tiles) is left out: its classes are a score per cell.
+    """
     features = obj
     if isinstance(obj, dict):
         features = [obj] if obj["type"] == "Feature" else obj.get("features")
@@ -127,17 +147,28 @@ def read_geojson(obj, found, image=None):
             geometry = as_object(feature.get("geometry") or {"type": None})
             kind, parts = geometry.get("type"), geometry.get("coordinates")
             if kind is None or kind in GEOJSON_OTHERS:
-                found.skipped[f"geometry {kind}"] += 1
+                found.leave_out(f"geometry {kind}")
                 continue
             if kind not in ("Polygon", "MultiPolygon"):
                 raise Malformed(f"has the geometry {show(kind)}, which GeoJSON does not know")
-            name = qupath_class(as_object(feature.get("properties") or {}))
+            properties = as_object(feature.get("properties") or {})
             source_id = found.new_id(feature.get("id"), number)
             # PAPER: an instance is one drawn polygon; the parts of a MultiPolygon are instances of their own.
-            for rings in as_list([parts] if kind == "Polygon" else parts, least=1):
-                numbers = [[value for point in as_list(ring) for value in as_list(point, least=2)[:2]]
-                           for ring in as_list(rings, least=1)]
-                found.add(numbers, name, source_id)
+            polygons = [[[value for point in as_list(ring) for value in as_list(point, least=2)[:2]]
+                         for ring in as_list(rings, least=1)]
+                        for rings in as_list([parts] if kind == "Polygon" else parts, least=1)]
+            kind = qupath_object(feature, properties)
+            for rings in polygons:
+                if kind == "annotation":
+                    found.add(rings, qupath_class(properties), source_id)
+                else:
+                    found.leave_out(f"{kind} (not an annotation)", lambda: rings)
+    if found.left_out and not found.polygons and not found.problems and all(
+            reason.endswith("(not an annotation)") for reason in found.skipped):
+        kinds = ", ".join(f"{count} x {reason.split()[0]}" for reason, count in found.skipped.items())
+        raise UserError(f"{found.path}: no annotation, only what QuPath detected by itself ({kinds}); select "
+                        "the annotations in QuPath and export the selected objects, or leave the annotations "
+                        "cell empty for an image without tumor")
 
 
 def asap_number(text) -> float:
@@ -163,7 +194,7 @@ def read_asap(text, found, image=None):
         with found.annotation(f"annotation {number} ({show(annotation.get('Name'))})"):
             kind, group = annotation.get("Type"), annotation.get("PartOfGroup")
             if kind in ASAP_OTHERS:
-                found.skipped[f"type {kind}"] += 1
+                found.leave_out(f"type {kind}")
                 continue
             if kind not in ASAP_POLYGONS:
                 raise Malformed(f"has the type {show(kind)}, which ASAP does not know")
@@ -178,11 +209,30 @@ def read_asap(text, found, image=None):
             found.add([[asap_number(point.get(axis)) for point in points for axis in "XY"]], name, number)
 
 
+def uncompressed(text) -> list:
+    """The counts of COCO's compressed runs: five bits a character, the lowest first, 32 = more follow; bit 16
+    of the last is the sign. From the fourth on they are differences to the count two before."""
+    counts, value, shift = [], 0, 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise Malformed(f"has the run lengths {show(text)}, which COCO cannot have written")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise Malformed(f"has the run lengths {show(text)}, which are cut off")
+    return counts
+
+
 def run_length_polygons(code) -> list:
     """The polygons of a COCO mask {"size": [h, w], "counts": runs of 0 and 1 in turn, column by column}."""
     size, counts = as_list(code.get("size"), least=2), code.get("counts")
     if isinstance(counts, str):
-        raise Malformed("has compressed run lengths, which are not read (export polygons or plain counts)")
+        counts = uncompressed(counts)
     if not all(type(v) is int and v >= 0 for v in [*size, *as_list(counts)]) or len(size) != 2:
         raise Malformed(f"has the size {show(size)} and counts {show(counts)}, not whole numbers from 0")
     height, width = size
@@ -198,16 +248,20 @@ def run_length_polygons(code) -> list:
 
 def read_coco(obj, found, image=None):
     """COCO's object detection format. One file usually covers many images: `image` chooses by file name."""
-    names, images = {}, {}
+    names, images, sizes = {}, {}, {}
     for what, key, table in (("categories", "name", names), ("images", "file_name", images)):
         for row in rows_of(obj.get(what, []), what, found.path):
             if not isinstance(row, dict) or type(row.get("id")) is not int or row["id"] in table:
                 raise UserError(f"{found.path}: {what} has {show(row)}, without an id of its own; {REMEDY}")
             table[row["id"]] = row.get(key)
+            sizes[row["id"]] = row.get("width"), row.get("height")      # the images' come last
     rows = rows_of(obj["annotations"], "annotations", found.path)
     sources = images or {row.get("image_id"): row.get("image_id") for row in rows
                          if isinstance(row, dict) and type(row.get("image_id")) is int}
     wanted = choose_image(sources, image, found.path) if len(sources) > 1 else None
+    only = wanted if wanted is not None else next(iter(images), None)
+    if only in images:
+        found.about = (images[only], *sizes[only])
     for number, row in enumerate(rows, 1):
         with found.annotation(f"annotation {number}"):
             category, source = as_object(row).get("category_id"), row.get("image_id")
@@ -216,11 +270,11 @@ def read_coco(obj, found, image=None):
             if type(category) is not int or category not in names:
                 raise Malformed(f"has the category_id {show(category)}, which is none of the categories")
             if wanted is not None and source != wanted:
-                found.skipped["of another image"] += 1
+                found.leave_out("of another image")
                 continue
             shape = row.get("segmentation")
             if shape is None or shape == []:
-                found.skipped["without segmentation"] += 1
+                found.leave_out("without segmentation")
                 continue
             source_id, name = found.new_id(row.get("id"), number), as_name(names[category])
             if isinstance(shape, dict):

@@ -1,9 +1,10 @@
 """Pictures from disk, read so that a wrong file is named and never misread.
 
-A dataset promises 8-bit RGB (`image`), 8-bit class ids (`mask`) and 16- or 32-bit instance ids
-(`instances`). Pillow opens far more than that and converts much of it without a word: a 16-bit colour PNG
-loses its low byte, a 4-bit grey one is multiplied by 17, a rotated photograph comes back with sides
-swapped beside its own polygons. Each of these would train a network on something that nobody meant, so
+A dataset promises 8-bit RGB (`image`), class ids or their colours (`mask`) and 16- or 32-bit instance ids
+(`instances`). An alpha channel that hides nothing is dropped, and of a pyramid (TIFF, OME-TIFF) the level of
+full size is read, the others never. Pillow opens far more than that and converts much of it without a word:
+a 16-bit colour PNG loses its low byte, a 4-bit grey one is multiplied by 17, a rotated photograph comes back
+with sides swapped beside its own polygons. Each of these would train a network on what nobody meant, so
 whatever is not exactly the promised kind is refused in one line that says how to convert it.
 
 Everything but the pixels is decided from the header, before any memory is taken for them. A PNG carries
@@ -11,6 +12,7 @@ checksums: they are verified, because the decoder alone reads some damaged files
 """
 
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -24,6 +26,9 @@ from her2.run_errors import UserError, one_line
 MAX_PIXELS = 20000 * 20000
 MAX_INSTANCE = 2**24 - 1  # tables by instance id stay small
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+HEADER = threading.Lock()   # filters of warnings belong to the process, not to a thread
+OPAQUE = ("lay it on white, for example in Python: im = PIL.Image.open(old).convert('RGBA'); "
+          "PIL.Image.alpha_composite(PIL.Image.new('RGBA', im.size, 'white'), im).convert('RGB').save(new)")
 ORIENTATION = 0x0112  # EXIF 2.3, table 4; 1 = upright
 # What Pillow's decoders raise on damaged files, found by feeding them mutations of valid ones.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
@@ -48,13 +53,17 @@ def read_image(path) -> np.ndarray:
 
 
 def read_mask(path) -> np.ndarray:
-    """Class ids as uint8 (H, W) from an 8-bit grey PNG, or from the indices of one with a palette."""
+    """A mask as its PNG or TIFF has it: grey values or palette indices uint8 (H, W), bits bool (H, W), or
+    colours uint8 (H, W, 3)."""
     remedy = "save it as an 8-bit PNG whose grey value (or palette index) is the class id"
-    with _open(path, {".png": "PNG"}, remedy) as picture:
-        if picture.mode in ("RGB", "RGBA", "LA", "PA", "CMYK"):
-            raise UserError(f"{path}: a colour picture ({picture.mode}) where a mask belongs; {remedy}")
-        # A grey PNG of 2 or 4 bits is stretched to 0..255 by the decoder; palette indices never are.
-        if picture.mode not in ("L", "P") or picture.mode == "L" and _bits(path, picture) != 8:
+    with _open(path, {key: value for key, value in ENDINGS.items() if value != "JPEG"}, remedy) as picture:
+        if picture.mode in ("LA", "PA", "CMYK"):
+            raise UserError(f"{path}: pixels of kind {picture.mode} where a mask belongs; {remedy}")
+        if picture.mode in ("RGB", "RGBA"):
+            _check_colour(path, picture)
+            return _pixels(path, picture)
+        # Grey of 2 or 4 bits is stretched to 0..255 by the decoder; palette indices never are.
+        if picture.mode not in ("1", "L", "P") or picture.mode == "L" and _bits(path, picture) != 8:
             raise UserError(f"{path}: {_bits(path, picture)}-bit values where 8-bit class ids belong; "
                             f"{remedy}")
         return _pixels(path, picture)
@@ -84,7 +93,7 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: an empty file (0 bytes); copy it again")
-        with warnings.catch_warnings():
+        with HEADER, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the others are about metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(path, formats=sorted(set(ENDINGS.values())))
@@ -103,7 +112,7 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
     try:
         if kind != wanted:
             raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
-        if frames != 1:
+        if frames != 1 and not _is_pyramid(picture, frames):
             raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant by "
                             "itself")
         _check_upright(path, orientation)
@@ -111,6 +120,16 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
         picture.close()
         raise
     return picture
+
+
+def _is_pyramid(picture, frames) -> bool:
+    """Whether the first page of a TIFF is the image, all others smaller: its levels, label, overview."""
+    sizes = []
+    for k in range(frames if picture.format == "TIFF" else 0):
+        picture.seek(k)
+        sizes.append(picture.size)
+    picture.seek(0)
+    return bool(sizes) and all(width < sizes[0][0] and height < sizes[0][1] for width, height in sizes[1:])
 
 
 def _check_upright(path, orientation):
@@ -121,11 +140,14 @@ def _check_upright(path, orientation):
 
 def _check_colour(path, picture):
     bits = _bits(path, picture)
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        found = "an alpha channel (transparency)"
-    elif bits != 8:
+    if picture.mode in ("LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        raise UserError(f"{path}: an alpha channel (transparency) where 8-bit RGB belongs; {OPAQUE}")
+    if bits != 8 and picture.mode.startswith("I"):      # convert("RGB") would make all of it white
+        raise UserError(f"{path}: grey values of {bits} bits where 8-bit RGB belongs; export it in colour "
+                        "from the scanner's program")
+    if bits != 8:
         found = f"{bits} bits per sample"
-    elif picture.mode != "RGB":
+    elif picture.mode not in ("RGB", "RGBA"):
         found = {"L": "grey values", "P": "a colour palette", "CMYK": "CMYK colours"}.get(
             picture.mode, f"pixels of kind {picture.mode}")
     else:
@@ -151,6 +173,12 @@ def _pixels(path, picture) -> np.ndarray:
             with Image.open(path, formats=["PNG"]) as again:
                 again.verify()  # the checksums; a verified picture cannot be decoded, hence a second handle
         pixels = np.array(picture)
+        if picture.mode == "RGBA":
+            clear = int((pixels[..., 3] < 255).sum())
+            if clear:
+                raise UserError(f"{path}: {clear} pixels are transparent (alpha channel), so their colour is "
+                                f"not what viewers show; {OPAQUE}")
+            pixels = np.ascontiguousarray(pixels[..., :3])
         _check_upright(path, picture.getexif().get(ORIENTATION, 1))
         return pixels
     except MemoryError as error:

@@ -14,6 +14,15 @@ from her2.data_patches import PatchSampler, dihedral
 from her2.run_seeds import generator
 
 
+def latent_std(sampler, encode, batch: int) -> float:
+    """Standard deviation of all latents, over 256 patches.
+
+    The official code takes the first batch's and loses it on resuming; here it is saved with the weights.
+    """
+    return float(torch.cat([encode(sampler.batch(k, batch)["image"])
+                            for k in range(max(1, 256 // batch))]).std())
+
+
 def pooled_latents(config, dataset, encode, first_step: int):
     """Batches for the steps first_step..config.steps-1, each a function of (config.seed, step) alone.
 

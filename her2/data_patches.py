@@ -162,6 +162,8 @@ class PatchSampler:
 class MixedSampler:
     """Patches of `real` and images of `synthetic` (`load_synthetic`), the latter `ratio` times as many.
 
+    `ratio` inf: all images of `synthetic`, and no real patch (section 5 of the paper asks what that gives).
+
     Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`. Where `synthetic` has
     other classes (`cluster`), only tumor or not is kept: its tumor gets the id of the first tumor class.
     """
@@ -170,7 +172,7 @@ class MixedSampler:
         assert ratio > 0, f"ratio is {ratio}, it must be positive; without synthetic images use PatchSampler"
         self.real, self.ratio, self.patch, self.num_patches = real, ratio, real.patch, real.num_patches
         self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
-        wanted = max(1, round(ratio * real.num_patches))
+        wanted = len(synthetic.rois) if ratio == math.inf else max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
             raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs "
                             f"{wanted}; make more: python generate.py --out {synthetic.root} --ratio "

@@ -11,13 +11,15 @@ instance != 0 exactly where label != 0, and an instance has one class.
 
 import hashlib
 import json
-from collections import Counter
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from her2.data_annotations import place_polygons, polygon_classes, read_annotations
+from her2.data_annotations import check_image, place_polygons, polygon_classes, read_file
 from her2.data_classes import IGNORE, ClassTable
 from her2.run_errors import UserError
 from her2.data_images import read_image, read_instances, read_mask
@@ -35,33 +37,45 @@ def read_roi(roi: ROI, classes: ClassTable):
         label, instance = _read_mask_and_instances(roi, classes)
     else:
         polygons, class_ids, _ = read_polygons(roi, classes)
-        label, instance = paint(polygons, class_ids, roi.height, roi.width)
+        label, instance = paint([p.rings for p in polygons], class_ids, roi.height, roi.width)
     return image, label, instance
 
 
 def read_polygons(roi: ROI, classes: ClassTable):
-    """The annotations of one region: (polygons, class ids, how many annotations were left out by kind).
+    """The annotations of one region, in pixels of its image: (polygons, class ids, left out).
 
-    A polygon is a list of rings in pixels of the region's image.
+    The third is a list of (reason, rings, source id) of those left out; rings is [] for one without outline.
     """
     if roi.annotations is None:
-        return [], [], Counter()
-    found, skipped = read_annotations(roi.annotations, image=roi.image)
+        return [], [], []
+    found = read_file(roi.annotations, image=roi.image)
     place = roi.x, roi.y, roi.downsample
-    polygons, outside = place_polygons(found, roi.annotations, roi.height, roi.width, *place)
-    return [p.rings for p in polygons], polygon_classes(polygons, classes, roi.annotations), skipped + outside
+    if place == (0, 0, 1):
+        check_image(found, roi.image, roi.slide, roi.height, roi.width)
+    polygons, outside = place_polygons(found.polygons, roi.annotations, roi.height, roi.width, *place)
+    left_out = [(reason, [(ring - place[:2]) / roi.downsample for ring in rings], "")
+                for reason, rings in found.left_out]
+    left_out += [("outside the image", p.rings, p.source_id) for p in outside]
+    return polygons, polygon_classes(polygons, classes, roi.annotations), left_out
 
 
 def _read_mask_and_instances(roi, classes):
     """(label uint8, instance int32) of a region with a mask, checked against table, image and each other."""
     label = read_mask(roi.mask)
     _check_size(roi.mask, label, roi)
+    if label.ndim == 3:
+        label = _ids_of_colors(roi.mask, label, classes)
     ids = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256)).tolist()
+    if classes.masks == "score" and roi.instances is None:
+        return _tumor_of_score(roi, label, ids, classes)
     unknown = [i for i in ids if i >= len(classes) and i != IGNORE]
     table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
-    if IGNORE in ids and set(ids) <= {0, IGNORE} and roi.instances is None:
-        raise UserError(f"{roi.mask}: holds only 0 and 255, a black-and-white picture; write the class id "
-                        f"into each pixel ({table})")
+    two_valued = label.dtype == bool or IGNORE in ids and set(ids) <= {0, IGNORE}
+    if two_valued and roi.instances is None and classes.masks != "ids":
+        raise UserError(f"{roi.mask}: a black-and-white picture; write the class id into each pixel ({table})"
+                        ', or into classes.json {"masks": "score"} if white is tumor of the subtype in the '
+                        'column score, or {"masks": "ids"} if white is to be ignored')
+    label = label.astype(np.uint8)
     if unknown:
         raise UserError(f"{roi.mask}: ids {', '.join(map(str, unknown[:8]))} are not in the class table "
                         f"({table}); correct the mask or add the classes in classes.json")
@@ -82,14 +96,46 @@ def _read_mask_and_instances(roi, classes):
     return label, instance
 
 
+def _tumor_of_score(roi, label, ids, classes):
+    """(label, instance) of a mask of two values under {"masks": "score"}: what is not 0 is tumor."""
+    if len(set(ids) - {0}) > 1:
+        raise UserError(f"{roi.mask}: holds the values {', '.join(map(str, ids[:8]))}, but {{\"masks\": "
+                        '"score"} in classes.json promises 0 and one other; remove it if these are class ids')
+    score = classes.id_of(roi.score) if roi.score and classes.knows(roi.score) else 0
+    if score not in classes.tumor_ids:
+        known = ", ".join(classes.names[k] for k in classes.tumor_ids)
+        raise UserError(f"{roi.mask}: its tumor takes the subtype of the slide's score, which is "
+                        f"{roi.score!r}; write one of {known} into the column score, or remove "
+                        '{"masks": "score"} from classes.json')
+    label = (label != 0) * np.uint8(score)
+    return label, connected_components(label)
+
+
+def _ids_of_colors(path, colors, classes):
+    """Class ids (H, W) of a mask that is a picture (H, W, 3) in the class table's colours."""
+    packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)      # (H, W)
+    values, places = np.unique(packed, return_inverse=True)
+    table = {int.from_bytes(bytes(c.color), "big"): c.id for c in classes.classes}
+    table.update({int(name[1:], 16): class_id for name, class_id in classes.aliases.items()
+                  if re.fullmatch("#[0-9a-fA-F]{6}", name)})
+    unknown = [f"#{value:06x}" for value in values.tolist() if value not in table]
+    if unknown:
+        aliases = json.dumps({"aliases": {name: "ignore" for name in unknown[:8]}})
+        raise UserError(
+            f"{path}: {len(unknown)} colours that are not in the class table ({', '.join(unknown[:8])}); "
+            + (f"give each its class in classes.json: {aliases}" if len(unknown) <= 64 else
+               "save the mask without smoothing, as a PNG in which a pixel's value is its class id"))
+    return np.array([table[value] for value in values.tolist()], np.uint8)[places.reshape(packed.shape)]
+
+
 def _check_size(path, pixels, roi):
-    if pixels.shape != (roi.height, roi.width):
+    if pixels.shape[:2] != (roi.height, roi.width):
         raise UserError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but its image {roi.name} has "
                         f"{roi.width} x {roi.height}; export both at the same size")
 
 
-def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """The tile of one region in the folder `cache`, made if it is not there yet.
+def tile_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """Where in the folder `cache` the tile of a region lies, whether or not it was made.
 
     Its name is a hash of all that its content depends on. The labels' files are small and enter with their
     content; the image enters with its place, size, time and last bytes (which in a PNG hold a checksum of all
@@ -101,17 +147,34 @@ def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
         tail = file.read()
     labels = [path.read_bytes() if path else b"" for path in (roi.annotations, roi.mask, roi.instances)]
     text = json.dumps([VERSION, str(roi.image.resolve()), status.st_size, status.st_mtime_ns, roi.x, roi.y,
-                       roi.downsample, classes.to_json(), classes.aliases,
-                       [len(content) for content in labels]])
+                       roi.downsample, classes.to_json(), classes.aliases, classes.masks,
+                       classes.masks == "score" and roi.score, [len(content) for content in labels]])
     key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
-    return ensure_tile(Path(cache) / f"{roi.image.stem[:60]}-{key}.tile",
-                       lambda: tile_arrays(*read_roi(roi, classes), len(classes)))
+    return Path(cache) / f"{roi.image.stem[:60]}-{key}.tile"
+
+
+def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """The tile of one region in the folder `cache`, made if it is not there yet."""
+    return ensure_tile(tile_path(roi, classes, cache),
+                       lambda: tile_arrays(*read_roi(roi, classes), len(classes)), str(roi.image.resolve()))
+
+
+def in_threads(function, rois: list[ROI], **bar) -> list:
+    """[function(roi), ...] in order, by a few threads (decoders and numpy release the lock), with a tqdm bar.
+
+    At most 100 million pixels are worked on at a time, so that large regions do not fill the memory.
+    """
+    largest = max((roi.height * roi.width for roi in rois), default=1)
+    pool = ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1, 10**8 // largest)))
+    try:
+        return list(tqdm(pool.map(function, rois), total=len(rois), unit="ROI", disable=None, **bar))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def tile_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
     """`tile_file` for many regions, with a progress bar when it takes longer than a moment."""
-    bar = tqdm(rois, desc="reading regions", unit="ROI", delay=3, disable=None)
-    return [tile_file(roi, classes, cache) for roi in bar]
+    return in_threads(lambda roi: tile_file(roi, classes, cache), rois, desc="reading regions", delay=3)
 
 
 def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> Tile:

@@ -15,6 +15,7 @@ import csv
 import io
 import math
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -57,6 +58,9 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     path = Path(root) / "slides.csv"
     if not Path(root).is_dir():
         return [], [f"{root}: no such folder; give the folder that holds slides.csv"], []
+    if not path.is_file() and (Path(root) / "manifest.jsonl").exists():
+        return [], [f"{root}: a synthetic set that is not finished; give the command of generate.py again "
+                    "that stands in its config.json"], []
     if not path.is_file():
         return [], [f"{path}: no such file; write one row per image, {INDEX_REMEDY}"], []
     try:
@@ -181,14 +185,28 @@ def _path_inside(base, root, column, text, problems):
         problems.append(f"{column} {shown} is not a path inside the dataset folder; write it relative to "
                         "slides.csv")
         return None
-    path = root / parts
+    path = _spelled_as_on_disk(root, parts)
     if not os.path.isfile(path):
         problems.append(f"{column} {shown}: no such file in {root}; correct the path or remove the line")
         return None
-    if not Path(os.path.realpath(path)).is_relative_to(base):
-        problems.append(f"{column} {shown} is a link that leaves the dataset folder; put the file itself "
-                        "there")
+    # Users link to their own images; a table from elsewhere must not reach what is not in their own tree.
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(Path.home()))
+    if not any(real.is_relative_to(tree) for tree in (base, base.parent, home)):
+        problems.append(f"{column} {shown} is a link that leads out of your own files, to {real}; put the "
+                        "file itself there")
         return None
+    return path
+
+
+def _spelled_as_on_disk(root, parts) -> Path:
+    """root/parts, or if there is none, names that differ in their Unicode form alone (macOS writes NFD)."""
+    path = root / parts
+    if not os.path.exists(path):
+        path = root
+        for name in parts.parts:
+            same = [child for child in os.listdir(path) if unicodedata.normalize("NFC", child)
+                    == unicodedata.normalize("NFC", name)] if os.path.isdir(path) else []
+            path /= same[0] if len(same) == 1 else name
     return path
 
 

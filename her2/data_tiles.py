@@ -22,8 +22,10 @@ are not looked for: it would mean to read every file to its end on every start.
 Dimension letters: H, W region; h, w window; K classes; N largest instance id.
 """
 
+import os
 import struct
 import sys
+import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -32,18 +34,19 @@ import numpy as np
 
 from her2.run_errors import atomic_write
 
-VERSION = 1  # part of every key: raise it when the layout or the meaning of the file changes
+VERSION = 2  # part of every key: raise it when the layout or the meaning of the file changes
 # The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
-# class_of (in this order each is aligned to its item size).
+# class_of (in this order each is aligned to its item size), and the path of the image that it was made from.
 MAGIC = b"HER2TILE"
-NUMBERS = struct.Struct("<5q")  # H, W, K, N + 1, bytes per instance id
+NUMBERS = struct.Struct("<6q")  # H, W, K, N + 1, bytes per instance id, bytes of the path
 
 
 class Tile:
     """The mapped arrays of one region; see the module's docstring for their shapes. Never write to them."""
 
-    def __init__(self, class_of, row_counts, instance, image):
+    def __init__(self, class_of, row_counts, instance, image, source=""):
         self.class_of, self.row_counts, self.instance, self.image = class_of, row_counts, instance, image
+        self.source = source
 
     @property
     def height(self) -> int:
@@ -88,17 +91,18 @@ def tile_arrays(image, label, instance, num_classes: int) -> dict:
             "instance": instance.astype(np.min_scalar_type(len(class_of) - 1))}
 
 
-def write_tile(path, arrays: dict) -> None:
-    """Write header and arrays; atomic."""
+def write_tile(path, arrays: dict, source="") -> None:
+    """Write header, arrays and the path of the image; atomic."""
     height, width = arrays["instance"].shape
     numbers = NUMBERS.pack(height, width, len(arrays["row_counts"]), len(arrays["class_of"]),
-                           arrays["instance"].dtype.itemsize)
+                           arrays["instance"].dtype.itemsize, len(os.fsencode(source)))
     contents = {name: np.ascontiguousarray(array).data for name, array in arrays.items()}
 
     def write(file):
         file.write(MAGIC + numbers + _checksum(numbers, contents["row_counts"], contents["class_of"]))
         for name in ("row_counts", "instance", "image", "class_of"):
             file.write(contents[name])
+        file.write(os.fsencode(source))
     atomic_write(path, write)
 
 
@@ -117,11 +121,12 @@ def open_tile(path) -> Tile:
         raise ValueError(f"{size} bytes")
     content = np.memmap(path, dtype=np.uint8, mode="r")  # one mapping, so one file handle, for all arrays
     numbers = content[len(MAGIC):start - 4].tobytes()
-    height, width, num_classes, ids, item = NUMBERS.unpack(numbers)
+    height, width, num_classes, ids, item, letters = NUMBERS.unpack(numbers)
     shapes = {"row_counts": ((num_classes, height), "<i4"), "instance": ((height, width), f"<u{item}"),
               "image": ((height, width, 3), "u1"), "class_of": ((ids,), "u1")}
     lengths = [4 * num_classes * height, height * width * item, height * width * 3, ids]
-    if content[:len(MAGIC)].tobytes() != MAGIC or min(lengths) <= 0 or start + sum(lengths) != size:
+    if content[:len(MAGIC)].tobytes() != MAGIC or min(lengths) <= 0 or letters < 0 \
+            or start + sum(lengths) + letters != size:
         raise ValueError(f"{size} bytes, which is not the length in its header")
     arrays = {}
     for (name, (shape, dtype)), length in zip(shapes.items(), lengths):
@@ -130,10 +135,10 @@ def open_tile(path) -> Tile:
     if content[len(MAGIC) + NUMBERS.size:][:4].tobytes() != _checksum(numbers, arrays["row_counts"].data,
                                                                      arrays["class_of"].data):
         raise ValueError("wrong checksum")
-    return Tile(**arrays)
+    return Tile(**arrays, source=os.fsdecode(content[start:].tobytes()))
 
 
-def ensure_tile(path, build) -> Path:
+def ensure_tile(path, build, source="") -> Path:
     """Make the tile file `path` from `build() -> arrays` unless a whole one is there. Returns `path`."""
     path = Path(path)
     if path.exists():
@@ -142,5 +147,29 @@ def ensure_tile(path, build) -> Path:
             return path
         except ValueError as error:
             print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
-    write_tile(path, build())
+    write_tile(path, build(), source)
     return path
+
+
+def prune_tiles(cache, current: set, images: set, root) -> tuple[int, int, int]:
+    """Remove the tiles in the folder `cache` that no program will read again: (files, bytes, files kept).
+
+    These are tiles whose image is gone, tiles of the dataset in `root` (its `images`, or others below it) not
+    among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago.
+    """
+    removed = size = kept = 0
+    for path in sorted(Path(cache).glob("*.tile*")):
+        if path.suffix == ".tile":
+            try:
+                source = Path(open_tile.__wrapped__(path).source)   # not kept open: Windows needs that
+            except ValueError:
+                source = None
+            old = source is None or not source.exists() or path not in current and (
+                source in images or source.is_relative_to(root))
+        else:
+            old = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 86400
+        if old:
+            removed, size = removed + 1, size + path.stat().st_size
+            path.unlink()
+        kept += not old
+    return removed, size, kept

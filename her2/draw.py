@@ -280,9 +280,9 @@ def class_legend(classes, tumor_only=False) -> list:
 
 
 def side_by_side(rows, classes, cell=256) -> np.ndarray:
-    """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the four pictures (H, W, 3) uint8."""
+    """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8."""
     columns = {"label": "Label asked for", "original": "Original", "gan": "GAN", "ldm": "Diffusion",
-               "inpaint": "Inpainting"}
+               "inpaint": "Inpainting", "oracle": "Oracle", "restain": "Restained"}
     present = [key for key in columns if any(row.get(key) is not None for row in rows)]
     rows = [{**row, "label": colorize(row["label"], classes)} for row in rows]
     pictures = [[row.get(key) for key in present] for row in rows]

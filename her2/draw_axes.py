@@ -62,14 +62,15 @@ def tick_texts(ticks) -> list:
 class Axes:
     """A frame on a canvas with data coordinates. `x_range`, `y_range` are (low, high) of the data."""
 
-    def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log_y=False):
+    def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log_y=False, log_x=False):
         assert left < right and top < bottom, f"no room: {left}..{right}, {top}..{bottom}"
-        self.canvas, self.log_y = canvas, log_y
+        self.canvas, self.log_y, self.log_x = canvas, log_y, log_x
         self.left, self.top, self.right, self.bottom = left, top, right, bottom
         (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
 
     def x(self, value):
-        return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
+        low, high, value = (math.log(v) if self.log_x else v for v in (self.x0, self.x1, value))
+        return self.left + (value - low) / (high - low) * (self.right - self.left)
 
     def y(self, value):
         """Vertical place of a value; what lies beyond the range is put on the frame."""
@@ -220,5 +221,28 @@ def draw_panel(canvas, left, top, width, height, x_label, panel, curves, notes):
 
 
 def curves_png(path, records, panels, **options) -> None:
-    """`draw_curves` into a file, as every training script does with its log.jsonl."""
+    """`draw_curves` into a file."""
     save_png(path, draw_curves(records, panels, **options))
+
+
+# curves.png of each kind of training run, from the records of its log.jsonl.
+TRAINING = {
+    "segmenter": [
+        Panel("loss", {"loss": "loss"}, reference={"predicts nothing": "predicts_nothing"}),
+        Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
+        Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)],
+    "gan": [
+        Panel("adversarial", {"discriminator": "d_loss", "generator": "gan"},
+              reference={"D cannot tell": 2.0}),
+        Panel("feature matching", {"features": "features"}),
+        Panel("KL (weighted)", {"kld": "kld"}),
+        Panel("saturated pixels", {"share": "saturated"}, reference={"real": "saturated_real"})],
+    "autoencoder": [
+        Panel("reconstruction L1", {"L1": "l1"}, log_y=True, reference={"one flat colour": "flat_colour_l1"}),
+        Panel("PSNR of the batch (dB)", {"PSNR": "psnr"}),
+        Panel("adversarial", {"discriminator": "d_loss", "generator": "g_loss"}),
+        Panel("codes used over 1000 patches", {"codes": "codes_used"})],
+    "diffusion": [
+        Panel("loss", {"loss": "loss"}, reference={"zero output": "zero_output"}),
+        Panel("loss by quarter of t", {f"t in quarter {q}": f"loss_q{q}" for q in range(1, 5)})],
+}

@@ -1,4 +1,7 @@
 """The diagrams of the report: box plots (the paper's Fig. 5), shares (Fig. 2), confusion matrices (Fig. 6).
+`plot` and `sheet`, curves and pictures in rows, serve the lessons.
+
+Intervals of many arms side by side are not in the paper.
 
 A box plot must say what it shows with five runs, with one, and with hundreds of values:
 
@@ -11,10 +14,12 @@ maximum; whether its boxes are quartiles or the deviation is not said. Here both
 A single value is a diamond with its number; a missing one is written "n/a", it is never drawn as 0.
 """
 
+import math
+
 import numpy as np
 
 from her2.draw import BLUE, CYCLE, GREY, INK, Canvas, text_width, tint
-from her2.draw_axes import Axes, nice_ticks, tick_texts
+from her2.draw_axes import Axes, log_ticks, nice_ticks, tick_texts
 
 SLOT, GAP = 46, 30          # pixels for one box, and between two groups of boxes
 NOTE = "box: quartiles and median, whiskers: min and max, diamond and bar: mean \u00b1 standard deviation"
@@ -72,7 +77,8 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
 
     panels   [(label of the y axis, groups, reference), ...]
              groups = [(name, [(series, values), ...]), ...]; values a list of numbers, None = not available
-             reference = (value, name) of a dashed line, or None
+             reference = (value, name) of a dashed line, or (value, name, low, high, color) with a band, or
+             None
     colors   {series: color}, the legend
     """
     names = [name for name, _ in panels[0][1]]
@@ -83,7 +89,7 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
         groups = [(name, [(series, [v for v in values if v is not None]) for series, values in boxes])
                   for name, boxes in groups]
         numbers = [v for _, boxes in groups for _, values in boxes for v in values + deviation_ends(values)]
-        numbers += [reference[0]] if reference else []
+        numbers += [value for k, value in enumerate(reference or ()) if k in (0, 2, 3)]
         ticks = nice_ticks(*widened(min(numbers), max(numbers)), 6) if numbers else [0, 1]
         prepared.append((label, groups, reference, ticks))
     left = max(text_width(text, 13) for *_, ticks in prepared for text in tick_texts(ticks)) + 48
@@ -99,7 +105,10 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
         axes = Axes(canvas, left, top, left + plot, top + height - 50, (0, plot), (ticks[0], ticks[-1]))
         axes.frame(ticks, label)
         if reference:
-            axes.margin_notes([reference])
+            if len(reference) > 2:
+                low, high, color = reference[2:]
+                canvas.rectangle(left, axes.y(high), left + plot, axes.y(low), tint(color, 0.25))
+            axes.margin_notes([reference[:2]])
         x = left + gap
         for (name, boxes), room in zip(groups, wide):
             canvas.text(x + room / 2, axes.bottom + 8, name, 13, anchor="ma")
@@ -112,6 +121,43 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
             x += room + gap
         axes.spines()
     canvas.text(left, canvas.height - 10, note, 11, GREY, anchor="ld")
+    return canvas.array()
+
+
+def intervals(panels, names, width=830, row=22) -> np.ndarray:
+    """One row per name, one column per panel: a mean with its interval, beside a line at "no difference".
+
+    panels   [(title, [(mean, low, high) or None per name], ticks, text of a tick)]; low and high may be None
+    """
+    left = max(text_width(name, 13) for name in names) + 22
+    gap, top = 40, 34
+    room = (width - left - gap * len(panels)) / len(panels)
+    canvas = Canvas(width, top + row * len(names) + 34)
+    bottom = top + row * len(names)
+    for i, name in enumerate(names):
+        canvas.text(left - 12, top + row * (i + 0.5), name, 13, anchor="rm")
+    for k, (title, values, ticks, text) in enumerate(panels):
+        start = left + k * (room + gap)
+        ends = [x for one in values if one for x in one if x is not None] + [*ticks, 0.0]
+        low, high = widened(min(ends), max(ends))
+
+        def x(value):
+            return start + (value - low) / (high - low) * room
+
+        canvas.text(start + room / 2, 8, title, 14, anchor="ma")
+        for tick in ticks:
+            canvas.line([(x(tick), top), (x(tick), bottom)], INK if tick == 0 else tint(GREY, 0.35),
+                        1.4 if tick == 0 else 1)
+            canvas.text(x(tick), bottom + 7, text(tick), 12, anchor="ma")
+        for i, one in enumerate(values):
+            y = top + row * (i + 0.5)
+            if one is None:
+                canvas.text(x(0), y, "n/a", 12, GREY, anchor="mm")
+                continue
+            mean, *ends = one
+            if None not in ends:
+                canvas.line([(x(ends[0]), y), (x(ends[1]), y)], BLUE, 2.2)
+            canvas.dot(x(mean), y, 3.6, BLUE, INK)
     return canvas.array()
 
 
@@ -190,4 +236,64 @@ def confusion_matrices(matrices, classes) -> np.ndarray:
                     canvas.text(x + cell / 2, middle + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
                     middle -= 7
                 canvas.text(x + cell / 2, middle, f"{value:.2f}", 17, ink, "mm")
+    return canvas.array()
+
+
+def plot(series, title="", x_label="", y_label="", size=(405, 270), log_x=False, log_y=False, x_range=None,
+         y_range=None, notes=(), colors=CYCLE) -> np.ndarray:
+    """Curves or points over numbers, (H, W, 3) uint8.
+
+    series     {name: (x, y) or (x, y, "dots")}; names that begin with "_" stay out of the legend. A longer
+               y is cut by the frame's range, not the frame widened: give `y_range` to show a part
+    notes      [(value, text), ...] dashed horizontal lines, named in the right margin
+    """
+    xs, ys = (np.concatenate([np.asarray(s[k], float).ravel() for s in series.values()]) for k in (0, 1))
+    ys = np.concatenate([ys[np.isfinite(ys) & ((ys > 0) | (not log_y))], [value for value, _ in notes]])
+    x_ticks = (log_ticks if log_x else nice_ticks)(*(x_range or (xs.min(), xs.max())))
+    y_ticks = (log_ticks if log_y else nice_ticks)(*(y_range or (ys.min(), ys.max())))
+    x_range, y_range = x_range or (xs.min(), xs.max()), y_range or (y_ticks[0], y_ticks[-1])
+    canvas = Canvas(*size)
+    left = max(text_width(text, 13) for text in tick_texts(y_ticks)) + (36 if y_label else 16)
+    margin = max((text_width(text, 12) for _, text in notes), default=0) + 16
+    canvas.text(6, 2, title, 14)
+    named = [(name, colors[i % len(colors)]) for i, name in enumerate(series)]
+    entries = [entry for entry in named if entry[0][0] != "_"]
+    top = 24 if title else 2
+    top = canvas.legend(entries, 8, top, size[0] - 6, 12) if entries else top
+    axes = Axes(canvas, left, top + 8, size[0] - margin, size[1] - (44 if x_label else 28), x_range, y_range,
+                log_y, log_x)
+    x_ticks = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
+    room = sum(text_width(text, 13) + 8 for text in tick_texts(x_ticks))
+    axes.frame(y_ticks, y_label, x_ticks[::math.ceil(room / (axes.right - axes.left))], x_label)
+    axes.margin_notes(notes)
+    for i, ((x, y, *kind), (name, color)) in enumerate(zip(series.values(), named)):
+        if kind == ["dots"]:
+            for a, b in zip(x, y):
+                if x_range[0] <= a <= x_range[1] and y_range[0] <= b <= y_range[1]:
+                    canvas.dot(axes.x(a), axes.y(b), 2, color)
+        else:
+            # Earlier curves are wider, so that one below another still shows.
+            axes.curve(x, y, color, 2 if name[0] == "_" else 2 + 0.6 * min(len(entries) - 1 - i, 3))
+    return canvas.array()
+
+
+def sheet(rows, width=830, gap=10, size=13) -> np.ndarray:
+    """Pictures (h, w, 3) uint8 in rows, each row spread over `width`, with captions above where an item is
+    (caption, picture). No picture is scaled; a row that does not fit is an error."""
+    rows = [[item if isinstance(item, tuple) else ("", item) for item in row] for row in rows]
+    above = [max(bool(text) + text.count("\n") for text, _ in row) * size * 1.35 for row in rows]
+    heights = [max(picture.shape[0] for _, picture in row) for row in rows]
+    canvas, y = Canvas(width, sum(above) + sum(heights) + gap * (len(rows) + 1)), gap
+    for row, room, height in zip(rows, above, heights):
+        between = (width - sum(picture.shape[1] for _, picture in row)) / (len(row) + 1)
+        assert between >= 0, f"{[picture.shape for _, picture in row]} in {width} pixels"
+        x = between
+        for caption, picture in row:
+            canvas.text(x + picture.shape[1] / 2, y + room - 4, caption, size, anchor="md")
+            if caption:
+                canvas.rectangle(x - 1, y + room - 1, x + picture.shape[1], y + room + picture.shape[0],
+                                 outline=GREY)
+            canvas.paste(picture, x, y + room)
+            x += picture.shape[1] + between
+        y += room + height + gap
     return canvas.array()

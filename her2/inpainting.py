@@ -8,13 +8,21 @@ everywhere else: the background is bit-exact whatever the autoencoder does to it
 PAPER: "inpaint the tumor in existing images ... keeping the background unchanged" leaves the grid of the
 latents, the rim and the pasting open. It also reports "tissue with staining closer to the original image":
 the encoder sees the old tumor through its receptive field, and so do the known cells around the region.
-`erase` fills the region with what surrounds it before encoding.
+`erase` fills the region with what surrounds it before encoding. A decoder paints no noise, a sensor does:
+beside pasted pixels of the photograph, smoothness alone would tell generated tumor from background, and a
+segmenter would learn just that. `add_grain` gives generated pixels the noise of their slide.
 
 Key: B batch, H W image size, h w latent size.
 """
 
 import torch
 import torch.nn.functional as F
+
+from her2.run_seeds import generator
+
+
+# Of pure noise, the smoothest tenth of squares has a spread of .8 of the whole: 64 squared values scatter so.
+SMOOTHEST = 0.8
 
 
 def grow(repaint: torch.Tensor, radius: int) -> torch.Tensor:
@@ -55,3 +63,25 @@ def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     coarse = erase(mean, share[:, 0] == 0)
     smooth = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")   # (B, 3, H, W)
     return torch.where(known, image, smooth)
+
+
+def noise_level(image: torch.Tensor) -> torch.Tensor:
+    """(B,) standard deviation of the noise in images (B, 3, H, W), where they are smoothest.
+
+    A second difference along both axes removes what is locally a plane, and leaves white noise 6 times as
+    strong (Immerkaer, Comput Vis Image Underst 64, 1996). Texture passes too, so only the smoothest tenth of
+    all squares of 8 x 8 pixels is asked.
+    """
+    line = torch.tensor([1.0, -2.0, 1.0])
+    kernel = (torch.outer(line, line) / 6).expand(3, 1, 3, 3)
+    fine = F.conv2d(image.float(), kernel, groups=3)                         # (B, 3, H - 2, W - 2)
+    return F.avg_pool2d(fine ** 2, 8).flatten(1).quantile(0.1, dim=1).sqrt() / SMOOTHEST
+
+
+def add_grain(painted: torch.Tensor, image: torch.Tensor, level: torch.Tensor, seeds) -> torch.Tensor:
+    """Noise that brings `painted` (B, 3, H, W) to `level` (B,), on all pixels that differ from `image`."""
+    lacking = (level ** 2 - noise_level(painted) ** 2).clamp(min=0).sqrt()   # variances of noises add up
+    noise = torch.stack([torch.randn(painted.shape[1:], generator=generator("grain", seed))
+                         for seed in seeds])
+    grainy = (painted + lacking[:, None, None, None] * noise).clamp(-1, 1)
+    return torch.where((painted == image).all(dim=1, keepdim=True), painted, grainy)

@@ -88,6 +88,36 @@ def code_statistics(counts: torch.Tensor):
     return perplexity.item(), int((counts > 0).sum())
 
 
+class CodeUsage:
+    """How often each code was used over `window` steps (one batch says little), and the restarts for it.
+
+    The first look is after a fifth of the window, since all codes begin near 0, next to hardly any latent.
+    After step `last` the codebook stays as it is. used: codes in use in the last whole window, None before.
+    """
+
+    def __init__(self, num_codes: int, window: int, last: int, device=None):
+        self.counts = torch.zeros(num_codes, dtype=torch.long, device=device)                # (K,)
+        self.window, self.last, self.used = window, last, None
+
+    def step(self, step: int, codebook: Codebook, indices, z, generator, optimizer) -> None:
+        """Count the `indices` of the batch of `step` (from 1 on); restart the codes that no latent used."""
+        self.counts += count_codes(indices, len(self.counts))
+        whole, first = step % self.window == 0, step == self.window // 5
+        if whole:
+            self.used = int((self.counts > 0).sum())
+        if first or (whole and step <= self.last):
+            restart_dead_codes(codebook, self.counts, z, generator, optimizer)
+        if first or whole:
+            self.counts.zero_()
+
+    def state_dict(self) -> dict:
+        return {"counts": self.counts, "used": self.used}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts.copy_(state["counts"])
+        self.used = state["used"]
+
+
 @torch.no_grad()
 def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z_sample: torch.Tensor,
                        generator: torch.Generator, optimizer=None) -> int:

@@ -17,11 +17,13 @@ What does not exist (the recall of an absent subtype, a match without a baseline
 results.json, "n/a" in the tables.
 """
 
-from dataclasses import dataclass
+import dataclasses
+import math
 
 import numpy as np
 
-from her2 import report_staining
+from her2 import report_images, report_staining
+from her2.draw import BLUE, GREEN, GREY, ORANGE, PURPLE
 from her2.metrics import matched
 
 BASELINE = "subtype"
@@ -29,6 +31,9 @@ METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in t
 CONTROLS = {"oracle": "oracle", "fresh": "fresh tissue", "restain": "restained",
             "reconstruct": "reconstructed"}
 REAL = "real"
+TITLES = {**METHODS, **CONTROLS}        # how the methods of generate.py are called
+COLORS = {REAL: GREY, "GAN": ORANGE, "diffusion": BLUE, "inpainting": GREEN,
+          **dict.fromkeys(CONTROLS.values(), PURPLE)}
 # Fields in which runs of one comparison differ on purpose, or that do not change the result.
 FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp",
         "log_every", "save_every", "data"}
@@ -41,16 +46,15 @@ def configuration_name(fields: dict, method: str = "") -> str:
     kept the real labels). Synthetic images go with subtype sampling; with another one its name is appended,
     so that different things never share a name.
     """
-    if fields.get("name"):
-        return fields["name"]
-    if not fields.get("synthetic"):
-        return fields["sampling"]
+    if fields.get("name") or not fields.get("synthetic"):
+        return fields.get("name") or fields["sampling"]
     method, *same = method.split("-")
-    name = "-".join([method, str(round(100 * fields["ratio"])), *same])
+    share = "only" if fields["ratio"] == math.inf else str(round(100 * fields["ratio"]))
+    name = "-".join([method, share, *same])
     return name if fields["sampling"] == BASELINE else f"{name}-{fields['sampling']}"
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """One evaluated segmentation run; `val` and `test` are {slide: ProbabilityHistogram}."""
 
@@ -60,6 +64,7 @@ class Run:
     val: dict
     test: dict
     name: str = ""          # of its configuration; made unique by `check_comparable`
+    rois: list = dataclasses.field(default_factory=list)    # dicts: split, slide, roi, figures of that ROI
 
     def __post_init__(self):
         self.name = self.name or configuration_name(self.fields, self.method)
@@ -111,10 +116,12 @@ def collect(runs) -> dict:
     for name in sorted({run.name for run in runs}, key=order):
         members = sorted((run for run in runs if run.name == name), key=lambda run: run.seed)
         fields = members[0].fields
+        ratio = fields["ratio"] if fields.get("synthetic") else 0.0
         configs.append({
             "name": name,
             "method": members[0].method.split("-")[0] or REAL,
-            "ratio": float(fields["ratio"]) if fields.get("synthetic") else 0.0,
+            # None: synthetic images alone (infinity is no JSON)
+            "ratio": None if math.isinf(ratio) else float(ratio),
             "sampling": fields["sampling"],
             "runs": [run_record(run, baselines.get(run.seed)) for run in members]})
     return {"baseline": BASELINE, "threshold": 0.5, "configs": configs}
@@ -251,6 +258,11 @@ def page(results: dict, data: str, notes, figures) -> str:
         parts += ["## Is the staining what was asked for?",
                   "Median DAB optical density of the instances by the subtype asked for (real: annotated), "
                   "and in brackets their number.", markdown(report_staining.table(results["staining"]))]
+    if "images" in results:
+        parts += ["## Do generated images obey their masks?",
+                  "A segmenter trained on other tissue looks at them: Dice and recalls against the masks "
+                  "asked for. Sharpness is a share of real patches; distances are to real training patches.",
+                  markdown(report_images.table(results["images"]))]
     parts += ["## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in figures)]
     return "\n\n".join(parts) + "\n"
 
@@ -260,10 +272,10 @@ def box_groups(results: dict, key: str) -> list:
     groups = {}
     for config in results["configs"]:
         method = config["method"]
-        percent = round(100 * config["ratio"])
+        percent = round(100 * (config["ratio"] or 0))
         plain_one = method in METHODS and config["name"] == f"{method}-{percent}"
         name = f"+{percent} %" if plain_one else config["name"]
-        title = {**METHODS, **CONTROLS}.get(method, method)
+        title = TITLES.get(method, method)
         groups.setdefault(name, []).append((title, figures_of(config, key)))
     return list(groups.items())
 
@@ -284,5 +296,5 @@ def figure_pair(results: dict) -> list:
     configs = results["configs"]
     before = [config for config in configs if config["name"] == BASELINE]
     after = sorted((config for config in configs if config["method"] in METHODS),
-                   key=lambda c: (c["method"] != "ldm", abs(c["ratio"] - 1), order(c["name"])))
+                   key=lambda c: (c["method"] != "ldm", abs((c["ratio"] or 9) - 1), order(c["name"])))
     return (before + after[:1]) or configs[:1]

@@ -16,6 +16,7 @@ had happened.
 """
 
 import json
+import math
 import os
 import pickle
 import sys
@@ -25,7 +26,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from her2 import run_lock
 from her2.run_errors import UserError, atomic_write, one_line
@@ -54,20 +54,17 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def number(value) -> float:
-    """A Python float from a number or a tensor of one element, with or without a gradient."""
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
-
-
-def open_run(script: str, config, device, command, inputs=()) -> Path:
+def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS) -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
     Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt):
-    a run does not go on with others. UserError: the folder holds another script's run, another
-    configuration (the message lists the difference), was begun with other inputs, is in use, or holds
-    files that are not a run at all.
+    a run does not go on with others. `free` fields may change between two starts. UserError: the folder
+    holds another script's run, another configuration (the message lists the difference), was begun with
+    other inputs, is in use, or holds files that are not a run at all.
     """
-    folder, fields = Path(config.out), asdict(config)
+    # JSON has no infinity (--ratio inf): it is kept as its name.
+    folder, fields = Path(config.out), {name: "inf" if value == math.inf else value
+                                       for name, value in asdict(config).items()}
     hashes = {str(file): file_hash(file) for file in inputs}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
@@ -79,7 +76,7 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
         if old.get("script") != script:
             raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
                             "choose another --out")
-        names = sorted((set(fields) | set(old["fields"])) - set(FREE_FIELDS))
+        names = sorted((set(fields) | set(old["fields"])) - set(free))
         changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
                    if old["fields"].get(name) != fields.get(name)]
         if changes:
@@ -99,50 +96,6 @@ def open_run(script: str, config, device, command, inputs=()) -> Path:
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
         rubbish.unlink(missing_ok=True)
     return folder
-
-
-class Log:
-    """log.txt and log.jsonl of one run; a resumed run cuts the latter back to its checkpoint's step.
-
-    `step` is the number of finished optimiser steps that the checkpoint holds (0: a new run).
-    """
-
-    def __init__(self, folder, step: int):
-        self.text_path, self.json_path = Path(folder) / "log.txt", Path(folder) / "log.jsonl"
-        kept = [record for record in self.records() if record["step"] <= step]
-        atomic_write(self.json_path, "".join(json.dumps(record) + "\n" for record in kept))
-        if step == 0:
-            atomic_write(self.text_path, "")
-
-    def records(self) -> list:
-        """All records so far; a last line that a crash cut short is left out."""
-        if not self.json_path.exists():
-            return []
-        records = []
-        for line in self.json_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break                       # half a line: the process died while writing it
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                break
-            records.append(record)
-        return records
-
-    def say(self, text: str) -> None:
-        """Print a line (above the progress bar) and keep it in log.txt."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        with open(self.text_path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-    def record(self, step: int, **values) -> None:
-        """Append {"step": step, ...} to log.jsonl and print it in short."""
-        values = {name: number(value) if value is not None else None for name, value in values.items()}
-        with open(self.json_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
-                                                 if value is not None))
 
 
 def check_archive(path) -> None:

@@ -27,13 +27,14 @@ RANGES = {
     "steps": COUNT, "batch": COUNT, "patch": (16, 8192), "lr": POSITIVE, "seed": (0, 2**31 - 1),
     "trial": (0, 10**9), "seeds": (0, 1000), "split_seed": (0, 2**31 - 1), "blend": (0, 1024),
     "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": POSITIVE, "disc_width": (1, 1024),
-    "ratio": (0.0, 1000.0), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
+    "ratio": (0.0, math.inf), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
     "sample_steps": COUNT, "eta": SHARE, "warmup": (0, 10**9), "clip": POSITIVE, "log_every": COUNT,
     "save_every": COUNT, "workers": (0, 256), "dice_weight": SHARE, "jitter": (0.0, 1.0), "uniform": SHARE,
     "codes": (2, 2**20), "width": (8, 1024), "z_dim": (1, 4096), "count": (0, 10**9), "overlap": (0, 4096),
     "timesteps": (2, 100000), "disc_start": (0, 10**9), "disc_weight": (0.0, 100.0), "dilate": (0, 64),
     "latent_pool": (0, 10**7), "lambda_feat": (0.0, 1e6), "lambda_kld": (0.0, 1e6), "lambda_vgg": (0.0, 1e6),
-    "lambda_lpips": (0.0, 1e6), "beta": POSITIVE, "threshold": SHARE, "min_area": (0, 10**9),
+    "lambda_lpips": (0.0, 1e6), "lambda_edge": (0.0, 1e6), "t_spread": (0.0, 10.0),
+    "beta": POSITIVE, "threshold": SHARE, "min_area": (0, 10**9),
     "simplify": (0.0, 1000.0),
 }
 

@@ -6,13 +6,16 @@ None of them owns a step counter or knows a loss: the loop of each script stays 
 import copy
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from her2 import run
 from her2.data_classes import IGNORE
+from her2.data_patches import loader
 from her2.run_errors import UserError, one_line
 
 
@@ -91,17 +94,18 @@ class EMA:
         self.updates = state["updates"]
 
 
-def set_learning_rate(optimizer, lr: float, step: int, warmup: int, steps: int, schedule: str) -> None:
+def set_learning_rate(optimizer, config, step: int) -> None:
     """Linear warm-up over the first `warmup` steps, then constant or half a cosine that is 0 at `steps`.
 
-    step counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch size
-    or devices.
+    config: lr, warmup, steps, schedule; step counts from 0. `lr` is what Adam sees after the warm-up: nothing
+    multiplies it by batch size or devices.
     """
-    factor = min(1.0, (step + 1) / max(warmup, 1))
-    if schedule == "cosine" and step >= warmup:
-        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    factor = min(1.0, (step + 1) / max(config.warmup, 1))
+    if config.schedule == "cosine" and step >= config.warmup:
+        past = (step - config.warmup) / max(config.steps - config.warmup, 1)
+        factor = 0.5 * (1 + math.cos(math.pi * past))
     for group in optimizer.param_groups:
-        group["lr"] = lr * factor
+        group["lr"] = config.lr * factor
 
 
 def load_official(network, content, path) -> None:
@@ -137,12 +141,44 @@ def frozen_loss(cls, path: str, device):
     return network.to(device)
 
 
+def to_device(image: torch.Tensor, device) -> torch.Tensor:
+    """Images (B, C, H, W) to `device`, channels last; from pinned memory without waiting for the copy."""
+    return image.to(device, memory_format=torch.channels_last, non_blocking=True)
+
+
 def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
     """label (B, H, W) of class ids -> (B, K, H, W) float on `device`. IGNORE has no class: all zeros, which a
     generator so learns to read as tissue that nobody has named."""
     label = label.to(device)
     known = label != IGNORE
     return F.one_hot(label.where(known, 0), num_classes).movedim(-1, 1).float().mul_(known[:, None])
+
+
+def steps(name: str, config, sampler, first: int, device, batches=None):
+    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar."""
+    if batches is None:
+        batches = loader(sampler, first, config.steps, config.batch, workers=config.workers,
+                         pin_memory=device.type == "cuda")
+    return tqdm(batches, initial=first, total=config.steps, desc=name, leave=False, disable=None)
+
+
+class Speed:
+    """Samples per second since the last report, and the peak memory, for the log."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.begun, self.samples = time.perf_counter(), 0
+
+    def add(self, samples: int) -> None:
+        self.samples += samples
+
+    def report(self) -> dict:
+        seconds, samples = time.perf_counter() - self.begun, self.samples
+        self.restart()
+        return {"samples_per_s": samples / seconds, "memory_mib": peak_memory(self.device)}
 
 
 def peak_memory(device: torch.device):
@@ -157,37 +193,66 @@ def peak_memory(device: torch.device):
     return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def grad_norm(parameters, clip: float) -> float:
-    """The L2 norm of all gradients, which are scaled down to `clip` when above. Unscale fp16 ones first."""
-    return float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+def update(optimizer, scaler, clip: float) -> torch.Tensor:
+    """One step of `optimizer` with gradients of L2 norm `clip` at most; returns their norm before, ()."""
+    scaler.unscale_(optimizer)              # fp16: the gradients were taken of a larger loss
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return norm
 
 
-def stop_if_diverged(folder, step: int, losses: dict, norms: dict, networks: dict, names,
-                     scaler=None) -> None:
-    """UserError when a loss or a gradient norm is not finite, after writing `diagnosis.json`.
+class Losses:
+    """What each step measured, kept on the device until it is read: asking a GPU for a number makes it wait.
 
-    losses, norms: {name: number or scalar tensor}. networks: {name: module}, searched for the largest
-    gradient. names: the batch's images. Under fp16 an infinite gradient is the scaler's ordinary business (it
-    skips the step and halves its scale), until the scale is below 1: then no scale helps, and a run that
-    skips every step would end untrained, in silence.
+    read() is due at every line of the log and before every checkpoint, so that weights are never saved which
+    are not finite. networks: {name: module}.
     """
-    losses = {name: run.number(value) for name, value in losses.items()}
-    if scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1:
-        norms = {}
-    broken = [name for name, value in {**losses, **norms}.items() if not math.isfinite(value)]
-    if not broken:
-        return
-    largest = {}
-    for network_name, network in networks.items():
-        for name, parameter in network.named_parameters():
-            if parameter.grad is not None:
-                value = float(parameter.grad.detach().abs().nan_to_num(nan=math.inf).max())
-                largest[f"{network_name}.{name}"] = value
-    worst = max(largest, key=largest.get, default=None)
-    run.write_json(Path(folder) / "diagnosis.json", {
-        "step": step, "not_finite": broken, "losses": {name: repr(value) for name, value in losses.items()},
-        "grad_norms": {name: repr(float(value)) for name, value in norms.items()},
-        "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}, "batch": list(names)})
-    raise UserError(f"{folder}: {', '.join(broken)} not finite at step {step} "
-                    f"(see {Path(folder) / 'diagnosis.json'}); the last checkpoint is intact; "
-                    "try a lower --lr, a longer --warmup, or --amp off, with another --out")
+
+    def __init__(self, folder, networks: dict, scaler):
+        self.folder, self.networks, self.scaler, self.kept = Path(folder), networks, scaler, []
+
+    def add(self, step: int, names, **values) -> None:
+        """The losses and gradient norms (numbers or tensors ()) of `step` on the images `names`."""
+        self.kept.append((step, names, {name: value.detach() if torch.is_tensor(value) else value
+                                        for name, value in values.items()}))
+        if len(self.kept) >= 1000:
+            self.read()
+
+    def read(self) -> dict:
+        """The numbers of the last step, with one transfer from the device. Forgets all steps before it.
+
+        UserError when a loss, a norm or a weight is not finite, after writing diagnosis.json. Under fp16 an
+        infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
+        the scale is below 1: then no scale helps, and a run that skips every step would end untrained.
+        """
+        weights = [p.detach().isfinite().all() for network in self.networks.values()
+                   for p in network.parameters()]
+        tensors = [value for *_, values in self.kept for value in values.values() if torch.is_tensor(value)]
+        numbers = iter(torch.stack([value.float() for value in tensors + weights]).tolist())
+        steps = [(step, names, {name: next(numbers) if torch.is_tensor(value) else value
+                                for name, value in values.items()}) for step, names, values in self.kept]
+        skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        for step, names, values in steps:
+            broken = [name for name, value in values.items()
+                      if not math.isfinite(value) and not (skips and "norm" in name)]
+            if broken:
+                self.stop(step, names, values, broken)
+        if not all(numbers):                # what is left of them are the weights
+            self.stop(*steps[-1], ["weights"])
+        self.kept = self.kept[-1:]
+        return steps[-1][2]
+
+    def stop(self, step, names, values, broken) -> None:
+        largest = {f"{network_name}.{name}": float(parameter.grad.abs().nan_to_num(nan=math.inf).max())
+                   for network_name, network in self.networks.items()
+                   for name, parameter in network.named_parameters() if parameter.grad is not None}
+        worst = max(largest, key=largest.get, default=None)
+        run.write_json(self.folder / "diagnosis.json", {
+            "step": step, "not_finite": broken, "batch": list(names),
+            "values": {name: repr(value) for name, value in values.items()},
+            "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}})
+        raise UserError(f"{self.folder}: {', '.join(broken)} not finite at step {step} "
+                        f"(see {self.folder / 'diagnosis.json'}); the last checkpoint is intact; "
+                        "try a lower --lr, a longer --warmup, or --amp off, with another --out")

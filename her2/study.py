@@ -1,147 +1,233 @@
-"""The whole protocol of the paper with one command: python -m her2.study --preset tiny
+"""The study with one command: does the paper's method do on tissue that anyone can make what the paper says?
 
-    phantom (or --data) -> autoencoder -> diffusion, GAN -> three synthetic sets -> segmentation -> report
+    python -m her2.study --preset tiny                                  one seed, few arms: a demonstration
+    python -m her2.study --preset small --jobs 2                        the study
+    python -m her2.study --preset small --seed 20 --seeds 3 --jobs 2    three more seeds, added to it
+    python -m her2.study --preset small --data my_data                  on real patients
 
-Every stage is one of the five scripts, called as a subprocess with a command line that is printed first, so
-each can be run by hand. A stage that finished is not run again; one that was interrupted goes on from its
-checkpoint. It ends with results.json, report/report.md and the figures.
+Plan of the analysis, fixed before the first of the seeds from 10 on was rendered.
+
+Unit      A seed: its own phantom, autoencoder, diffusion model, GAN, synthetic sets and segmenters. Nothing
+          is shared between seeds but this code. Five seeds at least, 10 to 14; others may be added later.
+Arms      `tumor` and `subtype` (real patches; how they are drawn), gan, ldm, inpaint x 50, 100, 200, 400 %
+          (synthetic patches on top of `subtype`), and controls: `oracle-100` (the phantom renders the source
+          patches again in their new subtypes: no generator can do better), `fresh-100` (new slides),
+          `restain-100` (colour deconvolution, no network), `reconstruct-100` (autoencoder alone),
+          `ldm-100-same` (diffusion, labels kept), `subtype-2x` (twice the steps).
+Same      In all arms: the optimiser steps, the real half of every batch, a quarter of the real patches (and
+          of the sources of synthetic ones) from anywhere, averaged weights. Nothing is chosen by a test
+          figure.
+Outcomes  Dice at the threshold that is best on val (primary), at 0.5 (the paper's) and at the false-positive
+          rate of `subtype` on test; log ratio of the subtype variance at that rate (primary) and at 0.5;
+          recalls, precision, false-positive rate, average precision.
+Primary   P1 Dice subtype > tumor. P2 variance subtype < tumor. P3 Dice ldm-100 > subtype. P4 variance ldm-100
+          < subtype. Paired over seeds, t intervals, Holm at .05 over the four.
+Verdict   reproduced: sign as in the paper, adjusted interval without 0, same sign at the matched rate, at
+          least +.005 Dice or a ratio of at most .8. Not answerable: the oracle's interval includes 0.
+          Contradicted: the interval excludes even that much while the oracle shows it. Else undecided.
+Others    with intervals only: all further comparisons of `report_study`.
+Pilot     Seeds 0 to 3 chose the amount of tissue and the steps, by `subtype` and `oracle-100`; generators by
+          image measures. Those seeds enter no result. At 2400 steps recall of 0 was .57 .62 .62 .89, the
+          false-positive rate .020 .025 .024 .053, and the oracle's variance at equal rate x .31 .13 .05 .47;
+          at 1600 steps (seeds 0, 1) the baseline was less overfitted (.70 .70) and the oracle lost Dice at
+          equal rate, so 2400 was taken. The phantom's law is unchanged.
+Changes   2026-11-25, before a generator of a final seed was trained: 3000 steps of diffusion for 1500 (pilot
+          images at 400 steps had the staining, but no cells), and DPM-Solver++ in 15 steps for DDIM in 50 (64
+          images of seed 0: obedience .829 against .812, kernel distance 43 against 50, a third of the time).
+
+Every stage is a command that is printed first and can be run by hand. What is complete is not run again; what
+was interrupted goes on; seeds and arms can be added. A seed leaves seeds/seedN.json, from which the report is
+made: seeds may come from several machines (python -m her2.report_study FILES --out DIR).
 """
 
-import os
-import subprocess
-import sys
-import time
+import hashlib
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from her2 import run_config as configuration
-from her2 import run
-from her2.run_errors import UserError, atomic_write, command
+from her2 import report_study, run, run_config as configuration, study_seed
+from her2.data_folder import load_dataset
+from her2.data_regions import tile_file
+from her2.run_errors import UserError, command
+from her2.study_jobs import Record, Stage, run_stages
 
-ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 METHODS = ("gan", "ldm", "inpaint")
-RATIOS = {"tiny": (1.0,), "small": (0.5, 1.0, 2.0, 4.0), "paper": (0.5, 1.0, 2.0, 4.0)}     # paper, section 3
-SEEDS = {"tiny": 1, "small": 5, "paper": 5}             # "all experiments were repeated five times"
+RATIOS = (0.5, 1.0, 2.0, 4.0)  # paper, section 3
+PAPER_ARMS = ["tumor", "subtype",
+              *(f"{method}-{round(100 * ratio)}" for ratio in RATIOS for method in METHODS)]
+EXPLORATORY = ["ldm-only", "gan-only", "oracle-only"]   # no real patch at all: --arms NAME, not among "all"
+CONTROLS = ["oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same", "subtype-2x"]
+NEEDS_PHANTOM = {"oracle", "fresh"}  # sets that real data cannot have
+# What the 2x arm needs to know: the optimiser steps of train_seg.py's presets.
+STEPS = {"tiny": 240, "small": 2400, "paper": 100_000}
+JUDGE_SEED = 0  # of the tissue on which the judge of images is trained
+# Seconds per stage of `small`, one thread of an AMD EPYC at 2.6 GHz, for the first guess of the time left.
+COST = {
+    "phantom": 50, "autoencoder": 600, "diffusion": 900, "GAN": 600, "images": 150, "segmentation": 240,
+    "evaluation": 120
+}
+# May change from one start to the next: seeds, arms and jobs are added to what is there.
+FREE = ("out", "cache", "seed", "seeds", "arms", "jobs", "device")
+UNIFORM = ["--uniform", "0.25"]
 
 
 @dataclass
 class Config:
-    data: str = ""                  # dataset folder; empty: a phantom of this preset, made in OUT/phantom
-    out: str = "runs/study"         # folder for everything; the same command again goes on where it stopped
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # tiny: 1 seed, +100 % only; small, paper:
-                                    # 14 configurations x 5 seeds, and the control on reconstructions
-    seed: int = 0                   # first seed; run k of a configuration has seed + k
-    split_seed: int = 0             # decides the split of slides when slides.csv has none
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    data: str = ""  # dataset folder; empty: a phantom per seed, made in OUT/seedN/phantom
+    out: str = "runs/study"  # folder for everything; the same command again goes on where it stopped
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # tiny: a demonstration; small: the study; paper: its
+    # sizes, for a GPU
+    seed: int = 10  # first seed
+    seeds: int = 1  # number of seeds: SEED, SEED + 1, ...
+    arms: str = ""  # comma-separated names; empty: those of the preset; all: every arm
+    jobs: int = 1  # stages side by side, one thread each on a CPU, one GPU each with several
+    split_seed: int = 0  # decides the split of slides when slides.csv has none
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
-    seeds: int = 0                  # segmentation runs per configuration; 0: as the preset says
-    ratios: str = ""                # amounts of synthetic images, comma-separated, 1.0 = +100 %;
-                                    # empty: as the preset says
-    trial: int = 0                  # optimiser steps of every training, to try the whole chain;
-                                    # 0: as the preset says
-    cache: str = "cache"            # folder for the decoded images
+    trial: int = 0  # optimiser steps of every training, to try the whole chain;
+    # 0: as the preset says
+    cache: str = "cache"  # folder for the decoded images
 
 
-def stages(config) -> list:
-    """The protocol: a list of (name, command line, output folder); a command line begins with its script."""
-    out = Path(config.out)
-    data = config.data or str(out / "phantom")
-    ratios = parse_ratios(config.ratios) or RATIOS[config.preset]
+PRESETS = {
+    "tiny": dict(arms="tumor,subtype,gan-100,ldm-100,inpaint-100,oracle-100,reconstruct-100"),
+    "small": dict(seeds=5, arms="all"), "paper": dict(seeds=5, arms="all")
+}
+
+
+def arm_parts(arm: str) -> tuple:
+    """(synthetic set or "", ratio, flags of train_seg.py). UserError for a name that is no arm."""
+    known = PAPER_ARMS + CONTROLS + EXPLORATORY
+    if arm not in known:
+        raise UserError(f"--arms: {arm!r} is unknown; known are {', '.join(known)}, and all")
+    if arm in ("tumor", "subtype"):
+        return "", 0.0, ["--sampling", arm]
+    if arm == "subtype-2x":
+        return "", 0.0, ["--sampling", "subtype"]
+    method, percent, *same = arm.split("-")
+    ratio = math.inf if percent == "only" else int(percent) / 100
+    return "-".join([method, *same]), ratio, ["--sampling", "subtype"]
+
+
+def chosen_arms(config) -> list:
+    """The arms of the command line, without those that --data cannot have. `subtype` is always among them."""
+    every = PAPER_ARMS + CONTROLS
+    names = every if config.arms == "all" else [name.strip() for name in config.arms.split(",")]
+    names = [name for name in names if name and not (config.data and arm_parts(name)[0] in NEEDS_PHANTOM)]
+    return ["subtype", *(name for name in dict.fromkeys(names) if name != "subtype")]
+
+
+def stages(config, seed: int, data_hash: str = "") -> list:
+    """The stages of one seed, each behind those that it needs, and those of the judge."""
+    root = Path(config.out) / f"seed{seed}"
+    data = config.data or root / "phantom"
     sizes = ["--preset", config.preset]
-    common = [*sizes, "--data", data, "--split-seed", str(config.split_seed), "--device", config.device,
-              "--amp", config.amp, "--cache", config.cache]
-    seed = ["--seed", str(config.seed)]
-    short = ["--steps", str(config.trial)] if config.trial else []
+    machine = ["--device", config.device, "--amp", config.amp, "--cache", config.cache]
+    common = [*sizes, "--data", data, "--split-seed", config.split_seed, *machine, "--seed", seed]
+    short = ["--steps", config.trial] if config.trial else []
     plan = []
+
+    def add(kind, name, line, folder, *needs):
+        line = tuple(map(str, [*line, "--out", folder]))
+        plan.append(Stage(name, kind, line, Path(folder), tuple(n.name for n in needs if n), data_hash))
+        return plan[-1]
+
+    def own(kind, name, line, folder, *needs):
+        return add(kind, f"seed {seed}: {name}", line, root / folder, *needs)
+
+    tissue = None
     if not config.data:
-        plan.append(("phantom", ["-m", "her2.phantom", *sizes, *seed, "--out", data], data))
-    plan.append(("autoencoder", ["train_ldm.py", "--stage", "autoencoder", *common, *seed, *short,
-                                 "--out", str(out / "vq")], out / "vq"))
-    plan.append(("diffusion", ["train_ldm.py", "--stage", "diffusion", "--autoencoder", str(out / "vq"),
-                               *common, *seed, *short, "--out", str(out / "ldm")], out / "ldm"))
-    plan.append(("GAN", ["train_gan.py", *common, *seed, *short, "--out", str(out / "gan")], out / "gan"))
-    for method in METHODS:
-        # One set of the largest size per method; a smaller ratio uses its first images.
-        model, folder = out / ("gan" if method == "gan" else "ldm"), out / f"synth-{method}"
-        plan.append((f"images: {method}", ["generate.py", "--method", method, "--model", str(model), *common,
-                                           *seed, "--ratio", str(max(ratios)), "--out", str(folder)], folder))
-    for k in range(config.seeds or SEEDS[config.preset]):
-        number = config.seed + k
-        for name, flags in configurations(out, ratios).items():
-            folder = out / f"seg-{name}-seed{number}"
-            plan.append((f"segmentation: {name}, seed {number}",
-                         ["train_seg.py", *common, "--seed", str(number), *short, *flags,
-                          "--out", str(folder)], folder))
-    runs = [str(folder) for name, _, folder in plan if name.startswith("segmentation")]
-    synthetic = [str(out / f"synth-{method}") for method in METHODS]
-    plan.append(("evaluation", ["evaluate.py", *runs, "--synthetic", *synthetic, *sizes, "--device",
-                                config.device, "--amp", config.amp, "--cache", config.cache,
-                                "--out", str(out / "report")], out / "report"))
+        tissue = own("phantom", "phantom", ["-m", "her2.phantom", *sizes, "--seed", seed], "phantom")
+    parts = {arm: arm_parts(arm) for arm in chosen_arms(config)}
+    # One set per method, of the largest size at once: arms that are added later take more of its images, and
+    # smaller ones keep theirs.
+    amount = {}
+    for name, ratio, _ in parts.values():
+        least = max(RATIOS) if name in METHODS and config.preset != "tiny" else 1.0
+        amount[name] = max(0.0 if ratio == math.inf else ratio, least, amount.get(name, 0.0))
+    network = {}                                        # what paints a set
+    if amount.keys() & {"ldm", "inpaint", "ldm-same", "reconstruct"}:
+        network["reconstruct"] = own("autoencoder", "autoencoder", [
+            "train_ldm.py", "--stage", "autoencoder", *common, *UNIFORM, *short], "vq", tissue)
+    if amount.keys() & {"ldm", "inpaint", "ldm-same"}:
+        diffusion = own("diffusion", "diffusion", [
+            "train_ldm.py", "--stage", "diffusion", "--autoencoder", root / "vq", *common, *UNIFORM, *short],
+            "ldm", tissue, network["reconstruct"])
+        network.update(dict.fromkeys(("ldm", "inpaint", "ldm-same"), diffusion))
+    if "gan" in amount:
+        network["gan"] = own("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
+    images = {}
+    for name in filter(None, amount):
+        method, *same = name.split("-")
+        model = ["--model", network[name].folder] if name in network else []
+        images[name] = own("images", f"images {name}", [
+            "generate.py", "--method", method, *model, *(["--no-relabel"] if same else []), *common,
+            "--sampling", "subtype", *UNIFORM, "--ratio", amount[name]],
+            f"synth-{name}", tissue, network.get(name))
+    runs = []
+    for arm, (name, ratio, flags) in parts.items():
+        steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short
+        synthetic = ["--synthetic", images[name].folder, "--ratio", ratio] if name else []
+        runs.append(own("segmentation", f"segmentation {arm}", [
+            "train_seg.py", *common, *flags, *UNIFORM, *steps, *synthetic, "--name", arm],
+            f"seg-{arm}", tissue, images.get(name)))
+    # The judge of images: a segmenter of other tissue, which never saw a slide of this seed, real or
+    # generated, so it likes neither. Real data have no other tissue: their own baseline has to do.
+    judge = runs[0]
+    if not config.data:
+        place = Path(config.out) / "judge"
+        other = add("phantom", "judge's phantom", ["-m", "her2.phantom", *sizes, "--seed", JUDGE_SEED],
+                    place / "phantom")
+        judge = add("segmentation", "judge", ["train_seg.py", *sizes, "--data", place / "phantom", *machine,
+                                              "--seed", JUDGE_SEED, *UNIFORM, *short], place / "seg", other)
+    shown = [stage.folder for name, stage in images.items() if not name.endswith("-same")]
+    own("evaluation", "evaluation", [
+        "evaluate.py", *(one.folder for one in runs),
+        *(["--synthetic", *shown, "--judge", judge.folder] if shown else []), *sizes, *machine,
+        "--seed", seed], "report", *runs, *images.values(), judge)
     return plan
 
 
-def configurations(out, ratios) -> dict:
-    """{name: flags of train_seg.py}: the two baselines, the control, and each method in each amount."""
-    table = {"tumor": ["--sampling", "tumor"], "subtype": ["--sampling", "subtype"],
-             "reconstructed": ["--sampling", "subtype", "--reconstruct", str(out / "vq")]}
-    for method in METHODS:
-        for ratio in ratios:
-            table[f"{method}-{round(100 * ratio)}"] = [
-                "--sampling", "subtype", "--synthetic", str(out / f"synth-{method}"), "--ratio", str(ratio)]
-    return table
-
-
-def parse_ratios(text: str) -> tuple:
-    """'0.5,1' -> (0.5, 1.0); UserError for anything but positive numbers."""
-    try:
-        ratios = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UserError(f"--ratios: found {text!r}; "
-                        "give numbers with commas between them, such as 0.5,1,2,4") from None
-    if any(not 0 < ratio <= 1000 for ratio in ratios):
-        raise UserError(f"--ratios: found {text!r}; give numbers greater than 0 and at most 1000")
-    return ratios
+def data_fingerprint(config) -> str:
+    """A hash of all that the dataset holds: when it changes, all stages that read it are made again."""
+    dataset = load_dataset(config.data, seed=config.split_seed)
+    parts = [[roi.name, roi.slide, roi.split,
+              tile_file(roi, dataset.classes, config.cache).name] for roi in dataset.rois]
+    return hashlib.sha256(json.dumps([parts, dataset.classes.to_json()]).encode("utf-8")).hexdigest()
 
 
 def main(argv):
-    config = configuration.parse(Config, {name: {} for name in RATIOS}, argv, __doc__, "python -m her2.study")
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "python -m her2.study")
     if config.data and not Path(config.data).is_dir():
         raise UserError(f"{config.data}: no such dataset folder; check --data")
-    plan = stages(config)
-    out = run.open_run("her2.study", config, config.device, ["-m", "her2.study", *argv])
-    record = out / "stages.json"                        # {stage: {"command", "seconds"}} of what is complete
-    done = run.read_json(record) if record.exists() else {}
-    for number, (name, arguments, folder) in enumerate(plan, 1):
-        shown = subprocess.list2cmdline(["python", *arguments])     # a path with spaces gets its quotes
-        if done.get(name, {}).get("command") == shown and Path(folder).exists():
-            print(f"[{number}/{len(plan)}] {name}: complete", flush=True)
-            continue
-        print(f"\n[{number}/{len(plan)}] {name}\n$ {shown}", flush=True)
-        clock = time.perf_counter()
-        line = arguments if arguments[0] == "-m" else [str(ROOT / arguments[0]), *arguments[1:]]
-        status = subprocess.run([sys.executable, *line], env=environment()).returncode
-        if status:
-            raise UserError(f"stage '{name}' ended with exit status {status} (its message stands above); "
-                            f"what is complete is kept in {out}, mend the cause and run the same command "
-                            "again")
-        done[name] = {"command": shown, "seconds": round(time.perf_counter() - clock, 1)}
-        run.write_json(record, done)
-    atomic_write(out / "results.json", (out / "report" / "results.json").read_bytes())
-    total = sum(stage["seconds"] for stage in done.values())
-    print(f"\ndone in {total / 60:.1f} min: {out / 'results.json'}, "
-          f"{out / 'report' / 'report.md'} and its pictures")
+    out, seeds = Path(config.out), range(config.seed, config.seed + config.seeds)
+    data_hash = data_fingerprint(config) if config.data else ""  # a phantom is decided by its command
+    plan = list({stage.name: stage for seed in seeds for stage in stages(config, seed, data_hash)}.values())
+    run.open_run("her2.study", config, config.device, ["-m", "her2.study", *argv], free=FREE)
+    record = Record(out / "stages.json", plan)
+
+    def finished(stage):
+        if stage.kind == "evaluation":  # at once, so that a finished seed is never lost
+            seed = int(stage.name.split(":")[0].split()[1])
+            spent = {
+                name: one["seconds"] for name, one in record.done.items()
+                if name.startswith(f"seed {seed}:") or name.startswith("judge")
+            }
+            study_seed.write_seed(out, seed, config.preset, spent)
+
+    failed = run_stages(plan, config.jobs, record, out / "logs", COST, finished)
+    files = sorted((out / "seeds").glob("seed*.json"))
+    if files:
+        report_study.write_report(files, out)
+        print(f"\ndone: {out / 'report.md'}, {out / 'results.json'} and the figures, from {len(files)} seed"
+              f"{'s' * (len(files) > 1)}")
+    if failed:
+        raise UserError(
+            f"{'; '.join(failed)}; all else is complete or was left out because it needs "
+            f"{'these' if len(failed) > 1 else 'this'}, repair the cause and run the same command again")
     return 0
-
-
-def environment() -> dict:
-    """The environment for the stages: `her2` is found wherever the study is started from.
-
-    Threads that wait should sleep: busy waiting costs a factor of ten when something else runs on the
-    same cores.
-    """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
 
 
 if __name__ == "__main__":

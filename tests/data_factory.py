@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from her2.data_annotations import read_file
 from her2.data_folder import Dataset
 from her2.data_slides import SPLITS, ROI
 
@@ -18,6 +19,12 @@ def save(path, array, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
     return path
+
+
+def read_annotations(path, image=None):
+    """(polygons of the file, {reason: annotations left out})"""
+    found = read_file(path, image)
+    return found.polygons, found.skipped
 
 
 def rectangles(height, width, class_ids):

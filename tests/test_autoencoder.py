@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from her2 import quantizer
-from her2.autoencoder import VQ_F4, VQ_F8, Attention, ResBlock, VQAutoencoder, psnr
-from her2.quantizer import Codebook, code_statistics, count_codes, restart_dead_codes, vq_loss
+from her2.autoencoder import VQ_F4, VQ_F8, Attention, ResBlock, VQAutoencoder, edge_l1, psnr
+from her2.quantizer import Codebook, CodeUsage, code_statistics, count_codes, restart_dead_codes, vq_loss
 
 SMALL = dict(factor=4, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=3, num_codes=32)
 
@@ -221,3 +221,34 @@ def test_narrow_networks_keep_four_channels_a_group():
     x = torch.randn(1, 4, 8, 8) + torch.tensor([0.0, 3.0, 0.0, 0.0])[:, None, None]
     spread = torch.nn.GroupNorm(1, 4)(x).mean((0, 2, 3))
     assert spread.max() - spread.min() > 1
+
+
+def test_codes_are_counted_over_a_window_and_restarted_in_its_first_fifth_and_at_its_end():
+    """Latents are all near code 0: the other codes move to latents at steps 2, 10 and 20, and no more."""
+    codebook, moved = Codebook(4, 3), []
+    usage = CodeUsage(4, window=10, last=20)
+    for step in range(1, 41):
+        z = torch.full((1, 3, 2, 2), 100.0 + step)
+        before = codebook.weight.detach().clone()
+        usage.step(step, codebook, torch.zeros(1, 2, 2, dtype=torch.long), z, torch.Generator(), None)
+        if not torch.equal(before, codebook.weight):
+            moved.append(step)
+            assert torch.equal(codebook.weight[1:], torch.full((3, 3), 100.0 + step))
+            assert torch.equal(codebook.weight[0], before[0])
+        assert usage.used == (1 if step >= 10 else None)
+    assert moved == [2, 10, 20]
+    usage.counts += 7
+    copy = CodeUsage(4, window=10, last=20)
+    copy.load_state_dict(usage.state_dict())
+    assert torch.equal(copy.counts, usage.counts) and copy.used == 1
+
+
+def test_edge_l1_is_the_sum_over_neighbours():
+    a, b = torch.rand(2, 3, 5, 7), torch.rand(2, 3, 5, 7)
+    down = [abs((a[..., y + 1, x] - a[..., y, x]) - (b[..., y + 1, x] - b[..., y, x])).mean()
+            for y in range(4) for x in range(7)]
+    right = [abs((a[..., y, x + 1] - a[..., y, x]) - (b[..., y, x + 1] - b[..., y, x])).mean()
+             for y in range(5) for x in range(6)]
+    expected = sum(down) / len(down) + sum(right) / len(right)
+    assert torch.allclose(edge_l1(a, b), expected, atol=1e-6)
+    assert edge_l1(a, a + 0.3) < 1e-6                        # a change of colour has no edge

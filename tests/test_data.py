@@ -120,6 +120,8 @@ def colour_class(**change):
 
 BAD = {   # name: (what is done to a valid dataset, the file and the words that the line must have)
     "no slides.csv": (lambda root, rows: (root / "slides.csv").unlink(), "slides.csv", "--index"),
+    "unfinished synthetic set": (lambda root, rows: ((root / "slides.csv").unlink(),
+                                                     (root / "manifest.jsonl").touch()), "", "generate.py again"),
     "slides.csv is a folder": (lambda root, rows: ((root / "slides.csv").unlink(),
                                                    (root / "slides.csv").mkdir()),
                                "slides.csv", "no such file"),
@@ -189,8 +191,8 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "no val": (all_splits("train", "test"), "slides.csv", "no image in the split 'val'"),
     "no test": (all_splits("train", "val"), "slides.csv", "no image in the split 'test'"),
     "no train": (all_splits("val", "test"), "slides.csv", "no image in the split 'train'"),
-    "one slide": (rows_only(1), "slides.csv", "1 slides cannot be split"),
-    "two slides": (rows_only(2), "slides.csv", "2 slides cannot be split"),
+    "one slide": (rows_only(1), "slides.csv", "found 1; add slides"),
+    "two slides": (rows_only(2), "slides.csv", "found 2; add slides"),
     "image is text": (lambda root, rows: (root / "images/roi0.png").write_text("hello"), "roi0.png",
                       "not a readable"),
     "image is empty": (lambda root, rows: (root / "images/roi0.png").write_bytes(b""), "roi0.png",
@@ -206,10 +208,12 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "mask 0/255": (mask(lambda m: (m > 0).astype(np.uint8) * 255), "masks/roi0.png", "black-and-white"),
     "mask 255": (mask(lambda m: m * 0 + 255), "masks/roi0.png", "black-and-white"),
     "mask with unknown ids": (mask(lambda m: put(m, 0, slice(2), [6, 200])), "masks/roi0.png", "ids 6, 200"),
-    "mask with unknown ids and 255": (mask(lambda m: put(m, 0, slice(2), [6, 255])), "masks/roi0.png", "ids 6 are not"),
-    "mask in colour": (mask(lambda m: np.stack([m, m, m], 2)), "masks/roi0.png", "colour picture"),
+    "mask with unknown ids and 255": (mask(lambda m: put(m, 0, slice(2), [6, 255])), "masks/roi0.png",
+                                      "ids 6 are not"),
+    "mask in colour": (mask(lambda m: np.stack([m, m, m], 2)), "masks/roi0.png",
+                       "6 colours that are not in the class table"),
     "mask of 16 bits": (mask(lambda m: m.astype(np.uint16)), "masks/roi0.png", "16-bit"),
-    "mask of one bit": (mask(lambda m: m > 0), "masks/roi0.png", "1-bit"),
+    "mask of one bit": (mask(lambda m: m > 0), "masks/roi0.png", "black-and-white"),
     "instances of 8 bits": (instances(lambda m: m, np.uint8), "instances.png", "instance ids belong"),
     "instances of another size": (instances(lambda m: m[:20]), "instances.png", "60 x 20 pixels"),
     "instance of two classes": (instances(lambda m: np.minimum(m, 4)), "instances.png",
@@ -303,7 +307,8 @@ def test_the_table_has_the_right_numbers(tmp_path, capsys):
         assert abs(rows[name][2] - 100 * train / tumor) < 0.06
         assert rows[name][3] == rows[name][6] == 2 and rows[name][4] == (label == class_id).sum() / 2
     assert any("slides   4" in line and "train" in line for line in out)
-    assert out[-1] == f"usable. Picture: {tmp_path / 'picture.png'}"
+    assert out[-1] == (f"usable. Pictures: {tmp_path / 'picture.png'}, and to check the outlines "
+                       f"{tmp_path / 'picture_overlay001.png'}")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size[0] > 300 and len(picture.getcolors(100000)) > 10
 
@@ -316,7 +321,7 @@ def test_notes_on_what_is_absent_or_left_out(tmp_path, capsys):
     notes = "\n".join(line for line in out if line.startswith("note:"))
     assert (status == 0 and "split 60/20/20 from seed 3" in notes
             and "2+, LCIS/DCIS in the split 'test'" in notes)
-    assert "1 deleted" in notes and "vector_type 2" in notes
+    assert "1 deleted" in notes and "1 point" in notes
 
 
 def test_a_synthetic_folder_needs_no_held_out_images(tmp_path, capsys):

@@ -87,7 +87,8 @@ def row(**changes):
 
 @pytest.mark.parametrize("obj, what", [
     ([], "ids are []"), ([ROW], "2 to 255"), (5, "not a list"), ("text", "not a list"), (None, "not a list"),
-    ({}, "neither"), ({"classes": 3}, "not a list"), ([1, 2], "not a list of objects"),
+    ({}, "not made of"), ({"classes": ROWS, "ignored": []}, "not made of"),
+    ({"masks": "binary"}, "masks"), ({"classes": 3}, "not a list"), ([1, 2], "not a list of objects"),
     ({"aliases": ["a"]}, "not an object"), ({"aliases": {"a": "nothing"}}, "no class name"),
     ({"aliases": {"a": 17}}, "class 17"), ({"aliases": {"a": True}}, "no class name"),
     ({"aliases": {"2+": "3+"}}, "two meanings"), ({"aliases": {"A b": 1, "ab": 2}}, "two meanings"),

@@ -154,12 +154,26 @@ def test_all_problems_are_listed_and_a_script_names_the_first(tmp_path):
         load_dataset(tmp_path)
 
 
-def test_links_must_stay_inside_the_folder(tmp_path):
-    write_dataset(tmp_path / "data", slides=3)
+def test_links_must_stay_in_the_users_own_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home/me")
+    data = tmp_path / "project/data"
+    write_dataset(data, slides=3)
     outside = save(tmp_path / "secret.png", np.zeros((40, 60, 3), np.uint8))
-    (tmp_path / "data/images/roi0.png").unlink()
-    (tmp_path / "data/images/roi0.png").symlink_to(outside)
-    assert "link that leaves" in inspect_dataset(tmp_path / "data")[1][0]
+    (data / "images/roi0.png").unlink()
+    (data / "images/roi0.png").symlink_to(outside)
+    assert "link that leads out of your own files" in inspect_dataset(data)[1][0]
+    for own in (tmp_path / "home/me/a.png", tmp_path / "project/b.png"):
+        save(own, np.zeros((40, 60, 3), np.uint8))
+        (data / "images/roi0.png").unlink()
+        (data / "images/roi0.png").symlink_to(own)
+        assert not inspect_dataset(data)[1]
+    (data / "images").rename(tmp_path / "home/me/images")
+    (data / "images").symlink_to(tmp_path / "home/me/images", target_is_directory=True)
+    assert not inspect_dataset(data)[1], "a whole folder may be a link, too"
+
+
+def test_links_and_the_same_image_twice(tmp_path):
+    write_dataset(tmp_path / "data", slides=3)
     (tmp_path / "data/images/roi0.png").unlink()
     (tmp_path / "data/images/roi0.png").symlink_to(tmp_path / "data/images/roi1.png")
     assert "stands in line" in inspect_dataset(tmp_path / "data")[1][0], "the same image under two names"

@@ -1,10 +1,11 @@
-"""What is to be ignored neither trains nor counts: each consumer is held against one that never saw the pixels.
+"""What is to be ignored neither trains nor counts: each consumer against one that never saw the pixels.
 
 The oracle is the same everywhere: whatever stands in the ignored pixels (any image, any prediction) changes
 no number, and the numbers are those of a computation on the remaining pixels alone.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from her2.run_training import one_hot
 
 
 def example(classes=2, seed=0):
-    """Logits (3, K, 8, 10), target with a third ignored, and both without the ignored pixels: (1, K, 1, n)."""
+    """Logits (3, K, 8, 10), target with a third ignored; both without the ignored pixels: (1, K, 1, n)."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, classes, 8, 10, generator=random) * 2
     target = torch.randint(0, classes, (3, 8, 10), generator=random)
@@ -138,7 +139,7 @@ def test_a_split_in_which_all_is_ignored_is_refused(tmp_path):
     image = np.zeros((20, 20, 3), np.uint8)
     dataset = memory_dataset(tmp_path, [(image, np.full((20, 20), IGNORE, np.uint8))], DEFAULT_CLASSES)
     save(tmp_path / "instances.png", np.ones((20, 20), np.uint16))
-    dataset.rois = [type(roi)(**{**vars(roi), "instances": tmp_path / "instances.png"}) for roi in dataset.rois]
+    dataset.rois = [replace(roi, instances=tmp_path / "instances.png") for roi in dataset.rois]
     for sampling in SAMPLINGS:
         with pytest.raises(UserError, match="ignored|no tumor"):
             PatchSampler(dataset, "train", 8, sampling, cache=tmp_path)
@@ -154,15 +155,17 @@ def test_the_label_survives_the_cache_and_is_counted_in_no_class(tmp_path):
 
 def square(name, x0, y0, x1, y1):
     ring = [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
+    classification = {"classification": {"name": name}} if name else {}
     return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
-            "properties": {"objectType": "annotation", **({"classification": {"name": name}} if name else {})}}
+            "properties": {"objectType": "annotation", **classification}}
 
 
 @pytest.mark.parametrize("names, table", [
     (("Ignore*", "ignore"), None),
     (("Fold", "out of focus"), {"aliases": {"fold": "ignore", "Out of Focus": 255}}),
     (("Fold", ""), {"aliases": {"Fold": "ignore", "(none)": "ignore"}}),
-    (("Fold", "Blur"), {"classes": DEFAULT_CLASSES.to_json(), "aliases": {"fold": "Ignore", "blur": "ignore"}}),
+    (("Fold", "Blur"), {"classes": DEFAULT_CLASSES.to_json(),
+                        "aliases": {"fold": "Ignore", "blur": "ignore"}}),
 ])
 def test_polygons_of_ignored_classes(tmp_path, names, table):
     """By QuPath's own name, by an alias, and without a class when the table asks for it."""
@@ -191,7 +194,7 @@ def test_a_class_may_still_be_called_ignore():
 
 def test_relabelling_and_inpainting_leave_it_alone():
     label = torch.from_numpy(half_ignored()).long()
-    instance = torch.where(label == 3, 1, torch.where(label == 4, 2, torch.where(label == IGNORE, 3, 0))).int()
+    instance = (label == 3) * 1 + (label == 4) * 2 + (label == IGNORE) * 3
     new, mapping = relabel(label, instance, DEFAULT_CLASSES, generator("ignore"))
     assert set(mapping) == {1, 2} and torch.equal(new == IGNORE, label == IGNORE)
     _, kept = keep({"label": label, "instance": instance})

@@ -326,3 +326,11 @@ def test_the_share_of_uniform_patches_is_what_was_asked_for(tmp_path):
     elsewhere = sum(sampler.place(numpy_generator("share", k))[0] != 0 for k in range(4000))
     expected = 0.25 * (1 - sampler.area[0] / sampler.area[-1])
     assert abs(elsewhere / 4000 - expected) < 5 * math.sqrt(expected / 4000)
+
+
+def test_ratio_inf_is_synthetic_images_alone(tmp_path):
+    write_dataset(tmp_path / "real", slides=4)
+    real, synthetic = mixed(tmp_path, 1.0)
+    sampler = MixedSampler(real, synthetic, math.inf, cache=tmp_path)
+    names = {name for step in range(10) for name in sampler.batch(step, 50)["names"]}
+    assert names == {roi.name for roi in synthetic.rois}

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from her2.diffusion import Schedule, denoising_loss, loss_of_zero_output, quartile_sums
+from her2.diffusion import Schedule, denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
 from her2.samplers import ddim_timesteps, image_noise, sample, trajectory
 
 EPS, V = Schedule(), Schedule(parametrisation="v")
@@ -247,3 +247,15 @@ def test_quartile_sums_are_a_loop_over_the_batch():
         expected[quarter] += value
         number[quarter] += 1
     assert sums.tolist() == pytest.approx(expected) and counts.tolist() == number
+
+
+def test_timesteps_uniform_or_logit_normal():
+    """Shares of quarters: closed forms, P(t < q T) = q, or Phi(logit(q) / spread)."""
+    def shares(spread):
+        t = draw_timesteps(40_000, 1000, spread, torch.Generator().manual_seed(0))
+        assert t.dtype == torch.int64 and 0 <= int(t.min()) and int(t.max()) <= 999
+        return [(t < q * 1000).float().mean().item() for q in (0.25, 0.5, 0.75)]
+
+    assert shares(0.0) == pytest.approx([0.25, 0.5, 0.75], abs=0.012)
+    normal = [0.5 * (1 + math.erf(math.log(q / (1 - q)) / 1.5 / math.sqrt(2))) for q in (0.25, 0.5, 0.75)]
+    assert shares(1.5) == pytest.approx(normal, abs=0.012)

@@ -3,6 +3,7 @@
 The networks here are untrained: what is tested is the counting, not the learning.
 """
 
+import csv
 import json
 import shutil
 import subprocess
@@ -107,12 +108,12 @@ def by_name(content):
 # ---- figures against slow sums -------------------------------------------------------------------
 
 @torch.no_grad()
-def slow_pixels(folder, split):
+def slow_pixels(folder, split, rois=None):
     """(probabilities, class ids) of all pixels of a split, each ROI in one forward pass."""
     content = run.load_model(folder, "segmenter")
     network, dataset = run.build_model(UNet, content, folder), load_dataset("data")
     probs, labels = [], []
-    for roi in dataset.split(split):
+    for roi in rois or dataset.split(split):
         image = torch.from_numpy(np.array(Image.open(roi.image))).permute(2, 0, 1)[None].float() / 127.5 - 1
         probs.append(network(image).softmax(1)[0, 1].numpy().ravel())
         labels.append(np.array(Image.open(roi.mask)).ravel())
@@ -161,6 +162,48 @@ def test_every_figure_of_results_json_against_sums_over_pixels(place):
             assert threshold == 0.5
         metrics = json.loads(Path(folder, "metrics.json").read_text(encoding="utf-8"))
         assert metrics["figures"]["dice"] == record["dice"]
+
+
+def test_results_csv_has_a_row_per_run_and_roi_and_the_worst_are_drawn(place):
+    dataset = load_dataset("data")
+    hole = np.array(Image.open("data/masks/roi3.png"))
+    hole[:9] = 255                                      # to be ignored
+    save("data/masks/roi3.png", hole)
+    evaluate.main(RUNS)
+    first = Path("runs/report/results.csv").read_bytes()
+    rows = list(csv.DictReader(first.decode("utf-8").splitlines()))
+    assert len(rows) == len(RUNS) * (2 + 4) and {row["run"] for row in rows} == set(RUNS)
+    for folder in RUNS:
+        mine = [row for row in rows if row["run"] == folder]
+        shares = {}
+        for row in mine:
+            rois = [roi for roi in dataset.split(row["split"]) if row["roi"] in ("", roi.name)]
+            parts = [slow_pixels(folder, row["split"], [roi]) for roi in rois]
+            prob, label = (np.concatenate(part) for part in zip(*parts))
+            prob, label = prob[label != 255], label[label != 255]
+            expected = slow_figures(prob, label, 0.5)
+            assert int(row["pixels"]) == label.size
+            for key in ("dice", "precision", "fpr", "subtype_variance"):
+                assert float(row[key]) == pytest.approx(expected[key], abs=2e-4), key
+            for name, value in expected["recall"].items():
+                assert float(row[f"recall {name}"]) == pytest.approx(value, abs=2e-4)
+            assert row["slide"] == (rois[0].slide if row["roi"] else "")
+            if row["roi"] and row["split"] == "test":
+                shares[row["roi"]] = np.mean((prob >= 0.5) != (label > 0))
+        assert sum(int(row["pixels"]) for row in mine if row["roi"]) == sum(
+            int(row["pixels"]) for row in mine if not row["roi"]) and len(shares) == 2
+        roi = next(roi for roi in dataset.rois if roi.name == max(shares, key=shares.get))
+        with Image.open(Path(folder, "worst.png")) as picture:
+            drawn = {color for _, color in picture.convert("RGB").getcolors(1 << 24)}
+        mask, prob = np.array(Image.open(roi.mask)), slow_pixels(folder, "test", [roi])[0]
+        share, (_, _, wrong) = evaluate.errors(np.array(Image.open(roi.image)), mask,
+                                               prob.reshape(mask.shape), dataset.classes)
+        assert share == pytest.approx(shares[roi.name], abs=2e-4)
+        painted = (wrong == evaluate.draw.BLUE).all(-1) | (wrong == evaluate.draw.VERMILION).all(-1)
+        assert painted.sum() == round(share * (mask != 255).sum())
+        assert {evaluate.draw.BLUE, evaluate.draw.VERMILION} <= drawn
+    evaluate.main(RUNS)
+    assert Path("runs/report/results.csv").read_bytes() == first, "from metrics.json"
 
 
 def test_tiles_do_not_change_the_figures_much_and_never_the_counts(place):
@@ -414,6 +457,7 @@ def test_order_of_the_medians(medians, ordered):
     ({"sampling": "tumor", "synthetic": "x", "ratio": 1.0}, "ldm", "ldm-100-tumor"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "reconstruct", "reconstruct-100"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0}, "ldm-same", "ldm-100-same"),
+    ({"sampling": "subtype", "synthetic": "x", "ratio": float("inf")}, "ldm", "ldm-only"),
     ({"sampling": "subtype", "synthetic": "x", "ratio": 1.0, "name": "my fork"}, "ldm", "my fork"),
 ])
 def test_names_of_configurations(fields, method, name):

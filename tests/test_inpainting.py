@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from her2 import inpainting
 from her2.inpainting import erase, grow, paste, repaint_to_latent
 
 
@@ -70,3 +71,21 @@ def test_erase_follows_the_surroundings():
     assert (erase(ramp, repaint) - ramp).abs().max() < 0.25          # the ramp changes by 0.5 over the region
     flat = torch.full((1, 3, 64, 64), 0.3)
     torch.testing.assert_close(erase(flat, repaint), flat)
+
+
+def test_noise_level_is_that_of_the_sensor_and_grain_restores_it():
+    """Known noise on a ramp, which a second difference removes; a quarter is texture and must not count."""
+    ramp = torch.linspace(-0.5, 0.5, 64).expand(4, 3, 64, 64).clone()
+    noise = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noisy = ramp + 0.02 * noise
+    noisy[:, :, :32, :32] += torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) - 0.5
+    level = inpainting.noise_level(noisy)
+    assert torch.allclose(level, torch.full((4,), 0.02), rtol=0.08)
+    assert (inpainting.noise_level(ramp) < 1e-6).all()
+    painted = ramp.clone()
+    painted[:, :, :, 32:] = noisy[:, :, :, 32:]                 # pasted pixels of the photograph
+    grainy = inpainting.add_grain(ramp.where(torch.arange(64) < 32, painted), noisy, level, range(4))
+    assert torch.equal(grainy[..., 32:], noisy[..., 32:])
+    plain = inpainting.add_grain(ramp, noisy, level, range(4))
+    assert torch.allclose(inpainting.noise_level(plain), level, rtol=0.1)
+    assert torch.equal(plain, inpainting.add_grain(ramp, noisy, level, range(4)))

@@ -4,13 +4,14 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
 
 from her2 import run_config as configuration
-from her2 import run, run_training
+from her2 import run, run_log, run_training
 from her2.run_errors import UserError, atomic_write
 
 
@@ -170,13 +171,13 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
 
 
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
-    log = run.Log(tmp_path, 0)
+    log = run_log.Log(tmp_path, 0)
     for step in (10, 20, 30):
         log.record(step, loss=1 / step, missing=None)
     with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 40, "lo')                  # killed while writing
-    assert [r["step"] for r in run.Log(tmp_path, 20).records()] == [10, 20]
-    assert run.Log(tmp_path, 20).records()[0] == {"step": 10, "loss": 0.1, "missing": None}
+    assert [r["step"] for r in run_log.Log(tmp_path, 20).records()] == [10, 20]
+    assert run_log.Log(tmp_path, 20).records()[0] == {"step": 10, "loss": 0.1, "missing": None}
 
 
 def test_ema_closed_form():
@@ -195,33 +196,55 @@ def test_learning_rate_warms_up_then_follows_the_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
 
     def rate(step, schedule):
-        run_training.set_learning_rate(optimizer, 2.0, step, 10, 110, schedule)
+        config = SimpleNamespace(lr=2.0, warmup=10, steps=110, schedule=schedule)
+        run_training.set_learning_rate(optimizer, config, step)
         return optimizer.param_groups[0]["lr"]
 
     assert [rate(s, "constant") for s in (0, 4, 9, 10, 109)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
     assert [rate(s, "cosine") for s in (4, 10, 60, 110)] == pytest.approx([1.0, 2.0, 1.0, 0.0], abs=1e-9)
 
 
-def test_divergence_stops_the_run_with_a_diagnosis(tmp_path):
+def losses_of(tmp_path, scaler=None):
     net = torch.nn.Linear(2, 2)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": 2.0}, {"net": net}, ["a.png"])
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    return net, run_training.Losses(tmp_path, {"net": net}, scaler)
+
+
+def test_divergence_stops_the_run_with_a_diagnosis_of_the_first_bad_step(tmp_path):
+    net, losses = losses_of(tmp_path)
+    losses.add(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(2.0))
+    losses.add(4, ["a.png"], loss=torch.tensor(0.5), grad_norm=0.0)
+    assert losses.read() == losses.read() == {"loss": 0.5, "grad_norm": 0.0}
     net.bias.grad[1] = math.nan
-    with pytest.raises(UserError, match="grad_norm not finite at step 3"):
-        run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.nan}, {"net": net},
-                                  ["a.png"])
+    losses.add(5, ["b.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.nan))
+    losses.add(6, ["c.png"], loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.nan))
+    with pytest.raises(UserError, match="grad_norm not finite at step 5"):
+        losses.read()
     told = json.loads((tmp_path / "diagnosis.json").read_text(encoding="utf-8"))
-    assert (told["largest_gradient"]["parameter"] == "net.bias" and told["batch"] == ["a.png"]
-            and told["step"] == 3)
+    assert (told["largest_gradient"]["parameter"] == "net.bias" and told["batch"] == ["b.png"]
+            and told["step"] == 5)
+
+
+def test_weights_that_are_not_finite_are_never_saved_in_silence(tmp_path):
+    """A finite gradient times a huge learning rate: losses and norms were fine up to here."""
+    net, losses = losses_of(tmp_path)
+    losses.add(3, ["a.png"], loss=torch.tensor(1.0))
+    torch.nn.init.constant_(net.bias, math.inf)
+    with pytest.raises(UserError, match="weights not finite at step 3"):
+        losses.read()
 
 
 def test_infinite_gradients_are_the_scalers_business_under_fp16(tmp_path):
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], scaler)
-    with pytest.raises(UserError, match="loss not finite"):
-        run_training.stop_if_diverged(tmp_path, 3, {"loss": math.inf}, {"grad_norm": math.inf}, {}, [],
-                                      scaler)
-    used_up = torch.amp.GradScaler("cpu", init_scale=0.5, enabled=True)
-    with pytest.raises(UserError, match="grad_norm not finite"):
-        run_training.stop_if_diverged(tmp_path, 3, {"loss": 1.0}, {"grad_norm": math.inf}, {}, [], used_up)
+    _, losses = losses_of(tmp_path, scaler)
+    losses.add(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
+    assert losses.read()["grad_norm"] == math.inf
+    losses.add(4, ["a.png"], loss=torch.tensor(math.inf), grad_norm=torch.tensor(math.inf))
+    with pytest.raises(UserError, match="loss not finite at step 4"):
+        losses.read()
+    _, losses = losses_of(tmp_path, torch.amp.GradScaler("cpu", init_scale=0.5, enabled=True))
+    losses.add(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
+    with pytest.raises(UserError, match="grad_norm not finite at step 3"):
+        losses.read()

@@ -28,9 +28,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from data_factory import save, write_csv, write_dataset, write_manifest  # noqa: E402
+from data_factory import (read_annotations, save, write_csv, write_dataset,  # noqa: E402
+                          write_manifest)
 from her2 import run  # noqa: E402
-from her2.data_annotations import read_annotations  # noqa: E402
 from her2.autoencoder import VQAutoencoder  # noqa: E402
 from her2.data_classes import DEFAULT_CLASSES, load_classes  # noqa: E402
 from her2.data_folder import load_dataset  # noqa: E402

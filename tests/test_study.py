@@ -11,8 +11,10 @@ import pytest
 from data_factory import rectangles, save, write_csv
 from PIL import Image
 
+import train_seg
 from her2 import study
 from her2.data_classes import DEFAULT_CLASSES
+from her2.study_jobs import Record, Stage, keys_of, run_stages, seconds_left
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +37,8 @@ def finished(tmp_path_factory):
         rows.append({"image": f"images/{k}.png", "mask": f"masks/{k}.png", "slide": f"s{k}",
                      "score": str(k % 3)})
     write_csv(folder / "data", rows)
-    command = ("-m", "her2.study", "--data", "data", "--out", "out", "--trial", "2")
+    command = ("-m", "her2.study", "--data", "data", "--out", "out", "--trial", "2", "--seed", "0",
+               "--arms", "tumor,subtype,gan-100,ldm-100,inpaint-100,reconstruct-100")
     return folder, command, run(folder, *command)
 
 
@@ -44,7 +47,7 @@ def test_ends_with_results_in_the_agreed_form(finished):
     assert process.returncode == 0, process.stderr
     results = json.loads((folder / "out/results.json").read_text(encoding="utf-8"))
     configs = {config["name"]: config for config in results["configs"]}
-    assert set(configs) == {"tumor", "subtype", "gan-100", "ldm-100", "inpaint-100", "reconstructed"}
+    assert set(configs) == {"tumor", "subtype", "gan-100", "ldm-100", "inpaint-100", "reconstruct-100"}
     assert ((configs["ldm-100"]["method"], configs["ldm-100"]["ratio"], configs["ldm-100"]["sampling"])
             == ("ldm", 1.0, "subtype"))
     for config in configs.values():
@@ -61,7 +64,7 @@ def test_ends_with_results_in_the_agreed_form(finished):
 def test_prints_commands_that_can_be_run_by_hand(finished):
     folder, _, process = finished
     shown = [line[2:] for line in process.stdout.splitlines() if line.startswith("$ python ")]
-    assert len(shown) == len(study.stages(study.Config(data="data", out="out")))
+    assert len(shown) == 14
     by_hand = next(line for line in shown if "train_gan.py" in line).split()
     again = run(folder, str(ROOT / by_hand[1]), *by_hand[2:])
     assert again.returncode == 0 and "complete" in again.stdout
@@ -71,11 +74,65 @@ def test_does_not_repeat_what_is_complete(finished):
     folder, command, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
     again = run(folder, *command)
-    assert (again.returncode == 0
-            and again.stdout.count(": complete") == len(study.stages(study.Config(data="data", out="out"))))
+    assert again.returncode == 0 and "14 of 14 stages are complete" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
-    other = run(folder, *command, "--seed", "1")
-    assert other.returncode == 2 and other.stderr.startswith("error:") and "seed: 0 -> 1" in other.stderr
+    other = run(folder, *command, "--trial", "3")
+    assert other.returncode == 2 and other.stderr.startswith("error:") and "trial: 2 -> 3" in other.stderr
+
+
+def test_an_arm_that_is_added_leaves_the_others_alone(finished):
+    """And its figures join the report, made by two jobs side by side."""
+    folder, command, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
+    more = run(folder, *command[:-1], command[-1] + ",subtype-2x,restain-100", "--jobs", "2")
+    assert more.returncode == 0, more.stderr
+    after = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
+    assert before.items() <= after.items() and len(after) == len(before) + 2
+    results = json.loads((folder / "out/results.json").read_text(encoding="utf-8"))
+    assert len(results["configs"]) == 8 and "restain-100 against subtype" in results["comparisons"]
+
+
+def test_changed_data_make_again_what_read_them(finished, tmp_path):
+    """The key of a stage hashes its data and what it needs; a folder from other data makes room."""
+    plans = [study.stages(study.Config(preset="tiny", arms="subtype,ldm-100", data="data"), 0, text)
+             for text in ("a", "a", "b")]
+    keys = [keys_of(plan) for plan in plans]
+    assert keys[0] == keys[1] and not set(keys[0].values()) & set(keys[2].values())
+    one = Stage("a", "x", ("-c", "print()"), tmp_path / "a")
+    other = Stage("b", "x", ("-c", "print()"), tmp_path / "b", ("a",))
+    changed = Stage("a", "x", ("-c", "pass"), tmp_path / "a")
+    assert keys_of([one, other])["b"] != keys_of([changed, other])["b"]
+    (tmp_path / "a").mkdir()
+    record = Record(tmp_path / "stages.json", [one, other])
+    record.add(one, 3.0)
+    assert record.complete(one) and not record.complete(other)
+    record = Record(tmp_path / "stages.json", [changed, other])
+    assert not record.complete(changed)
+    record.set_aside(changed)
+    assert not (tmp_path / "a").exists() and (tmp_path / "a.stale").is_dir()
+
+
+def test_a_failing_stage_names_itself_and_the_rest_goes_on(tmp_path, capfd):
+    def stage(name, code, *needs):
+        program = f"import pathlib; pathlib.Path({str(tmp_path / name)!r}).mkdir(); {code}"
+        return Stage(name, "x", ("-c", program), tmp_path / name, needs)
+
+    plan = [stage("one", "raise SystemExit('error: no luck')"), stage("two", "pass", "one"),
+            stage("three", "pass"), stage("four", "pass", "three"), stage("five", "pass", "four", "two")]
+    plan = [Stage(s.name, s.kind, ("-m", "timeit", "-n1", "-r1", s.line[1]), s.folder, s.needs) for s in plan]
+    seen, record = [], Record(tmp_path / "stages.json", plan)
+    failed = run_stages(plan, 2, record, tmp_path / "logs", {}, lambda s: seen.append(s.name))
+    assert seen == ["three", "four"] and set(record.done) == {"three", "four"}
+    assert len(failed) == 1 and "'one'" in failed[0]
+    assert not (tmp_path / "two").exists() and not (tmp_path / "five").exists()
+
+
+def test_time_left_follows_the_pace_of_this_machine():
+    cost = {"a": 100, "b": 10}
+    waiting = [Stage(name, kind, (), Path()) for name, kind in (("1", "a"), ("2", "b"), ("3", "b"))]
+    assert seconds_left(waiting, {}, {}, cost, 1) == 120
+    assert seconds_left(waiting, {}, {"a": [50, 50]}, cost, 1) == 60            # twice as fast as expected
+    assert seconds_left(waiting, {waiting[0]: 30}, {"b": [20]}, cost, 2) == (200 + 20 + 20 + 170) / 2
 
 
 def test_every_picture_is_there_and_can_be_opened(finished):
@@ -83,29 +140,29 @@ def test_every_picture_is_there_and_can_be_opened(finished):
     wanted = ["report/fig2.png", "report/fig4.png", "report/fig5.png", "report/fig6.png",
               "report/staining.png", "vq/curves.png", "vq/samples/step000002.png",
               "ldm/curves.png", "ldm/samples/step000002.png",
-              "gan/curves.png", "gan/samples/step000002.png", "seg-subtype-seed0/samples/step000002.png"]
+              "gan/curves.png", "gan/samples/step000002.png", "seg-subtype/samples/step000002.png"]
     for name in wanted:
-        with Image.open(folder / "out" / name) as picture:
+        with Image.open(folder / "out/seed0" / name) as picture:
             assert picture.convert("RGB").getextrema() != ((255, 255),) * 3, f"{name} is blank"
-    page = (folder / "out/report/report.md").read_text(encoding="utf-8")
+    page = (folder / "out/seed0/report/report.md").read_text(encoding="utf-8")
     assert all(Path(name).name in page for name in wanted[:5])
 
 
 def test_inpainting_left_the_background_untouched(finished):
     """Every background pixel of the mask equals the source image at the position that the manifest names."""
     folder, _, _ = finished
-    lines = (folder / "out/synth-inpaint/manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "out/seed0/synth-inpaint/manifest.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines
     changed = 0
     for record in map(json.loads, lines):
         name = Path(record["image"]).name
         made, mask, source = (np.array(Image.open(path)) for path in (
-            folder / "out/synth-inpaint/images" / name, folder / "out/synth-inpaint/masks" / name,
+            folder / "out/seed0/synth-inpaint/images" / name, folder / "out/seed0/synth-inpaint/masks" / name,
             folder / "data" / record["source_image"]))
         source = source[record["y"]:record["y"] + 64, record["x"]:record["x"] + 64]
         assert (made[mask == 0] == source[mask == 0]).all()
         changed += int((made[mask > 0] != source[mask > 0]).any())
-        instance = np.array(Image.open(folder / "out/synth-inpaint/instances" / name))
+        instance = np.array(Image.open(folder / "out/seed0/synth-inpaint/instances" / name))
         for i, (_, new) in record["instances"].items():
             assert set(mask[instance == int(i)].tolist()) == {new}
     assert changed == len(lines)
@@ -115,17 +172,28 @@ def test_split_holds_everywhere(finished):
     """One split for all stages, and no synthetic image from a slide of val or test."""
     folder, _, _ = finished
     splits = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "out").rglob("split.json")]
-    assert len(splits) == 12 and all(split == splits[0] for split in splits)
+    assert len(splits) >= 13 and all(split == splits[0] for split in splits)
     for method in study.METHODS:
-        for line in (folder / f"out/synth-{method}/manifest.jsonl").read_text(encoding="utf-8").splitlines():
+        path = folder / f"out/seed0/synth-{method}/manifest.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines():
             assert splits[0]["slides"][json.loads(line)["source_slide"]] == "train"
 
 
-def test_paper_protocol_has_its_configurations():
-    """14 configurations x 5 seeds and the control, as the paper's section 3 asks."""
-    runs = [name for name, _, _ in study.stages(study.Config(preset="paper"))
-            if name.startswith("segmentation")]
-    names = {name.split(": ")[1].split(",")[0] for name in runs}
-    assert names == ({"tumor", "subtype", "reconstructed"}
-                     | {f"{m}-{r}" for m in study.METHODS for r in (50, 100, 200, 400)})
-    assert len(runs) == 15 * 5
+def test_the_protocol_has_its_arms():
+    """The paper's 14 configurations, the controls, and a seed that shares nothing with another."""
+    config = study.Config(**{"preset": "paper", **study.PRESETS["paper"]})
+    plans = [study.stages(config, seed) for seed in (10, 11)]
+    runs = [stage for stage in plans[0] if "segmentation" in stage.name]
+    names = {stage.name.split()[-1] for stage in runs}
+    assert names == ({"tumor", "subtype"} | {f"{m}-{r}" for m in study.METHODS for r in (50, 100, 200, 400)}
+                     | {"oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same",
+                        "subtype-2x"})
+    shared = {stage.name for stage in plans[0]} & {stage.name for stage in plans[1]}
+    assert shared == {"judge", "judge's phantom"}
+    double = next(stage for stage in runs if stage.name.endswith("2x"))
+    for preset in study.STEPS:
+        defaults = {**vars(train_seg.Config()), **train_seg.PRESETS[preset]}
+        assert study.STEPS[preset] == defaults["steps"]
+    assert double.line[double.line.index("--steps") + 1] == str(2 * study.STEPS["paper"])
+    with_data = study.stages(study.Config(data="data", arms="all"), 0)
+    assert not any("oracle" in stage.name or "fresh" in stage.name for stage in with_data)

@@ -1,0 +1,74 @@
+"""Overlay sheets: every region of a dataset with its outlines, as a person would check them, 24 to a sheet.
+
+Outlines have the colour of their class. Thin and grey: annotations that were left out, the reason stands
+below the picture. Hatched: pixels to be ignored. No number replaces looking at these.
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from her2.data_classes import IGNORE
+from her2.draw import GREY, INK, Canvas, class_legend, fit, outline, text_width
+
+CELL = 384                          # pixels of the longer side of a region on the sheet
+COLUMNS, ROWS = 4, 6
+LEFT_OUT = (205, 205, 205)
+
+
+def overlay(image, label, instance, classes, left_out=(), cell=CELL) -> np.ndarray:
+    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near `cell` pixels.
+
+    left_out  outlines that are drawn in grey: lists of (n, 2) rings in pixels of the image
+    """
+    small = fit(image, cell)
+    rows = (np.arange(small.shape[0]) + 0.5) * label.shape[0] // small.shape[0]
+    columns = (np.arange(small.shape[1]) + 0.5) * label.shape[1] // small.shape[1]
+    near = np.ix_(rows.astype(int), columns.astype(int))
+    few, scale = label[near], small.shape[1] / label.shape[1]
+    drawn = outline(small, few, classes, instance[near], width=2)
+    hatched = (few == IGNORE) & (np.add(*np.indices(few.shape)) % 8 < 2)
+    drawn[hatched] = classes.colors[IGNORE]
+    picture = Image.fromarray(drawn)
+    pen = ImageDraw.Draw(picture)
+    for rings in left_out:
+        for ring in rings:
+            points = [tuple(point) for point in (np.vstack([ring, ring[:1]]) * scale).tolist()]
+            pen.line(points, (60, 60, 60), 3)
+            pen.line(points, LEFT_OUT, 1)
+    return np.array(picture)
+
+
+def shortened(text, width, size) -> str:
+    """`text` cut off so that it is at most `width` pixels wide."""
+    while text_width(text, size) > width:
+        text = text[:-4].rstrip(" .") + "..."
+    return text
+
+
+def sheet(cells, classes, title) -> np.ndarray:
+    """One sheet of `cells`: (picture, [line of text, ...], color of the swatch before the first line)."""
+    gap, top = 12, 62
+    lines = max(len(texts) for _, texts, _ in cells)
+    columns, cell = min(COLUMNS, len(cells)), max(300, *(picture.shape[1] for picture, *_ in cells))
+    heights = [max(picture.shape[0] for picture, *_ in cells[k:k + columns])
+               for k in range(0, len(cells), columns)]
+    below = 18 * lines + 14
+    width = max(columns * (cell + gap) + gap, 780)
+    canvas = Canvas(width, top + sum(heights) + below * len(heights))
+    canvas.text(gap, 8, shortened(title, width - 2 * gap, 16), 16)
+    others = [("left out", LEFT_OUT), ("ignored", tuple(classes.colors[IGNORE].tolist()))]
+    canvas.legend([*class_legend(classes), *others], gap, 34, width - gap, marker="box")
+    y = top
+    for k, (picture, texts, color) in enumerate(cells):
+        x = gap + k % columns * (cell + gap)
+        canvas.paste(picture, x, y)
+        bottom = y + heights[k // columns]
+        if color is not None:
+            canvas.rectangle(x, bottom + 7, x + 11, bottom + 18, tuple(color), INK, 0.5)
+        for i, text in enumerate(texts):
+            indent = 0 if i or color is None else 17
+            canvas.text(x + indent, bottom + 5 + 18 * i, shortened(text, cell - indent, 13), 13,
+                        GREY if i > 1 else INK)
+        if k % columns == columns - 1:
+            y += heights[k // columns] + below
+    return canvas.array()

@@ -1,0 +1,274 @@
+"""Lessons of Saturday morning: tissue, dyes, labels, and what of them a network sees (see `lessons`)."""
+
+import tempfile
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from her2 import relabel as relabelling
+from her2.data_classes import DEFAULT_CLASSES as CLASSES
+from her2.data_folder import Dataset
+from her2.data_patches import PatchSampler
+from her2.data_slides import ROI
+from her2.draw import BLUE, GREY, INK, ORANGE, PALE, VERMILION, Canvas, colorize, fit, save_png, tint, \
+    to_uint8
+from her2.draw_axes import Axes
+from her2.draw_charts import draw_box, plot, sheet
+from her2.phantom import PRESETS, scene_of
+from her2.phantom_microscope import render
+from her2.phantom_tissue import draw_style, lay_out
+from her2.polygons import connected_components, paint, rasterize
+from her2.run_seeds import generator, numpy_generator
+from her2.stains import STAINS, compose, deconvolve, optical_density, stain_jitter, white_point
+
+
+@lru_cache(maxsize=None)
+def region(score: int, picture: bool = True):
+    """A phantom region of 256 x 256 um at 1 um: image (256, 256, 3) uint8 or None, label, instance."""
+    scene, found = scene_of(PRESETS["tiny"], 0, score, 0)
+    scene.style.noise = 0.003           # of the camera: a calm picture is a small file
+    label, instance = paint([[ring] for _, ring in found], [c for c, _ in found], 256, 256)
+    return render(scene, 1.0, 256, (score,)) if picture else None, label, instance
+
+
+def specimens(kind: str, subtype: int, count: int) -> list:
+    """`count` times image (192, 192, 3) at 0.5 um and inside (192, 192) bool, around a site of this kind."""
+    # One slide for all, with little unspecific brown: the differences are those between the classes.
+    style = replace(draw_style(numpy_generator("lesson", "style")), noise=0.004, breath=0.05)
+    size, share = (256, 0.02) if kind == "acinus" else (96, 0.3)        # um; lobules want room
+    found, attempt, axis = [], 0, np.arange(2 * size) / 2
+    while len(found) < count:
+        attempt += 1
+        scene = lay_out(style, np.eye(4)[subtype], share, size, numpy_generator(kind, subtype, attempt),
+                        subtype, kind == "dcis")
+        sites = [s for s in scene.sites
+                 if s.kind == kind and max(abs(s.x - size / 2), abs(s.y - size / 2)) < size / 2 - 18]
+        if sites:
+            left, top = (int(2 * np.clip(c - 48, 0, size - 96)) for c in (sites[0].x, sites[0].y))
+            window = slice(top, top + 192), slice(left, left + 192)
+            inside = np.min([s.star.distance(axis[None], axis[:, None]) for s in sites], axis=0) < 0
+            found.append((render(scene, 0.5, 2 * size, (kind, attempt))[window], inside[window]))
+    return found
+
+
+def phantom(answer):
+    """The HER2 score says how brown the membranes of tumor cells are: not at all (0), faint and broken (1+),
+    whole but moderate (2+), strong (3+); brown is the dye DAB, and blue haematoxylin shows every nucleus.
+    Tumor that is still inside its duct (in situ, LCIS/DCIS) is tumor without a score, and a lobule, a group
+    of normal glands, is background. One annotated nest is an instance: the unit that gets a new score later.
+
+    Exercise: why is 0 the hard one? Look for what tells it from a lobule, then from 3+.
+
+    Answer: 3+ is told from a lobule by brown alone, 0 is not: the mean DAB density is {lobule:.2f} in
+    lobules, {zero:.2f} in nests of 0, {three:.2f} in 3+; the palest nest of 0 has {lowest:.2f}, the brownest
+    lobule {highest:.2f}. What is left are the size and order of the cells, and few examples: 0 is also the
+    rarest.
+    """
+    kinds = {f"HER2 {score}": ("tumor", k) for k, score in enumerate(("0", "1+", "2+", "3+"))}
+    kinds.update({"LCIS/DCIS (in situ)": ("dcis", 2), "lobule: background": ("acinus", 0)})
+    found = {name: specimens(*kind, 6) for name, kind in kinds.items()}
+    dab = [[deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one]
+           for one in found.values()]
+    canvas = Canvas(405, 192)
+    axes = Axes(canvas, 60, 8, 400, 164, (0, 6), (0, 1))
+    axes.frame([0, 0.2, 0.4, 0.6, 0.8, 1], "mean DAB density")
+    for k, name in enumerate(("0", "1+", "2+", "3+", "in situ", "lobule")):
+        draw_box(axes, axes.x(k + 0.5), dab[k], CLASSES.classes[k + 1].color if k < 5 else GREY, False)
+        canvas.text(axes.x(k + 0.5), 170, name, 13, anchor="ma")
+    pictures = [(name, one[0][0]) for name, one in found.items()]
+    return sheet([pictures[:4], [*pictures[4:], ("six of each", canvas.array())]]), {
+        "zero": np.mean(dab[0]), "lobule": np.mean(dab[5]), "three": np.mean(dab[3]), "lowest": min(dab[0]),
+        "highest": max(dab[5]), "dab": dab}
+
+
+def relabel(answer):
+    """Every tumor instance of a real label map draws a new score, each of the five classes alike; the model
+    then paints that map. A draw does not look at the size of its instance, so each class gets a fifth of the
+    tumor area on average, whatever the real shares were. Drawn per pixel the map is noise that no tissue
+    looks like; drawn per connected component, the {instances} nests here are only {components}, and those
+    that touch lose their border.
+
+    Exercise: narrow the draw to "0" and "3+": predict the shares, and whether they settle sooner.
+
+    Answer: {two[0]:.2f} and {two[1]:.2f} after {patches} patches: a half each. A share p wanders by sqrt(p (1
+    - p) sum a^2) / sum a over the areas a of the instances: {spread_two:.3f} for a half, {spread:.3f} for a
+    fifth. That is later in absolute terms, but sooner in per cent of the share.
+    """
+    _, found = scene_of(PRESETS["tiny"], 0, 3, 0)       # its polygons a little larger, so that nests touch
+    rings = [[ring.mean(axis=0) + 1.15 * (ring - ring.mean(axis=0))] for _, ring in found]
+    label, instance = map(torch.from_numpy, paint(rings, [c for c, _ in found], 256, 256))
+    label = label.long()
+
+    def draw(label, instance, key, allowed=None):
+        return relabelling.relabel(label, instance, CLASSES, generator("lesson", key), allowed)[0]
+
+    maps = {"real scores": label, **{f"draw {k}": draw(label, instance, k) for k in (1, 2, 3)}}
+    merged = torch.from_numpy(connected_components((label > 0).numpy()))
+    pixels = torch.randint(1, 6, label.shape, generator=generator("pixel"))
+    maps["per pixel: no tissue"] = pixels * (label > 0)
+    maps["per component: merged"] = draw((merged > 0).long(), merged, 0)
+    regions, rng, patches = [region(score, False)[1:] for score in range(4)], numpy_generator("windows"), 600
+    counts, sizes = np.zeros((2, patches, 6)), []
+    for n in range(patches):
+        k, y, x = rng.integers(4), *rng.integers(192, size=2)
+        window = [torch.from_numpy(array[y:y + 64, x:x + 64]).long() for array in regions[k]]
+        sizes.extend(np.bincount(window[1].ravel())[1:].astype(float))
+        for row, allowed in enumerate((None, (1, 4))):
+            counts[row, n] = np.bincount(draw(*window, n, allowed).ravel(), minlength=6)
+    total = counts.cumsum(axis=1)[..., 1:]                                              # (2, patches, 5)
+    shares, root = total / total.sum(axis=-1, keepdims=True).clip(1), np.linalg.norm(sizes) / sum(sizes)
+    ids = [1, 4] if answer else CLASSES.tumor_ids
+    chart = plot({CLASSES.names[i]: (range(1, patches + 1), shares[int(answer), :, i - 1]) for i in ids},
+                 "share of the tumor area", "patches", size=(480, 230), log_x=True, y_range=(0, 1),
+                 notes=[(1 / len(ids), f"1 / {len(ids)}")], colors=[CLASSES.classes[i].color for i in ids])
+    tints = [tint(color, 0.7) for color in (BLUE, VERMILION, ORANGE, GREY) * 9]
+    shade = np.array([(255, 255, 255), *tints], np.uint8)
+    pictures = [(name, fit(colorize(one, CLASSES), 155)) for name, one in maps.items()]
+    pictures.insert(1, ("instances", fit(shade[instance], 155)))
+    return sheet([pictures[:5], [*pictures[5:], chart]]), {
+        "patches": patches, "instances": len(instance.unique()) - 1, "components": int(merged.max()),
+        "shares": shares[0, -1], "two": shares[1, -1, [0, 3]], "spread": 0.4 * root,
+        "spread_two": 0.5 * root}
+
+
+def stains(answer):
+    """Each dye takes away a fixed part of the light, so densities (-log10 of the light that is left) add up,
+    and three colour channels are three equations for two dyes and a residual. Laboratories differ in how much
+    dye they use, not in its colour, so the jitter of training images changes amounts in density. The same
+    jitter in RGB makes colours that no mixture of the dyes has: the mean residual grows from {residual:.3f}
+    to {rgb:.3f}, in density to {density:.3f}.
+
+    Exercise: jitter an image whose glass is 220, taking 255 for white: glass comes out at {low:.0f} to
+    {high:.0f}. Repair the white point.
+
+    Answer: divide by the image's own white, jitter, multiply by it again: glass then has density 0, which no
+    factor changes, and stays at {low_mended:.0f} to {high_mended:.0f}.
+    """
+    image = region(2)[0][50:185, 70:205]                                                # (135, 135, 3)
+    haematoxylin, dab = deconvolve(image, white_point(image))
+
+    def residual(picture):          # what neither dye explains, (h, w)
+        return abs((optical_density(picture, white_point(image)) @ np.linalg.inv(STAINS))[..., 2])
+
+    def jitter(picture, seed, white=255.0):     # three times the usual strength, no shift
+        batch = torch.tensor((picture / white).clip(0, 1) * 2 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+        changed = to_uint8(stain_jitter(batch, generator("jitter", seed), 0.3, 0.0))[0]
+        return np.rint(changed * (white / 255)).astype(np.uint8)
+
+    def jitter_rgb(picture, seed):
+        return (picture * numpy_generator("rgb", seed).uniform(0.7, 1.3, 3)).clip(0, 255).astype(np.uint8)
+
+    dim, glass = image * (220 / white_point(image).mean()), np.full((8, 8, 3), 220.0)
+    rows = {"in density": [jitter(image, k) for k in range(5)],
+            "in RGB": [jitter_rgb(image, k) for k in range(5)]}
+    found = {name: np.mean([residual(one).mean() for one in row]) for name, row in rows.items()}
+    if answer:
+        rows = {"glass 220": [jitter(dim, k) for k in range(5)],
+                "repaired": [jitter(dim, k, white_point(dim)) for k in range(5)]}
+    rows = [[(f"{name}, {k + 1}", one) for k, one in enumerate(row)] for name, row in rows.items()]
+    dyes = {"image": image, "haematoxylin": compose(haematoxylin, 0 * dab), "DAB": compose(0 * dab, dab),
+            "residual, 10 times": 255 * 10 ** -np.repeat(10 * residual(image)[..., None], 3, axis=-1)}
+    seen, mended = ([jitter(glass, k, white).mean() for k in range(20)] for white in (255.0, 220.0))
+    return sheet([[(name, one.clip(0, 255).astype(np.uint8)) for name, one in dyes.items()], *rows]), {
+        "residual": residual(image).mean(), "density": found["in density"], "rgb": found["in RGB"],
+        "low": min(seen), "high": max(seen), "low_mended": min(mended), "high_mended": max(mended)}
+
+
+def polygons(answer):
+    """A pixel belongs to a polygon when its centre does: a ray to the left crosses the outline an odd number
+    of times (the row in red). The test is half open, so of two polygons that share an edge every centre goes
+    to exactly one: no pixel twice, none left out. Drawing libraries colour the outline too: Pillow makes the
+    left one of the two neighbours {extra:.0%} larger.
+
+    Exercise: colour the star by the nonzero rule instead of even-odd: which pixels are added, and why?
+
+    Answer: the {added} in the middle: the outline runs around them twice in one direction, which is even, but
+    a winding number of 2. Even-odd is kept because under it a second ring is a hole in whatever direction it
+    was drawn, and annotation tools do not agree on directions.
+    """
+    angle, side = np.pi / 2 + np.arange(5) * 4 * np.pi / 5, 22
+    star = np.stack([6 + 5.7 * np.cos(angle), 6.4 - 5.7 * np.sin(angle)], axis=1)      # crosses itself
+    left = np.array([[1, 1], [7.5, 0.5], [4.5, 11.5], [1, 10]])
+    right = np.array([[7.5, 0.5], [11.5, 2], [11, 11], [4.5, 11.5]])      # shares an edge with it
+    inside, first, second = (rasterize([ring], 12, 12) for ring in (star, left, right))
+    pillow = Image.new("1", (12, 12))
+    ImageDraw.Draw(pillow).polygon(list(map(tuple, left.tolist())), fill=1)
+    extra = np.array(pillow) & ~first
+
+    def crossings(row):             # of the star with the centres of a row: [(x, +1 down or -1 up), ...]
+        y = row + 0.5
+        return [(x1 + (y - y1) / (y2 - y1) * (x2 - x1), 1 if y2 > y1 else -1)
+                for (x1, y1), (x2, y2) in zip(star, np.roll(star, -1, axis=0)) if (y1 > y) != (y2 > y)]
+
+    winding = np.array([[sum(sign for x, sign in crossings(row) if x < column + 0.5) for column in range(12)]
+                        for row in range(12)])
+    added = (winding != 0) & ~inside
+
+    def panel(fills, rings, rows=()):
+        canvas = Canvas(12 * side + 2, 12 * side + 2)
+        for j, i in np.ndindex(12, 12):
+            color = next((tint(color, 0.45) for mask, color in fills if mask[j, i]), "white")
+            canvas.rectangle(i * side, j * side, (i + 1) * side, (j + 1) * side, color, PALE)
+            canvas.dot((i + 0.5) * side, (j + 0.5) * side, 2, GREY if color == "white" else INK)
+        for ring in rings:
+            canvas.line(np.concatenate([ring, ring[:1]]) * side, INK, 1.5)
+        for row in rows:
+            canvas.line([(0, (row + 0.5) * side), (12 * side, (row + 0.5) * side)], VERMILION, 1, dash=(4, 3))
+            for x, _ in crossings(row):
+                canvas.diamond(x * side, (row + 0.5) * side, 5, VERMILION)
+        return canvas.array()
+
+    pictures = [("even-odd, crossings of one row", panel([(inside, BLUE)], [star], [8])),
+                ("neighbours share no pixel", panel([(first, BLUE), (second, ORANGE)], [left, right])),
+                ("nonzero: added in red", panel([(inside, BLUE), (added, VERMILION)], [star])) if answer else
+                ("Pillow: added in red", panel([(first, BLUE), (extra, VERMILION)], [left]))]
+    return sheet([pictures]), {
+        "extra": extra.sum() / first.sum(), "added": int(added.sum()), "winding": winding, "inside": inside,
+        "twice": int((first & second).sum()), "union": first | second, "both": (left, right)}
+
+
+def patches(answer):
+    """Where patches are centred decides what a network sees. "tumor" draws any tumor pixel, so large classes
+    fill the batch; "subtype" draws a class first, so a rare 0 comes as often as 3+; "uniform" draws any
+    place, mostly background. Around tumor, {never:.0%} of this region are in none of 2,000 patches (grey):
+    the network never saw that background, and may call it anything.
+
+    Exercise: draw a class in proportion to the square root of its area: predict the shares of 0 and 3+.
+
+    Answer: {root[1]:.2f} and {root[4]:.2f}, between {area[1]:.2f} and {area[4]:.2f} by area and 0.20 by
+    class: a compromise, for a rare class drawn as often as the others shows the same few nests again and
+    again.
+    """
+    y, x = np.mgrid[:256, :256]
+    discs = ((1, 60, 50, 14), (2, 110, 90, 18), (3, 50, 110, 24), (4, 120, 170, 44), (5, 200, 60, 20))
+    label = sum(c * (np.hypot(y - cy, x - cx) < r) for c, cy, cx, r in discs).astype(np.uint8)
+    pictures, never, shares = [], {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        image, mask = Path(folder) / "image.png", Path(folder) / "mask.png"
+        save_png(image, colorize(label, CLASSES))
+        save_png(mask, label)
+        roi = ROI("image.png", image, None, mask, None, 0.0, 0.0, 1.0, "slide", "", "train", 256, 256)
+        for mode in ("tumor", "subtype", "uniform"):
+            # A patch of one pixel is the pixel that was drawn, before the shift of up to a quarter patch.
+            dataset = Dataset(Path(folder), CLASSES, [roi])
+            patch, pixel = (PatchSampler(dataset, "train", side, mode, cache=folder) for side in (48, 1))
+            found, drawn = (np.array([one.place(numpy_generator("place", k))[1:] for k in range(2000)])
+                            for one in (patch, pixel))
+            shares[mode] = np.bincount(label[tuple(drawn.T)], minlength=6) / 2000
+            seen, picture = np.zeros((256, 256), bool), colorize(label, CLASSES) // 2 + 127
+            for top, left in found:
+                seen[top:top + 48, left:left + 48] = True
+            picture[~seen] = GREY
+            for top, left in found[:500]:
+                picture[top + 23:top + 25, left + 23:left + 25] = INK
+            never[mode] = 1 - seen.mean()
+            draws = ", ".join(f"{CLASSES.names[c]} {shares[mode][c]:.0%}" for c in (1, 2, 3, 4))
+            pictures.append((f"{mode}: {never[mode]:.0%} never seen\ndraws: {draws}", picture))
+    area = np.bincount(label.ravel(), minlength=6) * (np.arange(6) > 0)
+    root = np.sqrt(area) / np.sqrt(area).sum()
+    return sheet([pictures]), {"never": never["tumor"], "never_uniform": never["uniform"], "root": root,
+                               "area": area / area.sum(), **shares}

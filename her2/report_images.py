@@ -1,0 +1,117 @@
+"""Generated images before any segmenter learns from them: do they obey their masks, are they sharp?
+
+    obedience    Dice and recalls of a segmenter that was trained on real patches of other tissue, applied to
+                 the images, against the masks asked for; what it says of real patches is the ceiling
+    sharpness    mean |image - its 3 x 3 mean| within tumor, each subtype counting alike, as a share of real
+    distances    Frechet and kernel distance (`frechet`) between features of the images and of real training
+                 patches drawn in the same way. Features are averages over the maps f_2 and f_3 of that
+                 segmenter, each divided by its standard deviation over the real ones
+
+A distance is small for images that look like *training* tissue, not for images that help: the oracle, which
+is tissue, sets the scale, and `val` patches do for unseen slides. PAPER: none of this is reported there.
+Key: N images, P side, F features.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from her2.data_patches import PatchSampler, to_tensors
+from her2.data_regions import open_roi
+from her2.frechet import feature_statistics, frechet_distance, kernel_distance
+from her2.metrics import ProbabilityHistogram
+
+MOST = 512  # images per source
+REAL_UNIFORM = 0.25  # share of the real patches from anywhere, as in the synthetic sets of the study
+
+
+def real_patches(dataset, split: str, patch: int, seed: int, cache):
+    """(image, label) tensors of up to MOST patches, drawn as the sources of synthetic images are."""
+    sampler = PatchSampler(dataset,
+                           split,
+                           patch,
+                           "subtype",
+                           seed,
+                           flips=False,
+                           cache=cache,
+                           uniform=REAL_UNIFORM)
+    batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
+    return batch["image"], batch["label"]
+
+
+def synthetic_images(rois, classes, cache):
+    """(image (N, 3, P, P), label (N, P, P)) of the first MOST images of a set."""
+    pairs = []
+    for roi in rois[:MOST]:
+        tile = open_roi(roi, classes, cache)
+        pairs.append(to_tensors(*tile.window(0, 0, tile.height, tile.width))[:2])
+    return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
+
+
+@torch.no_grad()
+def judge(network, image, device, batch: int = 64):
+    """(tumor probability (N, P, P), features (N, F)) of images (N, 3, P, P) in [-1, 1]."""
+    prob, features = [], []
+    for part in image.split(batch):
+        part = part.to(device, memory_format=torch.channels_last)
+        maps = network.encoder(part * network.scale + network.shift)
+        prob.append(network.segmentation_head(network.decoder(maps)).float().softmax(1)[:, 1].cpu())
+        features.append(torch.cat([maps[k].float().mean((2, 3)) for k in (2, 3)], dim=1).cpu())
+    return torch.cat(prob), torch.cat(features)
+
+
+def sharpness(image, label, classes):
+    """Mean |image - 3 x 3 mean| in grey levels 0..255, averaged over the tumor classes that are present."""
+    grey = image.mean(1, keepdim=True) * 127.5  # (N, 1, P, P)
+    fine = (grey - F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)).abs()[:, 0]  # (N, P, P)
+    found = [float(fine[label == k].mean()) for k in classes.tumor_ids if (label == k).any()]
+    return float(np.mean(found)) if found else None
+
+
+def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") -> dict:
+    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]}.
+
+    The sources "real, train" and "real, val" are added; the first is what all distances are measured to.
+    """
+    patch = min(roi.height for rois in sets.values() for roi in rois)
+    pairs = {f"real, {split}": real_patches(dataset, split, patch, seed, cache) for split in ("train", "val")}
+    pairs.update({name: synthetic_images(rois, dataset.classes, cache) for name, rois in sets.items()})
+    result, reference, scale, blur = {}, None, None, None
+    for name, (image, label) in pairs.items():
+        prob, features = judge(network, image, device)
+        if reference is None:
+            # Half of the training patches stand for all of them, so that their own row has a distance too.
+            scale = features.std(0, keepdim=True) + 1e-6
+            reference, features = features[1::2] / scale, features[::2]
+            blur = sharpness(image, label, dataset.classes)
+        figures = ProbabilityHistogram(dataset.classes).add(prob, label).report()
+        own, sharp = (features / scale).numpy(), sharpness(image, label, dataset.classes)
+        result[name] = {key: figures[key] for key in ("dice", "recall", "fpr")}
+        result[name]["sharpness"] = sharp / blur if sharp is not None and blur else None
+        result[name]["frechet"] = frechet_distance(*feature_statistics(own),
+                                                   *feature_statistics(reference.numpy()))
+        result[name]["kernel"] = kernel_distance(own, reference.numpy())
+    return result
+
+
+def table(result: dict) -> list:
+    """Rows of texts, header first."""
+
+    def text(value, digits=3):
+        return "n/a" if value is None else f"{value:.{digits}f}"
+
+    subtypes = list(next(iter(result.values()))["recall"])
+    rows = [[
+        "images", "obedience, Dice", *(f"recall {name}"
+                                       for name in subtypes), "FPR", "sharpness", "Frechet", "kernel"
+    ]]
+    for name, found in result.items():
+        rows.append([
+            name,
+            text(found["dice"]), *(text(found["recall"][s], 2) for s in subtypes),
+            text(found["fpr"]),
+            text(found["sharpness"], 2),
+            text(found["frechet"]),
+            text(found["kernel"])
+        ])
+    return rows

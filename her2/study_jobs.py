@@ -1,0 +1,233 @@
+"""Many commands that wait for each other, side by side: what is ready runs, what fails names itself.
+
+A stage is one command line with the folder that it fills and the stages that it needs. A stage is complete
+when it is recorded with the same key; the key hashes its command, the keys of what it needs and the hash of
+the data, so that changing one input makes exactly what depends on it again.
+
+Independent runs side by side use a machine better than one run with many threads (two processes of one thread
+each do about 1.6 times the work of one with two): so with `jobs` > 1 each gets one thread, and one GPU each
+where there are several.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from her2 import run
+
+ROOT = Path(__file__).resolve().parents[1]  # where the five scripts lie
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str  # unique, such as "seed 10: diffusion"
+    kind: str  # stages of one kind cost about the same: "diffusion"
+    line: tuple  # command line after `python`: a script and its flags, or -m and a module
+    folder: Path  # what it fills
+    needs: tuple = ()  # names of other stages
+    data: str = ""  # hash of the user's data that it reads
+
+    @property
+    def command(self) -> str:
+        return subprocess.list2cmdline(["python", *self.line])  # a path with spaces gets its quotes
+
+
+def keys_of(stages) -> dict:
+    """{name: key}; a stage stands behind those that it needs."""
+    keys = {}
+    for stage in stages:
+        parts = [stage.command, stage.data, *(keys[name] for name in stage.needs)]
+        keys[stage.name] = hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:16]
+    return keys
+
+
+class Record:
+    """stages.json: {stage: {"key", "command", "seconds"}} of what is complete."""
+
+    def __init__(self, path, stages):
+        self.path, self.keys = Path(path), keys_of(stages)
+        self.done = run.read_json(path) if self.path.exists() else {}
+
+    def complete(self, stage) -> bool:
+        return (self.done.get(stage.name, {}).get("key") == self.keys[stage.name]) and stage.folder.exists()
+
+    def add(self, stage, seconds: float) -> None:
+        # A stage that went on from a checkpoint took the time of both starts; the first one was not recorded.
+        self.done[stage.name] = {
+            "key": self.keys[stage.name], "command": stage.command, "seconds": round(seconds, 1)
+        }
+        run.write_json(self.path, self.done)
+
+    def set_aside(self, stage) -> None:
+        """A folder completed from other inputs makes room: its script would refuse to go on in it."""
+        if stage.name in self.done and stage.folder.exists():
+            old = stage.folder.with_name(stage.folder.name + ".stale")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(stage.folder, old)
+            print(f"{stage.name}: its inputs or its command changed; the old folder is now {old}", flush=True)
+            del self.done[stage.name]
+            run.write_json(self.path, self.done)
+
+
+def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
+    """Expected seconds until all is finished: `cost` {kind: seconds}, scaled by what finished stages took.
+
+    running: {stage: seconds so far}; done: {kind: [seconds]} of this run.
+    """
+    expected = sum(cost.get(kind, 60) * len(times) for kind, times in done.items())
+    pace = sum(map(sum, done.values())) / expected if expected else 1.0
+
+    def of(stage):
+        times = done.get(stage.kind)
+        return sum(times) / len(times) if times else pace * cost.get(stage.kind, 60)
+
+    work = sum(map(of, waiting)) + sum(max(of(stage) - spent, 0) for stage, spent in running.items())
+    return work / max(jobs, 1)
+
+
+def environment(jobs: int = 1, slot: int = 0) -> dict:
+    """For a stage: `her2` is found wherever the study is started from, and what `jobs` > 1 share is divided.
+
+    Threads that wait should sleep: busy waiting costs a factor of ten when something else runs on the
+    same cores.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    extra = {}
+    if jobs > 1:
+        extra = {"OMP_NUM_THREADS": "1"}
+        if torch.cuda.device_count() > 1:
+            extra["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path, **extra}
+
+
+class Job:
+    """A running stage. Alone it writes to the terminal, beside others into a file of its own."""
+
+    def __init__(self, stage, jobs: int, slot: int, logs):
+        self.stage, self.clock = stage, time.perf_counter()
+        self.log = Path(logs) / (re.sub(r"\W+", "-", stage.name) + ".txt") if jobs > 1 else None
+        line = stage.line if stage.line[0] == "-m" else (str(ROOT / stage.line[0]), *stage.line[1:])
+        output = None
+        if self.log:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            output = open(self.log, "w", encoding="utf-8")
+        # A session of its own: Ctrl-C reaches it through `stop`, once, and not a second time by the terminal.
+        self.process = subprocess.Popen([sys.executable, *line],
+                                        env=environment(jobs, slot),
+                                        stdout=output,
+                                        stderr=output and subprocess.STDOUT,
+                                        start_new_session=jobs > 1)
+        if output:
+            output.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.clock
+
+    def last_line(self, start: str = "") -> str:
+        """The last line of its log, the last that begins with `start` where there is one."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log else []
+        lines = [line.split("\r")[-1].strip() for line in lines if line.strip()]
+        return next((line for line in reversed(lines) if line.startswith(start)), lines[-1] if lines else "")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+
+
+class Board:
+    """One line per job and one for the whole on a terminal; elsewhere a line when a stage begins and ends."""
+
+    def __init__(self, jobs: int, total: int):
+        self.live, self.total = jobs > 1 and sys.stderr.isatty(), total
+        self.bars = ([tqdm(position=k, bar_format="{desc}", leave=False)
+                      for k in range(jobs + 1)] if self.live else [])
+
+    def say(self, text: str) -> None:
+        tqdm.write(text) if self.live else print(text, flush=True)
+
+    def show(self, running: dict, finished: int, left: float) -> None:
+        """running: {slot: Job}."""
+        for k, bar in enumerate(self.bars[:-1]):
+            job = running.get(k)
+            bar.set_description_str(
+                f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}"[:shutil.get_terminal_size(
+                )[0] - 1] if job else "-")
+        if self.live:
+            self.bars[-1].set_description_str(
+                f"{finished}/{self.total} stages, about {left / 60:.0f} min left")
+
+    def close(self) -> None:
+        for bar in self.bars:
+            bar.close()
+
+
+def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lambda stage: None) -> list:
+    """Run what is not complete, up to `jobs` at a time. Returns one line per stage that failed.
+
+    `finished(stage)` is called for every stage that is complete, also for those that were before. What needs
+    a failed stage is left out; what does not goes on. Ctrl-C stops all jobs, each of which saves a checkpoint
+    of its own, and is raised again.
+    """
+    waiting, failed, running, times = [], {}, {}, {}
+    for stage in stages:
+        (finished if record.complete(stage) else waiting.append)(stage)
+    board, ready = Board(jobs, len(stages)), {stage.name for stage in stages} - {s.name for s in waiting}
+    if ready:
+        board.say(f"{len(ready)} of {len(stages)} stages are complete")
+    try:
+        while waiting or running:
+            for stage in [s for s in waiting if set(s.needs) & set(failed)]:
+                waiting.remove(stage)
+                failed[stage.name] = None  # named by what it needs
+            for slot in set(range(jobs)) - set(running):
+                stage = next((s for s in waiting if set(s.needs) <= ready), None)
+                if stage is None:
+                    break
+                waiting.remove(stage)
+                record.set_aside(stage)
+                board.say(
+                    f"\n[{len(ready) + len(running) + 1}/{len(stages)}] {stage.name}\n$ {stage.command}")
+                running[slot] = Job(stage, jobs, slot, logs)
+            time.sleep(0.05 if jobs == 1 else 0.2)
+            for slot, job in list(running.items()):
+                status = job.process.poll()
+                if status is None:
+                    continue
+                del running[slot]
+                if status:
+                    said = (f", it says: {job.last_line('error')}"
+                            if job.log else " (its message stands above)")
+                    failed[job.stage.name] = f"stage '{job.stage.name}' ended with exit status {status}{said}"
+                    board.say(f"FAILED: {failed[job.stage.name]}")
+                    continue
+                record.add(job.stage, job.seconds)
+                times.setdefault(job.stage.kind, []).append(job.seconds)
+                ready.add(job.stage.name)
+                finished(job.stage)
+                left = seconds_left(waiting, {j.stage: j.seconds
+                                              for j in running.values()}, times, cost, jobs)
+                board.say(
+                    f"{job.stage.name}: {job.seconds / 60:.1f} min; {len(ready)} of {len(stages)} stages "
+                    f"are complete, about {left / 60:.0f} min left")
+            board.show(
+                running, len(ready),
+                seconds_left(waiting, {j.stage: j.seconds for j in running.values()}, times, cost, jobs))
+    finally:
+        for job in running.values():
+            job.stop()
+        for job in running.values():
+            job.process.wait()
+        board.close()
+    return [line for line in failed.values() if line]

@@ -1,0 +1,103 @@
+"""The file of a seed: all that the report needs of it, small enough to be kept beside the code.
+
+Per arm the outcome that `report_statistics` works on (counts per test slide at three points of operation,
+thresholds, figures), the figures of `evaluate.py`, what was measured on its images, the machine, the
+commit and the seconds of every stage. So seeds from several machines and days become one report.
+"""
+
+import math
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from her2 import report, report_statistics, run
+from her2.data_folder import load_dataset, read_split
+from her2.metrics import ProbabilityHistogram
+from her2.report_statistics import Outcome
+from her2.run_errors import UserError
+from her2.run_provenance import git_commit, versions
+
+FORMAT = 1
+
+
+def to_json(one: Outcome) -> dict:
+
+    def plain(value):
+        return None if math.isnan(value) else value
+
+    return {
+        "scores": list(one.scores), "thresholds": one.thresholds,
+        "tables": {point: table.tolist() for point, table in one.tables.items()}, "figures": {
+            point: {name: plain(value) for name, value in found.items()}
+            for point, found in one.figures.items()
+        }
+    }
+
+
+def from_json(content: dict) -> Outcome:
+    return Outcome(tuple(content["scores"]), content["thresholds"],
+                   {point: np.array(table) for point, table in content["tables"].items()}, {
+                       point: {name: math.nan if value is None else value for name, value in found.items()}
+                       for point, found in content["figures"].items()
+                   })
+
+
+def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
+    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}."""
+    root = Path(out) / f"seed{seed}"
+    results = run.read_json(root / "report" / "results.json")
+    folders = {config["name"]: Path(config["runs"][0].pop("folder")) for config in results["configs"]}
+    baseline = folders[report.BASELINE]
+    dataset = load_dataset(run.read_json(baseline / "config.json")["fields"]["data"],
+                           split=read_split(baseline / "split.json"))
+    scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, None
+    for name in sorted(folders, key=lambda name: name != report.BASELINE):  # the baseline first
+        metrics = run.read_json(folders[name] / "metrics.json")
+        val, test = ({
+            slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
+            for slide, part in metrics[split].items()
+        } for split in ("val", "test"))
+        one = report_statistics.outcome(np.stack(list(val.values())), np.stack(list(test.values())),
+                                        [scores[slide] for slide in test], dataset.classes, fpr)
+        fpr = one.figures["half"]["fpr"] if fpr is None else fpr
+        arms[name] = to_json(one)
+    for config in results["configs"]:
+        config["runs"][0].pop("slides")
+        config["runs"][0]["seed"] = seed
+    run.write_json(
+        Path(out) / "seeds" / f"seed{seed}.json", {
+            "format": FORMAT, "seed": seed, "preset": preset, "classes": dataset.classes.to_json(),
+            "slides": list(test), "arms": arms, "configs": results["configs"], "images": results.get(
+                "images", {}), "staining": results.get(
+                    "staining", {}), "seconds": seconds, "commit": git_commit(), "versions": versions(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"
+        })
+
+
+def processor() -> str:
+    """The processor's name where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def read_seeds(files) -> list:
+    """The contents of seeds' files, by seed. UserError for another kind of file, or a seed twice."""
+    found = {}
+    for file in files:
+        content = run.read_json(file)
+        if not isinstance(content, dict) or content.get("format") != FORMAT or "arms" not in content:
+            raise UserError(f"{file}: not the file of a seed of the study; give files seeds/seedN.json")
+        if content["seed"] in found:
+            raise UserError(f"{file}: seed {content['seed']} was given before; leave one of them out")
+        found[content["seed"]] = content
+    first = next(iter(found.values()))
+    for content in found.values():
+        if (content["classes"], content["preset"]) != (first["classes"], first["preset"]):
+            raise UserError(f"seeds {first['seed']} and {content['seed']}: of other presets or class tables; "
+                            "report them apart")
+    return [found[seed] for seed in sorted(found)]

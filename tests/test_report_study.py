@@ -1,0 +1,117 @@
+"""The report of the study from the files of seeds: what is merged, compared and refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from her2 import report_images, report_study, study_seed
+from her2.data_classes import DEFAULT_CLASSES
+from her2.metrics import BINS, ProbabilityHistogram
+from her2.report_statistics import outcome
+from her2.run_errors import UserError
+
+ARMS = ("subtype", "tumor", "ldm-100", "oracle-100")
+
+
+def counts(rng, shift):
+    """(slides, K, BINS) pixels: tumor is likelier to be called tumor, more so with `shift`."""
+    table = np.zeros((4, 6, BINS), dtype=np.int64)
+    for slide in table:
+        for k, row in enumerate(slide):
+            middle = 250 + 300 * (k > 0) + shift * (k == 1)
+            place = np.clip(rng.normal(middle, 150, 400), 0, BINS - 1).astype(int)
+            np.add.at(row, place, 1)
+    return table
+
+
+def seed_file(folder, seed, preset="small"):
+    rng = np.random.default_rng(seed)
+    arms, configs, fpr = {}, [], None
+    for arm, shift in zip(ARMS, (0, -40, 80, 150)):
+        val, test = counts(rng, shift), counts(rng, shift)
+        one = outcome(val, test, ["0", "0", "3+", "3+"], DEFAULT_CLASSES, fpr)
+        fpr = one.figures["half"]["fpr"] if fpr is None else fpr
+        arms[arm] = study_seed.to_json(one)
+        method, _, percent = arm.partition("-")
+        figures = ProbabilityHistogram(DEFAULT_CLASSES, test.sum(axis=0)).report()
+        configs.append({"name": arm, "method": method if percent else "real", "ratio": 1.0 * bool(percent),
+                        "sampling": "subtype", "runs": [{"seed": seed, **figures}]})
+    content = {"format": study_seed.FORMAT, "seed": seed, "preset": preset, "commit": "x",
+               "machine": f"m{seed}", "classes": DEFAULT_CLASSES.to_json(), "slides": list("abcd"),
+               "arms": arms, "configs": configs,
+               "images": {"oracle": {"dice": 0.9, "recall": {"0": 0.5 + seed / 100}, "fpr": 0.1,
+                                     "sharpness": 1.0, "frechet": 0.1, "kernel": 0.0}},
+               "staining": {}, "seconds": {f"seed {seed}: GAN": 60.0 * seed}}
+    path = folder / f"seed{seed}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds")
+    return [seed_file(folder, seed) for seed in (12, 10, 11)]
+
+
+def test_seeds_become_one_report(files, tmp_path):
+    results = report_study.write_report(files, tmp_path)
+    assert results["seeds"] == [10, 11, 12] and results["machines"] == ["m10", "m11", "m12"]
+    assert [config["name"] for config in results["configs"]] == ["tumor", "subtype", "ldm-100", "oracle-100"]
+    dice = {config["name"]: {run["seed"]: run["dice"] for run in config["runs"]}
+            for config in results["configs"]}
+    found = results["comparisons"]["ldm-100 against subtype"]["dice half"]
+    expected = [dice["ldm-100"][seed] - dice["subtype"][seed] for seed in (10, 11, 12)]
+    assert found["values"] == pytest.approx(expected) and found["mean"] == pytest.approx(np.mean(expected))
+    half = 4.30265 * np.std(expected, ddof=1) / math.sqrt(3)                    # t(.975, 2), printed tables
+    assert found["high"] - found["mean"] == pytest.approx(half, rel=1e-4)
+    assert [claim["claim"] for claim in results["verdicts"]] == ["P1", "P2", "P3", "P4"]
+    assert results["images"]["oracle"]["recall"]["0"] == pytest.approx(0.61)
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert all(claim["sentence"] in page for claim in results["verdicts"])
+    assert "| GAN | 11.0 |" in page
+    for name in ("fig5.png", "fig6.png", "ladder.png"):
+        assert (tmp_path / name).stat().st_size < 300_000 and f"({name})" in page
+    assert json.loads((tmp_path / "results.json").read_text("utf-8")) == json.loads(json.dumps(results))
+
+
+def test_a_seed_survives_its_file(files):
+    content = study_seed.read_seeds(files)[0]
+    for arm in ARMS:
+        again = study_seed.from_json(content["arms"][arm])
+        assert study_seed.to_json(again) == content["arms"][arm]
+        assert again.tables["half"].shape == (4, 6, 2)
+
+
+def test_wrong_files_are_refused(files, tmp_path):
+    with pytest.raises(UserError, match="seed 10 was given before"):
+        report_study.write_report([*files, files[1]], tmp_path)
+    with pytest.raises(UserError, match="other presets"):
+        report_study.write_report([*files, seed_file(tmp_path, 13, "tiny")], tmp_path / "out")
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match="not the file of a seed"):
+        report_study.write_report([tmp_path / "list.json"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- images ------------------------------------------------------------------------------------------------
+
+def test_sharpness_falls_with_blur_and_counts_each_subtype_alike():
+    rng = torch.Generator().manual_seed(0)
+    image = torch.rand(4, 3, 16, 16, generator=rng) * 2 - 1
+    label = torch.ones(4, 16, 16, dtype=torch.long)
+    label[:, 8:] = 2
+    sharp = report_images.sharpness(image, label, DEFAULT_CLASSES)
+    smooth = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
+    assert report_images.sharpness(smooth, label, DEFAULT_CLASSES) < 0.5 * sharp
+    grey = image.mean(1).numpy() * 127.5                    # the definition, pixel by pixel
+    padded = np.pad(grey, ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)
+    local = np.nanmean([padded[:, y:y + 16, x:x + 16] for y in range(3) for x in range(3)], axis=0)
+    fine = np.abs(grey - local)
+    assert sharp == pytest.approx((fine[:, :8].mean() + fine[:, 8:].mean()) / 2, rel=1e-4)
+    label[:, 8:12] = 1                                      # fewer pixels of class 2 do not weigh less
+    by_class = np.mean([fine[(label == k).numpy()].mean() for k in (1, 2)])
+    assert report_images.sharpness(image, label, DEFAULT_CLASSES) == pytest.approx(by_class, rel=1e-4)
+    assert report_images.sharpness(image, label * 0, DEFAULT_CLASSES) is None
