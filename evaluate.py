@@ -15,6 +15,7 @@ computed again while model, data and settings stay the same. Runs are grouped by
     fig2.png fig5.png fig6.png, and with --synthetic fig4.png staining.png
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import csv
 import glob
 import hashlib
@@ -29,15 +30,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, draw_charts, report, report_images, report_staining, run, run_training
-from her2 import run_config as configuration
-from her2.data_classes import IGNORE, ClassTable, parse_json, read_text
+from her2 import (draw, draw_charts, draw_overlay, report, report_images, report_staining, run,
+                  run_distributed, run_training)
+from her2.data_classes import ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.run_provenance import file_hash
-from her2.data_regions import class_pixels, open_roi, tile_file
-from her2.run_seeds import hashed_seed
+from her2.run_provenance import changed_since, data_hashes, file_hash, locate
+from her2.data_regions import class_pixels, open_roi
 from her2.segmenter import UNet, check_tiles, predict_roi
 
 
@@ -72,6 +72,8 @@ def main(argv):
     runs = [read_run(folder) for folder in folders]
     dataset = shared_dataset(runs, folders, config)
     notes = report.check_comparable(runs)
+    for folder in folders:
+        notes += changed_since(folder, dataset, config.cache)
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- predict -------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def main(argv):
         key["model"] = file_hash(Path(one.folder) / "model.pt")
         if not read_metrics(one, key, dataset):
             predict(one, dataset, config, device, precision)
-            write_metrics(one, key)
+            run_distributed.rank() or write_metrics(one, key)
         found = sum(one.test.values()).report()
         for wrong, what in ((found["dice"] < 0.05, "finds hardly any tumor"),
                             ((found["fpr"] or 0) > 0.95, "calls nearly everything tumor")):
@@ -89,11 +91,13 @@ def main(argv):
                 notes.append(f"{one.folder} {what}: its training failed or was too short, see its curves.png")
 
     # ---- report --------------------------------------------------------------------------------------------
+    if run_distributed.rank():
+        return 0
     out = Path(config.out)
     results = report.collect(runs)
     pictures = draw_results(out, results, dataset, config)
     if synthetic:
-        draw.save_png(out / "fig4.png", examples(synthetic, dataset, config))
+        draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
         pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
@@ -101,6 +105,12 @@ def main(argv):
         densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
         results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
+        found = report_staining.transitions(synthetic, dataset.classes, dataset.split("train"), config.cache)
+        draw.save_png(out / "old_and_new.png", report_staining.heat_maps(found, dataset.classes))
+        results["old and new"] = found
+        pictures.append(("old_and_new.png", "Mean DAB density of generated instances with its 95 % interval, "
+                         "by the subtype asked for and the one before. What sees the label alone (diffusion, "
+                         "GAN) cannot tell the rows apart; inpainting may be drawn to its surroundings."))
         if config.judge:
             content = run.load_model(config.judge, "segmenter")
             network = run.build_model(UNet, content, config.judge).to(device)
@@ -176,13 +186,13 @@ def synthetic_method(folder) -> str:
 def shared_dataset(runs, folders, config):
     """The dataset of all runs. UserError when they were trained on different data or splits of them."""
     first = runs[0]
-    for other in runs[1:]:
-        if not config.data and Path(other.fields["data"]).resolve() != Path(first.fields["data"]).resolve():
-            raise UserError(f"{first.folder} and {other.folder}: trained on different data "
-                            f"({first.fields['data']} and {other.fields['data']}); evaluate them apart, or "
-                            "give --data")
+    places = [config.data or locate(folder) for folder in folders]
+    for other, place in zip(runs, places):
+        if Path(place).resolve() != Path(places[0]).resolve():
+            raise UserError(f"{first.folder} and {other.folder}: trained on different data ({places[0]} and "
+                            f"{place}); evaluate them apart, or give --data")
     splits = [read_split(folder / "split.json") for folder in folders]
-    dataset = load_dataset(config.data or first.fields["data"], split=splits[0])
+    dataset = load_dataset(places[0], split=splits[0])
     for one, split in zip(runs, splits):
         for slide, part in dataset.slides().items():
             if split.get(slide, part) != part:
@@ -192,16 +202,15 @@ def shared_dataset(runs, folders, config):
 
 
 def fingerprint(dataset, cache) -> str:
-    """A hash of all that the val and test ROIs consist of (the names of their cache files are hashes)."""
-    parts = [[roi.name, roi.slide, split, tile_file(roi, dataset.classes, cache).name]
-             for split in ("val", "test") for roi in dataset.split(split)]
-    return hashlib.sha256(json.dumps([parts, dataset.classes.to_json()]).encode("utf-8")).hexdigest()
+    """A hash of all that the val and test ROIs consist of, wherever they lie."""
+    return hashlib.sha256(json.dumps(data_hashes(dataset, cache, ("val", "test"))).encode()).hexdigest()
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
 
 def predict(one, dataset, config, device, precision) -> None:
-    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois."""
+    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois. Under
+    torchrun each process predicts some ROIs, and gets the counts of all."""
     content = run.load_model(one.folder, "segmenter")
     if content.get("step", 0) < one.fields["steps"]:
         raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "
@@ -210,35 +219,30 @@ def predict(one, dataset, config, device, precision) -> None:
         raise UserError(f"{one.folder}: was trained with another class table than that of {dataset.root}; "
                         "use the dataset that it was trained on")
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
-    jobs, worst = [(roi, found) for split, found in (("val", one.val), ("test", one.test))
-                   for roi in dataset.split(split)], []
-    for roi, found in tqdm(jobs, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
+    rois = [*dataset.split("val"), *dataset.split("test")]
+    mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
+    worse = dict(key=lambda item: (-item[0], item[2]))
+    for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
         with precision.autocast():
             prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
                                config.batch, device)                                # (H, W)
-        part = ProbabilityHistogram(dataset.classes).add(prob, label)
-        found[roi.slide] = part + found.get(roi.slide, 0)
-        one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
+        counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).to_json()))
         if roi.split == "test":
-            worst = sorted([*worst, (*errors(image, label, prob.numpy(), dataset.classes), roi.name)],
-                           key=lambda found: -found[0])[:WORST]
-    draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
+            share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
+            worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]
+    counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
+    for k, part in sorted(counts, key=lambda item: item[0]):
+        roi, part = rois[k], ProbabilityHistogram.from_json(part, dataset.classes)
+        slides = one.val if roi.split == "val" else one.test
+        slides[roi.slide] = part + slides.get(roi.slide, 0)
+        one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
+    worst = sorted(worst, **worse)[:WORST]
+    run_distributed.rank() or draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
         [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[
             *draw.class_legend(dataset.classes, True), ("missed", draw.BLUE), ("false", draw.VERMILION)]))
-
-
-def errors(image, label, prob, classes):
-    """(share of wrong pixels, [image, annotated outlines, errors]) of an ROI, thinned to CELL pixels."""
-    tumor, found, counts = np.isin(label, classes.tumor_ids), prob >= 0.5, label != IGNORE
-    share = ((tumor != found) & counts).sum() / max(1, counts.sum())
-    step = max(1, max(label.shape) // CELL)
-    image, label, tumor, found, counts = (a[::step, ::step] for a in (image, label, tumor, found, counts))
-    wrong = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
-    wrong[tumor & ~found], wrong[found & ~tumor & counts] = draw.BLUE, draw.VERMILION
-    return share, [image, draw.outline(image, label, classes), wrong]
 
 
 def table(runs) -> str:
@@ -331,54 +335,6 @@ def read_synthetic(folders, dataset) -> dict:
                  for line in read_text(path, "").splitlines() if line.strip()]
         found[method] = (synthetic, {line["image"]: line for line in lines})
     return {method: found[method] for method in report.TITLES if method in found}
-
-
-def source_of(entry) -> tuple:
-    """What two synthetic images share when they were painted on the same relabelled patch."""
-    instances = json.dumps(entry.get("instances"), sort_keys=True)
-    return entry["source_image"], entry.get("x"), entry.get("y"), instances
-
-
-def examples(synthetic, dataset, config) -> np.ndarray:
-    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it.
-
-    Of 100 patches that one is taken that comes nearest to being half of this subtype and a third background:
-    where all is tumor, nobody sees whether the outlines of the label are obeyed.
-    """
-    def content(roi):
-        tile = open_roi(roi, dataset.classes, config.cache)
-        return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
-
-    root = next(iter(synthetic.values()))[0].root
-    by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
-                 for method, (images, entries) in synthetic.items()}
-    first = next(iter(by_source.values()))
-    # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
-    by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
-    common = [source for source in first if all(source in rois for rois in by_source.values())]
-    sources = sorted(common or first, key=lambda source: hashed_seed(config.seed, "fig4", repr(source)))[:100]
-    labels = {source: content(first[source])[1] for source in sources}
-    originals, rows = {roi.name: roi for roi in dataset.rois}, []
-    for k in dataset.classes.tumor_ids:
-        shares = {source: (min((label == k).mean(), 1 / 2) + min((label == 0).mean(), 1 / 3))
-                  for source, label in labels.items() if (label == k).any()}
-        if not shares:
-            continue
-        source = max(shares, key=shares.get)
-        label, (name, x, y, _) = labels.pop(source), source
-        tile = open_roi(originals[name], dataset.classes, config.cache)
-        height, width = label.shape
-        if not (isinstance(x, int) and isinstance(y, int)
-                and 0 <= x <= tile.width - width and 0 <= y <= tile.height - height):
-            raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
-                            "make the images again with generate.py")
-        rows.append({"caption": dataset.classes.names[k], "label": label,
-                     "original": tile.window(y, x, height, width)[0]})
-        rows[-1].update({method: content(rois[source])[0] for method, rois in by_source.items()
-                         if source in rois})
-    if not rows:
-        raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
-    return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)
 
 
 def draw_staining(path, densities, classes) -> None:

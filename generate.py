@@ -16,6 +16,7 @@ every image where it came from. Each image has random numbers of its own, so the
 a run was interrupted.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import csv
 import io
 import json
@@ -30,8 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import run_config as configuration
-from her2 import draw, inpainting, run, run_training, study_controls
+from her2 import draw, inpainting, run, run_distributed, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset, write_split
@@ -39,7 +39,7 @@ from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
-from her2.run_provenance import file_hash
+from her2.run_provenance import file_hash, input_hashes
 from her2.relabel import relabel, repaint_mask
 from her2.data_patches import PatchSampler, to_tensors
 from her2.data_regions import open_roi
@@ -80,10 +80,14 @@ class Config:
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
     blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams;
                                     # 0 keeps the background bit for bit
-    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, lest
-                                    # the old staining leak through the encoder's receptive field
+    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, so
+                                    # that the encoder, which sees the whole patch, sees no old staining
     grain: bool = False             # give what a network painted the sensor noise of the source image
     cache: str = "cache"            # folder for the decoded images
+
+    def __post_init__(self):
+        self.out = self.out or f"data/synth-{self.method}"
+        self.model = self.model or RUN_OF.get(KIND.get(self.method), "")
 
 
 KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
@@ -96,26 +100,23 @@ PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(sampler="dpm", step
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
-    config.out = config.out or f"data/synth-{config.method}"
-    if config.method in KIND:
-        config.model = config.model or RUN_OF[KIND[config.method]]
-    elif config.model:
+    if config.model and config.method not in KIND:
         raise UserError(f"--model: --method {config.method} paints without a network; leave --model out")
     config.relabel &= config.method != "reconstruct"        # what it shows, the autoencoder does not change
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
     # ---- model ---------------------------------------------------------------------------------------------
-    content = run.load_model(config.model, KIND[config.method]) if config.method in KIND else {}
+    content = run.load_model(config.model, KIND[config.method], config.data) if config.method in KIND else {}
     if content:
         painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
             config.method, DiffusionPainter)(content, config, device)
         if config.patch % painter.multiple:
-            raise UserError(f"--patch: found {config.patch}; "
-                            f"this model needs a multiple of {painter.multiple}")
+            raise UserError(f"--patch: found {config.patch}; the model needs multiples of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
-    config.data = config.data or str(default_phantom(config.preset))
+    with run_distributed.in_turn():
+        config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
@@ -145,20 +146,22 @@ def main(argv):
         (y, height), (x, width) = window
         return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
 
-    folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
-    manifest = Manifest(folder / "manifest.jsonl")
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
-    done = manifest.finished(folder, checkpoint)
+    with run_distributed.in_turn():
+        folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
+                              input_hashes(config, dataset))
+        manifest = Manifest(folder)
+        done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
         return 0
-    write_split(folder / "split.json", dataset)
+    run_distributed.rank() or write_split(folder / "split.json", dataset)
 
     # ---- paint ---------------------------------------------------------------------------------------------
     for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False, disable=None):
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
-        if not missing:
+        if not missing or first // config.batch % run_distributed.world() != run_distributed.rank():
             continue
         # The whole batch is computed again even when part of it is there: the rounding of a convolution may
         # depend on the batch it is in, and the same command shall give the same files.
@@ -194,12 +197,15 @@ def main(argv):
                     "instances": {str(j): [old, new] for j, (old, new) in relabelled[k][1].items()},
                     "seed": seeds[k], "checkpoint": checkpoint})
 
+    run_distributed.barrier()
+    if run_distributed.rank():
+        return 0
+    manifest.finished(folder, checkpoint)       # what the other processes have painted
     records = manifest.write_ordered()
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    print(f"done: {folder}, {count} images; "
-          f"next: python train_seg.py --synthetic {folder} --ratio {config.ratio}")
+    configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio)
     return 0
 
 
@@ -260,10 +266,11 @@ class DiffusionPainter:
 
 
 class Manifest:
-    """manifest.jsonl: one line per finished image, appended when its files are on the disk."""
+    """manifest.jsonl: one line per image whose files are on the disk; process k > 0 has manifest.k.jsonl."""
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.own = folder / f"manifest.{run_distributed.rank() or ''}.jsonl".replace("..", ".")
 
     def finished(self, folder, checkpoint) -> set:
         """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
@@ -271,8 +278,9 @@ class Manifest:
         A last line cut short by a crash is dropped, so that appending goes on after a whole line.
         """
         self.records = {}
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        parts = [path for path in (self.path, *sorted(self.folder.glob("manifest.*.jsonl"))) if path.exists()]
+        for path in parts:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                     name = Path(record["image"]).name
@@ -287,12 +295,15 @@ class Manifest:
                                     "delete the folder or choose another --out")
                 if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
                     self.records[int(Path(name).stem)] = record
+        if parts and not run_distributed.rank():
             self.write_ordered()
+            for path in parts[1:]:
+                path.unlink()
         return set(self.records)
 
     def append(self, record) -> None:
         self.records[int(Path(record["image"]).stem)] = record
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.own, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -372,7 +383,7 @@ def write_classes(folder, dataset) -> None:
 
 
 def preview(folder, records, dataset) -> None:
-    """preview.png: new labels, source patches and generated images of the first records."""
+    """preview.png: new labels above the images generated from them, of the first records."""
     rows = [[], []]
     for record in records:
         name = Path(record["image"]).name

@@ -13,41 +13,34 @@ that G can learn what the label does not say (stain, glands, texture). One itera
 
 At synthesis z is drawn from N(0, I): masks alone are enough.
 
-The file begins with the loop (`train`). Below it: what the loop calls, how its parts are made, the
-configuration, and `main`.
+The file begins with the loop (`train`). Below it: what the loop calls, the configuration, and `main`.
+The networks are built in her2/run_setup.py.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from her2 import run_config as configuration
-from her2 import draw, draw_axes, run, run_log, run_training
-from her2.net_blocks import frozen, init_weights
-from her2.data_folder import load_dataset, write_split
-from her2.discriminator import MultiscaleDiscriminator, discriminate
-from her2.run_errors import UserError, command
+from her2 import draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup, run_training
+from her2.net_blocks import frozen, power_iterations
+from her2.discriminator import discriminate
+from her2.run_errors import Stopped, UserError, command
 from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
                              saturated_share)
 from her2.net_perceptual import VGG19Loss
-from her2.phantom import default_phantom
-from her2.data_patches import PatchSampler
 from her2.run_seeds import generator
-from her2.spade import SPADEGenerator, VAEEncoder, recalibrate_norm, reparameterize
+from her2.spade import recalibrate_norm, reparameterize
 
 
 def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
+    dataset, sampler = run_setup.painters_data(config)
     num_classes = len(dataset.classes)
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, cache=config.cache,
-                           uniform=config.uniform)
-    net, encoder, disc = networks = build(config, num_classes, device)
+    net, encoder, disc = networks = run_setup.spade_gan(config, num_classes, device)
     perceptual = run_training.frozen_loss(VGG19Loss, config.vgg, device)
     painters = [*net.parameters(), *encoder.parameters()]
     optimizer = torch.optim.Adam(painters, lr=config.lr, betas=(0.0, 0.9))
@@ -57,100 +50,114 @@ def train(config, argv) -> int:
 
     saved = {"generator": net, "encoder": encoder, "discriminator": disc, "ema": ema, "optimizer": optimizer,
              "disc_optimizer": disc_optimizer, "scaler": scaler, "disc_scaler": disc_scaler}
-    folder, log, numbers = run_log.begin("train_gan.py", config, device, argv, dataset.files(), saved,
-                                     idle=torch.zeros((), dtype=torch.long))
-    step, idle = numbers["step"], numbers["idle"].to(device)    # idle: steps in a row with d_loss almost 0
+    folder, log, step, numbers = run_log.begin("train_gan.py", config, device, argv, dataset, saved,
+                                           idle=torch.zeros((), dtype=torch.long))
+    idle = numbers["idle"].to(device)               # steps in a row with d_loss of almost 0
     if step >= config.steps:
         return 0
-    write_split(folder / "split.json", dataset)
     fixed = sampler.batch(0, 8)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in module.parameters()):,}"
                       for name, module in zip(("generator", "encoder", "discriminator"), networks))
     log.begin(step, f"{sizes} parameters, {device}, {precision}; "
               "a discriminator that cannot tell has d_loss 2; "
-              f"healthy runs stay between 0.5 and 2; {real_saturation(fixed):.3f} of the real pixels are "
-              "saturated")
+              f"healthy runs stay between 0.5 and 2; {float(saturated_share(fixed['image'])):.3f} of the "
+              "real pixels are saturated")
 
     def write_log():
-        saturated, real = float(saturated_share(fake.detach())), real_saturation(batch)
-        log.record(step, **losses.read(), saturated=saturated, saturated_real=real, **speed.report())
+        values = losses.read()
+        log.record(step, **values, **speed.report())
         if idle >= 200:
             log.say(f"warning: the discriminator's loss has been 0 for {int(idle)} steps, the generator "
                     "learns nothing from it; try a lower --disc-lr")
-        if saturated > 0.5 + real:
-            log.say(f"warning: {saturated:.0%} of the generated pixels are black or white at step {step}, "
-                    "the generator is collapsing; try a lower --lr or a lower --disc-lr")
+        if values["saturated"] > 0.5 + values["saturated_real"]:
+            log.say(f"warning: {values['saturated']:.0%} of the generated pixels are black or white at step "
+                    f"{step}, the generator is collapsing; try a lower --lr or a lower --disc-lr")
 
     def save():
         losses.read()
-        calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
-        sample_picture(folder, step, calibrated, fixed, dataset.classes, config, precision, device)
-        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
-        run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
-                       classes=dataset.classes.to_json(), split=dataset.slides())
-        run.save_checkpoint(folder, saved, step=step, idle=idle)
+        if not run_distributed.rank():
+            calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
+            run_pictures.spade_gan(folder, step, calibrated, fixed, dataset.classes, config, precision,
+                                   device)
+            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
+            run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
+                           **dataset.origin())
+        run.save_checkpoint(folder, saved, losses, step=step, idle=idle)
         speed.restart()
 
     speed = run_training.Speed(device)
-    losses = run_training.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
+    losses = run_losses.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
                                  scaler)
-    for batch in run_training.steps("GAN", config, sampler, step, device):
-        # 1 data
-        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
-        onehot = run_training.one_hot(batch["label"], num_classes, device)              # (B, K, H, W)
-        noise = torch.randn(len(image), config.z_dim, generator=generator(config.seed, "z", step)).to(device)
-
-        # 2 paint: E reads off the real image what the label does not say, G paints the label in that manner.
-        #   The noise makes z a draw from a cloud and not a point, so that nearby z give similar images.
-        with precision.autocast(), frozen(disc):    # here D only passes the gradient on
-            mu, logvar = encoder(image)                                                 # (B, Z), (B, Z)
-            z = reparameterize(mu.float(), logvar.float(), noise)                       # (B, Z)
-            fake = net(onehot, z)                                                       # (B, 3, H, W)
-            fake_features, real_features = discriminate(disc, onehot, fake, image)
-
-        # 3 loss of the painters: D should call the fake real, D's layers should see in it what they see in
-        #   the image, and E's clouds together should look like N(0, I), from which z is drawn at synthesis.
-        gan = hinge_generator(fake_features)                                            # ()
-        features = feature_matching(fake_features, real_features, config.lambda_feat)
-        kld = config.lambda_kld * kl_divergence(mu.float(), logvar.float())
-        vgg = config.lambda_vgg * perceptual(fake.float(), image) if perceptual is not None else 0.0
-        loss = gan + features + kld + vgg
+    run_distributed.same_start(net, encoder, disc)
+    run_training.compile_parts(config, net, encoder, disc)
+    steps = run_training.Steps("GAN", config, sampler, step, device)
+    for batch in steps:
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        disc_optimizer.zero_grad(set_to_none=True)
+        parts, fakes = run_distributed.parts(batch, config), []         # one part, but for --accumulate
+        noise = torch.randn(config.batch, config.z_dim, generator=generator(config.seed, "z", step)).to(
+            device, non_blocking=True)                                                  # (all B, Z)
+        for part in parts:
+            # 1 data
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            onehot = run_training.one_hot(part.batch["label"], num_classes, device)     # (B, K, H, W)
+            power_iterations(part.first, net, encoder, disc)
+
+            # 2 paint: E reads off the real image what the label does not say, G paints the label in that
+            #   manner. The noise makes z a draw from a cloud and not a point: nearby z, similar images.
+            with precision.autocast(), frozen(disc):    # here D only passes the gradient on
+                mu, logvar = encoder(image)                                             # (B, Z), (B, Z)
+                z = reparameterize(mu.float(), logvar.float(), noise[part.rows])               # (B, Z)
+                fake = net(onehot, z)                                                   # (B, 3, H, W)
+                fake_features, real_features = discriminate(disc, onehot, fake, image)
+
+            # 3 loss of the painters: D should call the fake real, D's layers should see in it what they see
+            #   in the image, and E's clouds together should look like N(0, I), where synthesis draws z.
+            gan = hinge_generator(fake_features)                                        # ()
+            features = feature_matching(fake_features, real_features, config.lambda_feat)
+            kld = config.lambda_kld * kl_divergence(mu.float(), logvar.float())
+            loss = gan + features + kld
+            if perceptual is not None:
+                loss = loss + config.lambda_vgg * perceptual(fake.float(), image)
+            scaler.scale(part.share * loss).backward()
+            fakes.append(fake.detach())
+            losses.add(part.share, loss=loss, gan=gan, features=features, kld=kld,
+                       saturated=saturated_share(fake), saturated_real=saturated_share(image))
         norm = run_training.update(optimizer, scaler, config.clip)
 
-        # 4 loss of the discriminator: real logits above 1, fake ones below -1. On the same fake, detached:
+        # 4 loss of the discriminator: real logits above 1, fake ones below -1. On the same fakes, detached:
         #   no second forward of the generator, and no gradient into it.
-        with precision.autocast():
-            fake_features, real_features = discriminate(disc, onehot, fake.detach(), image)
-        d_loss = sum(hinge_discriminator(real_features, fake_features))                 # ()
-        disc_optimizer.zero_grad(set_to_none=True)
-        disc_scaler.scale(d_loss).backward()
+        for part, fake in zip(parts, fakes):
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            onehot = run_training.one_hot(part.batch["label"], num_classes, device)     # (B, K, H, W)
+            power_iterations(part.first, disc)
+            with precision.autocast():
+                fake_features, real_features = discriminate(disc, onehot, fake, image)
+            d_loss = sum(hinge_discriminator(real_features, fake_features))             # ()
+            disc_scaler.scale(part.share * d_loss).backward()
+            losses.add(part.share, d_loss=d_loss)
         d_norm = run_training.update(disc_optimizer, disc_scaler, config.clip)
 
         # 5 average the generator's weights: single steps of a GAN swing, their average does not
         ema.update(net)
-        losses.add(step, batch["names"], loss=loss, gan=gan, features=features, kld=kld, vgg=vgg,
-                   d_loss=d_loss, grad_norm=norm, d_grad_norm=d_norm)
+        idle = (idle + 1) * (run_distributed.total(losses.sums["d_loss"]) < 0.02)       # ()
+        losses.end(step, batch["names"], grad_norm=norm, d_grad_norm=d_norm)
         step += 1
 
         # 6 report
-        speed.add(len(image))
-        idle = (idle + 1) * (d_loss.detach() < 0.02)                                    # ()
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
-    print(f"done: {folder / 'model.pt'}; next: python generate.py --method gan --model {folder}")
+    if steps.signal:
+        run.save_checkpoint(folder, saved, losses, step=step, idle=idle)
+        raise Stopped(steps.signal, step)
+    configuration.say_done(config, "generate.py", "--method", "gan", "--model", folder)
     return 0
 
 
 # ---- what the loop calls -----------------------------------------------------------------------------------
-
-def real_saturation(batch) -> float:
-    """Share of saturated pixels in real patches: white glass makes some of it normal."""
-    return float(saturated_share(batch["image"]))
-
 
 def calibrate(averaged, sampler, num_classes, config, step, device):
     """A copy of the averaged generator whose batch-norm statistics fit its weights and z ~ N(0, I).
@@ -170,80 +177,48 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
     return network
 
 
-@torch.no_grad()
-def sample_picture(folder, step, network, fixed, classes, config, precision, device) -> None:
-    """samples/: eight fixed labels, their real patches, an image of each; the first label with eight z."""
-    z = torch.randn(8, config.z_dim, generator=generator(config.seed, "sample z")).to(device)
-    onehot = run_training.one_hot(fixed["label"], len(classes), device)
-    with precision.autocast():
-        each = network(onehot, z).float()
-        same = network(onehot[:1].expand(8, -1, -1, -1).contiguous(), z).float()
-    draw.samples_png(folder, step, classes, label=fixed["label"], real=fixed["image"], generated=each,
-                     first_label_and_8_z=same)
-
-
-# ---- how its parts are made --------------------------------------------------------------------------------
-
-def build(config, num_classes, device):
-    """(generator, encoder, discriminator) with their initial weights, in training mode."""
-    torch.manual_seed(config.seed)                  # initial u of the spectral norms; weights are drawn below
-    net = SPADEGenerator(num_classes, config.width, config.z_dim, config.patch, hidden=config.hidden)
-    encoder = VAEEncoder(config.width, config.z_dim, config.patch)
-    disc = MultiscaleDiscriminator(num_classes + 3, config.width)
-    for name, module in (("generator", net), ("encoder", encoder), ("discriminator", disc)):
-        init_weights(module, generator(config.seed, name))
-    for letter, module in (("G", net), ("E", encoder), ("D", disc)) if config.init else ():
-        path = Path(config.init)
-        path = path.with_name(path.name.replace("_G", f"_{letter}"))
-        if module is net or (path != Path(config.init) and path.exists()):
-            run_training.load_official(module, run.load_file(path), path)
-    return [module.to(device, memory_format=torch.channels_last).train() for module in (net, encoder, disc)]
-
-
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
-    # the run
+    # ---- the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = "runs/gan"           # run folder; the same command again goes on where it stopped
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-
-    # patches
+    # ---- patches
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     uniform: float = 0.0            # share of the patches taken from anywhere, whatever --sampling is
-
-    # networks
+    # ---- networks
     width: int = 16                 # ngf and ndf, channels of the widest resolution; 64 is the official one
     hidden: int = 32                # channels inside each SPADE layer; 128 is the official number
     z_dim: int = 64                 # length of z; 256 is the official one
     init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth;
                                     # E and D are taken from the files beside it (latest_net_E.pth, ..._D.pth)
                                     # where they exist
-
-    # losses
+    # ---- losses
     lambda_feat: float = 10.0       # weight of feature matching
     lambda_kld: float = 0.05        # weight of KL, summed over z and averaged over the batch
                                     # (SPADE sums over the batch too: its 0.05 at batch B is 0.05 * B here)
     vgg: str = ""                   # file of VGG-19 weights (torchvision): adds the perceptual loss;
                                     # empty: off
     lambda_vgg: float = 10.0        # weight of the perceptual loss, when there is one
-
-    # optimisers
+    # ---- optimisers
     steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
+    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
+                                    # same gradient (but batch norm sees each piece by itself)
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
     disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR:
                                     # four times the other)
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     ema: float = 0.995              # decay of the generator's moving average, which generate.py samples
-
-    # machine and reports: the result does not depend on them, but for the rounding
+    # ---- machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 100           # steps between two checkpoints, with sample pictures
     workers: int = 0                # processes that read patches ahead

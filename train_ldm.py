@@ -15,160 +15,170 @@ Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees t
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
 
-The file begins with the two loops, each whole in itself. Below them: what they call, how their parts are
-made, the configurations, and `main`.
+The two loops come first, each whole in itself; the networks are built in her2/run_setup.py.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_config as configuration, run_log, run_training
-from her2.autoencoder import VQ_F2, VQ_F4, VQ_F8, VQAutoencoder, edge_l1, psnr
-from her2.net_blocks import frozen, init_weights
-from her2.data_folder import load_dataset, write_split
-from her2.denoiser import LatentDenoiser
-from her2.diffusion import Schedule, denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
-from her2.discriminator import PatchGAN
-from her2.run_errors import UserError, command
-from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
+from her2 import (draw, draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup,
+                  run_training)
+from her2.autoencoder import VQAutoencoder, edge_l1, psnr
+from her2.net_blocks import frozen, kept_buffers
+from her2.diffusion import denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
+from her2.run_errors import Stopped, command
+from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator, pulls
 from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
-from her2.phantom import default_phantom
 from her2.quantizer import CodeUsage
-from her2.data_patches import PatchSampler
-from her2.samplers import image_noise, sample
 from her2.run_seeds import generator
 
 
-def train_autoencoder(config, argv) -> int:
+def train_autoencoder(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    model, disc = build_autoencoder(config, device)
-    dataset, sampler = open_data(config)
+    model, disc = run_setup.autoencoder_gan(config, device)
+    dataset, sampler = run_setup.painters_data(config)
     perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
-
     usage = CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)  # 1000 patches
-
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
-    folder, log, numbers = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv,
-                                     dataset.files(), saved)
-    step = numbers["step"]
+    folder, log, step, _ = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset,
+                                         saved)
     if step >= config.steps:
-        return 0
-    write_split(folder / "split.json", dataset)
+        return
     fixed = run_training.to_device(sampler.batch(0, 8)["image"], device)                # (8, 3, H, W)
     flat = float((fixed - fixed.mean((0, 2, 3), keepdim=True)).abs().mean())
-    parameters = sum(p.numel() for p in model.parameters())
-    log.begin(step, f"VQ autoencoder, {parameters:,} parameters, {device}, {precision}; "
+    log.begin(step, f"VQ autoencoder, {run_log.size(model)}, {device}, {precision}; "
               f"painting every pixel in the mean colour has an L1 of {flat:.3f}")
 
     def write_log():
         log.record(step, **losses.read(), flat_colour_l1=flat, codes_used=usage.used,
-                   psnr=psnr(reconstruction.detach(), image).mean(), lr=optimizer.param_groups[0]["lr"],
-                   **speed.report())
+                   lr=optimizer.param_groups[0]["lr"], **speed.report())
         if usage.used is not None and usage.used < 0.05 * config.codes and step > 2000 / config.batch:
             log.say(f"warning: {usage.used} of {config.codes} codes in use at step {step}, the codebook is "
                     "collapsing; try a lower --lr, a larger --beta or fewer --codes")
 
     def save():
         losses.read()
-        model.eval()
-        with torch.no_grad(), precision.autocast():
-            again = model(fixed)[0]
-        model.train()
-        draw.samples_png(folder, step, image=fixed, reconstruction=again)
-        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
-        run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
-                       classes=dataset.classes.to_json(), split=dataset.slides())
-        run.save_checkpoint(folder, saved, step=step)
+        if not run_distributed.rank():
+            with torch.no_grad(), precision.autocast():
+                again = model(fixed)[0]
+            draw.samples_png(folder, step, image=fixed, reconstruction=again)
+            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
+            run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
+                           **dataset.origin())
+        run.save_checkpoint(folder, saved, losses, step=step)
         speed.restart()
 
+    def reconstruct(image):
+        """-> reconstruction (B, 3, H, W), z (B, D, h, w), indices (B, h, w), L1, L1 and more, vq_loss ()"""
+        reconstruction, z, _, indices, vq_loss = model(image)
+        nll = l1 = (reconstruction.float() - image).abs().mean()
+        if config.lambda_edge:
+            nll = nll + config.lambda_edge * edge_l1(reconstruction.float(), image)
+        if perceptual is not None:
+            nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
+        return reconstruction, z, indices, l1, nll, vq_loss
+
+    def pulls_of_all(parts):
+        """--accumulate: what the adaptive weight compares, of the whole batch, from a first pass."""
+        def pulls_of(part):
+            reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
+            g_loss = hinge_generator(disc(reconstruction))
+            return pulls(part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale())
+        with kept_buffers(disc), precision.autocast():
+            return run_distributed.total(sum(map(pulls_of, parts)))                     # (2, 3, C, 3, 3)
+
     speed = run_training.Speed(device)
-    losses = run_training.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
-    for batch in run_training.steps("autoencoder", config, sampler, step, device):
-        # 1 data
-        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
-
-        # 2 through the bottleneck: every latent vector becomes the nearest of a few thousand codes. vq_loss
-        #   pulls codes and latents together; the bottleneck leaves a small, tame space to the diffusion.
-        with precision.autocast(), frozen(disc):    # here D only passes the gradient on
-            reconstruction, z, _, indices, vq_loss = model(image)   # (B, 3, H, W), (B, D, h, w), (B, h, w)
-            l1 = (reconstruction.float() - image).abs().mean()                          # ()
-            nll = l1
-            if config.lambda_edge:
-                nll = nll + config.lambda_edge * edge_l1(reconstruction.float(), image)
-            if perceptual is not None:
-                nll = nll + config.lambda_lpips * perceptual(reconstruction, image).mean()
-            loss, adversarial = nll + vq_loss, {}
-
-            # 3 look real: L1 alone blurs (the mean of all likely textures costs least). Late, since D would
-            #   drive the first rough reconstructions anywhere; weighted to pull as hard as L1 does.
-            if config.disc_weight and step >= config.disc_start:
-                g_loss = hinge_generator(disc(reconstruction))                          # ()
-                weight = config.disc_weight * adaptive_weight(nll, g_loss, model.last_layer,
-                                                              scaler.get_scale())
-                loss, adversarial = loss + weight * g_loss, {"g_loss": g_loss, "disc_weight": weight}
+    losses = run_losses.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
+    run_distributed.same_start(model, disc)
+    run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
+    steps = run_training.Steps("autoencoder", config, sampler, step, device)
+    for batch in steps:
+        adversarial = config.disc_weight > 0 and step >= config.disc_start
         for opt in (optimizer, disc_optimizer):
+            opt.zero_grad(set_to_none=True)
             run_training.set_learning_rate(opt, config, step)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        norm = run_training.update(optimizer, scaler, config.clip)
+        parts, latents, indices, painted = run_distributed.parts(batch, config), [], [], []
+        known = pulls_of_all(parts) if adversarial and len(parts) > 1 else None
+        for part in parts:              # one, but for --accumulate
+            # 1 through the bottleneck: every latent vector becomes the nearest of a few thousand codes.
+            #   vq_loss pulls codes and latents together; the diffusion gets a small, tame space.
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            with precision.autocast(), frozen(disc):    # here D only passes the gradient on
+                reconstruction, z, codes, l1, nll, vq_loss = reconstruct(image)
+                loss = nll + vq_loss                                                    # ()
 
-        # 4 the discriminator tells the image from its reconstruction, from the first step on: it should know
+                # 2 look real: L1 alone blurs (the mean of all likely textures costs least). Late, since D
+                #   would drive the first rough reconstructions anywhere; weighted to pull as hard as L1.
+                if adversarial:
+                    g_loss = hinge_generator(disc(reconstruction))                      # ()
+                    weight = config.disc_weight * adaptive_weight(
+                        part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale(),
+                        lambda found: run_distributed.total(found) if known is None else known)
+                    loss = loss + weight * g_loss
+                    losses.add(part.share, g_loss=g_loss, disc_weight=weight)
+            scaler.scale(part.share * loss).backward()
+            losses.add(part.share, loss=loss, l1=l1, vq_loss=vq_loss, psnr=psnr(reconstruction, image).mean())
+            painted.append(reconstruction.detach()), latents.append(z.detach()), indices.append(codes)
+        norms = {"grad_norm": run_training.update(optimizer, scaler, config.clip)}
+
+        # 3 the discriminator tells the image from its reconstruction, from the first step on: it should know
         #   something by the time it is listened to.
-        if config.disc_weight:
+        for part, fake in zip(parts, painted) if config.disc_weight else ():
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
             with precision.autocast():
-                d_loss = sum(hinge_discriminator(disc(image), disc(reconstruction.detach()))) / 2   # ()
-            disc_optimizer.zero_grad(set_to_none=True)
-            disc_scaler.scale(d_loss).backward()
-            d_norm = run_training.update(disc_optimizer, disc_scaler, config.clip)
-            adversarial |= {"d_loss": d_loss, "d_grad_norm": d_norm}
-        losses.add(step, batch["names"], loss=loss, l1=l1, vq_loss=vq_loss, grad_norm=norm, **adversarial)
+                d_loss = sum(hinge_discriminator(disc(image), disc(fake))) / 2          # ()
+            disc_scaler.scale(part.share * d_loss).backward()
+            losses.add(part.share, d_loss=d_loss)
+        if config.disc_weight:
+            norms["d_grad_norm"] = run_training.update(disc_optimizer, disc_scaler, config.clip)
+        losses.end(step, batch["names"], **norms)
         step += 1
 
-        # 5 wake dead codes: a code that no latent is nearest to gets no gradient, ever. It restarts at a
+        # 4 wake dead codes: a code that no latent is nearest to gets no gradient, ever. It restarts at a
         #   latent of this batch; in the second half of the training the codebook should stay.
-        usage.step(step, model.quantize, indices, z.detach(), generator(config.seed, "restart", step),
-                   optimizer)
+        usage.step(step, model.quantize, *(run_distributed.gather(p, config) for p in (indices, latents)),
+                   generator(config.seed, "restart", step), optimizer)
 
-        # 6 report
-        speed.add(len(image))
+        # 5 report
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
-    print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
-    return 0
+    if steps.signal:
+        run.save_checkpoint(folder, saved, losses, step=step)
+        raise Stopped(steps.signal, step)
+    configuration.say_done(config, "train_ldm.py", "--stage", "diffusion", "--autoencoder", folder)
 
 
-def train_diffusion(config, argv) -> int:
+def train_diffusion(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    content = run.load_model(config.autoencoder, "autoencoder")
+    content = run.load_model(config.autoencoder, "autoencoder", config.data)
     autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
-    dataset, sampler = open_data(config)
+    dataset, sampler = run_setup.painters_data(config)
     run_training.refuse_leak(content, dataset, config.autoencoder)
-    schedule, denoiser = build_denoiser(config, autoencoder, len(dataset.classes), device)
+    schedule, denoiser = run_setup.diffusion(config, autoencoder, len(dataset.classes), device)
     ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
-
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
-                                     [*dataset.files(), run.model_file(config.autoencoder)], saved,
-                                     quarters=torch.zeros(2, 4, dtype=torch.double))
-    # Sum and number of the losses since the last log line, by quarter of t: low t is detail, high t layout.
-    step, quarters = numbers["step"], numbers["quarters"].to(device)                    # (2, 4)
+    folder, log, step, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
+                                               dataset, saved,
+                                               quarters=torch.zeros(2, 4, dtype=torch.double))
+    quarters = numbers["quarters"].to(device)       # sums and numbers of losses by quarter of t, (2, 4)
     if step >= config.steps:
-        return 0
-    write_split(folder / "split.json", dataset)
+        return
 
     @torch.no_grad()
     def encode(image):                  # (B, 3, H, W) -> (B, C, h, w), everywhere in the same precision
@@ -176,12 +186,9 @@ def train_diffusion(config, argv) -> int:
             return autoencoder.encode(run_training.to_device(image, device)).float()
 
     if step == 0 and not config.init:
-        std = latent_std(sampler, encode, config.batch)
-        denoiser.set_latent_scale(std)
-        ema.module.set_latent_scale(std)
+        denoiser.set_latent_scale(latent_std(sampler, encode, config.batch))    # the EMA copies buffers
     zero, fixed = loss_of_zero_output(config.loss), sampler.batch(0, 8)
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    log.begin(step, f"denoiser, {parameters:,} parameters, {device}, {precision}; "
+    log.begin(step, f"denoiser, {run_log.size(denoiser)}, {device}, {precision}; "
               f"latent scale {float(denoiser.latent_scale):.3f}; "
               f"a network that always outputs zero has a loss of {zero:.3f}")
 
@@ -198,156 +205,98 @@ def train_diffusion(config, argv) -> int:
 
     def save():
         losses.read()
-        sample_picture(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config, precision,
-                       device)
-        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
-        run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
-                       schedule=schedule.config, autoencoder=content, classes=dataset.classes.to_json(),
-                       split=dataset.slides(), drop_label=config.drop_label)
-        run.save_checkpoint(folder, saved, step=step, quarters=quarters)
+        if not run_distributed.rank():
+            run_pictures.diffusion(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config,
+                                   precision, device)
+            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
+            run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
+                           schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
+                           **dataset.origin())
+        run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
         speed.restart()
 
-    speed, losses = run_training.Speed(device), run_training.Losses(folder, {"denoiser": denoiser}, scaler)
-    batches = pooled_latents(config, dataset, encode, step) if config.latent_pool else None
-    for batch in run_training.steps("diffusion", config, sampler, step, device, batches):
-        # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
-        z = batch["z"].to(device) if config.latent_pool else encode(batch["image"])     # (B, C, h, w)
-        x0 = denoiser.scale(z)                                                          # (B, C, h, w)
-        onehot = run_training.one_hot(batch["label"], len(dataset.classes), device)     # (B, K, H, W)
-
-        # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low t,
-        #   layout at high t.
-        random = generator(config.seed, "noise", step)
-        t = draw_timesteps(len(x0), config.timesteps, config.t_spread, random).to(device)       # (B,)
-        eps = torch.randn(x0.shape, generator=random).to(device)                        # (B, C, h, w)
-        dropped = (torch.rand(len(x0), generator=random) < config.drop_label).to(device)        # (B,)
-        xt = schedule.q_sample(x0, t, eps)                                              # (B, C, h, w)
-
-        # 3 name the noise, seeing the label. Now and then the label is hidden: then sampling can compare
-        #   "with" and "without" and exaggerate the difference (guidance).
-        with precision.autocast():
-            code = denoiser.drop_label(denoiser.label_code(onehot), dropped)            # (B, C, h, w)
-            output = denoiser(xt, t, code)                                              # (B, C, h, w)
-        per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)    # (B,)
-        loss = per_image.mean()                                                         # ()
-
-        # 4 gradient
+    speed, losses = run_training.Speed(device), run_losses.Losses(folder, {"denoiser": denoiser}, scaler)
+    latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
+    batches = config.latent_pool and pooled_latents(config, dataset, encode, step)
+    run_distributed.same_start(denoiser, ema.module)
+    run_training.compile_parts(config, denoiser.unet)
+    steps = run_training.Steps("diffusion", config, sampler, step, device, batches)
+    for batch in steps:
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.
+        random = generator(config.seed, "noise", step)
+        all_t = draw_timesteps(config.batch, config.timesteps, config.t_spread, random)         # (B,)
+        all_eps = torch.randn(config.batch, *latent, generator=random)                  # (B, C, h, w)
+        all_dropped = torch.rand(config.batch, generator=random) < config.drop_label    # (B,)
+        for part in run_distributed.parts(batch, config):
+            # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
+            z = part.batch["z"].to(device) if config.latent_pool else encode(part.batch["image"])
+            x0 = denoiser.scale(z)                                                      # (B, C, h, w)
+            onehot = run_training.one_hot(part.batch["label"], len(dataset.classes), device)    # (B, K, H, W)
+
+            # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low
+            #   t, layout at high t.
+            t, eps, dropped = (drawn[part.rows].to(device, non_blocking=True)
+                               for drawn in (all_t, all_eps, all_dropped))
+            xt = schedule.q_sample(x0, t, eps)                                          # (B, C, h, w)
+
+            # 3 name the noise, seeing the label. Now and then the label is hidden: then sampling can compare
+            #   "with" and "without" and exaggerate the difference (guidance).
+            with precision.autocast():
+                code = denoiser.drop_label(denoiser.label_code(onehot), dropped)        # (B, C, h, w)
+                output = denoiser(xt, t, code)                                          # (B, C, h, w)
+            per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)        # (B,)
+            loss = per_image.mean()                                                     # ()
+
+            # 4 gradient
+            scaler.scale(part.share * loss).backward()
+            losses.add(part.share, loss=loss)
+            quarters += run_distributed.total(torch.stack(quartile_sums(per_image, t, config.timesteps)))
 
         # 5 update, and the average of the weights over the last steps: single steps jump with the t and eps
         #   that were drawn, and what is sampled is the average.
         run_training.set_learning_rate(optimizer, config, step)
         norm = run_training.update(optimizer, scaler, config.clip)
         ema.update(denoiser)
-        losses.add(step, batch["names"], loss=loss, grad_norm=norm)
+        losses.end(step, batch["names"], grad_norm=norm)
         step += 1
 
         # 6 report
-        speed.add(len(x0))
-        quarters += torch.stack(quartile_sums(per_image, t, config.timesteps))          # (2, 4)
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
-    print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
-    return 0
-
-
-# ---- what the loops call -----------------------------------------------------------------------------------
-
-@torch.no_grad()
-def sample_picture(folder, step, denoiser, autoencoder, schedule, fixed, dataset, config, precision,
-                   device) -> None:
-    """samples/: eight fixed labels, their real patches, and images from fixed noise with the EMA weights."""
-    onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
-    side = config.patch // autoencoder.factor
-    noise = image_noise(range(len(onehot)), (denoiser.config["z_channels"], side, side), device)
-    with precision.autocast():
-        x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise,
-                    steps=min(config.sample_steps, config.timesteps))
-        image = autoencoder.decode(denoiser.unscale(x0)).float().clamp(-1, 1)
-    draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
-                     sampled=image)
-
-
-# ---- how their parts are made ------------------------------------------------------------------------------
-
-def open_data(config):
-    """Dataset and sampler of the training split. No stain jitter: a painter should learn the true colours."""
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
-                                 cache=config.cache, uniform=config.uniform)
-
-
-def build_autoencoder(config, device):
-    """(autoencoder, discriminator) with their initial weights. UserError when the sizes do not fit."""
-    if config.patch % (4 * config.factor) or config.patch < 32:     # smaller ones vanish in the discriminator
-        raise UserError(f"--patch: found {config.patch}; give a multiple of {4 * config.factor}, at least 32")
-    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    official = {2: VQ_F2, 4: VQ_F4, 8: VQ_F8}[config.factor]
-    model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
-                             "num_codes": config.codes, "beta": config.beta,
-                             "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
-    if config.init:
-        run_training.load_official(model, run.load_file(config.init), config.init)
-    disc = PatchGAN(3, config.disc_width, num_layers=2 if config.factor == 8 else 3)
-    init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
-    return [module.to(device, memory_format=torch.channels_last) for module in (model, disc)]
-
-
-def build_denoiser(config, autoencoder, num_classes, device):
-    """(noise schedule, denoiser with its initial weights). UserError when the sizes do not fit together."""
-    levels = tuple(int(m) for m in config.mult.split(","))
-    if config.width * levels[-1] % 8:
-        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 "
-                        "attention heads")
-    coarsest = autoencoder.factor * 2 ** (len(levels) - 1)
-    if config.patch % coarsest:
-        raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
-                        f"give a multiple of {coarsest}")
-    if config.zero_terminal_snr and config.parametrisation != "v":
-        raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; "
-                        "add --parametrisation v, or --no-zero-terminal-snr")
-    if config.init and config.parametrisation != "eps":
-        raise UserError("--init: official weights name eps; "
-                        "add --parametrisation eps --no-zero-terminal-snr")
-    torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
-    denoiser = LatentDenoiser(num_classes=num_classes, z_channels=autoencoder.config["z_channels"],
-                              model_channels=config.width, channel_mult=levels, num_res_blocks=config.blocks,
-                              stages=int(math.log2(autoencoder.factor)), groups=max(1, config.width // 4))
-    if config.init:
-        run_training.load_official(denoiser, run.load_file(config.init), config.init)
-    schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
-                        parametrisation=config.parametrisation)
-    return schedule.to(device), denoiser.to(device, memory_format=torch.channels_last)
+    if steps.signal:
+        run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
+        raise Stopped(steps.signal, step)
+    configuration.say_done(config, "generate.py", "--method", "ldm", "--model", folder)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Common:
-    # the run
+    # ---- the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the noise
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-
-    # patches
+    # ---- patches
     patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
     uniform: float = 0.0            # share of patches from anywhere
-
-    # optimiser
+    # ---- optimiser
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of each network's gradient
-
-    # machine and reports: the result does not depend on them, but for the rounding
+    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
+                                    # same gradient
+    # ---- machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 25             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
     cache: str = "cache"            # folder for the decoded images
@@ -355,21 +304,19 @@ class Common:
 
 @dataclass
 class AutoencoderConfig(Common):
-    # the run
+    # ---- the run
     out: str = "runs/vq"            # run folder; the same command again goes on where it stopped
     steps: int = 800                # optimiser steps
     batch: int = 8                  # patches per step
     save_every: int = 125           # steps between two checkpoints, with sample pictures
-
-    # networks
+    # ---- networks
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
     factor: Literal[2, 4, 8] = 4    # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level: 8, 16 or a multiple of 32; official: 128
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
-
-    # losses
+    # ---- losses
     beta: float = 0.25              # weight of the commitment term ||z - sg[e]||^2
     lambda_edge: float = 0.0        # weight of the L1 between differences of neighbouring pixels
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
@@ -381,7 +328,7 @@ class AutoencoderConfig(Common):
 
 @dataclass
 class DiffusionConfig(Common):
-    # the run
+    # ---- the run
     out: str = "runs/ldm"           # run folder; the same command again goes on where it stopped
     autoencoder: str = "runs/vq"    # run folder of stage 1
     steps: int = 900                # optimiser steps
@@ -389,15 +336,13 @@ class DiffusionConfig(Common):
     save_every: int = 250           # steps between two checkpoints, with sample pictures
     sample_steps: int = 50          # DDIM steps of the sample pictures
     latent_pool: int = 0            # 0: new patches each step; N: N patches, encoded once in 8 orientations
-
-    # network
+    # ---- network
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint
     width: int = 32                 # channels of the finest level; 128 is the official one
     mult: Literal["1,4,8", "1,2,4"] = "1,2,4"           # width of each level, as multiples of --width
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     ema: float = 0.999              # decay of the moving average of the weights, which is what samples
-
-    # diffusion
+    # ---- diffusion
     timesteps: int = 1000           # T, length of the noise schedule
     parametrisation: Literal["eps", "v"] = "v"          # what the network predicts
     zero_terminal_snr: bool = True  # rescale the schedule so that xT is pure noise: white glass stays white
@@ -425,29 +370,28 @@ DIFFUSION_PRESETS = {
     "small": dict(steps=3000, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
                   log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
-                  zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant",
-                  warmup=1000, ema=0.9999, save_every=10_000, log_every=100, workers=8),
+                  zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant", warmup=1000, ema=0.9999,
+                  save_every=10_000, log_every=100, workers=8),
 }
+STAGES = {"autoencoder": (AutoencoderConfig, AUTOENCODER_PRESETS, train_autoencoder),
+          "diffusion": (DiffusionConfig, DIFFUSION_PRESETS, train_diffusion)}
 
 
 def main(argv):
     """Stage by stage. Without --stage both run one after the other, each into its default folder."""
     parser = configuration.Parser(prog="train_ldm.py", add_help=False)
-    parser.add_argument("--stage", choices=("autoencoder", "diffusion"))
-    stage, rest = parser.parse_known_args(argv)
-    if stage.stage == "autoencoder":
-        return train_autoencoder(configuration.parse(
-            AutoencoderConfig, AUTOENCODER_PRESETS, rest, __doc__, "train_ldm.py --stage autoencoder"), argv)
-    if stage.stage == "diffusion":
-        return train_diffusion(configuration.parse(
-            DiffusionConfig, DIFFUSION_PRESETS, rest, __doc__, "train_ldm.py --stage diffusion"), argv)
-    about = __doc__ + ("\nWithout --stage only the flags below are known; "
-                       "each stage has more: --stage NAME --help.")
-    parser = configuration.Parser(prog="train_ldm.py", description=about)
+    parser.add_argument("--stage", choices=tuple(STAGES))
+    known, rest = parser.parse_known_args(argv)
+    if known.stage:
+        fields, presets, train = STAGES[known.stage]
+        prog = f"train_ldm.py --stage {known.stage}"
+        return train(configuration.parse(fields, presets, rest, __doc__, prog), argv)
+    more = "each stage has more flags: add --stage autoencoder or --stage diffusion"
+    parser = configuration.Parser(more, prog="train_ldm.py", description=f"{__doc__ or ''}\nHere {more}.")
     configuration.add_fields(parser, Common, {})
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
-    train_autoencoder(configuration.build(AutoencoderConfig, AUTOENCODER_PRESETS, common), argv)
-    return train_diffusion(configuration.build(DiffusionConfig, DIFFUSION_PRESETS, common), argv)
+    for fields, presets, train in STAGES.values():
+        train(configuration.build(fields, presets, common), argv)
 
 
 if __name__ == "__main__":

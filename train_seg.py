@@ -12,50 +12,49 @@ the class ids to background/tumor, and minimise
 with Adam. The number of optimiser steps is the same whatever the ratio is, so configurations are comparable.
 The subtypes are used for sampling and for the evaluation only: the network never sees them.
 
-The file begins with the loop (`train`). Below it: what the loop calls, how its parts are made, the
-configuration, and `main`.
+The file begins with the loop (`train`). Below it: what the loop calls, the configuration, and `main`.
+The networks are built in her2/run_setup.py.
 """
 
+from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from her2 import run_config as configuration
-from her2 import draw, draw_axes, run, run_log, run_training
+from her2 import draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup, run_training
 from her2.data_classes import IGNORE
-from her2.data_folder import check_synthetic, load_dataset, load_synthetic, write_split
-from her2.run_errors import UserError, command
+from her2.data_folder import check_synthetic, load_dataset, load_synthetic
+from her2.run_errors import Stopped, UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
+from her2.net_blocks import kept_buffers
 from her2.metrics import ProbabilityHistogram
 from her2.phantom import default_phantom
 from her2.data_patches import MixedSampler, PatchSampler, iterate_rois
-from her2.segmenter import UNet, encoder_weights, predict_roi
+from her2.segmenter import predict_roi
 
 
 def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    dataset, sampler, inputs = open_data(config)
+    with run_distributed.in_turn():
+        dataset, sampler, synthetic = open_data(config)
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
     is_tumor[IGNORE] = IGNORE
-    network = build(config).to(device, memory_format=torch.channels_last)
+    network = run_setup.segmenter(config, device)
     ema = run_training.EMA(network, config.ema)     # what is evaluated: a single step's weights scatter more
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
 
     saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, numbers = run_log.begin("train_seg.py", config, device, argv, inputs, saved)
-    step = numbers["step"]
+    folder, log, step, _ = run_log.begin("train_seg.py", config, device, argv, dataset, saved, synthetic)
     if step >= config.steps:
         return 0
-    write_split(folder / "split.json", dataset)
     fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
     nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice,
                                        dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
-    parameters = sum(p.numel() for p in network.parameters())
-    log.begin(step, f"U-Net, {parameters:,} parameters, {device}, {precision}; "
+    log.begin(step, f"U-Net, {run_log.size(network)}, {device}, {precision}; "
               f"{sampler.num_patches} patches tile the training ROIs once; "
               f"a network that predicts the same everywhere has a loss of {nothing:.3f}")
 
@@ -63,61 +62,89 @@ def train(config, argv) -> int:
         log.record(step, **losses.read(), predicts_nothing=nothing, lr=optimizer.param_groups[0]["lr"],
                    **speed.report())
 
-    def save():
-        losses.read()
+    def publish():
         val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-        sample_picture(folder, step, ema.module, fixed, dataset.classes, precision, device)
+        run_pictures.segmenter(folder, step, ema.module, fixed, dataset.classes, precision, device)
         records = log.records()
         draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
         if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
             log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
                     "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
-                       classes=dataset.classes.to_json(), split=dataset.slides())
-        run.save_checkpoint(folder, saved, step=step)
+                       **dataset.origin())
+
+    def save():
+        losses.read()
+        if not run_distributed.rank():
+            publish()
+        run.save_checkpoint(folder, saved, losses, step=step)
         speed.restart()
 
     network.train()
-    speed, losses = run_training.Speed(device), run_training.Losses(folder, {"network": network}, scaler)
-    for batch in run_training.steps("segmentation", config, sampler, step, device):
-        # 1 data: patches around tumor pixels. The network is asked one question, tumor or not; were it to
-        #   name the subtype too, it could not be compared with the paper's.
-        image = run_training.to_device(batch["image"], device)                          # (B, 3, H, W)
-        target = is_tumor[batch["label"]].to(device, non_blocking=True)                 # (B, H, W)
-
-        # 2 predict and compare: Dice looks at the overlap, so that much background does not drown little
-        #   tumor; cross-entropy gives every pixel a gradient, also where Dice is flat.
-        with precision.autocast():
-            logits = network(image)                                                     # (B, 2, H, W)
-            loss, parts = dice_cross_entropy(logits, target, config.dice, config.dice_weight,
-                                             1 - config.dice_weight)                    # ()
-
-        # 3 gradient
+    speed, losses = run_training.Speed(device), run_losses.Losses(folder, {"network": network}, scaler)
+    run_distributed.same_start(network)
+    run_training.compile_parts(config, network)
+    steps = run_training.Steps("segmentation", config, sampler, step, device)
+    for batch in steps:
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        parts = run_distributed.parts(batch, config)            # one, but for --accumulate
+        known = sums_of_all(network, parts, is_tumor, config, precision, device) if len(parts) > 1 else None
+        for part in parts:
+            # 1 data: patches around tumor pixels. The network is asked one question, tumor or not; were it to
+            #   name the subtype too, it could not be compared with the paper's.
+            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+            target = is_tumor[part.batch["label"]].to(device, non_blocking=True)        # (B, H, W)
+
+            # 2 predict and compare: Dice looks at the overlap, so that much background does not drown little
+            #   tumor; cross-entropy gives every pixel a gradient, also where Dice is flat.
+            with precision.autocast():
+                logits = network(image)                                                 # (B, 2, H, W)
+                loss, terms = dice_cross_entropy(
+                    logits, target, config.dice, config.dice_weight, 1 - config.dice_weight,
+                    pool=run_distributed.WholeSums(part.share, known))                  # ()
+
+            # 3 gradient
+            scaler.scale(part.share * loss).backward()
+            losses.add(part.share, loss=loss, dice_loss=terms["dice"], cross_entropy=terms["ce"])
 
         # 4 update: a small rate at first, while Adam's averages are those of few steps; and one strange batch
         #   may not throw the weights away, so the gradient's length is limited.
         run_training.set_learning_rate(optimizer, config, step)
         norm = run_training.update(optimizer, scaler, config.clip)
         ema.update(network)
-        losses.add(step, batch["names"], loss=loss, dice_loss=parts["dice"], cross_entropy=parts["ce"],
-                   grad_norm=norm)
+        losses.end(step, batch["names"], grad_norm=norm)
         step += 1
 
         # 5 report
-        speed.add(len(image))
+        speed.add(config.batch)
         if step % config.log_every == 0 or step == config.steps:
             write_log()
         if step % config.save_every == 0 or step == config.steps:
             save()
-    print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
+    if steps.signal:
+        run.save_checkpoint(folder, saved, losses, step=step)
+        raise Stopped(steps.signal, step)
+    configuration.say_done(config, "evaluate.py", folder)
     return 0
 
 
 # ---- what the loop calls -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sums_of_all(network, parts, is_tumor, config, precision, device) -> list:
+    """--accumulate: the sums over the whole batch, from a first pass. Dice is no mean over patches, and its
+    gradient depends on them."""
+    found = []
+    with kept_buffers(network), precision.autocast():
+        for part in parts:
+            dice_cross_entropy(network(run_training.to_device(part.batch["image"], device)),
+                               is_tumor[part.batch["label"]].to(device), config.dice,
+                               pool=lambda sums: found.append(sums) or sums)
+    half = len(found) // len(parts)                 # sums that one part asks for: of Dice, of cross-entropy
+    return [run_distributed.total(sum(found[k::half])) for k in range(half)]
+
 
 def validate(network, dataset, config, precision, device) -> dict:
     """Metrics on the whole ROIs of the validation slides at threshold 0.5; training chooses nothing by it."""
@@ -129,56 +156,31 @@ def validate(network, dataset, config, precision, device) -> dict:
     return histogram.report()
 
 
-@torch.no_grad()
-def sample_picture(folder, step, network, fixed, classes, precision, device) -> None:
-    """samples/: eight fixed patches with their label and the predicted tumor probability."""
-    image = fixed["image"][:8].to(device, memory_format=torch.channels_last)
-    with precision.autocast():
-        prob = network(image).float().softmax(1)[:, 1].cpu()                            # (8, H, W)
-    draw.samples_png(folder, step, classes, image=fixed["image"][:8], label=fixed["label"][:8],
-                     probability=prob)
-
-
-# ---- how its parts are made --------------------------------------------------------------------------------
-
 def open_data(config):
-    """(dataset, sampler of its training patches, files that the result depends on)"""
+    """(dataset, sampler of its training patches, the synthetic set or None)"""
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
-    inputs = dataset.files()
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
                            cache=config.cache, uniform=config.uniform)
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
-        inputs += synthetic.files()
-    return dataset, sampler, inputs
-
-
-def build(config):
-    """The network with its initial weights."""
-    torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
-    network = UNet(num_classes=2, width=config.width)
-    initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
-    if initial:
-        run_training.load_official(network, run.load_file(initial), initial)
-    return network
+    return dataset, sampler, synthetic if config.synthetic else None
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
-    # the run
+    # ---- the run
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     out: str = "runs/seg"           # run folder; the same command again goes on where it stopped
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches and the augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
-
-    # patches
+    # ---- patches
     patch: int = 64                 # side of a patch in pixels, divisible by 32
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
                                     # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
@@ -187,30 +189,29 @@ class Config:
                                     # inf: synthetic images alone
     uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
     jitter: float = 1.0             # strength of the stain augmentation, 0 = off
-
-    # network
+    # ---- network
     width: int = 16                 # channels of the first encoder stage; 64 is the real ResNet-34
     encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
     init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
                                     # smp's Unet-ResNet-34
-
-    # loss
+    # ---- loss
     dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
     dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
-
-    # optimiser
+    # ---- optimiser
     steps: int = 240                # optimiser steps
     batch: int = 16                 # patches per step
+    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
+                                    # same gradient (but batch norm sees each piece by itself)
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 30                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of the gradient
     ema: float = 0.99               # decay of the moving average of the weights, which is what is evaluated;
                                     # 0: the weights of the last step
-
-    # machine and reports: the result does not depend on them, but for the rounding
+    # ---- machine and reports: the result does not depend on them, but for the rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 20             # steps between two lines of the log
     save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
     workers: int = 0                # processes that read patches ahead

@@ -13,7 +13,9 @@ table 8. Module names are the official ones, so that official weights load witho
 Differs from the official code (latent-diffusion): GroupNorm takes fewer than 32 groups when a layer is too
 narrow for 32, so that small models can be built; attention is the fused kernel (at 512 px the official
 one holds 16384 x 16384 scores per image); levels with attention are given as indices, because "resolution 32
-of 256" means another thing at every image size.
+of 256" means another thing at every image size. In train_ldm.py the discriminator learns from the first step
+on and the decoder listens from `disc_start` on; officially neither happens before `disc_start`, so that the
+decoder first listens to a discriminator that knows nothing.
 
 PAPER: "the vq-f4 configuration, which compressed the input by a factor of eight" contradicts itself: vq-f4
 halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.
@@ -44,6 +46,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
+    # x + f(x): an image has to come out, so each block only learns what to change in it.
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = group_norm(in_channels)
@@ -54,9 +57,10 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The norm comes first, so the sum itself is never normalised: brightness passes through.
         y = self.conv1(F.silu(self.norm1(x)))                                # (B, out, h, w)
         y = self.conv2(F.silu(self.norm2(y)))                                # (B, out, h, w)
-        return self.nin_shortcut(x) + y
+        return self.nin_shortcut(x) + y                                 # (B, out, h, w)
 
 
 class Attention(nn.Module):
@@ -68,15 +72,15 @@ class Attention(nn.Module):
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)                # back to the axes of x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:    # every place sees every other
         y = self.norm(x)                                                     # (B, C, h, w)
         q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1)          # (B, 1, hw, C)
                    for layer in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)                          # softmax(q k' / sqrt(C)) v
         y = y.squeeze(1).transpose(1, 2).reshape(x.shape)                    # (B, C, h, w)
-        return x + self.proj_out(y)
+        return x + self.proj_out(y)                                     # (B, C, h, w)
 
 
 class Downsample(nn.Module):
@@ -95,6 +99,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
 
 
@@ -114,8 +119,8 @@ class Level(nn.Module):
         for i, block in enumerate(self.block):
             x = block(x)                                                     # (B, out, h, w)
             if self.attn:
-                x = self.attn[i](x)
-        return self.upsample(self.downsample(x))
+                x = self.attn[i](x)                                     # (B, out, h, w)
+        return self.upsample(self.downsample(x))                             # one of them, or none, changes x
 
 
 class Middle(nn.Module):
@@ -126,18 +131,18 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        return self.block_2(self.attn_1(self.block_1(x)))                    # (B, C, h, w)
 
 
 class Encoder(nn.Module):
     def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels):
         super().__init__()
-        last = len(widths) - 1
+        last = len(widths) - 1                                          # the coarsest level does not halve
         self.conv_in = nn.Conv2d(3, widths[0][0], 3, padding=1)
         self.down = nn.ModuleList(Level(*widths[i], num_res_blocks, i in attention_levels,
                                         downsample=i < last) for i in range(len(widths)))
-        top = widths[last][1]
-        self.mid = Middle(top)
+        top = widths[last][1]                                           # widest
+        self.mid = Middle(top)                                 # attention where it is cheapest: fewest places
         self.norm_out = group_norm(top)
         self.conv_out = nn.Conv2d(top, z_channels, 3, padding=1)
 
@@ -154,7 +159,7 @@ class Decoder(nn.Module):
 
     def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels):
         super().__init__()
-        top, finest = widths[-1][1], widths[0][1]
+        top, finest = widths[-1][1], widths[0][1]                       # channels at both ends
         self.conv_in = nn.Conv2d(z_channels, top, 3, padding=1)
         self.mid = Middle(top)
         above = [out for _, out in widths[1:]] + [top]             # what arrives from the coarser level
@@ -188,7 +193,7 @@ class VQAutoencoder(nn.Module):
                  z_channels: int = 3, num_codes: int = 8192, attention_levels=(), beta: float = 0.25,
                  embed_dim: int = None, groups: int = 32):
         super().__init__()
-        embed_dim = embed_dim or z_channels
+        embed_dim = embed_dim or z_channels                             # D
         ch_mult, attention_levels = tuple(ch_mult), tuple(attention_levels)
         if factor != 2 ** (len(ch_mult) - 1):
             raise ValueError(f"factor {factor} does not fit the {len(ch_mult)} levels of ch_mult {ch_mult}: "
@@ -196,12 +201,13 @@ class VQAutoencoder(nn.Module):
         self.config = dict(factor=factor, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, beta=beta,
                            z_channels=z_channels, num_codes=num_codes, attention_levels=attention_levels,
                            embed_dim=embed_dim, groups=groups)
-        self.factor = factor
-        ends = [ch] + [ch * multiple for multiple in ch_mult]
+        self.factor = factor                                            # pixels per latent cell and side
+        ends = [ch] + [ch * multiple for multiple in ch_mult]           # what enters and leaves each level
         widths = list(zip(ends, ends[1:]))                         # (in, out) of every level of the encoder
         self.encoder = Encoder(widths, num_res_blocks, z_channels, attention_levels)
         self.decoder = Decoder(widths, num_res_blocks, z_channels, attention_levels)
-        self.quantize = Codebook(num_codes, embed_dim, beta)
+        self.quantize = Codebook(num_codes, embed_dim, beta)            # (K, D)
+        # 1 x 1, so that the codebook may look at the latent in axes of its own.
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         for norm in self.modules():
@@ -222,13 +228,14 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, D, h, w) -> image: quantised first, as official; no gradient passes to the codes."""
+        # A generated latent lies between the codes; the decoder has seen codes only.
         z_q, _, _ = self.quantize(z)                                         # (B, D, h, w)
         return self.decode_quantized(z_q)                                    # (B, 3, H, W)
 
     def forward(self, image: torch.Tensor):
         """-> reconstruction (B, 3, H, W), z, z_q (B, D, h, w), indices (B, h, w), vq_loss (scalar)."""
         z = self.encode(image)                                               # (B, D, h, w)
-        z_q, indices, loss = self.quantize(z)
+        z_q, indices, loss = self.quantize(z)                                # (B, D, h, w), (B, h, w), ()
         return self.decode_quantized(z_q), z, z_q, indices, loss
 
     @property

@@ -135,11 +135,13 @@ def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:
 
 
 def likely_class(name: str, classes: ClassTable) -> str:
-    """A guess at the class of an unknown name, for a person to check: a class's name, or "ignore" if unclear.
+    """The class of a name, or a guess at it for a person to check: a class's name, or "ignore" if unclear.
 
     Never a tumor class without a sign of which, and the background only for what is named as other tissue: a
     wrong guess that nobody corrects must not teach a network anything.
     """
+    if classes.knows(name):
+        return dict(enumerate(classes.names)).get(classes.id_of(name), "ignore")
     text = name.casefold()
     score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
     part = name.rpartition(":")[2].strip()                      # QuPath's derived classes: "Tumor: 3+"

@@ -54,7 +54,7 @@ REMEDY = ("write a list of {\"id\", \"name\", \"tumor\", \"variance\", \"color\"
 @dataclass(frozen=True)
 class TissueClass:
     id: int                       # the pixel value in labels and masks
-    name: str                     # as it stands in tables and in results.json
+    name: str                     # in tables and in results.json
     tumor: bool                   # False: background for the segmentation network
     variance: bool                # its recall enters the subtype variance
     color: tuple[int, int, int]   # RGB, 0..255
@@ -62,7 +62,7 @@ class TissueClass:
 
 def normal_form(name: str) -> str:
     """`name` without white space and case: the form in which names are compared."""
-    return "".join(name.split()).casefold()
+    return "".join(name.split()).casefold()                             # "HER2 1+" = "her2 1+" = "HER21+"
 
 
 class ClassTable:
@@ -86,7 +86,7 @@ class ClassTable:
         if len(set(c.color for c in self.classes)) < len(ids):
             raise ValueError("two classes have the same color; give each its own")
 
-        self._ids = {}
+        self._ids = {}                                                  # normal form of a name -> id
         for c in self.classes:
             if self._ids.setdefault(normal_form(c.name), c.id) != c.id or not normal_form(c.name):
                 raise ValueError(f"name {c.name!r} is empty or used twice (case and spaces do not count)")
@@ -100,7 +100,7 @@ class ClassTable:
             self.aliases[alias] = class_id
 
     def __len__(self) -> int:
-        return len(self.classes)
+        return len(self.classes)                                        # K, the channels of a one-hot map
 
     def __eq__(self, other) -> bool:
         # Which names are ignored says how annotations are read, not what an id means to a network.
@@ -130,7 +130,7 @@ class ClassTable:
 
     def palette(self) -> list[int]:
         """The colors as one flat list, for a Pillow image of mode 'P' (`image.putpalette`)."""
-        return self.colors.reshape(-1).tolist()
+        return self.colors.reshape(-1).tolist()                         # Pillow asks for 768 numbers
 
     def id_of(self, name: str) -> int:
         """The id of the class of this name or alias, or IGNORE. Raises KeyError(name) when there is none."""
@@ -140,7 +140,7 @@ class ClassTable:
         return class_id
 
     def knows(self, name: str) -> bool:
-        return normal_form(name) in self._ids
+        return normal_form(name) in self._ids                           # a class, an alias, or one to ignore
 
     def to_json(self) -> list[dict]:
         """What `from_json` and `classes.json` take: one object per class."""
@@ -151,19 +151,19 @@ class ClassTable:
     @staticmethod
     def from_json(obj, path="classes.json") -> "ClassTable":
         """The table in `obj` (see the module's docstring for the forms). `path` names it in the UserError."""
-        obj = obj if isinstance(obj, dict) else {"classes": obj}
+        obj = obj if isinstance(obj, dict) else {"classes": obj}        # the three forms become one
         if not obj or obj.keys() - {"classes", "aliases", "masks"}:
             raise _error(path, f"found an object that is not made of \"classes\", \"aliases\" and \"masks\": "
                                f"{_show(obj)}")
-        default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]
-        rows, more = obj.get("classes", default), obj.get("aliases", {})
+        default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]  # aliases: below
+        rows, more = obj.get("classes", default), obj.get("aliases", {})  # more: aliases beside the classes
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise _error(path, f"the classes are {_show(rows)}, not a list of objects")
         if obj.get("masks", "ids") not in ("score", "ids"):
             raise _error(path, f"\"masks\" is {_show(obj['masks'])}, not \"score\" or \"ids\"")
         if not isinstance(more, dict):
             raise _error(path, f"\"aliases\" is {_show(more)}, not an object of alias: class name")
-        classes = [_class_from_json(row, path) for row in rows]
+        classes = [_class_from_json(row, path) for row in rows]         # checked one by one
 
         by_name = {"ignore": IGNORE, **{normal_form(c.name): c.id for c in classes}}
         aliases = [(alias, row["id"]) for row in rows for alias in _aliases_of(row, path)]
@@ -172,9 +172,9 @@ class ClassTable:
             if not _is_int(class_id):
                 raise _error(path, f"alias {alias!r} means {_show(target)}, which is no class name and no id")
             aliases.append((alias.strip() or NO_CLASS, class_id))
-        meanings = {normal_form(alias): class_id for alias, class_id in aliases}
+        meanings = {normal_form(alias): class_id for alias, class_id in aliases}  # the last one of each
         twice = [alias for alias, class_id in aliases if meanings[normal_form(alias)] != class_id]
-        if twice:
+        if twice:                                                       # which one was meant nobody can tell
             raise _error(path, f"the aliases {_show(twice)} have two meanings each")
         inherited = {alias: class_id for alias, class_id in DEFAULT_ALIASES.items()
                      if normal_form(alias) not in {**meanings, **by_name} and (class_id == IGNORE or
@@ -191,11 +191,11 @@ def _error(path, what) -> UserError:
 
 def _show(value) -> str:
     text = one_line(repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 else text[:57] + "..."               # a message is one line
 
 
 def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool)       # to Python, True is the number 1
 
 
 def _aliases_of(row, path) -> list[str]:
@@ -208,13 +208,13 @@ def _aliases_of(row, path) -> list[str]:
 def _class_from_json(row, path) -> TissueClass:
     """One row of classes.json. Every key is asked for: a forgotten "tumor" must not quietly mean False."""
     keys = ("id", "name", "tumor", "variance", "color")
-    missing = [key for key in keys if key not in row]
-    unknown = sorted(row.keys() - {*keys, "aliases"})
+    missing = [key for key in keys if key not in row]                   # a forgotten key
+    unknown = sorted(row.keys() - {*keys, "aliases"})                   # a misspelt one
     if missing or unknown:
         raise _error(path, f"class {_show(row.get('name', row))} lacks {missing}, has unknown keys {unknown}")
     class_id, name, tumor, variance, color = (row[key] for key in keys)
     if isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color):
-        color = list(bytes.fromhex(color[1:]))
+        color = list(bytes.fromhex(color[1:]))                          # as CVAT writes it
     for key, good, wanted in (
         ("id", _is_int(class_id), "a whole number"),
         ("name", isinstance(name, str), "a text"),
@@ -232,17 +232,17 @@ def _class_from_json(row, path) -> TissueClass:
 # Hard Negative, Necrosis and To Verify are what the authors' annotation server calls background.
 DEFAULT_ALIASES = {
     "negative": 1, "HER2 0": 1, "HER2 1+": 2, "1": 2, "HER2 2+": 3, "2": 3, "HER2 3+": 4, "3": 4,
-    "DCIS": 5, "LCIS": 5, "DCIS/LCIS": 5,
+    "DCIS": 5, "LCIS": 5, "DCIS/LCIS": 5,                               # ductal and lobular carcinoma in situ
     "Hard Negative": 0, "Necrosis": 0, "To Verify": 0, "Stroma": 0, "Normal": 0,
-    "Ignore": IGNORE, "Ignore*": IGNORE,
+    "Ignore": IGNORE, "Ignore*": IGNORE,                                # as QuPath names it
 }
 DEFAULT_CLASSES = ClassTable([
-    TissueClass(0, "Background", False, False, (255, 255, 255)),
-    TissueClass(1, "0", True, True, (214, 39, 199)),
-    TissueClass(2, "1+", True, True, (23, 190, 207)),
-    TissueClass(3, "2+", True, True, (44, 160, 44)),
-    TissueClass(4, "3+", True, True, (214, 39, 40)),
-    TissueClass(5, "LCIS/DCIS", True, False, (240, 200, 20)),
+    TissueClass(0, "Background", False, False, (255, 255, 255)),        # white, as glass is
+    TissueClass(1, "0", True, True, (214, 39, 199)),                    # no staining: shape alone tells it
+    TissueClass(2, "1+", True, True, (23, 190, 207)),                   # faint, incomplete membranes
+    TissueClass(3, "2+", True, True, (44, 160, 44)),                    # weak to moderate, complete
+    TissueClass(4, "3+", True, True, (214, 39, 40)),                    # strong and complete
+    TissueClass(5, "LCIS/DCIS", True, False, (240, 200, 20)),           # inside ducts: never scored
 ], DEFAULT_ALIASES)
 
 
@@ -264,7 +264,7 @@ def read_text(path, remedy: str) -> str:
 def parse_json(text: str, path, remedy: str):
     """The value of a JSON text. UserError with `remedy` where it is none, too deep, or names a key twice."""
     def unique(pairs):
-        obj = dict(pairs)
+        obj = dict(pairs)                             # json itself keeps the last of two equal keys, silently
         if len(obj) < len(pairs):
             [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
             raise ValueError(f"the key {twice!r} stands twice in one object")
@@ -283,5 +283,5 @@ def load_classes(folder) -> ClassTable:
     """The class table of a dataset folder: its `classes.json`, or the default. UserError on a bad file."""
     path = Path(folder) / "classes.json"
     if not path.exists():
-        return DEFAULT_CLASSES
+        return DEFAULT_CLASSES                                          # most datasets need no file
     return ClassTable.from_json(parse_json(read_text(path, REMEDY), path, REMEDY), path)

@@ -19,7 +19,7 @@ from her2.data_annotations import likely_class, read_file
 from her2.data_classes import DEFAULT_CLASSES, NO_CLASS, read_text
 from her2.data_images import ENDINGS, read_mask
 from her2.data_slides import read_slides
-from her2.run_errors import UserError, atomic_write
+from her2.run_errors import UserError, atomic_write, check_line
 
 # The first match in the file name is the slide. Too coarse by default rather than too fine: two slides taken
 # for one cost a little data, one slide taken for two leaks from training into the test.
@@ -109,7 +109,7 @@ def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
           f"{', ...' if len(slides) > 6 else ''}), {len(lonely)} files without a partner left out"
           + (f"; all annotations from {shared}" if shared else ""))
     print("Are these the slides? The split rests on them; if not, remove the file and give --slide-pattern. "
-          f"Columns that can be added: score, split, x, y, downsample. Next: python -m her2.data {root}")
+          f"Columns that can be added: score, split, x, y, downsample. Next: {check_line(root)}")
     return 0
 
 
@@ -156,15 +156,9 @@ def draft_classes(root) -> int:
                 values = set(np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256)).tolist())
                 two_valued += mask.dtype == bool or values <= {0, 255} or values <= {0, 1} and len(scores) > 1
     labels = color_names(root / "labelmap.txt")
-    own = {"#%02x%02x%02x" % c.color: c.name for c in DEFAULT_CLASSES.classes} if not labels else {}
-
-    def proposal(name):
-        known = labels.get(name, own.get(name, name))
-        id_ = DEFAULT_CLASSES.id_of(known) if DEFAULT_CLASSES.knows(known) else None
-        return likely_class(known, DEFAULT_CLASSES) if id_ is None else (
-            DEFAULT_CLASSES.names[id_] if id_ < len(DEFAULT_CLASSES) else "ignore")
-
-    aliases = {name: proposal(name) for name in names if name not in {*DEFAULT_CLASSES.names, *own}}
+    own = ["#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes] if not labels else []
+    aliases = {name: likely_class(labels.get(name, name), DEFAULT_CLASSES) for name in names
+               if name not in {*DEFAULT_CLASSES.names, *own}}
     content = {"aliases": aliases} if aliases else {}
     masks = sum(roi.mask is not None for roi in rois)
     if masks and two_valued == masks:
@@ -178,7 +172,7 @@ def draft_classes(root) -> int:
     if "masks" in content:
         print(f"{masks} black-and-white masks -> tumor of the slide's score (column score of slides.csv)")
     print(f"{path}: a draft. Correct each line in it: \"ignore\" neither trains nor counts, \"Background\" "
-          f"is learned as no tumor. Next: python -m her2.data {root}")
+          f"is learned as no tumor. Next: {check_line(root)}")
     return 0
 
 

@@ -10,6 +10,7 @@ import math
 import torch
 from tqdm import tqdm
 
+from her2 import run_distributed
 from her2.data_patches import PatchSampler, dihedral
 from her2.run_seeds import generator
 
@@ -24,7 +25,8 @@ def latent_std(sampler, encode, batch: int) -> float:
 
 
 def pooled_latents(config, dataset, encode, first_step: int):
-    """Batches for the steps first_step..config.steps-1, each a function of (config.seed, step) alone.
+    """Batches for the steps first_step..config.steps-1, each a function of (config.seed, step) alone; under
+    torchrun this process's samples of them.
 
     config: latent_pool (N), batch, steps, patch, sampling, uniform, seed, cache.
     encode(image (B, 3, H, W)) -> z (B, C, h, w).
@@ -46,6 +48,7 @@ def pooled_latents(config, dataset, encode, first_step: int):
         random = generator(config.seed, "pool", step)
         picked = torch.randint(config.latent_pool, (config.batch,), generator=random).tolist()
         turned = torch.randint(8, (config.batch,), generator=random).tolist()
-        yield {"z": torch.stack([z[k][i] for i, k in zip(picked, turned)]),
-               "label": torch.stack([dihedral(label[i], k) for i, k in zip(picked, turned)]).long(),
-               "names": [names[i] for i in picked]}
+        samples = [(picked[n], turned[n]) for n in run_distributed.indices(config)]
+        yield {"z": torch.stack([z[k][i] for i, k in samples]),
+               "label": torch.stack([dihedral(label[i], k) for i, k in samples]).long(),
+               "names": [names[i] for i, _ in samples]}

@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 
 from her2.data_classes import IGNORE
 from her2.data_folder import Dataset
-from her2.run_errors import UserError
+from her2.data_slides import generating_command
+from her2.run_errors import UserError, check_line, script_line
 from her2.data_regions import open_roi, tile_files
 from her2.run_seeds import generator, numpy_generator
 from her2.stains import stain_jitter
@@ -102,8 +103,8 @@ class PatchSampler:
         counts = {c: np.array([open_tile(file).count([c]) for file in self.files]) for c in tumor}
         self.present = [c for c in tumor if counts[c].any()]
         if sampling != "uniform" and not self.present:
-            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images or use "
-                            "another split")
+            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
+                            f"left out and why: {check_line(dataset.root)})")
         if sampling == "subtype" and len(self.present) < len(tumor):
             absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
             print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other subtypes "
@@ -174,9 +175,10 @@ class MixedSampler:
         self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
         wanted = len(synthetic.rois) if ratio == math.inf else max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
-            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs "
-                            f"{wanted}; make more: python generate.py --out {synthetic.root} --ratio "
-                            f"{ratio:g}")
+            more = (generating_command(synthetic.root, "--count", wanted)
+                    or script_line("generate.py", "--out", synthetic.root, "--count", wanted))
+            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs {wanted};"
+                            f" give a lower --ratio, or delete the folder and make more: {more}")
         self.rois = synthetic.rois[:wanted]
         _check_patch(self.rois, real.patch, synthetic.root)
         self.files = tile_files(self.rois, synthetic.classes, cache)
@@ -233,20 +235,20 @@ def make_batch(sampler, step: int, indices) -> dict:
 class _Steps(torch.utils.data.Dataset):
     """The batches of steps first..last-1 as a map-style dataset, for worker processes."""
 
-    def __init__(self, sampler, first, last, arguments):
-        self.sampler, self.first, self.last, self.arguments = sampler, first, last, arguments
+    def __init__(self, sampler, first, last, indices):
+        self.sampler, self.first, self.last, self.indices = sampler, first, last, indices
 
     def __len__(self):
         return max(0, self.last - self.first)
 
     def __getitem__(self, k):
-        return self.sampler.batch(self.first + k, *self.arguments)
+        return make_batch(self.sampler, self.first + k, self.indices)
 
 
-def loader(sampler, first_step: int, last_step: int, batch_size: int, start: int = 0, stop=None,
-           workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """An iterable over the batches of steps first_step..last_step-1, in order; `workers` make them ahead."""
-    steps = _Steps(sampler, first_step, last_step, (batch_size, start, stop))
+def loader(sampler, first_step: int, last_step: int, indices, workers: int = 0,
+           pin_memory: bool = False) -> DataLoader:
+    """The samples `indices` of the batches of steps first_step..last_step-1; `workers` make them ahead."""
+    steps = _Steps(sampler, first_step, last_step, indices)
     # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
     # make other random numbers depend on how often a run was resumed. No batch uses it.
     return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory,

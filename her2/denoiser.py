@@ -1,4 +1,4 @@
-"""The denoiser: a U-Net that looks at a noisy latent, the time and the label map, and names the noise.
+"""The denoiser: a U-Net that gets a noisy latent, the time and the label map, and returns the noise in it.
 
     code   = LabelCode(onehot)                   one-hot label map shrunk to the latent's size
     output = Denoiser(concat(xt, code), t)       eps or v, see diffusion.py
@@ -15,7 +15,7 @@ code they were never trained with); the scale of the latents is stored with the 
 on the first batch and lost on resuming); no gradient checkpointing; narrow layers take fewer groups than 32.
 
 PAPER: guidance is not mentioned. A dropped label (classifier-free guidance, Ho and Salimans 2022) is a code
-of zeros: the label conv has no bias, so zero says nothing, and nothing need be learned for it.
+of zeros, which no label map has: the label conv has no bias, and its input is one-hot.
 
 Key: B batch, K classes, C channels, D latent channels, H W image size, h w latent size, E time embedding.
 """
@@ -34,8 +34,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with weights and bias 0: each residual branch begins as a zero, the output too."""
-    for parameter in layer.parameters():
+    for parameter in layer.parameters():             # residual branches begin as zeros, so does the output
         nn.init.zeros_(parameter)
     return layer
 
@@ -43,12 +42,15 @@ def zeroed(layer: nn.Module) -> nn.Module:
 def time_embedding(t: torch.Tensor, dim: int, ddpm: bool = False) -> torch.Tensor:
     """t (B,) -> (B, dim): cos and sin of t at dim/2 frequencies from 1 down to about 1/10000.
 
-    Official openaimodel.py: [cos, sin], frequency i is 10000^(-i/half). `ddpm`: the other convention, of
-    Ho et al. 2020 and of the official model.py: [sin, cos], 10000^(-i/(half-1)).
+    Official openaimodel.py: [cos, sin], frequency i is 10000^(-i/half). `ddpm`, for comparison with the
+    reference only, is the convention of Ho et al. 2020: [sin, cos], 10000^(-i/(half-1)).
     """
+    # A number from 0 to 999 says little to a linear layer. Waves of all lengths do, as the hands of a clock:
+    # fast ones tell t from t + 1, slow ones early from late.
     half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    # float32 in the official order of operations: at t = 999 a rounding of 1e-7 turns an angle by 1e-4.
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)         # (half,)
+    # float32 in the official order of operations: at t = 999 one rounding (1e-7) turns an angle by 1e-4, so
+    # another order, or another machine's exp, is seen in the output (1e-6), and nothing better is to be had.
     exponents = steps * -(math.log(10000.0) / (half - 1)) if ddpm else -math.log(10000.0) * steps / half
     frequencies = torch.exp(exponents)                                       # (half,)
     angles = t[:, None].float() * frequencies[None]                          # (B, half)
@@ -68,12 +70,8 @@ class LabelCode(nn.Module):
     def forward(self, onehot: torch.Tensor) -> torch.Tensor:
         x = onehot                                                           # (B, K, H, W)
         for _ in range(self.stages):
-            x = F.interpolate(x, scale_factor=0.5, mode="bilinear")          # (B, K, H/2, W/2)
+            x = F.interpolate(x, scale_factor=0.5, mode="bilinear")          # (B, K, H/2, W/2) shares in 0..1
         return self.channel_mapper(x)                                        # (B, out, h, w)
-
-    def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of latent-diffusion's SpatialRescaler. ValueError when they do not fit."""
-        load_strict(self, state_dict)
 
 
 class ResBlock(nn.Module):
@@ -81,16 +79,17 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
         super().__init__()
-        # The Identity stands where the official dropout (of 0) is: it keeps the numbers in the names.
+        # Identity is in the place of the official dropout (of 0), so that the numbers in the names agree.
         self.in_layers = nn.Sequential(group_norm(in_channels), nn.SiLU(),
                                        nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(group_norm(out_channels), nn.SiLU(), nn.Identity(),
                                         zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
-        new = in_channels != out_channels
+        new = in_channels != out_channels                               # only then is a sum impossible
         self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if new else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        # Time shifts every channel: by how much noise there is, the same pattern means detail or nothing.
         y = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]       # (B, out, h, w)
         return self.skip_connection(x) + self.out_layers(y)                  # (B, out, h, w)
 
@@ -101,10 +100,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
         assert channels % num_heads == 0, f"{channels} channels cannot be split into {num_heads} heads"
-        self.num_heads = num_heads
+        self.num_heads = num_heads                                      # each attends to something else
         self.norm = group_norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))         # begins as the identity
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(2)                                                  # (B, C, hw)
@@ -117,7 +116,7 @@ class Attention(nn.Module):
 
 class Downsample(nn.Module):
     def __init__(self, channels: int):
-        super().__init__()
+        super().__init__()             # learned, unlike pooling: the network decides what survives
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +138,7 @@ class Stage(nn.ModuleList):
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
-        return x
+        return x                                                        # (B, C, h, w)
 
 
 class Denoiser(nn.Module):
@@ -154,7 +153,7 @@ class Denoiser(nn.Module):
                  attention_factors=(32, 16, 8)):
         super().__init__()
         self.in_channels, self.model_channels, self.levels = in_channels, model_channels, len(channel_mult)
-        emb_dim = 4 * model_channels
+        emb_dim = 4 * model_channels                       # official
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(),
                                         nn.Linear(emb_dim, emb_dim))
 
@@ -162,7 +161,7 @@ class Denoiser(nn.Module):
             attention = [Attention(out, num_heads)] if 2 ** level in attention_factors else []
             return [ResBlock(channels, out, emb_dim), *attention]
 
-        widths = [multiple * model_channels for multiple in channel_mult]
+        widths = [multiple * model_channels for multiple in channel_mult]  # per level
         channels = model_channels
         skips = [channels]                                 # widths of what the way up will concatenate
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, channels, 3, padding=1)])])
@@ -170,19 +169,20 @@ class Denoiser(nn.Module):
             for _ in range(num_res_blocks):
                 self.input_blocks.append(Stage(blocks(channels, width, level)))
                 channels = width
-                skips.append(channels)
+                skips.append(channels)                                 # popped in reverse order on the way up
             if level < self.levels - 1:
                 self.input_blocks.append(Stage([Downsample(channels)]))
                 skips.append(channels)
+        # At the coarsest level every place sees every other: the stain agrees across a patch.
         self.middle_block = Stage([ResBlock(channels, channels, emb_dim), Attention(channels, num_heads),
                                    ResBlock(channels, channels, emb_dim)])
-        self.output_blocks = nn.ModuleList()
+        self.output_blocks = nn.ModuleList()               # the way up: a block more per level, for the skips
         for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
                 layers = blocks(channels + skips.pop(), width, level)
                 channels = width
                 if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(channels))
+                    layers.append(Upsample(channels))           # the last block of a level, but at the finest
                 self.output_blocks.append(Stage(layers))
         self.out = nn.Sequential(group_norm(channels), nn.SiLU(),
                                  zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)))
@@ -193,7 +193,7 @@ class Denoiser(nn.Module):
         assert all(size % 2 ** (self.levels - 1) == 0 for size in x.shape[2:]), \
             f"latent size {tuple(x.shape[2:])} should be a multiple of {2 ** (self.levels - 1)}"
         emb = self.time_embed(time_embedding(t, self.model_channels))        # (B, E)
-        skips = []
+        skips = []                       # from the way down: where exactly things are, lost by halving
         for stage in self.input_blocks:
             x = stage(x, emb)                                                # (B, C, h, w)
             skips.append(x)
@@ -202,13 +202,10 @@ class Denoiser(nn.Module):
             x = stage(torch.cat([x, skips.pop()], dim=1), emb)               # (B, C, h, w)
         return self.out(x)                                                   # (B, out, h, w)
 
-    def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of latent-diffusion's UNetModel (names without prefix). ValueError when they do not fit."""
-        load_strict(self, state_dict)
-
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance: away from what the network says without a label; scale 1 is `cond`."""
+    """Classifier-free guidance: 1 is `cond`, the answer with the label; 3 goes on where the label
+    led it (clearer classes, less variety); 8 leaves the law of the data (colours saturate)."""
     return uncond + scale * (cond - uncond)
 
 
@@ -234,11 +231,14 @@ class LatentDenoiser(nn.Module):
         for norm in self.modules():
             if isinstance(norm, nn.GroupNorm):
                 norm.num_groups = math.gcd(groups, norm.num_channels)
+        # A schedule's signal-to-noise ratios hold for data of variance 1: at a standard deviation of 5 the
+        # last level still shows the image, and sampling begins without one. Kept with the weights, which
+        # mean nothing at another scale.
         self.register_buffer("latent_scale", torch.tensor(float("nan")))
         self.register_load_state_dict_post_hook(lambda module, _: module.check_latent_scale())
 
     def check_latent_scale(self) -> None:
-        scale = self.latent_scale.item()
+        scale = self.latent_scale.item()                       # NaN: sampling would go on and decode nonsense
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"latent_scale is {scale}, should be a positive number: it was never set")
 
@@ -249,22 +249,22 @@ class LatentDenoiser(nn.Module):
 
     def scale(self, z: torch.Tensor) -> torch.Tensor:
         """Latents of the autoencoder -> x0 of about unit variance."""
-        return z * self.latent_scale
+        return z * self.latent_scale                                    # (B, D, h, w)
 
-    def unscale(self, x0: torch.Tensor) -> torch.Tensor:
-        """x0 -> latents that the autoencoder decodes."""
+    def unscale(self, x0: torch.Tensor) -> torch.Tensor:     # the way back, to what the autoencoder decodes
         return x0 / self.latent_scale
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor, code: torch.Tensor = None) -> torch.Tensor:
         """xt (B, D, h, w), t (B,), code (B, code_channels, h, w) or None (no label) -> (B, D, h, w)."""
         if code is None:
             code = xt.new_zeros(len(xt), self.code_channels, *xt.shape[2:])
+        # The label lies beside the latent, place by place: the first convolution sees both at once.
         return self.unet(torch.cat([xt, code.to(xt.dtype)], dim=1), t)       # (B, D, h, w)
 
     @staticmethod
     def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
         """`code` with the images where `dropped` (B,) is True set to the code of no label."""
-        return code.masked_fill(dropped[:, None, None, None], 0.0)
+        return code.masked_fill(dropped[:, None, None, None], 0.0)      # (B, code, h, w)
 
     def predictor(self, code: torch.Tensor, guidance: float = 1.0):
         """-> function(xt, t) for the samplers. guidance 1: plain conditional; else two answers per image."""
@@ -272,7 +272,7 @@ class LatentDenoiser(nn.Module):
             return self(xt, t, code)
 
         def with_guidance(xt, t):
-            both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w)
+            both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w) one forward
             cond, uncond = self(xt.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             return guided(cond, uncond, guidance)
 

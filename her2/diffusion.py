@@ -9,7 +9,16 @@
     v   = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0                                          (4)
 
 with alpha_t = 1 - beta_t and alpha_bar_t the product of the alphas up to t; t counts from 0, and alpha_bar
-before the first is 1. Sources: (1) to (3) Ho et al., DDPM, NeurIPS 2020, eq. 4, 6, 7; (4) Salimans and Ho,
+before the first is 1. Eq. 1 is many small steps at once, q(xt | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t):
+each shrinks what is there and adds noise; shrinking multiplies up, variances add up to 1 - alpha_bar_t.
+Eq. 3 follows in four lines from two Gaussians of x_{t-1}:
+
+    seen from x0 (eq. 1)   mean sqrt(alpha_bar_{t-1}) x0, variance 1 - alpha_bar_{t-1}
+    seen from xt (a step)  mean xt / sqrt(alpha_t), variance beta_t / alpha_t
+    their product          precisions (1 / variance) add, and means average by precision:
+                           1 / (1 - alpha_bar_{t-1}) + alpha_t / beta_t = 1 / variance of (3)
+
+Sources: (1) to (3) Ho et al., DDPM, NeurIPS 2020, eq. 4, 6, 7; (4) Salimans and Ho,
 Progressive Distillation, ICLR 2022, appendix D. The schedule is latent-diffusion's "linear", linear in
 sqrt(beta), from 0.0015 to 0.0205 (models/ldm/semantic_synthesis256; other official configs end at 0.0195).
 
@@ -44,18 +53,22 @@ class Schedule:
         self.config = dict(T=T, linear_start=linear_start, linear_end=linear_end,
                            zero_terminal_snr=zero_terminal_snr, parametrisation=parametrisation)
         self.T, self.parametrisation = T, parametrisation
+        # Linear in the root: many gentle steps at first, so that fine detail is decided in small portions.
         beta = torch.linspace(linear_start ** 0.5, linear_end ** 0.5, T, dtype=torch.float64) ** 2
-        alpha_bar = torch.cumprod(1 - beta, dim=0)
+        alpha_bar = torch.cumprod(1 - beta, dim=0)                      # (T,) share of signal power
         if zero_terminal_snr:
-            root = alpha_bar.sqrt()                        # Lin et al., algorithm 1: shift, then scale back
+            # Lin et al., algorithm 1: shift so that the last is 0, then scale so that the first stays.
+            root = alpha_bar.sqrt()
             alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])        # (T,); before the first: no noise
         self.alpha_bar, self.alpha_bar_before = alpha_bar, before
-        self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta
-        self.beta = 1 - self.alpha if zero_terminal_snr else beta
+        self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta  # (T,)
+        self.beta = 1 - self.alpha if zero_terminal_snr else beta       # (T,)
+        # Eq. 3. Training and sampling do without it (samplers.py, eta 1, is the same law): it is here to
+        # be looked at, and for comparison with the reference only; so is `posterior`.
         self.posterior_variance = self.beta * (1 - before) / (1 - alpha_bar)
-        self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)
-        self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)
+        self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)  # weight of x0: grows towards t = 0
+        self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)  # weight of xt
 
     def to(self, device) -> "Schedule":
         """Move the tables; returns self."""
@@ -67,39 +80,43 @@ class Schedule:
     def at(self, table: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Entries of a table for a batch, (B, 1, 1, 1), in x's precision but no less than float32."""
         assert t.shape == x.shape[:1], f"t {tuple(t.shape)} should be ({len(x)},)"
-        values = table[t].to(torch.promote_types(x.dtype, torch.float32))
-        return values.view(-1, *[1] * (x.dim() - 1))
+        values = table[t].to(torch.promote_types(x.dtype, torch.float32))    # (B,)
+        return values.view(-1, *[1] * (x.dim() - 1))                    # (B, 1, 1, 1)
 
     def roots(self, t: torch.Tensor, x: torch.Tensor):
         """sqrt(alpha_bar), sqrt(1 - alpha_bar): shares of signal and noise at t, each (B, 1, 1, 1)."""
+        # Their squares add up to 1: with x0 of variance 1, xt has variance 1 at every level.
         return self.at(self.alpha_bar.sqrt(), t, x), self.at((1 - self.alpha_bar).sqrt(), t, x)
 
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """Eq. 1: x0 noised to level t."""
         assert x0.shape == eps.shape, f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} differ in shape"
-        signal, noise = self.roots(t, x0)
+        signal, noise = self.roots(t, x0)                               # (B, 1, 1, 1) each
         return signal * x0 + noise * eps                                     # (B, C, h, w)
-
-    def q_mean_variance(self, x0: torch.Tensor, t: torch.Tensor):
-        """Mean (B, C, h, w), variance and its logarithm (B, 1, 1, 1) of q(xt | x0)."""
-        variance = 1 - self.alpha_bar
-        return self.roots(t, x0)[0] * x0, self.at(variance, t, x0), self.at(variance.log(), t, x0)
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network should put out for xt: eps, or v by eq. 4."""
         if self.parametrisation == "eps":
-            return eps
+            return eps               # of unit variance at every t: one size of error for all levels of noise
         signal, noise = self.roots(t, x0)
+        # At T-1 with zero_terminal_snr signal is 0 and v = -x0: xt is pure noise, and the network paints an
+        # image from the label alone. With eps it could copy its input there, and would learn nothing.
         return signal * eps - noise * x0                                     # (B, C, h, w)
 
     def x0_and_eps(self, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor):
-        """The network's output read as x0 and eps: eq. 2, or eq. 1 and 4 solved together."""
+        """The network's output read as (x0, eps): (eq. 2, output), or for v
+
+            x0  = sqrt(alpha_bar) xt - sqrt(1 - alpha_bar) v
+            eps = sqrt(1 - alpha_bar) xt + sqrt(alpha_bar) v
+        """
         assert output.shape == xt.shape, f"output {tuple(output.shape)} and xt {tuple(xt.shape)} differ"
         output = output.to(xt.dtype)                         # half precision ends with the network
         if self.parametrisation == "eps":
+            # Errors of the output grow with 1 / sqrt(alpha_bar), a hundredfold at the last level.
             to_x0 = self.at((1 / self.alpha_bar).sqrt(), t, xt)
             to_eps = self.at((1 / self.alpha_bar - 1).sqrt(), t, xt)
             return to_x0 * xt - to_eps * output, output
+        # (xt, v) is (x0, eps) turned by an angle, so turning back has no division and no such growth.
         signal, noise = self.roots(t, xt)
         return signal * xt - noise * output, signal * output + noise * xt    # (B, C, h, w) each
 
@@ -113,20 +130,9 @@ class Schedule:
 
         At t = 0 the variance is 0; its logarithm is cut off at 1e-20, as official.
         """
-        mean = self.at(self.posterior_x0, t, xt) * x0 + self.at(self.posterior_xt, t, xt) * xt
-        log_variance = self.posterior_variance.clamp(min=1e-20).log()
+        mean = self.at(self.posterior_x0, t, xt) * x0 + self.at(self.posterior_xt, t, xt) * xt  # (B, C, h, w)
+        log_variance = self.posterior_variance.clamp(min=1e-20).log()        # (T,)
         return mean, self.at(self.posterior_variance, t, xt), self.at(log_variance, t, xt)
-
-    def vlb_weight(self, dtype=torch.float64) -> torch.Tensor:
-        """(T,) weights that turn the L2 loss on eps into the variational bound; officially only logged.
-
-        At t = 0, where the posterior has no width, the weight of t = 1 stands. float32 repeats the official
-        rounding, which loses four digits in 1 - alpha_bar.
-        """
-        beta, variance, alpha, alpha_bar = (table.to(dtype) for table in (
-            self.beta, self.posterior_variance, self.alpha, self.alpha_bar))
-        weight = beta ** 2 / (2 * variance * alpha * (1 - alpha_bar))
-        return torch.cat([weight[1:2], weight[1:]])
 
 
 def draw_timesteps(count: int, T: int, spread: float, generator) -> torch.Tensor:
@@ -138,16 +144,20 @@ def draw_timesteps(count: int, T: int, spread: float, generator) -> torch.Tensor
     section 3.1 (logit-normal).
     """
     if not spread:
-        return torch.randint(T, (count,), generator=generator)
+        return torch.randint(T, (count,), generator=generator)          # (count,)
     return (T * torch.sigmoid(spread * torch.randn(count, generator=generator))).long().clamp(max=T - 1)
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1") -> torch.Tensor:
-    """Mean absolute ("l1", as official) or squared ("l2") error per image: (B,) float32."""
+    """Mean absolute ("l1", as official) or squared ("l2") error per image: (B,) float32.
+
+    l2 is least for the mean of all that xt may come from, which is what sampling asks for; l1 for the median,
+    close to it and less moved by single large errors.
+    """
     assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
     assert output.shape == target.shape, f"output {tuple(output.shape)}, target {tuple(target.shape)}"
     error = (output.float() - target.float()).flatten(1)                     # (B, C*h*w)
-    return (error.abs() if kind == "l1" else error.square()).mean(1)
+    return (error.abs() if kind == "l1" else error.square()).mean(1)    # (B,)
 
 
 def loss_of_zero_output(kind: str = "l1") -> float:
@@ -157,7 +167,7 @@ def loss_of_zero_output(kind: str = "l1") -> float:
     Gaussian of unit variance, which `latent_scale` sees to.
     """
     assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
-    return math.sqrt(2 / math.pi) if kind == "l1" else 1.0
+    return math.sqrt(2 / math.pi) if kind == "l1" else 1.0              # .798
 
 
 def quartile_sums(loss: torch.Tensor, t: torch.Tensor, T: int):
@@ -166,6 +176,5 @@ def quartile_sums(loss: torch.Tensor, t: torch.Tensor, T: int):
     The quarters differ by an order of magnitude: their common mean hides which of them improves.
     """
     assert loss.shape == t.shape, f"loss {tuple(loss.shape)} and t {tuple(t.shape)} differ in shape"
-    quarter = t * 4 // T
-    counts = torch.bincount(quarter, minlength=4).double()
-    return torch.bincount(quarter, weights=loss.detach().double(), minlength=4), counts
+    member = (t * 4 // T == torch.arange(4, device=t.device)[:, None]).double()          # (4, B)
+    return (member * loss.detach().double()).sum(1), member.sum(1)

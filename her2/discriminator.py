@@ -5,7 +5,7 @@ per overlapping window ("PatchGAN", Isola et al., CVPR 2017): texture is judged,
 
     MultiscaleDiscriminator   of SPADE (pix2pixHD): the same stack on the image and on its half-size copy. It
                               reads label map and image together, and returns every layer's output, because
-                              the feature matching loss compares fake and real in all of them
+                              the feature matching loss compares fake and real in all of them but the last
     PatchGAN                  of the VQ autoencoder: one stack on the image alone
 
 Source: Wang et al., "pix2pixHD", CVPR 2018, section 3.2; Park et al., CVPR 2019, appendix A; Esser et al.,
@@ -28,20 +28,24 @@ class ScaleDiscriminator(nn.Module):
     """One scale: num_layers convolutions (stride 2, the last one 1), then one to the logits.
 
     Padding is 2 for a kernel of 4, as officially, so maps grow by one pixel: 64 -> 33, 17, 9, 10, 11.
+    A logit sees 70 x 70 pixels. Back from the logit, r pixels become r + 3 below a stride of 1 and 2 r + 2
+    below a stride of 2: 4, 7, 16, 34, 70.
     """
 
     def __init__(self, in_channels: int, ndf: int, num_layers: int):
         super().__init__()
-        self.names = [f"model{index}" for index in range(num_layers + 1)]
+        self.names = [f"model{index}" for index in range(num_layers + 1)]  # official names
+        # No normalisation in the first layer: it would take away the brightness that a fake may have wrong.
         self.model0 = nn.Sequential(nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2), nn.LeakyReLU(SLOPE))
-        width = ndf
+        width = ndf                                                     # doubles per layer
         for index in range(1, num_layers):
-            in_width, width = width, min(2 * width, 512)
-            stride = 2 if index < num_layers - 1 else 1
+            in_width, width = width, min(2 * width, 512)           # 512: the official ceiling
+            stride = 2 if index < num_layers - 1 else 1            # the last one looks wider, not coarser
+            # Spectral norm bounds how steeply D can change, and with it the gradient that G gets from D.
             convolution = SpectralConv2d(in_width, width, 4, stride, padding=2, bias=False)
             setattr(self, f"model{index}", nn.Sequential(
                 nn.Sequential(convolution, nn.InstanceNorm2d(width)), nn.LeakyReLU(SLOPE)))
-        setattr(self, f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))
+        setattr(self, f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))  # the logits
 
     def forward(self, x: torch.Tensor) -> list:
         features = []
@@ -58,7 +62,9 @@ class MultiscaleDiscriminator(nn.Module):
         super().__init__()
         assert num_layers >= 2 and num_scales >= 1, f"found num_layers {num_layers}, num_scales {num_scales}"
         self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers, num_scales=num_scales)
-        for scale in range(num_scales):
+        # Two scales, because a logit sees 70 pixels of what it is given: on the image that is the texture of
+        # nuclei and membranes, on the half-size copy (about 141 pixels) how nuclei stand together in a nest.
+        for scale in range(num_scales):                           # own weights each: other things to look for
             setattr(self, f"discriminator_{scale}", ScaleDiscriminator(in_channels, ndf, num_layers))
 
     def forward(self, x: torch.Tensor) -> list:
@@ -66,7 +72,7 @@ class MultiscaleDiscriminator(nn.Module):
             f"x must be (B, {self.config['in_channels']}, H, W), found {tuple(x.shape)}"
         features = []
         for scale in range(self.config["num_scales"]):
-            if scale:                              # the zeros around the image do not count
+            if scale:            # zeros around the image do not count: a dark rim would tell nothing of fakes
                 x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)  # (B, K+3, h/2, w/2)
             features.append(getattr(self, f"discriminator_{scale}")(x))
         return features
@@ -80,11 +86,13 @@ def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, f
                  real: torch.Tensor):
     """Features of fake and of real images under the same label maps -> (fake_features, real_features).
 
-    Both go through in one batch, fake first, so that one step of power iteration serves both.
+    Both go through in one batch, fake first: D's spectral norms make one step of power iteration per forward,
+    so fake and real are judged by one D.
     """
     assert fake.shape == real.shape, f"fake {tuple(fake.shape)} and real {tuple(real.shape)} differ in shape"
+    # With its label map beside it, a good image of the wrong tissue is a fake as well.
     x = torch.cat([torch.cat([onehot, onehot]), torch.cat([fake, real])], dim=1)      # (2B, K+3, H, W)
-    features = discriminator(x)
+    features = discriminator(x)                                         # per scale, per layer (2B, C, h, w)
     halves = [[feature.chunk(2) for feature in scale] for scale in features]          # (B, C, h, w) each
     return tuple([[pair[half] for pair in scale] for scale in halves] for half in (0, 1))
 
@@ -101,11 +109,12 @@ class PatchGAN(nn.Module):
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
         width = ndf
         for index in range(1, num_layers + 1):
-            in_width, width = width, ndf * min(2 ** index, 8)
-            stride = 2 if index < num_layers else 1
+            in_width, width = width, ndf * min(2 ** index, 8)      # 8: the official ceiling
+            stride = 2 if index < num_layers else 1                # a logit sees 70 pixels (3 layers), 34 (2)
+            # No bias: batch normalisation subtracts the mean, and a bias with it.
             layers += [nn.Conv2d(in_width, width, 4, stride, padding=1, bias=False),
                        nn.BatchNorm2d(width), nn.LeakyReLU(SLOPE)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))         # one logit per window
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         assert image.dim() == 4 and image.shape[1] == self.config["in_channels"], \
@@ -117,7 +126,7 @@ class PatchGAN(nn.Module):
 
         ValueError lists what does not fit.
         """
-        inside = "loss.discriminator."
+        inside = "loss.discriminator."                             # its name in a file of a whole autoencoder
         if any(name.startswith(inside) for name in state_dict):
             state_dict = {name.removeprefix(inside): state_dict[name] for name in state_dict
                           if name.startswith(inside)}

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from her2.data_classes import IGNORE
-from her2.draw import GREY, INK, Canvas, class_legend, fit, outline, text_width
+from her2.draw import BLUE, GREY, INK, VERMILION, Canvas, class_legend, fit, outline, text_width
 
 CELL = 384                          # pixels of the longer side of a region on the sheet
 COLUMNS, ROWS = 4, 6
@@ -72,3 +72,14 @@ def sheet(cells, classes, title) -> np.ndarray:
         if k % columns == columns - 1:
             y += heights[k // columns] + below
     return canvas.array()
+
+
+def errors(image, label, prob, classes, side: int):
+    """(share of wrong pixels, [image, annotated outlines, errors]) of an ROI, thinned to `side` pixels."""
+    tumor, found, counts = np.isin(label, classes.tumor_ids), prob >= 0.5, label != IGNORE
+    share = ((tumor != found) & counts).sum() / max(1, counts.sum())
+    step = max(1, max(label.shape) // side)
+    image, label, tumor, found, counts = (a[::step, ::step] for a in (image, label, tumor, found, counts))
+    wrong = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    wrong[tumor & ~found], wrong[found & ~tumor & counts] = BLUE, VERMILION
+    return share, [image, outline(image, label, classes), wrong]

@@ -23,6 +23,7 @@ def feature_statistics(features) -> tuple[np.ndarray, np.ndarray]:
     """(N, D), N >= 2 -> mean (D,), covariance (D, D) with the factor 1 / (N - 1), in float64."""
     x = np.asarray(features, dtype=np.float64)
     assert x.ndim == 2 and len(x) >= 2, f"features are (N, D) with N >= 2, found {x.shape}"
+    # float64: a covariance of float32 features loses half its digits in the subtraction of the mean.
     return x.mean(axis=0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1])
 
 
@@ -31,8 +32,10 @@ def frechet_distance(mu1, cov1, mu2, cov2) -> float:
     mu1, cov1, mu2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mu1, cov1, mu2, cov2))
     assert mu1.shape == mu2.shape and cov1.shape == cov2.shape == (len(mu1), len(mu1)), \
         f"means (D,), covariances (D, D); found {mu1.shape} {cov1.shape} {mu2.shape} {cov2.shape}"
-    values, vectors = np.linalg.eigh(cov1)
+    values, vectors = np.linalg.eigh(cov1)                                        # (D,), (D, D)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T                    # C1^1/2
+    # Eigenvalues of a product do not depend on its order: those of C1 C2 are those of C1^1/2 C2 C1^1/2, which
+    # is symmetric. Rounding makes small ones negative where N <= D: hence the clips.
     overlap = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(min=0)).sum()   # tr((C1 C2)^1/2)
     return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap))
 
@@ -44,10 +47,10 @@ def kernel_distance(a, b) -> float:
         f"samples are (N, D) and (M, D) with N, M >= 2, found {a.shape} and {b.shape}"
 
     def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
+        return (x @ y.T / x.shape[1] + 1) ** 3             # cubic: compares moments up to the third
 
     def mean_of_pairs(x):  # without the pairs of a sample with itself: that is what removes the bias
-        k = kernel(x, x)
+        k = kernel(x, x)                                                # (N, N)
         return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
 
     return float(mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel(a, b).mean())

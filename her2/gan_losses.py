@@ -13,10 +13,11 @@ SPADE adds, for the generator (Park et al., CVPR 2019, appendix A):
 Taming's autoencoder weighs its adversarial loss so that both losses pull equally hard on the last layer
 (Esser et al., CVPR 2021, eq. 7):   |d nll / d last_layer| / (|d g / d last_layer| + 1e-4)
 
-PAPER: the HER2 paper gives no weights; these are the official ones.
+PAPER: the HER2 paper gives no weights; 10 and 0.05 are the numbers of the official code.
 Differs from the official code in one point: NVlabs/SPADE sums the KL divergence over the batch, so that its
-weight grows with the batch size. Here the default is the mean over the batch; 0.05 with the official sum at
-batch B equals 0.05 * B with ours (0.8 at the paper's batch of 16). reduction="sum" gives the official number.
+weight grows with the batch size. Here the default is the mean over the batch, and so 0.05 pulls B times
+less than officially at batch B; at the paper's batch of 16, `--lambda-kld 0.8` pulls as hard.
+reduction="sum", for comparison with the reference only, gives the official number.
 
 "logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns: then the last entry of every scale
 counts, and the scales are averaged. Everything is summed up in float32, under autocast too.
@@ -26,6 +27,8 @@ import torch
 import torch.nn.functional as F
 
 # What each kind of adversarial loss makes of a logit x: on real and on fake images, and for the generator.
+# Training uses "hinge": D stops pulling where it is sure by 1, and spends itself on what it still mistakes.
+# The other three are for comparison with the reference only.
 KINDS = {
     "hinge": {"real": lambda x: F.relu(1 - x), "fake": lambda x: F.relu(1 + x), "generator": lambda x: -x},
     "ls": {"real": lambda x: (x - 1) ** 2, "fake": lambda x: x ** 2, "generator": lambda x: (x - 1) ** 2},
@@ -37,57 +40,72 @@ KINDS = {
 def adversarial_loss(logits, role: str, kind: str = "hinge") -> torch.Tensor:
     """The loss () of `role`: the discriminator on "real" or "fake" images, or the "generator" on fake ones.
 
-    kind: "hinge" (the default everywhere), or the other choices of the official code: "ls" least squares,
-    "original" cross-entropy (not saturating), "w" Wasserstein without its penalty.
+    kind: "hinge" (the only one that training uses), or the other choices of the official code: "ls" least
+    squares, "original" cross-entropy (not saturating), "w" Wasserstein without its penalty.
     """
     assert kind in KINDS and role in KINDS[kind], \
         f"found kind {kind!r}, role {role!r}; kinds are {list(KINDS)}"
-    maps = [logits] if torch.is_tensor(logits) else [scale[-1] for scale in logits]
+    maps = [logits] if torch.is_tensor(logits) else [scale[-1] for scale in logits]    # (B, 1, h, w) each
+    # A mean per scale, then over scales: the coarse one has a quarter of the logits and the same say.
     return torch.stack([KINDS[kind][role](x.float()).mean() for x in maps]).mean()
 
 
 def hinge_discriminator(logits_real, logits_fake):
     """-> (loss_real, loss_fake), to be added (SPADE) or averaged (VQ autoencoder)."""
-    return adversarial_loss(logits_real, "real"), adversarial_loss(logits_fake, "fake")
+    return adversarial_loss(logits_real, "real"), adversarial_loss(logits_fake, "fake")  # () each
 
 
 def hinge_generator(logits_fake) -> torch.Tensor:
     """-mean logits: no margin for the generator, its gradient never vanishes."""
-    return adversarial_loss(logits_fake, "generator")
+    return adversarial_loss(logits_fake, "generator")                   # ()
 
 
 def feature_matching(fake_features: list, real_features: list, weight: float = 10.0) -> torch.Tensor:
     """L1 distance between D's features of fake and real, all layers but the logits; no gradient into real."""
     assert [len(scale) for scale in fake_features] == [len(scale) for scale in real_features], \
         f"fake has {list(map(len, fake_features))} features per scale, real {list(map(len, real_features))}"
+    # The adversarial gradient dies when D is sure of every fake. The distance to real features does not: it
+    # tells G in which direction real images lie, whoever is ahead. The logits are left out: they are the
+    # other loss. `detach`: it is the fake that has to move.
     distances = [F.l1_loss(fake.float(), real.detach().float())
                  for fake_scale, real_scale in zip(fake_features, real_features)
                  for fake, real in zip(fake_scale[:-1], real_scale[:-1])]
-    return weight / len(fake_features) * torch.stack(distances).sum()
+    return weight / len(fake_features) * torch.stack(distances).sum()   # ()
 
 
 def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)), (B, z_dim) each: summed over z; over B "mean" or official "sum"."""
     assert reduction in ("mean", "sum"), f"reduction is 'mean' or 'sum', found {reduction!r}"
-    mu, logvar = mu.float(), logvar.float()
+    mu, logvar = mu.float(), logvar.float()                             # exp overflows in fp16 above 11
+    # Pulls what the encoder says of every image towards one law, N(0, I). Where all their N(mu, var) overlap
+    # and fill it, a z drawn from N(0, I) is one that G has been trained on: a fair draw at synthesis.
     kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(dim=1)                                 # (B,)
-    return kl.mean() if reduction == "mean" else kl.sum()
+    return kl.mean() if reduction == "mean" else kl.sum()               # ()
+
+
+def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """The gradients of both losses at `last_layer`, (2, *its shape)."""
+    return torch.stack([torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float() / scale
+                        for loss in (nll, g)])
 
 
 def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor,
-                    scale: float = 1.0) -> torch.Tensor:
+                    scale: float = 1.0, pool=None) -> torch.Tensor:
     """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4.
 
     Both losses are multiplied by `scale` and their gradients divided by it: the gradient of a mean over
     millions of pixels is nothing but rounding in fp16, so there it is GradScaler.get_scale(). Where that
-    overflows (the scaler then skips the step and lowers itself) the weight is 0.
+    overflows (the scaler then skips the step and lowers itself) the weight is 0. pool: turns the gradients of
+    a part of the batch into those of all of it, where the rest is elsewhere.
     """
-    nll_gradient, g_gradient = (
-        torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float() / scale
-        for loss in (nll, g))
+    # The last layer stands for all others: every path of both losses goes through it, so the ratio there is
+    # about the ratio everywhere, and its gradient costs one layer's backward instead of the whole network's.
+    gradients = pulls(nll, g, last_layer, scale)
+    nll_gradient, g_gradient = pool(gradients) if pool else gradients
+    # 1e-4 and 1e4 (official): a D that says nothing would otherwise be amplified without bound.
     return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).nan_to_num(0.0).clamp(0.0, 1e4).detach()
 
 
 def saturated_share(image: torch.Tensor) -> torch.Tensor:
     """Share of pixel values with |x| > 0.98. Plain white background, the known collapse, drives it to 1."""
-    return (image.detach().abs() > 0.98).float().mean()
+    return (image.detach().abs() > 0.98).float().mean()      # tanh: 0.98 is a pre-activation of 2.3

@@ -7,7 +7,8 @@ everywhere else: the background is bit-exact whatever the autoencoder does to it
 
 PAPER: "inpaint the tumor in existing images ... keeping the background unchanged" leaves the grid of the
 latents, the rim and the pasting open. It also reports "tissue with staining closer to the original image":
-the encoder sees the old tumor through its receptive field, and so do the known cells around the region.
+in the encoder, attention and GroupNorm let each cell see the whole patch, so all known cells carry something
+of the old tumor's staining.
 `erase` fills the region with what surrounds it before encoding. A decoder paints no noise, a sensor does:
 beside pasted pixels of the photograph, smoothness alone would tell generated tumor from background, and a
 segmenter would learn just that. `add_grain` gives generated pixels the noise of their slide.
@@ -29,6 +30,7 @@ def grow(repaint: torch.Tensor, radius: int) -> torch.Tensor:
     """Every True becomes a square of side 2 radius + 1. repaint (B, H, W) bool -> the same."""
     assert repaint.dtype == torch.bool and repaint.dim() == 3, \
         f"repaint {repaint.dtype} {tuple(repaint.shape)} should be bool (B, H, W)"
+    # The largest of a window is 1 where any of it is: max-pooling is dilation.
     grown = F.max_pool2d(repaint[:, None].float(), 2 * radius + 1, stride=1, padding=radius)
     return grown[:, 0] > 0                                                   # (B, H, W)
 
@@ -37,6 +39,7 @@ def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> to
     """repaint (B, H, W) bool -> (B, 1, H/factor, W/factor) bool: touched cells, and `dilate` cells around."""
     assert repaint.shape[1] % factor == 0 and repaint.shape[2] % factor == 0, \
         f"repaint {tuple(repaint.shape)} should have sides that are multiples of {factor}"
+    # Maximum, not mean: an instance thinner than a cell must not vanish.
     cells = F.max_pool2d(repaint[:, None].float(), factor)[:, 0] > 0         # (B, h, w)
     return grow(cells, dilate)[:, None]                                      # (B, 1, h, w)
 
@@ -44,6 +47,7 @@ def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> to
 def paste(image: torch.Tensor, generated: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     """`generated` where `repaint` (B, H, W) is True, `image` bit for bit elsewhere; images (B, 3, H, W)."""
     assert image.shape == generated.shape, f"{tuple(image.shape)} and {tuple(generated.shape)} differ"
+    # The decoder moves every pixel a little. Without this a network could learn the label from its blur.
     return torch.where(repaint[:, None], generated, image)                   # (B, 3, H, W)
 
 
@@ -57,10 +61,11 @@ def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     known = ~repaint[:, None]                                                # (B, 1, H, W)
     if bool(known.all()) or max(image.shape[-2:]) == 1:
         return torch.where(known, image, torch.ones_like(image))
-    pool = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
+    pool = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)  # odd sides: a half window at the end
     share = F.avg_pool2d(known.to(image.dtype), **pool)                      # (B, 1, H/2, W/2) in 0 .. 1
+    # Unknown pixels count as 0 in the numerator and not at all in the share: the mean of the known ones.
     mean = F.avg_pool2d(image * known, **pool) / share.clamp(min=0.25)       # (B, 3, H/2, W/2)
-    coarse = erase(mean, share[:, 0] == 0)
+    coarse = erase(mean, share[:, 0] == 0)                                   # (B, 3, H/2, W/2)
     smooth = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")   # (B, 3, H, W)
     return torch.where(known, image, smooth)
 

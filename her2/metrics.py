@@ -37,7 +37,7 @@ from her2.data_classes import IGNORE
 # itself: to lower its false-positive rate a little, the threshold may have to go from 0.999 to 0.99998.
 _TAIL = [float(f"{digit}e-{decade}") for decade in (7, 6, 5, 4) for digit in range(1, 10)]
 THRESHOLDS = np.array(_TAIL + [i / 1000 for i in range(1, 1000)] + [1 - t for t in reversed(_TAIL)])
-BINS = len(THRESHOLDS) + 1
+BINS = len(THRESHOLDS) + 1                                              # one below the first
 
 
 class ProbabilityHistogram:
@@ -57,10 +57,10 @@ class ProbabilityHistogram:
         prob, label = np.asarray(prob), np.asarray(label)
         if prob.shape != label.shape:
             raise ValueError(f"prob has shape {prob.shape}, label {label.shape}")
-        prob, label = prob.reshape(-1), label.reshape(-1)
+        prob, label = prob.reshape(-1), label.reshape(-1)               # (pixels,) each
         for start in range(0, prob.size, 1 << 20):  # in pieces: the float64 copies stay small
             p, k = prob[start:start + (1 << 20)], label[start:start + (1 << 20)].astype(np.int64)
-            p, k = p[k != IGNORE], k[k != IGNORE]
+            p, k = p[k != IGNORE], k[k != IGNORE]                       # nobody knows what they are
             if not ((p >= 0) & (p <= 1)).all():  # NaN fails too
                 raise ValueError(f"probabilities outside [0, 1]: {p.min()} to {p.max()}")
             if k.min(initial=0) < 0 or k.max(initial=0) >= len(self.classes):
@@ -70,13 +70,13 @@ class ProbabilityHistogram:
         return self
 
     def __add__(self, other) -> "ProbabilityHistogram":
-        if isinstance(other, int):  # sum() starts with 0
+        if isinstance(other, int):                         # sum() starts with 0
             return self
         return ProbabilityHistogram(self.classes, self.counts + other.counts)
 
     __radd__ = __add__
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict:                        # kept by evaluate.py, so that no network need run twice
         return {"bins": BINS, "counts": self.counts.tolist()}
 
     @classmethod
@@ -85,32 +85,38 @@ class ProbabilityHistogram:
 
     def confusion(self, threshold: float = 0.5) -> np.ndarray:
         """(K, 2) int64: pixels of each class with prob < threshold, and with prob >= threshold."""
-        index = int(np.abs(THRESHOLDS - threshold).argmin())
+        index = int(np.abs(THRESHOLDS - threshold).argmin())            # last bin below it
         if abs(THRESHOLDS[index] - threshold) > 1e-12:
             raise ValueError(f"threshold {threshold} is not on the grid; the nearest is {THRESHOLDS[index]}")
         return np.stack([self.counts[:, :index + 1].sum(1), self.counts[:, index + 1:].sum(1)], axis=1)
 
     def report(self, threshold: float = 0.5) -> dict:
         """The fields of results.json: dice, recall, subtype_variance, precision, fpr, confusion."""
+        # Variance alone misleads. Say one network finds .2 .4 .6 .9 of 0, 1+, 2+, 3+ at threshold .9
+        # (variance .067), .5 .7 .9 1 at .5 (.037) and .9 1 1 1 at .1 (.002): the last calls half the stroma
+        # tumor, and looks best. So it is read beside fpr, or at one fpr (`matched`).
         confusion = self.confusion(threshold)
-        tumor = np.zeros(len(self.classes), dtype=bool)
+        tumor = np.zeros(len(self.classes), dtype=bool)                 # (K,)
         tumor[self.classes.tumor_ids] = True
+        # The network answers tumor or not. Of which subtype the found pixels were, only the rows know.
         (tn, fp), (fn, tp) = confusion[~tumor].sum(0).tolist(), confusion[tumor].sum(0).tolist()
-        found = [ratio(row[1], row.sum()) for row in confusion]
-        recalls = [found[k] for k in self.classes.variance_ids if found[k] is not None]
-        dice = ratio(2 * tp, 2 * tp + fp + fn)
-        return {"dice": 1.0 if dice is None else dice,
+        found = [ratio(row[1], row.sum()) for row in confusion]         # recall per class, (K,)
+        # HER2 scores are steps of one scale, and the question is whether its faint end is missed.
+        recalls = [found[k] for k in self.classes.variance_ids if found[k] is not None]  # absent: no recall
+        dice = ratio(2 * tp, 2 * tp + fp + fn)                        # None: nothing there, nothing predicted
+        return {"dice": 1.0 if dice is None else dice,                 # nothing found where nothing is: right
                 "recall": {self.classes.names[k]: found[k] for k in self.classes.tumor_ids},
                 "subtype_variance": float(np.var(recalls)) if len(recalls) > 1 else None,
-                "precision": ratio(tp, tp + fp),
-                "fpr": ratio(fp, fp + tn),
+                "precision": ratio(tp, tp + fp),                      # share of what was called tumor that is
+                "fpr": ratio(fp, fp + tn),                              # share of the background called tumor
                 "confusion": confusion.tolist()}
 
     def best_threshold(self) -> float | None:
         """The threshold of the highest Dice, of equals the one nearest to 0.5; None without tumor pixels."""
         tumor = self.counts[self.classes.tumor_ids].sum(0)                                # (BINS,)
         if not tumor.sum():
-            return None
+            return None                                                 # no tumor: every threshold is as good
+        # Cumulated from above: counts at or over each threshold.
         found, tp = (part[::-1].cumsum()[::-1][1:] for part in (self.counts.sum(0), tumor))
         dice = 2 * tp / (found + tumor.sum())                                             # at each threshold
         return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), -dice])[0]])
@@ -133,28 +139,30 @@ def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_
     `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its
     threshold 0.5. "fpr" in the result is the rate on test. None where val has no background to match on.
     """
+    # Threshold from val, figures from test: chosen on the pixels it is judged by, it would flatter.
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:
         return None
-    figures = test.report(threshold)
+    figures = test.report(threshold)                             # the same network, moved along its own curve
     return {key: figures[key] for key in ("fpr", "dice", "recall", "subtype_variance")}
 
 
 def ratio(part, whole) -> float | None:
-    return float(part / whole) if whole else None
+    return float(part / whole) if whole else None                  # None: there is nothing to have a share of
 
 
 def confusion_matrix(pred, target, num_classes: int) -> np.ndarray:
     """(K, K) int64 counts of two arrays of class ids of one shape: rows = truth, columns = prediction.
 
-    Pixels whose truth is IGNORE are left out.
+    Pixels whose truth is IGNORE are left out. This and what follows is for comparison with the reference
+    only: the project's own figures come from ProbabilityHistogram.
     """
     pred, target = np.asarray(pred).reshape(-1), np.asarray(target).reshape(-1)
     assert pred.shape == target.shape, f"{pred.size} predictions, {target.size} targets"
-    pred, target = pred[target != IGNORE], target[target != IGNORE]
+    pred, target = pred[target != IGNORE], target[target != IGNORE]     # (pixels,) each
     both = np.concatenate([pred, target])
     assert both.min(initial=0) >= 0 and both.max(initial=0) < num_classes, f"ids {both.min()} to {both.max()}"
-    pairs = target.astype(np.int64) * num_classes + pred
+    pairs = target.astype(np.int64) * num_classes + pred                # one number per (truth, prediction)
     return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
 

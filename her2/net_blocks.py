@@ -90,6 +90,24 @@ def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.
             layer.power_iteration(steps=5)
 
 
+def power_iterations(on: bool, *modules: nn.Module) -> None:
+    """Let training forwards of the spectral norms in `modules` turn u and v, or not: once per step is due."""
+    for layer in (layer for module in modules for layer in module.modules()):
+        if isinstance(layer, SpectralConv2d):
+            layer.train(on)
+
+
+@contextmanager
+def kept_buffers(module: nn.Module):
+    """Around a forward that is made twice: batch norm remembers the other one only."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(module.buffers(), before):
+            buffer.copy_(value)
+
+
 @contextmanager
 def frozen(module: nn.Module):
     """`with frozen(discriminator):` around the forward of a G step: gradients pass through, D keeps none."""

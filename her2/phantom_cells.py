@@ -15,6 +15,8 @@ overlap, and the pattern tells more than the amount.
 All lengths are micrometres; dyes are amounts as in `stains`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from her2.phantom_textures import ramp
@@ -31,18 +33,34 @@ CELL = np.dtype([(name, np.float32) for name in (
     "cytoplasm", "brown", "membrane", "complete",      # haematoxylin; DAB of cytoplasm and membrane
     "wall")])                                         # haematoxylin of the cell border
 
-# kind: pitch, jitter, nucleus radius and its spread, elongation, nuclear stain factor, cytoplasm factor, wall
-EPITHELIUM = {"tumor":       (12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
-              "dcis":        (12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
-              "duct":        (9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
-              "acinus":      (10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06),
-              "histiocytes": (14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04),
-              "fat":         (44.0, 0.26, 0.00, 0.00, 0.00, 0.00, 0.0, 0.20)}
+NEST_SPREAD = 0.20                            # of the strength between nests, as a logarithm
+UNEVEN = (0.0, 0.34, 0.27, 0.13)              # the same between neighbours: 1+ and 2+ are patchy, 3+ is not
+PATCH_WAVES = 1 / 28                          # per um; doubled below: patches of 3 or 4 cells
+
+
+class Epithelium(NamedTuple):
+    pitch: float           # um from cell to cell
+    jitter: float          # of the lattice, as a share of half the pitch
+    radius: float          # of a nucleus, um
+    spread: float          # of that radius, as a logarithm
+    elongation: float      # of a nucleus: spread of the logarithm of its aspect
+    stain: float           # factors to the slide's haematoxylin of nuclei and of cytoplasm
+    cytoplasm: float
+    wall: float            # haematoxylin of the cell border
+
+
+# Tumor nuclei are larger, farther apart and less alike than those of normal glands; acini come near them.
+EPITHELIUM = {"tumor":       Epithelium(12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
+              "dcis":        Epithelium(12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
+              "duct":        Epithelium(9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
+              "acinus":      Epithelium(10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06),
+              "histiocytes": Epithelium(14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04),
+              "fat":         Epithelium(44.0, 0.26, 0.00, 0.00, 0.00, 0.00, 0.0, 0.20)}
 
 
 def hollow(site, style, rng) -> None:
     """Lumens, what fills them, and the cleft of a site that has its outline."""
-    inner = site.star.radii.min()
+    inner = site.star.radii.min()                                   # um from the middle to the nearest border
     if site.kind == "tumor":
         site.cleft = rng.uniform(1.5, 6) if rng.random() < style.retraction else 0.0
         if rng.random() < 0.3:  # gland-like spaces in the nest
@@ -72,9 +90,9 @@ def hexagons(x, y, radius, pitch, jitter, rng) -> np.ndarray:
     i, j = np.meshgrid(k, k)
     points = np.stack([i + 0.5 * (j % 2), j * 0.866], axis=-1).reshape(-1, 2) * pitch
     points += rng.normal(0, jitter * 0.5 * pitch, points.shape).clip(-0.45 * pitch, 0.45 * pitch)
-    angle = rng.uniform(0, np.pi)
+    angle = rng.uniform(0, np.pi)                                       # no direction of the image shows
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return points @ turn + (x, y)
+    return points @ turn + (x, y)                                       # (n, 2)
 
 
 def _apart(points, least: float) -> np.ndarray:
@@ -89,24 +107,24 @@ def _apart(points, least: float) -> np.ndarray:
 
 def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     """Cells (CELL records) of one site, and the nuclei of the flat cells around it."""
-    pitch, jitter, radius, spread, elongation, stain, cytoplasm, wall = EPITHELIUM[site.kind]
-    pitch = pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
-    star, layers = site.star, []
+    kind = EPITHELIUM[site.kind]
+    pitch = kind.pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
+    star, layers = site.star, []                       # each layer: (n, 3) x, y, direction
     if site.kind in ("duct", "acinus", "dcis"):
         for k in range({"duct": 1 + int(rng.random() < 0.4), "acinus": site.layers, "dcis": 1}[site.kind]):
             layers.append(star.ring((k + 0.55) * pitch * 0.95, pitch * 0.82, rng))
     core = 1.5 * pitch if site.kind == "dcis" else 0.3 * pitch
     if site.kind in ("tumor", "dcis", "histiocytes", "fat"):
-        points = hexagons(site.x, site.y, star.reach, pitch, jitter, rng)
+        points = hexagons(site.x, site.y, star.reach, pitch, kind.jitter, rng)
         points = _apart(points[star.distance(*points.T) < -core], 0.86 * pitch)
         layers.append(np.column_stack([points, rng.uniform(0, np.pi, len(points))]))
-    points = np.concatenate(layers)
-    keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)
+    points = np.concatenate(layers)                                     # (n, 3)
+    keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)     # gaps in the lattice
     for hole_x, hole_y, hole_radius in site.holes:
         keep &= np.hypot(points[:, 0] - hole_x, points[:, 1] - hole_y) > hole_radius
-    points = points[keep]
+    points = points[keep]                                               # (n, 3)
 
-    n = len(points)
+    n = len(points)                                                     # cells
 
     def normal(sd):
         return np.exp(sd * rng.standard_normal(n))
@@ -114,22 +132,25 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     cells = np.zeros(n, CELL)
     cells["x"], cells["y"], cells["angle"] = points.T
     cells["reach"] = pitch * (1.5 if site.kind == "fat" else 0.86) * normal(0.07)
-    cells["stretch"] = np.clip(normal(0.15), 0.7, 1.4)
+    cells["stretch"] = np.clip(normal(0.15), 0.7, 1.4)               # a wider range looks like another tissue
     cells["nx"], cells["ny"] = (points[:, :2] + rng.normal(0, 0.09 * pitch, (n, 2))).T
-    cells["radius"] = radius * style.nucleus_size * np.exp(0.07 * rng.standard_normal()) * normal(spread)
-    cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * elongation)
-    cells["tilt"] = points[:, 2] + np.pi / 2 + rng.normal(0, 0.5, n)
-    cells["nucleus"] = style.nucleus_stain * stain * normal(0.20)
-    cells["cytoplasm"] = style.cytoplasm * cytoplasm * np.exp(0.15 * rng.standard_normal()) * normal(0.15)
-    cells["wall"] = wall
+    # Twice a spread: between sites and, more, between the cells of one.
+    size = kind.radius * style.nucleus_size
+    cells["radius"] = size * np.exp(0.07 * rng.standard_normal()) * normal(kind.spread)
+    cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * kind.elongation)
+    cells["tilt"] = points[:, 2] + np.pi / 2 + rng.normal(0, 0.5, n)       # across the outline, about
+    cells["nucleus"] = style.nucleus_stain * kind.stain * normal(0.20)
+    pale = style.cytoplasm * kind.cytoplasm
+    cells["cytoplasm"] = pale * np.exp(0.15 * rng.standard_normal()) * normal(0.15)
+    cells["wall"] = kind.wall
     if site.kind == "fat":
         return cells, np.zeros(0, CELL)
-    cells["brown"] = style.breath * normal(0.35) * np.exp(0.3 * rng.standard_normal())
+    cells["brown"] = style.breath * normal(0.35) * np.exp(0.3 * rng.standard_normal())  # unspecific
     if site.subtype >= 0:
         _stain(cells, site.subtype, rng)
-        cells["open"] = np.clip(rng.normal(rng.uniform(0.3, 0.8), 0.2, n), 0, 1)
+        cells["open"] = np.clip(rng.normal(rng.uniform(0.3, 0.8), 0.2, n), 0, 1)  # by site
     elif site.kind in ("duct", "acinus"):
-        cells["open"] = np.clip(rng.normal(0.35, 0.2, n), 0, 1)
+        cells["open"] = np.clip(rng.normal(0.35, 0.2, n), 0, 1)         # nucleoli of normal glands are small
         if rng.random() < 0.2:  # normal epithelium may carry a faint membrane of its own
             cells["membrane"], cells["complete"] = 0.14, 0.6
     return cells, _flat_cells(site, style, rng)
@@ -138,12 +159,12 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
 def _stain(cells, subtype: int, rng) -> None:
     """HER2 staining of one tumor site: it differs between nests and, in patches, between neighbours."""
     n = len(cells)
-    nest = np.exp(0.20 * rng.standard_normal())
-    wave = rng.normal(0, 1 / 28, (2, 3))   # three plane waves, 28 um / 2 pi: patches of a few cells
+    nest = np.exp(NEST_SPREAD * rng.standard_normal())
+    wave = rng.normal(0, PATCH_WAVES, (2, 3))
     patch = sum(np.cos(cells["x"] * wave[0, k] * 2 + cells["y"] * wave[1, k] * 2 + rng.uniform(0, 6.3))
                 for k in range(3))
-    uneven = (0.0, 0.34, 0.27, 0.13)[subtype] * patch + 0.2 * rng.standard_normal(n)
-    strength = nest * np.exp(uneven)
+    uneven = UNEVEN[subtype] * patch + 0.2 * rng.standard_normal(n)
+    strength = nest * np.exp(uneven)                                    # (n,) factor of each cell
     cells["membrane"] = MEMBRANE[subtype] * strength
     cells["complete"] = COMPLETE[subtype] + 0.10 * patch * (subtype in (1, 2))
     cells["brown"] += CYTOPLASM[subtype] * strength
@@ -155,11 +176,11 @@ def _stain(cells, subtype: int, rng) -> None:
 
 def _flat_cells(site, style, rng) -> np.ndarray:
     """Thin dark nuclei that line a site from outside: myoepithelium of ducts, fibroblasts of septa."""
-    spacing = {"duct": 13, "acinus": 15, "dcis": 15, "tumor": 30}.get(site.kind)
+    spacing = {"duct": 13, "acinus": 15, "dcis": 15, "tumor": 30}.get(site.kind)  # um along the outline
     if spacing is None:
         return np.zeros(0, CELL)
     points = site.star.ring(-2.2 if site.kind != "tumor" else -4.0, spacing, rng)
-    points = points[rng.random(len(points)) < 0.75]
+    points = points[rng.random(len(points)) < 0.75]               # gaps: the plane of the section misses some
     return spindles(points, style, rng)
 
 
@@ -170,7 +191,7 @@ def spindles(points, style, rng, radius: float = 2.5) -> np.ndarray:
     nuclei["nx"], nuclei["ny"], nuclei["tilt"] = points.T
     nuclei["tilt"] += rng.normal(0, 0.18, n)
     nuclei["radius"] = radius * np.exp(0.16 * rng.standard_normal(n))
-    nuclei["ratio"] = np.exp(rng.uniform(0.45, 1.35, n))
+    nuclei["ratio"] = np.exp(rng.uniform(0.45, 1.35, n))                # 1.6 to 3.9 times as long as wide
     nuclei["nucleus"] = style.nucleus_stain * 1.2 * np.exp(0.25 * rng.standard_normal(n))
     nuclei["open"] = rng.uniform(0, 0.4, n)
     return nuclei
@@ -189,7 +210,7 @@ def round_nuclei(points, radius: float, style, rng, stain: float = 1.45) -> np.n
 
 def site_cells(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     """(cells with a body, nuclei without one) of any kind of site."""
-    empty = np.zeros(0, CELL)
+    empty = np.zeros(0, CELL)                                         # lymphocytes have hardly a body to draw
     if site.kind in EPITHELIUM:
         cells, nuclei = epithelium(site, style, rng)
         if site.debris:
@@ -216,11 +237,11 @@ def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarr
     """
     middle, half = (axis[0] + axis[-1]) / 2, (axis[-1] - axis[0]) / 2
     points = hexagons(middle, middle, 1.45 * half, 13.0, 0.62, rng)
-    points = points[(np.abs(points - middle) < half).all(axis=1)]
+    points = points[(np.abs(points - middle) < half).all(axis=1)]       # within the maps
     column, row = np.rint((points - axis[0]) / (axis[1] - axis[0])).astype(int).T
     density = 0.34 + 0.20 * patchy[row, column]
-    density = density * ramp(tissue[row, column] - 0.6, 0.3)
-    keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density)
+    density = density * ramp(tissue[row, column] - 0.6, 0.3)            # none in glass
+    keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density)  # not in the wall of a site
     points, row, column = points[keep], row[keep], column[keep]
     lymph = rng.random(len(points)) < 0.06 + 0.16 * style.lymph * ramp(patchy[row, column] - 0.8, 0.5)
     fibres = spindles(np.column_stack([points, angle[row, column]])[~lymph], style, rng)

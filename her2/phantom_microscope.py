@@ -24,8 +24,19 @@ from her2.phantom_textures import ramp
 from her2.phantom_tissue import FAR, MAP_STEP, MARGIN, Scene, fibres
 
 TILE = 512
-FINEST = 0.5   # um per sample at most: membranes are about 1.5 um wide
-MEMBRANE_WIDTH = 0.80
+FINEST = 0.5               # um per sample at most: membranes are about 1.5 um wide
+MEMBRANE_WIDTH = 0.80      # um from the border at which the bell of its stain has fallen to 1 / e
+WARP = ((7.0, 0.8), (2.6, 0.22))     # (wavelength, amplitude) in um of what bends borders and nuclei
+EDGE = 0.5                 # um over which a cell ends, EDGE_NUCLEUS a nucleus
+EDGE_NUCLEUS = 0.45
+CAP = 1.0                  # um that cells bulge out of the outline of their site, and how much that varies
+CAP_WAVES = 0.9
+SLIT = 0.55                # half-width in um of the slit between neighbours that came apart
+SLIT_SHARE = 0.35          # of borders, times the slide's retraction; SLIT_DEPTH of the cell is gone there
+SLIT_DEPTH = 0.9
+BROKEN = 0.16              # how far texture moves the line between stained and bare membrane (incomplete: 1+)
+UNDER_NUCLEUS = 0.35       # share of the cytoplasm's brown that shows above and below a nucleus
+OVER_NUCLEUS = 0.6         # share of a membrane's brown that a nucleus hides
 
 
 def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
@@ -34,7 +45,7 @@ def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
     for top in range(0, size, TILE):
         for left in range(0, size, TILE):
             height, width = min(TILE, size - top), min(TILE, size - left)
-            rng = numpy_generator(*key, "sensor", top, left)
+            rng = numpy_generator(*key, "sensor", top, left)     # by tile: the order of tiles does not matter
             tile = window(scene, um_per_px, top, left, height, width, rng)
             image[top:top + height, left:left + width] = tile
     return image
@@ -43,9 +54,9 @@ def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
 def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
     """The pixels from row `top`, column `left` on, in colour: (height, width, 3) uint8."""
     style = scene.style
-    sigma = style.blur / um_per_px
-    halo = int(np.ceil(3 * sigma))
-    fold = max(1, int(np.ceil(um_per_px / FINEST - 1e-9)))
+    sigma = style.blur / um_per_px                                      # of the optics, in pixels
+    halo = int(np.ceil(3 * sigma))                    # pixels around, which the blur eats up again
+    fold = max(1, int(np.ceil(um_per_px / FINEST - 1e-9)))              # samples per pixel and side
     ys, xs = (((np.arange((n + 2 * halo) * fold) + 0.5) / fold - halo + start) * um_per_px
               for n, start in ((height, top), (width, left)))
     haematoxylin, dab = amounts(scene, ys, xs)                                          # (h, w) each
@@ -60,7 +71,7 @@ def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
 def _blur(rgb, sigma: float, halo: int) -> np.ndarray:
     """Gaussian blur that eats the halo: (h + 2 halo, w + 2 halo, 3) -> (h, w, 3)."""
     kernel = np.exp(-0.5 * (np.arange(-halo, halo + 1) / sigma) ** 2).astype(np.float32)
-    kernel /= kernel.sum()
+    kernel /= kernel.sum()                                              # light is neither lost nor made
     height, width = rgb.shape[0] - 2 * halo, rgb.shape[1] - 2 * halo
     rgb = sum(k * rgb[i:i + height] for i, k in enumerate(kernel))
     return sum(k * rgb[:, i:i + width] for i, k in enumerate(kernel))
@@ -70,34 +81,39 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     """Haematoxylin and DAB on the grid ys x xs (micrometres): two (h, w) float32 arrays."""
     noise, style = scene.noise, scene.style
     ys, xs = np.asarray(ys), np.asarray(xs)
-    warp_x, warp_y = (noise[name].tile(ys, xs, 7.0) * 0.8 + noise[name].tile(ys, xs, 2.6) * 0.22
+    (long, far), (short, near) = WARP
+    warp_x, warp_y = (noise[name].tile(ys, xs, long) * far + noise[name].tile(ys, xs, short) * near
                       for name in ("warp_x", "warp_y"))
     x = (xs[None] + warp_x).astype(np.float32)                                          # (h, w)
     y = (ys[:, None] + warp_y).astype(np.float32)
     fine, grain = noise["fine"].tile(ys, xs, 1.0), noise["grain"].tile(ys, xs, 2.3)
-    patchy = noise["patchy"].tile(ys, xs, 14.0)
+    patchy = noise["patchy"].tile(ys, xs, 14.0)              # about a cell and a half: what varies in patches
 
-    first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)
+    first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)          # (h, w) each
     cell = scene.cells[first] if len(scene.cells) else np.zeros(1, scene.cells.dtype)[first]
     distance = _coarse(scene.distance, x, y).astype(np.float32)                        # (h, w) to a site
     # A body ends where its cap or the outline of its site does, whichever comes first.
-    free = np.minimum(cell["reach"] - d1, 1.0 + 0.9 * patchy - distance)
-    body = ramp(free, 0.5)                                                              # (h, w) in 0..1
-    border = np.minimum((d2 - d1) / 2, np.maximum(free, 0))
+    free = np.minimum(cell["reach"] - d1, CAP + CAP_WAVES * patchy - distance)
+    body = ramp(free, EDGE)                                                             # (h, w) in 0..1
+    border = np.minimum((d2 - d1) / 2, np.maximum(free, 0))             # um to the next border of any kind
     nucleus, nucleus_dye = _nuclei(scene, x, y, ys, xs, fine, grain)
 
     tissue, stroma, stroma_dab = _stroma(scene, ys, xs, x, y, distance, patchy, grain)
-    coin = _coin(first, second)
-    bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)
-    # Some neighbours have come apart: a slit of glass between them.
-    slit = np.exp(-(border / 0.55) ** 2) * (coin * 7 % 1 < 0.35 * style.retraction) * ramp(patchy, 0.8)
-    body = body * (1 - 0.9 * slit)
-    inside = body * (1 - nucleus)
-    present = ramp(cell["complete"] + 0.16 * patchy + 0.16 * grain - coin, 0.12)
+    coin = _coin(first, second)                                         # (h, w) in [0, 1)
+    bell = np.exp(-(border / MEMBRANE_WIDTH) ** 2)                      # (h, w) 1 on a border
+    # Some neighbours have come apart: a slit of glass between them. Of the coin's digits other ones decide.
+    slit = np.exp(-(border / SLIT) ** 2) * (coin * 7 % 1 < SLIT_SHARE * style.retraction) * ramp(patchy, 0.8)
+    body = body * (1 - SLIT_DEPTH * slit)
+    inside = body * (1 - nucleus)                                       # cytoplasm
+    # `complete` is the share of coins below it: so much of the membrane of a cell is stained at all.
+    present = ramp(cell["complete"] + BROKEN * patchy + BROKEN * grain - coin, 0.12)
+    # Stain varies by factors, hence the exponentials; the last term keeps their mean near 1.
     membrane = cell["membrane"] * bell * present * np.exp(0.38 * fine + 0.30 * grain - 0.1)
     brown = cell["brown"] * np.exp(0.30 * fine + 0.32 * grain + 0.2 * patchy - 0.12)
+    # Chromogen also settles along free edges of tissue, where it says nothing about HER2.
     settled = style.rim * (cell["membrane"] > 0) * ramp(0.35 - tissue, 0.3) * ramp(1.5 - free, 1.0)
-    dab = body * membrane * (1 - 0.6 * nucleus) + (inside + 0.35 * nucleus * body) * brown + body * settled
+    dab = body * membrane * (1 - OVER_NUCLEUS * nucleus)
+    dab = dab + (inside + UNDER_NUCLEUS * nucleus * body) * brown + body * settled
     dab = dab + (1 - body) * stroma_dab + _smears(scene, x, y, ys, xs, fine)
     plasma = cell["cytoplasm"] * (1 + 0.28 * grain + 0.2 * fine) + cell["wall"] * bell
     haematoxylin = (1 - body) * (1 - nucleus) * stroma + inside * plasma + nucleus_dye
@@ -123,10 +139,10 @@ def _bodies(cells, x, y, ys, xs):
         c = cells[k]
         w = _window(ys, xs, c["y"], c["x"], 2.1 * c["reach"])
         dx, dy = x[w] - c["x"], y[w] - c["y"]
-        cosine, sine = np.cos(c["angle"]), np.sin(c["angle"])
+        cosine, sine = np.cos(c["angle"]), np.sin(c["angle"])           # the axes of its body
         d = np.hypot((dx * cosine + dy * sine) / c["stretch"], (dy * cosine - dx * sine) * c["stretch"])
-        nearest = d < d1[w]
-        nearer = d < d2[w]
+        nearest = d < d1[w]                                             # takes the first place,
+        nearer = d < d2[w]                                              # or the second
         d2[w] = np.where(nearest, d1[w], np.where(nearer, d, d2[w]))
         second[w] = np.where(nearest, first[w], np.where(nearer, k, second[w]))
         d1[w] = np.where(nearest, d, d1[w])
@@ -135,7 +151,7 @@ def _bodies(cells, x, y, ys, xs):
 
 
 def _coin(first, second) -> np.ndarray:
-    """A number in [0, 1) per pair of cells, the same from both sides."""
+    """A number in [0, 1) per pair of cells, the same from both sides: bits mixed as in a hash table."""
     low, high = np.minimum(first, second).astype(np.uint32), np.maximum(first, second).astype(np.uint32)
     mixed = low * np.uint32(0x9E3779B1) ^ high * np.uint32(0x85EBCA77)
     mixed ^= mixed >> np.uint32(15)
@@ -150,15 +166,15 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
     for group in (scene.cells, scene.nuclei):
         for k in _near(group["nx"], group["ny"], ys, xs, 14.0):
             c = group[k]
-            if c["radius"] == 0:
+            if c["radius"] == 0:                                        # fat
                 continue
             long, short = c["radius"] * np.sqrt(c["ratio"]), c["radius"] / np.sqrt(c["ratio"])
             w = _window(ys, xs, c["ny"], c["nx"], long * 1.3 + 1.5)
             dx, dy = x[w] - c["nx"], y[w] - c["ny"]
             cosine, sine = np.cos(c["tilt"]), np.sin(c["tilt"])
             u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
-            rho = np.hypot(u / long, v / short)
-            alpha = ramp((1 - rho) * short, 0.45)
+            rho = np.hypot(u / long, v / short)                         # 1 on the border of the ellipse
+            alpha = ramp((1 - rho) * short, EDGE_NUCLEUS)
             # An open nucleus has a dark rim, a pale middle with clumps and one or two nucleoli.
             profile = 1 + c["open"] * (0.42 * ramp(rho - 0.78, 0.2) - 0.22)
             profile = profile + (0.12 + 0.22 * c["open"]) * grain[w]
@@ -167,7 +183,7 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
                 nucleolus = np.exp(-((u - spot[0]) ** 2 + (v - spot[1]) ** 2) / 0.7)
                 profile = profile + 0.75 * c["open"] * nucleolus
             stain = alpha * c["nucleus"] * np.maximum(profile + 0.10 * fine[w], 0.25)
-            dye[w] = np.maximum(dye[w], stain)
+            dye[w] = np.maximum(dye[w], stain)     # overlapping nuclei do not add up: one lies in the section
             cover[w] = np.maximum(cover[w], alpha)
     return cover, dye
 
@@ -176,7 +192,7 @@ def _coarse(grid, x, y) -> np.ndarray:
     """Bilinear values of a coarse map at points."""
     j, i = (x + MARGIN) / MAP_STEP, (y + MARGIN) / MAP_STEP
     j0, i0 = j.astype(np.int32).clip(0, grid.shape[1] - 2), i.astype(np.int32).clip(0, grid.shape[0] - 2)
-    fj, fi = j - j0, i - i0
+    fj, fi = j - j0, i - i0                                                             # shares of the next
     return ((grid[i0, j0] * (1 - fj) + grid[i0, j0 + 1] * fj) * (1 - fi)
             + (grid[i0 + 1, j0] * (1 - fj) + grid[i0 + 1, j0 + 1] * fj) * fi)
 
@@ -193,7 +209,7 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)
     tissue = tissue * ramp(distance - cleft * ramp(patchy + 0.4, 0.7), 0.6) ** (cleft > 0)
     dye = style.stroma * (1 + 0.33 * style.fibre * streaks + 0.18 * grain + 0.20 * patchy)
-    within = ramp(-distance, 0.7) * hollow
+    within = ramp(-distance, 0.7) * hollow                              # (h, w) lumens
     texture = np.maximum(1 + (0.25 + 0.6 * debris) * grain + 0.3 * patchy * debris, 0)
     haematoxylin = tissue * np.maximum(dye, 0.02) * (1 - within) + within * fill_h * texture
     dab = tissue * (1 - within) * 0.25 * style.breath + within * fill_d * texture
@@ -202,12 +218,12 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
 
 def cell_of(position) -> np.ndarray:
     """Index into the coarse maps."""
-    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)
+    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)     # the nearest node
 
 
 def _smears(scene, x, y, ys, xs, fine) -> np.ndarray:
     """Brown that has nothing to do with HER2: smears of chromogen and granules of pigment."""
-    dab = np.zeros(x.shape, np.float32)
+    dab = np.zeros(x.shape, np.float32)                                 # (h, w)
     for sx, sy, radius, amount, granular in scene.smears:
         w = _window(ys, xs, sy, sx, 2.2 * radius)
         spread = np.exp(-((x[w] - sx) ** 2 + (y[w] - sy) ** 2) / (0.6 * radius) ** 2)

@@ -1,4 +1,4 @@
-"""What stands where in one region of interest (ROI): nests, ducts, fat, stroma.
+"""What lies where in one region of interest (ROI): nests, ducts, fat, stroma.
 
     style = draw_style(rng)                               one per slide: stain, scanner, habit of the tissue
     scene = lay_out(style, mix, tumor_share, size, rng)   one per ROI; `microscope` makes the picture
@@ -15,6 +15,7 @@ hard, as normal breast tissue does in the paper. All lengths are micrometres, af
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,15 +26,27 @@ MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its bor
 MAP_STEP = 2.0     # grid of the coarse maps
 FAR = 60.0         # the distance map ends here
 SMALLEST_NEST = 15.0   # mean radius; what neighbours squeeze below it disappears
+# Added to the vectors of haematoxylin and DAB (rows): what makes photographed dyes bluer and yellower.
 TOWARDS_BLUE = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
 TOWARDS_YELLOW = np.array([[0.0, 0.0, 0.0], [-0.5, -1.0, 0.4]])
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
 
-# kind: number per mm^2, radius from and to, wobble, spread of the aspect, gap to the neighbours
-KINDS = {"tumor":       (0, 24, 95, 0.22, 0.50, 7),   "dcis": (0, 38, 62, 0.04, 0.08, 14),
-         "duct":        (11, 15, 32, 0.07, 0.20, 12), "lobule": (8, 30, 52, 0.10, 0.20, 10),
-         "histiocytes": (4, 20, 42, 0.18, 0.30, 6),   "lymphocytes": (7, 14, 36, 0.22, 0.40, 6),
-         "fat":         (6, 40, 75, 0.12, 0.30, 4),   "vessel": (12, 7, 14, 0.08, 0.30, 8)}
+
+
+class Kind(NamedTuple):
+    rate: float            # number per mm^2; of tumor and in situ the wanted area decides
+    smallest: float        # radius, um
+    largest: float
+    wobble: float          # of the outline, as a share of the radius
+    aspect: float          # spread of the logarithm of length / width
+    gap: float             # um to the neighbours
+
+
+# Nests are of any size and shape; an in-situ lesion is a duct blown up from inside: round and smooth.
+KINDS = {"tumor":       Kind(0, 24, 95, 0.22, 0.50, 7),   "dcis": Kind(0, 38, 62, 0.04, 0.08, 14),
+         "duct":        Kind(11, 15, 32, 0.07, 0.20, 12), "lobule": Kind(8, 30, 52, 0.10, 0.20, 10),
+         "histiocytes": Kind(4, 20, 42, 0.18, 0.30, 6),   "lymphocytes": Kind(7, 14, 36, 0.22, 0.40, 6),
+         "fat":         Kind(6, 40, 75, 0.12, 0.30, 4),   "vessel": Kind(12, 7, 14, 0.08, 0.30, 8)}
 
 
 @dataclass
@@ -63,7 +76,7 @@ class Style:
 def draw_style(rng: np.random.Generator) -> Style:
     """One slide's style."""
     normal, uniform = rng.standard_normal, rng.uniform
-    thickness = np.exp(0.06 * normal())
+    thickness = np.exp(0.06 * normal())                            # a thicker section holds more of both dyes
     return Style(
         haematoxylin=thickness * np.exp(0.13 * normal()), dab=thickness * np.exp(0.13 * normal()),
         # Photographed dyes are bluer and yellower than the published vectors, by an amount of its own each.
@@ -116,7 +129,7 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     a slide shows its own score; duct: whether an LCIS/DCIS is certain.
     """
     assert len(mix) == 4 and size > 0, f"four shares and a positive size, found {mix}, {size}"
-    noise = {name: Noise(rng) for name in FIELDS}
+    noise = {name: Noise(rng) for name in FIELDS}                       # one law of texture for the whole ROI
     edge = None
     if rng.random() < 0.22:
         angle, offset = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.25, 0.42)
@@ -126,7 +139,7 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     sites = [s for s in sites if s.kind != "tumor" or s.star.radii.mean() > SMALLEST_NEST]
     sites = [part for site in sites for part in (_acini(site, rng) if site.kind == "lobule" else [site])]
     axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
-    distance, owner = _distance_map(sites, axis)
+    distance, owner = _distance_map(sites, axis)                        # (n, n) each
     angle = fibre_angle(noise, style, distance, axis)
     _, tissue = fibres(noise, style, edge, axis, axis, distance, owner)
     filled = [site_cells(site, style, rng) for site in sites]
@@ -152,10 +165,10 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
         low, high = (0.22 * size, 0.78 * size) if inside else (-MARGIN, size + MARGIN)
         others = np.array([(s.x, s.y, s.radius, s.kind in ("tumor", "dcis")) for s in sites]).reshape(-1, 4)
         for attempt in range(90):
-            if attempt and attempt % 30 == 0:
+            if attempt and attempt % 30 == 0:      # no room: smaller, and again
                 radius *= 0.78
             x, y = rng.uniform(low, high, 2)
-            nests = others[others[:, 3] == 1]
+            nests = others[others[:, 3] == 1]      # two of three settle beside another: sheets
             if kind == "tumor" and len(nests) and not inside and rng.random() < 0.65:
                 near, angle = nests[rng.integers(len(nests))], rng.uniform(0, 2 * np.pi)
                 away = (near[2] + radius) * rng.uniform(0.85, 1.05)
@@ -164,7 +177,7 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
                 continue
             if not (low <= x <= high and low <= y <= high):
                 continue
-            close = {"tumor": 0.80, "dcis": 0.92}.get(kind, 1.0)
+            close = {"tumor": 0.80, "dcis": 0.92}.get(kind, 1.0)     # nests may press into each other
             room = np.hypot(others[:, 0] - x, others[:, 1] - y) - close * (others[:, 2] + radius)
             if room.min(initial=1) > 0:
                 sites.append(Site(kind, x, y, radius, subtype))
@@ -172,11 +185,11 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
         return 0.0
 
     def radius_of(kind):
-        _, low, high, *_ = KINDS[kind]
-        high = min(high, 0.32 * size)
+        low, high = KINDS[kind].smallest, min(KINDS[kind].largest, 0.32 * size)
         return float(np.exp(rng.uniform(np.log(min(low, high)), np.log(high))))
 
     def subtype_of():
+        # What lags behind its share comes first; the rest leaves some chance, so that the order is not fixed.
         lack = np.maximum(mix * covered.sum() - covered, 0) + 0.35 * mix * (covered.sum() / 4 + 1)
         return int(rng.choice(4, p=lack / lack.sum()))
 
@@ -184,16 +197,16 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
         put("dcis", radius_of("dcis"), subtype_of(), inside=True)
     radius = min(radius_of("tumor") * 1.3, np.sqrt(wanted / np.pi) * 0.85, 0.3 * size)
     covered[first] += np.pi * put("tumor", radius, first, inside=True) ** 2
-    failures = 0
+    failures = 0                                                        # full: then less tumor than wanted
     while covered.sum() < wanted and failures < 10:
         kind = "dcis" if rng.random() < 0.13 else "tumor"
         subtype = subtype_of()
         radius = put(kind, radius_of(kind), subtype)
         failures += radius == 0
         covered[subtype] += np.pi * radius ** 2 if kind == "tumor" else 0
-    for kind, (rate, *_) in KINDS.items():
+    for kind, of in KINDS.items():
         habit = {"fat": 2 * style.fat, "lymphocytes": 2 * style.lymph}.get(kind, 1.0)
-        for _ in range(rng.poisson(rate * habit * (extent / 1000) ** 2)):
+        for _ in range(rng.poisson(of.rate * habit * (extent / 1000) ** 2)):
             put(kind, radius_of(kind))
     return sites
 
@@ -202,10 +215,10 @@ def _outline(sites, style, rng) -> None:
     """Outlines, lumens and clefts of all sites."""
     x, y, weight = (np.array([getattr(s, name) for s in sites]) for name in ("x", "y", "radius"))
     for k, site in enumerate(sites):
-        _, _, _, wobble, spread, gap = KINDS[site.kind]
-        radii = wobbly_radii(site.radius, wobble, np.exp(abs(rng.normal(0, spread))),
+        kind = KINDS[site.kind]
+        radii = wobbly_radii(site.radius, kind.wobble, np.exp(abs(rng.normal(0, kind.aspect))),
                              style.flow + rng.normal(0, 0.5), rng)
-        site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, gap * rng.uniform(0.8, 1.6)))
+        site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, kind.gap * rng.uniform(0.8, 1.6)))
         hollow(site, style, rng)
 
 
@@ -264,7 +277,7 @@ def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.
     x_plus_y = xs[None] + ys[:, None]
     around = (0.6 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 30.0)
               + 0.4 * noise["loose"].at(distance, x_plus_y + 40 * owner, 4.5, 60.0))
-    ring = ramp(10 - distance, 6)
+    ring = ramp(10 - distance, 6)                             # collagen lies around a site within about 10 um
     streaks = free * (1 - ring) + around * ring                                         # (h, w)
     slow = noise["slow"].tile(ys, xs, 34.0) + 0.45 * noise["patchy"].tile(ys, xs, 14.0)
     tissue = ramp(0.42 * streaks + 0.85 * slow + 1.25 + 0.5 * ring - style.loose, 0.4)

@@ -18,6 +18,16 @@ Rounding decides wrongly where x falls on a centre, and it often does: every edg
 pixels runs through centres. Crossings nearer to a centre than the rounding error are therefore computed
 again in exact arithmetic: whole numbers where the vertices are multiples of 1/256, else fractions.
 
+The rule alone, slow and readable, is what all this has to equal (its tests ask a twin of this):
+
+    def inside(rings, i, j):                                     # pixel (row j, column i), by the rule above
+        xc, yc, odd = i + Fraction(1, 2), j + Fraction(1, 2), False
+        for ring in rings:
+            for (x1, y1), (x2, y2) in zip(ring, ring[1:] + ring[:1]):       # vertices as pairs of Fractions
+                if (y1 > yc) != (y2 > yc) and xc < x1 + (yc - y1) / (y2 - y1) * (x2 - x1):
+                    odd = not odd
+        return odd
+
 Source: paper, section 2.1 (polygon annotations); it leaves rule and order open, see PAPER below.
 Letters: H, W the image; h, w the part of it under the polygon; E edges; C crossings; F flips; R runs.
 """
@@ -32,7 +42,7 @@ LATTICE = 256     # vertices on multiples of 1/256 pixel are exact in int64 up t
 LATTICE_MAX = 2.0 ** 21  # this coordinate: products of two differences stay below 2^62
 
 
-def _as_arrays(rings):
+def _as_arrays(rings):                     # list of (n, 2) float64
     rings = [np.asarray(ring, dtype=np.float64) for ring in rings]
     for ring in rings:
         assert ring.ndim == 2 and ring.shape[1] == 2, f"a ring is an (n, 2) array of x, y; found {ring.shape}"
@@ -44,9 +54,9 @@ def _edges(rings):
     """(E, 4) x1, y1, x2, y2 of all edges, turned so that y1 < y2, without level ones: these cross no row."""
     pairs = [np.hstack([ring, np.roll(ring, -1, axis=0)]) for ring in rings]
     edges = np.concatenate([np.zeros((0, 4)), *pairs])
-    edges = edges[edges[:, 1] != edges[:, 3]]
+    edges = edges[edges[:, 1] != edges[:, 3]]                         # level: (y1 > yc) == (y2 > yc)
     down = edges[:, 1] > edges[:, 3]
-    edges[down] = edges[down][:, [2, 3, 0, 1]]
+    edges[down] = edges[down][:, [2, 3, 0, 1]]                        # both directions round alike: no gaps
     return edges
 
 
@@ -55,7 +65,7 @@ def _centres_left(edges, rows):
     x1, y1, x2, y2 = edges.T
     with np.errstate(over="ignore", invalid="ignore"):
         x = x1 + (rows + 0.5 - y1) / (y2 - y1) * (x2 - x1) - 0.5
-        n = np.ceil(x)
+        n = np.ceil(x)                                                # (C,) right, but where near a centre
         # The roundings above are worth at most 13 x 1.1e-16 of the larger coordinate; this is 700 times that.
         tolerance = 1e-12 * np.maximum(1.0, np.maximum(np.abs(x1), np.abs(x2)))
         near = np.flatnonzero(~(np.abs(x - np.rint(x)) > tolerance))  # an overflow to NaN counts as near
@@ -69,6 +79,7 @@ def _centres_left(edges, rows):
     centre = np.rint(x[at])                                           # the column whose centre is in doubt
     xc = centre.astype(np.int64) * LATTICE + LATTICE // 2
     yc = rows[at] * LATTICE + LATTICE // 2
+    # xc < x, without the division: both sides times y2 - y1, which is positive.
     n[at] = centre + ((xc - x1) * (y2 - y1) < (yc - y1) * (x2 - x1))  # + 1: it lies left of the edge
     for k in near[~whole]:
         x1, y1, x2, y2 = map(Fraction, edges[k].tolist())
@@ -82,13 +93,13 @@ def _flips(rings, height, width):
     Positions count along rows of w + 1, column w standing for all that lies right of the box; every row has
     an even number of them. They are all that is kept of a polygon until it is painted: not its area.
     """
-    edges = _edges(rings)
+    edges = _edges(rings)                                               # (E, 4)
     first = np.clip(np.ceil(edges[:, 1] - 0.5), 0, height).astype(np.int64)   # (E,) rows first <= j < last
     last = np.clip(np.ceil(edges[:, 3] - 0.5), 0, height).astype(np.int64)    # meet the edge
     edges, first, count = edges[last > first], first[last > first], (last - first)[last > first]
     if len(edges) == 0:
         return slice(0, 0), slice(0, 0), np.zeros(0, np.int64)
-    x = edges[:, [0, 2]]
+    x = edges[:, [0, 2]]                                  # (E, 2): no further left or right than its vertices
     left, right = np.clip([np.floor(x.min()), np.ceil(x.max())], 0, width).astype(np.int64).tolist()
     top, bottom, w = int(first.min()), int((first + count).max()), right - left
 
@@ -106,15 +117,16 @@ def _flips(rings, height, width):
 
 def _odd_ones(positions):
     """The positions that occur an odd number of times, sorted: two crossings at one place cancel."""
-    positions = np.sort(positions)
+    positions = np.sort(positions)                                      # (C,) equal ones side by side
     first = np.flatnonzero(np.diff(positions, prepend=-1))               # where each value begins
     return positions[first[np.diff(first, append=len(positions)) % 2 == 1]]
 
 
 def _fill(rows, columns, flips):
     """The bool (h, w) mask of a polygon from its flips."""
-    h, w = rows.stop - rows.start, columns.stop - columns.start
+    h, w = rows.stop - rows.start, columns.stop - columns.start         # of its box
     lengths = np.diff(flips, prepend=0, append=h * (w + 1))
+    # Runs in turn outside and inside; column w ends each row outside.
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
 
 
@@ -124,7 +136,7 @@ def rasterize(rings, height: int, width: int) -> np.ndarray:
     `rings` is a list of (n, 2) arrays of x, y in pixels, closed or not (a repeated first one is harmless).
     What lies outside the image is cut off; rings of fewer than three points hold no pixel.
     """
-    mask = np.zeros((height, width), bool)
+    mask = np.zeros((height, width), bool)                              # (H, W)
     rows, columns, flips = _flips(_as_arrays(rings), height, width)
     mask[rows, columns] = _fill(rows, columns, flips)
     return mask
@@ -132,6 +144,7 @@ def rasterize(rings, height: int, width: int) -> np.ndarray:
 
 def polygon_area(rings) -> float:
     """Square pixels of a polygon, uncut: the first ring less its holes, the others. Either direction."""
+    # Rings of either direction: sizes count, not signs. Which is a hole is known by its place in the list.
     outer, *holes = [abs(_signed_area(ring)) for ring in _as_arrays(rings)] or [0.0]
     return max(0.0, outer - sum(holes))
 
@@ -154,7 +167,7 @@ def paint(polygons, class_ids, height: int, width: int, larger_first: bool = Tru
     assert all(0 <= c <= 255 for c in class_ids), f"class ids must fit 8 bits, found {sorted(set(class_ids))}"
     polygons = [_as_arrays(rings) for rings in polygons]
     outlines = [_flips(rings, height, width) for rings in polygons]
-    order = range(len(polygons))
+    order = range(len(polygons))                                        # as given
     if larger_first:
         sizes = [_size(rings, flips) for rings, (_, _, flips) in zip(polygons, outlines)]
         order = sorted(order, key=lambda k: -sizes[k])   # keeps ties in input order
@@ -194,8 +207,8 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
     change = np.ones((height, width), bool)
     change[:, 1:] = label[:, 1:] != label[:, :-1]
     at = np.flatnonzero(change)                                          # (R,) first pixel of each run
-    length = np.diff(at, append=label.size)
-    value = label.reshape(-1)[at]
+    length = np.diff(at, append=label.size)                             # (R,)
+    value = label.reshape(-1)[at]                                       # (R,) its class
 
     tissue = np.flatnonzero(value)                                       # the runs that are not background
     row, start = np.divmod(at[tissue], width)
@@ -209,10 +222,10 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
     touching = np.maximum(high - low, 0)
     below = np.repeat(np.arange(len(tissue)), touching)
     above = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching - low, touching)
-    same = value[tissue[below]] == value[tissue[above]]
+    same = value[tissue[below]] == value[tissue[above]]                 # one class, or they stay apart
 
     root = _union(len(tissue), above[same], below[same])
-    ids = np.zeros(len(at), np.int32)
+    ids = np.zeros(len(at), np.int32)                                   # (R,) 0: background
     ids[tissue] = np.unique(root, return_inverse=True)[1].reshape(-1) + 1   # its root: its first run
     return np.repeat(ids, length).reshape(height, width)
 
@@ -222,14 +235,14 @@ def _union(n, a, b):
 
     Every round hangs the larger root of each pair below the smaller one, then lets all point to their roots.
     """
-    root = np.arange(n)
+    root = np.arange(n)                                                  # each a set of its own
     while len(a):
         np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
-        while (root[root] != root).any():
+        while (root[root] != root).any():                                # paths halve every time
             root = root[root]
         a, b = root[a], root[b]
         a, b = a[a != b], b[a != b]
-    return root
+    return root                                                         # (n,)
 
 
 def outlines(mask: np.ndarray, corners: bool = True) -> list:
@@ -241,7 +254,7 @@ def outlines(mask: np.ndarray, corners: bool = True) -> list:
     down, left, up.
     """
     height, width = mask.shape
-    padded = np.pad(mask, 1)
+    padded = np.pad(mask, 1)                                            # outside the image is outside
     steps = []
     for d, (dy, dx) in enumerate(((-1, 0), (0, 1), (1, 0), (0, -1))):         # the neighbour on the left
         outside = ~padded[1 + dy:height + 1 + dy, 1 + dx:width + 1 + dx]

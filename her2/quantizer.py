@@ -8,8 +8,10 @@ The first term of the loss pulls the codes to the latents, the second (weight be
 its codes. Source: van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017, eq. 1 to 3.
 
 Differs from the official code (taming-transformers, VectorQuantizer2, as latent-diffusion calls it):
-- the official default puts beta on the first term, the codebook's ("legacy"); with beta = 0.25 the codes then
-  follow the encoder four times more slowly. Here beta is on the commitment; `legacy=True` reproduces it.
+- the official default puts beta = 0.25 on the first term, the codebook's ("legacy"). The codes learn from
+  that term alone and Adam divides a gradient by its own size, so they move as before; but the commitment of
+  the encoder weighs 1 instead of 0.25 against L1. Here beta is on the commitment; `legacy=True`, for
+  comparison with the reference only, reproduces it.
 - distances are computed in chunks (16 images of 512 px at factor 4 and K = 8192 make an 8 GiB matrix) and in
   float32 also under autocast (bfloat16 mistakes neighbouring codes for each other).
 - codes that stay unused can be restarted at latents of the data.
@@ -31,9 +33,10 @@ def vq_loss(z: torch.Tensor, e: torch.Tensor, beta: float = 0.25, legacy: bool =
     codebook would get no gradient at all. The value does not depend on `legacy`, the gradients do.
     """
     assert z.shape == e.shape, f"z {tuple(z.shape)} and e {tuple(e.shape)} differ in shape"
-    z, e = z.float(), e.float()
+    z, e = z.float(), e.float()                                                      # half precision ends
+    # One distance, two gradients: left the codes move to the latents, right the latents to their codes.
     codebook, commitment = F.mse_loss(e, z.detach()), F.mse_loss(z, e.detach())
-    return commitment + beta * codebook if legacy else codebook + beta * commitment
+    return commitment + beta * codebook if legacy else codebook + beta * commitment  # ()
 
 
 class Codebook(nn.Module):
@@ -43,8 +46,8 @@ class Codebook(nn.Module):
         super().__init__()
         self.beta = beta
         assert num_codes >= 1 and dim >= 1, f"a codebook needs codes, found {num_codes} of width {dim}"
-        self.embedding = nn.Embedding(num_codes, dim)
-        nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
+        self.embedding = nn.Embedding(num_codes, dim)                   # (K, D)
+        nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)       # official; all near 0
 
     @property
     def weight(self) -> torch.Tensor:
@@ -55,7 +58,7 @@ class Codebook(nn.Module):
         """Index of the nearest code of every latent vector; the lowest index wins a tie."""
         assert z.dim() == 4 and z.shape[1] == self.weight.shape[1], \
             f"z {tuple(z.shape)} should be (B, {self.weight.shape[1]}, h, w)"
-        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):          # see above
             codes = self.weight.float()                                              # (K, D)
             rows = z.permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).float()         # (N, D)
             squares = (codes ** 2).sum(1)                                            # (K,)
@@ -72,20 +75,17 @@ class Codebook(nn.Module):
         """z (B, D, h, w) -> z_q (straight-through), indices (B, h, w), loss (scalar)."""
         indices = self.nearest(z)                                                    # (B, h, w)
         e = self.lookup(indices)                                                     # (B, D, h, w)
-        loss = vq_loss(z, e, self.beta, legacy)
+        loss = vq_loss(z, e, self.beta, legacy)        # from e itself: z_q would give the codes no gradient
+        # argmin has no gradient: a small change of z changes nothing, then all at once. So the backward pass
+        # leaves that step out: the value is e, the gradient goes to z as if nothing had happened between.
         return z + (e - z).detach(), indices, loss
 
 
 def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
     """How often each code occurs in `indices` (any shape): (K,) int64. Add the counts of many batches up."""
-    return torch.bincount(indices.flatten(), minlength=num_codes)
-
-
-def code_statistics(counts: torch.Tensor):
-    """-> (perplexity, number of codes used): exp of the entropy of the codes' frequencies, at most K."""
-    frequency = counts.double() / counts.sum().clamp(min=1)
-    perplexity = torch.exp(-(frequency * torch.log(frequency + 1e-10)).sum())
-    return perplexity.item(), int((counts > 0).sum())
+    indices = indices.flatten()
+    # Not bincount: on a GPU it asks for the largest index, and waits for it.
+    return indices.new_zeros(num_codes).index_add_(0, indices, torch.ones_like(indices))
 
 
 class CodeUsage:
@@ -105,10 +105,10 @@ class CodeUsage:
         whole, first = step % self.window == 0, step == self.window // 5
         if whole:
             self.used = int((self.counts > 0).sum())
-        if first or (whole and step <= self.last):
+        if first or (whole and step <= self.last):                 # later ones would disturb what has settled
             restart_dead_codes(codebook, self.counts, z, generator, optimizer)
         if first or whole:
-            self.counts.zero_()
+            self.counts.zero_()                                         # a new window
 
     def state_dict(self) -> dict:
         return {"counts": self.counts, "used": self.used}
@@ -130,16 +130,17 @@ def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z_sample: torch.
     weight = codebook.weight
     assert usage.shape == weight.shape[:1], f"usage {tuple(usage.shape)} should be ({len(weight)},)"
     vectors = z_sample.movedim(1, -1).reshape(-1, weight.shape[1])                   # (N, D)
-    dead = (usage.to(weight.device) == 0).nonzero().flatten()
+    # A code that is never the nearest gets no gradient, so it stays where it is, for ever.
+    dead = (usage.to(weight.device) == 0).nonzero().flatten()                        # (dead codes,)
     count = len(dead)
     if count == 0:
         return 0
     # Without replacement where the sample is large enough: two codes at one place would stay one code.
     order = [torch.randperm(len(vectors), generator=generator) for _ in range(-(-count // len(vectors)))]
-    chosen = torch.cat(order)[:count].to(vectors.device)
-    weight[dead] = vectors[chosen].to(weight.dtype)
-    state = optimizer.state.get(weight, {}) if optimizer is not None else {}
+    chosen = torch.cat(order)[:count].to(vectors.device)                # (dead codes,)
+    weight[dead] = vectors[chosen].to(weight.dtype)                  # now nearest to one latent at least
+    state = optimizer.state.get(weight, {}) if optimizer is not None else {}  # empty before its first step
     for moment in state.values():
         if torch.is_tensor(moment) and moment.shape == weight.shape:
-            moment[dead] = 0
+            moment[dead] = 0                                         # of Adam's two, (K, D) each
     return count

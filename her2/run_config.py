@@ -15,18 +15,24 @@ import dataclasses
 import inspect
 import math
 import re
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from her2.run_errors import UserError
+from her2.run_errors import UserError, script_line
+from her2.run_provenance import trained_with
 
+OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": "runs/ldm"}     # + its source
+SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
-POSITIVE = (1e-12, math.inf)
+POSITIVE = (1e-12, 1e12)
+RATE = (1e-12, 1e3)
 COUNT = (1, 10**9)
 SHARE = (0.0, 1.0)
 RANGES = {
-    "steps": COUNT, "batch": COUNT, "patch": (16, 8192), "lr": POSITIVE, "seed": (0, 2**31 - 1),
+    "steps": COUNT, "batch": COUNT, "accumulate": COUNT, "patch": (16, 8192), "lr": RATE,
+    "seed": (0, 2**31 - 1),
     "trial": (0, 10**9), "seeds": (0, 1000), "split_seed": (0, 2**31 - 1), "blend": (0, 1024),
-    "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": POSITIVE, "disc_width": (1, 1024),
+    "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": RATE, "disc_width": (1, 1024),
     "ratio": (0.0, math.inf), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
     "sample_steps": COUNT, "eta": SHARE, "warmup": (0, 10**9), "clip": POSITIVE, "log_every": COUNT,
     "save_every": COUNT, "workers": (0, 256), "dice_weight": SHARE, "jitter": (0.0, 1.0), "uniform": SHARE,
@@ -42,11 +48,12 @@ RANGES = {
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is a UserError: one line instead of the usage text."""
 
-    def __init__(self, **options):
+    def __init__(self, remedy="see --help", **options):
+        self.remedy = remedy
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise UserError(f"{self.prog}: {message}; see --help")
+        raise UserError(f"{self.prog}: {message}; {self.remedy}")
 
 
 def field_help(cls) -> dict:
@@ -55,7 +62,7 @@ def field_help(cls) -> dict:
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     for line in "\n".join(inspect.getsource(base) for base in bases).splitlines():
         match = re.match(r"\s+(\w+)\s*:[^#]*=[^#]*#\s*(.*)", line)
-        more = re.match(r"\s+#\s*(.*)", line)
+        more = re.match(r"\s+# (?!----)\s*(.*)", line)          # "# ----" begins a group of fields
         if match:
             name = match[1]
             texts[name] = match[2].strip()
@@ -89,24 +96,44 @@ def check_ranges(config) -> None:
         if name in RANGES and isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = RANGES[name]
             if not low <= value <= high:
-                allowed = "greater than 0" if low == POSITIVE[0] else f"between {low} and {high}"
+                allowed = (f"greater than 0 and at most {high:g}" if low == POSITIVE[0]
+                           else f"between {low} and {high}")
                 raise UserError(f"--{name.replace('_', '-')}: found {value}; give a number {allowed}")
 
 
 def build(cls, presets: dict, given: dict):
-    """The configuration: the dataclass's defaults, then the preset, then the flags that were given."""
+    """The configuration: the dataclass's defaults, then the preset, then the flags that were given.
+
+    What a trained network or a synthetic set that it names was made with stands above the preset: a network
+    is used on its own data, with their split, and at its own size.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     preset = given.get("preset") or next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
     unknown = set(presets[preset]) - names
     assert not unknown, f"preset {preset!r} of {cls.__name__} sets unknown fields {sorted(unknown)}"
-    values = {**presets[preset], **{name: value for name, value in given.items() if value is not None}}
-    config = cls(**values)
+    given = {name: value for name, value in given.items() if value is not None}
+    config = cls(**{**presets[preset], **given})
+    source = next(filter(None, (getattr(config, name, "") for name in SOURCES)), None)
+    if source and "split_seed" in names:
+        config = cls(**{**presets[preset], **trained_with(source, config), **given})
     check_ranges(config)
     return config
 
 
+def say_done(config, script: str, *flags) -> None:
+    """Print that a run is done and the command that goes on: `flags`, a free --out, what `config` chose."""
+    words, name = [*flags], Path(config.out).name.removeprefix("synth-")
+    words += ["--out", f"{OUT[script]}-{name}".replace("ldm-vq", "ldm")] if script in OUT else []
+    for name in ("data", "split_seed", "preset", "device", "amp", "cache"):
+        value = getattr(config, name)
+        if value != getattr(type(config), name) and (name, script) != ("split_seed", "evaluate.py"):
+            words += ["--" + name.replace("_", "-"), value]
+    model = Path(config.out) / "model.pt"
+    print(f"done: {model if model.exists() else config.out}; next: {script_line(script, *words)}")
+
+
 def parse(cls, presets: dict, argv, description: str, prog: str):
     """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it."""
-    parser = Parser(prog=prog, description=inspect.cleandoc(description))
+    parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))
     add_fields(parser, cls, presets)
     return build(cls, presets, vars(parser.parse_args(argv)))

@@ -1,9 +1,10 @@
 """What a user can get wrong ends in one clear line and exit status 2; what a crash leaves behind is whole.
 
-Three ideas used by everything else, with no import from the rest of the project:
+Four ideas used by everything else, with no import from the rest of the project:
 
     UserError     an input problem: the message says which file, what was found, what to do
     command       turns a `main(argv)` into an entry point that keeps that promise
+    asked_to_stop Ctrl-C and SIGTERM wait until a step is done, so that it can be saved
     atomic_write  a file is either the old one or the new one, never half of it
 """
 
@@ -11,7 +12,11 @@ import errno
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 # What the machine or a wrong path can cause, by errno; every other OSError is a defect of this code.
@@ -24,8 +29,53 @@ MACHINE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "the file is too
            errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files"}
 
 
+ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
+
+
 class UserError(Exception):
     """Bad input: one line that names the file, what was found in it and what to do about it."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The signal `number` has ended the run; `step`: the last finished one, when that is saved."""
+
+    def __init__(self, number: int = signal.SIGINT, step=None):
+        super().__init__()
+        self.number, self.step = int(number), step
+
+
+@contextmanager
+def handling(handler, *numbers):
+    """`handler` for these signals inside the block. Only the main thread may set one; elsewhere: nothing."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main_thread}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def asked_to_stop():
+    """Inside the block Ctrl-C and SIGTERM (as schedulers send it before they kill) are noted in the list that
+    it gives, for the loop to look at between two steps. A second Ctrl-C interrupts at once (not under
+    torchrun, which sends on what the terminal has sent already, and kills after 30 seconds)."""
+    asked = []
+
+    def note(number, frame):
+        if asked and number == signal.SIGINT and "WORLD_SIZE" not in os.environ:
+            raise Stopped(number)
+        asked.append(number)
+
+    with handling(note, signal.SIGINT, signal.SIGTERM):
+        yield asked
+
+
+def silence(stream) -> None:
+    """Nobody reads `stream` any more (`| head`): what is written to it from now on goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def one_line(text) -> str:
@@ -33,39 +83,86 @@ def one_line(text) -> str:
     return " ".join(str(text).split())
 
 
+def shell(words) -> str:
+    """A command line to paste into this system's shell, whatever blanks and quotes its paths hold."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def check_line(root) -> str:
+    """The command line that checks a dataset."""
+    return shell(["python", "-m", "her2.data", root])
+
+
+def script_line(script: str, *flags) -> str:
+    """The command line that runs one of the five scripts from here."""
+    return shell(["python", script if Path.cwd() == ROOT else ROOT / script, *flags])
+
+
+def speaks() -> bool:
+    """Whether this process is the one that says what went wrong; run_distributed puts a better one here."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text) -> None:
+    """One line on stderr, once, however many processes share the run."""
+    if speaks():
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
 def command(main, argv=None):
-    """Run `main(argv)` as a program: exit status 0, or 2 with one line on stderr, or 130 after Ctrl-C.
+    """Run `main(argv)` as a program: exit status 0, or 2 with one line on stderr, 130 after Ctrl-C, 143 after
+    SIGTERM.
 
     Only what a user or the machine can cause is caught (UserError, a full disk, no permission, no memory,
-    Ctrl-C). Everything else is a defect of this code and keeps its traceback.
+    signals). Everything else is a defect of this code and keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):      # a console that knows no umlauts shows them as \xfc
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+    def end(number, frame):
+        raise Stopped(number)
+
     try:
-        status = main(argv) or 0
+        with handling(end, signal.SIGTERM):
+            status = main(argv) or 0
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        say(f"error: {error}")
         status = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         spec = sys.modules["__main__"].__spec__     # python -m her2.study: argv[0] would be the module's file
         program = ["-m", spec.name] if spec is not None and spec.name.startswith("her2.") else [sys.argv[0]]
-        print("interrupted: nothing that was saved is lost, this command goes on: "
-              f"python {shlex.join([*program, *argv])}", file=sys.stderr)
-        status = 130
+        step = getattr(error, "step", None)
+        said = "interrupted: nothing that was saved is lost"
+        if step is not None:
+            said = f"stopped at step {step}, all of it is saved"
+        if "WORLD_SIZE" in os.environ:
+            say(f"{said}, the same command goes on")
+        else:
+            # not folded to one line: a name in it may have two blanks
+            print(f"{said}, this command goes on: {shell(['python', *program, *argv])}", file=sys.stderr)
+        status = 128 + getattr(error, "number", signal.SIGINT)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        status = 0
     except OSError as error:
         if error.errno not in MACHINE:
             raise
-        print(one_line(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); "
-                       "nothing that was complete is lost, mend that or choose another folder, "
-                       "then run the same command again"),
-              file=sys.stderr)
+        say(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); nothing that "
+            "was complete is lost, mend that or choose another folder, then run the same command again")
         status = 2
     except (MemoryError, RuntimeError) as error:
-        # torch has no class of its own for memory on the CPU.
-        if (not isinstance(error, MemoryError)
-                and not re.search("(out of|allocate|enough) memory", str(error))):
+        # torch has no classes of its own for memory on the CPU, and for a process that no longer answers.
+        if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
+            say(f"error: the memory is not enough ({one_line(error)[:120]}); "
+                "use a smaller --batch, --patch or --width")
+        elif "WORLD_SIZE" in os.environ and re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
+            say("error: another process of this run has ended; nothing that was saved is lost, the same "
+                "command goes on")
+        else:
             raise
-        print(f"error: the memory is not enough ({one_line(error)[:120]}); "
-              "use a smaller --batch, --patch or --width", file=sys.stderr)
         status = 2
     sys.exit(status)
 

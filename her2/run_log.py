@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from her2 import run
-from her2.run_errors import atomic_write
+from her2 import run, run_distributed
+from her2.data_folder import write_split
+from her2.run_errors import atomic_write, silence
+from her2.run_provenance import input_hashes
 
 
 def number(value) -> float:
@@ -19,17 +21,32 @@ def number(value) -> float:
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
-def begin(script: str, config, device, argv, inputs, saved: dict, **numbers):
-    """Open the run folder and go on from its checkpoint: (folder, log, {"step": ..., **numbers}).
+def size(*networks) -> str:
+    return f"{sum(p.numel() for network in networks for p in network.parameters()):,} parameters"
 
-    `saved` and `numbers` as for `load_checkpoint`. Says so when the run is complete; the log is None then.
+
+def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=None, **numbers):
+    """Open the run folder and go on from its checkpoint: (folder, log, step, numbers).
+
+    `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset. Says
+    so when the run is complete; the log is None then.
     """
-    folder = run.open_run(script, config, device, [script.split()[0], *argv], inputs)
-    numbers = run.load_checkpoint(folder, saved, step=0, **numbers)
+    longer = "yes"                  # unless an earlier step would have been another one in the longer run
+    if getattr(config, "schedule", "constant") != "constant":
+        longer = "a cosine schedule has used up its learning rate by then"
+    elif hasattr(config, "codes"):
+        longer = "unused codes are restarted in the first half of the steps only"
+    with run_distributed.in_turn():
+        folder = run.open_run(script, config, device, [script.split()[0], *argv],
+                              input_hashes(config, dataset, synthetic), longer=longer)
+        numbers = run.load_checkpoint(folder, saved, step=0, **numbers)
     if numbers["step"] >= config.steps:
         print(f"{folder}: complete ({numbers['step']} steps); nothing to do")
-        return folder, None, numbers
-    return folder, Log(folder, numbers["step"]), numbers
+        return folder, None, numbers["step"], numbers
+    log = Log(folder, numbers["step"])
+    if not run_distributed.rank():
+        write_split(folder / "split.json", dataset)
+    return folder, log, numbers["step"], numbers
 
 
 class Log:
@@ -40,6 +57,8 @@ class Log:
 
     def __init__(self, folder, step: int):
         self.text_path, self.json_path = Path(folder) / "log.txt", Path(folder) / "log.jsonl"
+        if run_distributed.rank():
+            return                          # nothing that it says is printed or kept
         kept = [record for record in self.records() if record["step"] <= step]
         atomic_write(self.json_path, "".join(json.dumps(record) + "\n" for record in kept))
         if step == 0:
@@ -66,13 +85,19 @@ class Log:
 
     def say(self, text: str) -> None:
         """Print a line (above the progress bar) and keep it in log.txt."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        with open(self.text_path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:             # | head: no reason to end a training
+            silence(sys.stdout)
+        if not run_distributed.rank():
+            with open(self.text_path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def record(self, step: int, **values) -> None:
         """Append {"step": step, ...} to log.jsonl and print it in short."""
+        if run_distributed.rank():
+            return
         values = {name: number(value) if value is not None else None for name, value in values.items()}
         with open(self.json_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

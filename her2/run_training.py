@@ -5,26 +5,30 @@ None of them owns a step counter or knows a loss: the loop of each script stays 
 
 import copy
 import math
+import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from her2 import run
+from her2 import run, run_distributed
 from her2.data_classes import IGNORE
 from her2.data_patches import loader
-from her2.run_errors import UserError, one_line
+from her2.run_errors import UserError, asked_to_stop, one_line
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the GPU when there is one. UserError when 'cuda' is asked for and there is none."""
+    """'auto' is the GPU when there is one, under torchrun this process's own.
+
+    UserError when 'cuda' is asked for and there is none.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; "
                         "use --device cpu, or install a CUDA build of torch")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return run_distributed.start(
+        torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"))
 
 
 class Precision:
@@ -149,17 +153,50 @@ def to_device(image: torch.Tensor, device) -> torch.Tensor:
 def one_hot(label: torch.Tensor, num_classes: int, device) -> torch.Tensor:
     """label (B, H, W) of class ids -> (B, K, H, W) float on `device`. IGNORE has no class: all zeros, which a
     generator so learns to read as tissue that nobody has named."""
-    label = label.to(device)
+    label = label.to(device, non_blocking=True)
     known = label != IGNORE
     return F.one_hot(label.where(known, 0), num_classes).movedim(-1, 1).float().mul_(known[:, None])
 
 
-def steps(name: str, config, sampler, first: int, device, batches=None):
-    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar."""
-    if batches is None:
-        batches = loader(sampler, first, config.steps, config.batch, workers=config.workers,
-                         pin_memory=device.type == "cuda")
-    return tqdm(batches, initial=first, total=config.steps, desc=name, leave=False, disable=None)
+BACKEND = "inductor"        # torch's own; the tests take one that needs no compiler
+
+
+def compile_parts(config, *parts: torch.nn.Module) -> None:
+    """--compile: let torch.compile fuse the forward and backward of these modules, from their next call on.
+
+    UserError where it does not work. Names in state_dicts stay. What is compiled is differentiated once per
+    step: the part between two losses whose gradients are compared is left as it is.
+    """
+    if config.compile:
+        try:
+            torch.compile(lambda x: x.relu() + 1, backend=BACKEND)(torch.ones(8))
+        except (RuntimeError, ImportError, OSError) as error:
+            raise UserError(f"--compile: torch.compile does not work here ({one_line(error)[:160]}); "
+                            "leave it out") from None
+        for part in parts:
+            part.compile(backend=BACKEND)
+
+
+class Steps:
+    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar.
+
+    After Ctrl-C or SIGTERM they end between two steps, and `signal` is its number: save, and raise Stopped.
+    """
+
+    def __init__(self, name: str, config, sampler, first: int, device, batches=None):
+        self.batches = batches or loader(sampler, first, config.steps, run_distributed.indices(config),
+                                         workers=config.workers, pin_memory=device.type == "cuda")
+        self.bar = dict(initial=first, total=config.steps, desc=name, leave=False,
+                        disable=bool(run_distributed.rank()) or None)
+        self.signal = 0
+
+    def __iter__(self):
+        with asked_to_stop() as asked:
+            for batch in tqdm(self.batches, **self.bar):
+                yield batch
+                if run_distributed.any_of_all(bool(asked)):
+                    self.signal = asked[0] if asked else signal.SIGTERM
+                    return
 
 
 class Speed:
@@ -194,65 +231,12 @@ def peak_memory(device: torch.device):
 
 
 def update(optimizer, scaler, clip: float) -> torch.Tensor:
-    """One step of `optimizer` with gradients of L2 norm `clip` at most; returns their norm before, ()."""
-    scaler.unscale_(optimizer)              # fp16: the gradients were taken of a larger loss
+    """One step of `optimizer`, with the gradients of all processes together and of L2 norm `clip` at most;
+    returns their norm before, ()."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    run_distributed.sum_gradients(parameters)
+    scaler.unscale_(optimizer)              # fp16: the gradients were taken of a larger loss
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     scaler.step(optimizer)
     scaler.update()
     return norm
-
-
-class Losses:
-    """What each step measured, kept on the device until it is read: asking a GPU for a number makes it wait.
-
-    read() is due at every line of the log and before every checkpoint, so that weights are never saved which
-    are not finite. networks: {name: module}.
-    """
-
-    def __init__(self, folder, networks: dict, scaler):
-        self.folder, self.networks, self.scaler, self.kept = Path(folder), networks, scaler, []
-
-    def add(self, step: int, names, **values) -> None:
-        """The losses and gradient norms (numbers or tensors ()) of `step` on the images `names`."""
-        self.kept.append((step, names, {name: value.detach() if torch.is_tensor(value) else value
-                                        for name, value in values.items()}))
-        if len(self.kept) >= 1000:
-            self.read()
-
-    def read(self) -> dict:
-        """The numbers of the last step, with one transfer from the device. Forgets all steps before it.
-
-        UserError when a loss, a norm or a weight is not finite, after writing diagnosis.json. Under fp16 an
-        infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
-        the scale is below 1: then no scale helps, and a run that skips every step would end untrained.
-        """
-        weights = [p.detach().isfinite().all() for network in self.networks.values()
-                   for p in network.parameters()]
-        tensors = [value for *_, values in self.kept for value in values.values() if torch.is_tensor(value)]
-        numbers = iter(torch.stack([value.float() for value in tensors + weights]).tolist())
-        steps = [(step, names, {name: next(numbers) if torch.is_tensor(value) else value
-                                for name, value in values.items()}) for step, names, values in self.kept]
-        skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        for step, names, values in steps:
-            broken = [name for name, value in values.items()
-                      if not math.isfinite(value) and not (skips and "norm" in name)]
-            if broken:
-                self.stop(step, names, values, broken)
-        if not all(numbers):                # what is left of them are the weights
-            self.stop(*steps[-1], ["weights"])
-        self.kept = self.kept[-1:]
-        return steps[-1][2]
-
-    def stop(self, step, names, values, broken) -> None:
-        largest = {f"{network_name}.{name}": float(parameter.grad.abs().nan_to_num(nan=math.inf).max())
-                   for network_name, network in self.networks.items()
-                   for name, parameter in network.named_parameters() if parameter.grad is not None}
-        worst = max(largest, key=largest.get, default=None)
-        run.write_json(self.folder / "diagnosis.json", {
-            "step": step, "not_finite": broken, "batch": list(names),
-            "values": {name: repr(value) for name, value in values.items()},
-            "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}})
-        raise UserError(f"{self.folder}: {', '.join(broken)} not finite at step {step} "
-                        f"(see {self.folder / 'diagnosis.json'}); the last checkpoint is intact; "
-                        "try a lower --lr, a longer --warmup, or --amp off, with another --out")

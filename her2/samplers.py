@@ -68,16 +68,16 @@ def ddim_timesteps(T: int, S: int, spacing: str = "trailing") -> list:
     if spacing == "trailing":
         return [(2 * T * k + S) // (2 * S) - 1 for k in range(1, S + 1)]         # round(T k / S) - 1
     if spacing == "leading":
-        return [t + 1 for t in range(0, T, T // S)]
+        return [t + 1 for t in range(0, T, T // S)]       # official, for comparison: S may come out otherwise
     if spacing == "quadratic":
-        roots = torch.linspace(0, (T * 0.8) ** 0.5, S, dtype=torch.float64)
+        roots = torch.linspace(0, (T * 0.8) ** 0.5, S, dtype=torch.float64)  # official too
         return [int(root ** 2) + 1 for root in roots]
     raise ValueError(f"spacing is 'trailing', 'leading', 'quadratic' or 'log-snr', found {spacing!r}")
 
 
 def half_log_snr(schedule) -> torch.Tensor:
     """lambda of every level, (T,) float64, falling; -infinity at a signal-to-noise ratio of 0."""
-    alpha_bar = schedule.alpha_bar.cpu()
+    alpha_bar = schedule.alpha_bar.cpu()                                # (T,)
     return (alpha_bar.log() - torch.log1p(-alpha_bar)) / 2
 
 
@@ -91,7 +91,7 @@ def log_snr_timesteps(schedule, S: int) -> list:
     T, levels = schedule.T, half_log_snr(schedule)
     if not 1 <= S <= T:
         raise ValueError(f"the number of steps should be 1 to {T}, found {S}")
-    if S == 1:
+    if S == 1:                                                          # from pure noise at once
         return [T - 1]
     seen = max(1, int((schedule.alpha_bar >= LOWEST).sum()))                     # levels 0 .. seen - 1
     jump = [T - 1] if seen < T else []
@@ -108,8 +108,8 @@ def ddim_tables(schedule, timesteps, eta: float, final_alpha_bar: float = 1.0):
         raise ValueError(f"timesteps {min(timesteps)} to {max(timesteps)} are not among 0 to "
                          f"{schedule.T - 1}: for spacing 'leading', take a number of steps that divides T")
     alpha_bar = schedule.alpha_bar.cpu()
-    now = alpha_bar[torch.tensor(timesteps)]
-    after = torch.cat([now.new_tensor([final_alpha_bar]), now[:-1]])
+    now = alpha_bar[torch.tensor(timesteps)]                            # (S,)
+    after = torch.cat([now.new_tensor([final_alpha_bar]), now[:-1]])    # (S,) the level that a step leads to
     sigma = eta * ((1 - after) / (1 - now)).sqrt() * (1 - now / after).clamp(min=0).sqrt()
     return now, after, sigma
 
@@ -127,11 +127,11 @@ def image_noise(seeds, shape, device="cpu"):
 
     Drawn on the CPU, so that every device gets the same numbers.
     """
-    seeds = list(seeds)
+    seeds = list(seeds)                                                 # one per image
 
     def noise(purpose: str, i: int) -> torch.Tensor:
         images = [torch.randn(shape, generator=generator(seed, purpose, i)) for seed in seeds]
-        return torch.stack(images).to(device)
+        return torch.stack(images).to(device)                           # (B, *shape)
 
     return noise
 
@@ -166,21 +166,21 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
     middle = extrapolation(schedule, timesteps).tolist()
     guess = None
     for i, k in enumerate(reversed(range(len(timesteps)))):                  # i: number of the step
-        t = torch.full((len(xt),), timesteps[k], dtype=torch.int64, device=xt.device)
+        t = torch.full((len(xt),), timesteps[k], dtype=torch.int64, device=xt.device)  # (B,)
         if known is not None and blend == "before":
             xt = keep_known(xt, t, i)
         x0, eps = schedule.x0_and_eps(predict(xt, t), xt, t)                 # (B, C, h, w) each
         if clip_x0:
             x0 = x0.clamp(-1, 1)
-            eps = schedule.eps_from_x0(x0, xt, t)
+            eps = schedule.eps_from_x0(x0, xt, t)                       # so that x0 and eps still make xt
         if multistep:
-            guess, guess_before = x0, guess
+            guess, guess_before = x0, guess                         # the line goes through unextended guesses
             if middle[k] > 0:
-                x0 = guess + middle[k] * (guess - guess_before)
+                x0 = guess + middle[k] * (guess - guess_before)         # (B, C, h, w) half a step ahead
                 eps = schedule.eps_from_x0(x0, xt, t)    # xt is given: another x0 means another noise in it
         xt = after[k] ** 0.5 * x0 + max(0.0, 1 - after[k] - sigma[k] ** 2) ** 0.5 * eps
-        if sigma[k] > 0:
-            xt = xt + sigma[k] * noise("step", i)
+        if sigma[k] > 0:                                   # the last step draws none: nothing would remove it
+            xt = xt + sigma[k] * noise("step", i)                       # (B, C, h, w)
         if known is not None and blend == "after":
             xt = keep_known(xt, t, i)
         yield xt, x0

@@ -50,15 +50,15 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = None
+        self.downsample = None                           # no shortcut conv: what came in is added as it is
         if stride > 1:  # as deep as in torchvision: only where the shape changes
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                                             nn.BatchNorm2d(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)               # (B, c_out, h / stride, w / stride)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)  # (B, c_out, h / stride, ..)
 
 
 class ResNet34Encoder(nn.Module):
@@ -67,10 +67,11 @@ class ResNet34Encoder(nn.Module):
     def __init__(self, width: int = 64):
         super().__init__()
         self.channels = [3, width, width, 2 * width, 4 * width, 8 * width]
+        # No biases before a batch norm: it subtracts the mean, and a bias with it.
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         for stage, depth in enumerate(BLOCKS, start=1):
-            c_in, c_out = self.channels[stage], self.channels[stage + 1]
+            c_in, c_out = self.channels[stage], self.channels[stage + 1]  # doubled where the side halves
             blocks = [ResidualBlock(c_in if i == 0 else c_out, c_out, 2 if i == 0 and stage > 1 else 1)
                       for i in range(depth)]
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
@@ -100,7 +101,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, y: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
         y = F.interpolate(y, scale_factor=2, mode="nearest")        # (B, c_in, 2h, 2w)
-        if skip is not None:
+        if skip is not None:                                        # where exactly: what halving has lost
             y = torch.cat([y, skip], dim=1)                         # (B, c_in + c_skip, 2h, 2w)
         return self.conv2(self.conv1(y))                            # (B, c_out, 2h, 2w)
 
@@ -108,8 +109,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, channels, decoder_channels):
         super().__init__()
-        inputs = [channels[5], *decoder_channels[:-1]]
-        skips = [*channels[4:0:-1], 0]
+        inputs = [channels[5], *decoder_channels[:-1]]                  # what arrives from below
+        skips = [*channels[4:0:-1], 0]                               # f_4 .. f_1; the image itself is no skip
         self.blocks = nn.ModuleList(map(DecoderBlock, inputs, skips, decoder_channels))
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -129,7 +130,7 @@ class UNet(nn.Module):
     def __init__(self, num_classes: int = 2, width: int = 64, decoder_channels=None):
         super().__init__()
         if decoder_channels is None:
-            decoder_channels = [max(16, c * width // 64) for c in (256, 128, 64, 32, 16)]
+            decoder_channels = [max(16, c * width // 64) for c in (256, 128, 64, 32, 16)]  # 16: no bottleneck
         if len(decoder_channels) != 5:
             raise ValueError(f"decoder_channels has one entry per doubling, 5; found {decoder_channels}")
         self.config = {"num_classes": num_classes, "width": width, "decoder_channels": list(decoder_channels)}
@@ -140,7 +141,7 @@ class UNet(nn.Module):
         mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
         self.register_buffer("scale", 0.5 / std, persistent=False)
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
-        he_init(self)
+        he_init(self)                                              # the file of --encoder-weights comes after
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         assert image.ndim == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
@@ -151,7 +152,7 @@ class UNet(nn.Module):
         if x.shape[2] % STRIDE or x.shape[3] % STRIDE:
             raise ValueError(f"height and width must be divisible by {STRIDE}, found {tuple(x.shape[2:])}; "
                              "predict_roi takes any size")
-        features = self.encoder(x)
+        features = self.encoder(x)                                      # f_0 .. f_5
         return self.segmentation_head(self.decoder(features))       # (B, K, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
@@ -161,9 +162,9 @@ class UNet(nn.Module):
         Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
         and the counters have no effect at a fixed momentum.
         """
-        given = dict(state_dict)
+        given = dict(state_dict)                                        # a copy: the caller keeps its own
         whole = any(name.startswith("encoder.") for name in given)
-        target = self if whole else self.encoder
+        target = self if whole else self.encoder                        # torchvision has no decoder
         if not whole:
             given = {name: tensor for name, tensor in given.items() if name not in ("fc.weight", "fc.bias")}
         if not any(name.endswith("num_batches_tracked") for name in given):
@@ -184,10 +185,11 @@ def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
+            # Fan-out: the gradient keeps its size through 34 layers of ReLU.
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
     head = model.segmentation_head[0]
     nn.init.xavier_uniform_(head.weight, generator=generator)
-    nn.init.zeros_(head.bias)
+    nn.init.zeros_(head.bias)                                           # both classes even at first
 
 
 def encoder_weights(choice: str) -> Path | None:
@@ -197,7 +199,7 @@ def encoder_weights(choice: str) -> Path | None:
     checked against the hash in its name. Anything else is the path of a file. Raises UserError.
     """
     if choice == "none":
-        return None
+        return None                                                     # he_init's weights stay
     if choice != "imagenet":
         if not Path(choice).is_file():
             raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of "
@@ -207,7 +209,7 @@ def encoder_weights(choice: str) -> Path | None:
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rsplit("/", 1)[1]
     expected = path.stem.split("-")[1]
     if not path.is_file():
-        patience = socket.getdefaulttimeout()
+        patience = socket.getdefaulttimeout()                           # put back below
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(20)  # torch.hub itself would wait for minutes where packets are dropped
@@ -240,9 +242,9 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
     in one pass over the whole image. Neighbours share at least `overlap` pixels and are cut in the middle of
     what they share: the kept parts are disjoint and cover [0, length). The last may reach beyond `length`.
     """
-    padded = math.ceil(length / STRIDE) * STRIDE
-    tile = min(tile, padded)
-    step = (tile - overlap) // STRIDE * STRIDE
+    padded = math.ceil(length / STRIDE) * STRIDE                        # five halvings need it
+    tile = min(tile, padded)                                            # a small image is one tile
+    step = (tile - overlap) // STRIDE * STRIDE           # down: the overlap is at least what was asked for
     starts = [*range(0, padded - tile, step), padded - tile] if tile < padded else [0]
     cuts = [0, *((left + tile + right) // 2 for left, right in zip(starts, starts[1:])), length]
     return tile, [(start, cuts[i], min(cuts[i + 1], length)) for i, start in enumerate(starts)]
@@ -250,7 +252,7 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
 
 def reflected(length: int, stop: int) -> torch.Tensor:
     """Indices 0..stop-1 folded into [0, length) as in a mirror: 0 1 2 2 1 0 0 1 ... for length 3."""
-    index = torch.arange(stop) % (2 * length)
+    index = torch.arange(stop) % (2 * length)                          # a mirror repeats after there and back
     return torch.where(index < length, index, 2 * length - 1 - index)
 
 
@@ -273,11 +275,12 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     _, height, width = image.shape
     tile_h, spans_y = tile_spans(height, tile, overlap)
     tile_w, spans_x = tile_spans(width, tile, overlap)
+    # Mirrored tissue is tissue: zeros beyond the border would be a colour that no slide has.
     rows = reflected(height, spans_y[-1][0] + tile_h)
     columns = reflected(width, spans_x[-1][0] + tile_w)
 
-    prob = torch.empty(height, width)
-    jobs = [(span_y, span_x) for span_y in spans_y for span_x in spans_x]
+    prob = torch.empty(height, width)                      # on the CPU: an ROI may be larger than a GPU holds
+    jobs = [(span_y, span_x) for span_y in spans_y for span_x in spans_x]  # one per tile
     for first in tqdm(range(0, len(jobs), batch_size), "tiles", leave=False, delay=3, disable=None):
         batch = jobs[first:first + batch_size]
         tiles = torch.stack([image[:, rows[y:y + tile_h, None], columns[x:x + tile_w]]
@@ -285,7 +288,9 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
         if tiles.dtype == torch.uint8:
             tiles = tiles.float() / 127.5 - 1
         logits = model(tiles.contiguous(memory_format=torch.channels_last))                 # (B, K, h, w)
+        # Tumor is everything but background; clamped, because sums of a softmax pass 1 by a rounding.
         tumor = logits.float().softmax(dim=1)[:, 1:].sum(dim=1).clamp(max=1).cpu()          # (B, h, w)
+        # Near its border a tile sees half of its surroundings: only the middle part is kept.
         for ((y, top, bottom), (x, left, right)), part in zip(batch, tumor):
             prob[top:bottom, left:right] = part[top - y:bottom - y, left - x:right - x]
     return prob

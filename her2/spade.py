@@ -25,8 +25,8 @@ Differs from the official code (NVlabs/SPADE):
 - Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
   num_batches_tracked, which the official one never advances.
 - PAPER: batch norm at test time is left open. Training images were normalised with the statistics of their
-  own batch; synthesised ones are with running averages, as officially, since an image must depend on its mask
-  and its z only, not on which others share the batch. But those averages belong to the weights of the last
+  own batch; synthesised ones are with running averages, as officially: by statistics of the batch, the other
+  images in it would change the picture that a mask and a z give. But those averages belong to the last
   steps, not to averaged (EMA) weights, and to z from the encoder, not from N(0, I). `recalibrate_norm`
   measures them anew, with the weights that are saved and z as in synthesis. In one run of 800 steps on the
   phantom it brought the images of averaged weights from a mean distance of 0.136 to 0.041 from what training
@@ -55,16 +55,20 @@ class SPADENorm(nn.Module):
         super().__init__()
         assert norm in ("batch", "instance"), f"norm is 'batch' or 'instance', found {norm!r}"
         layer = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
-        self.param_free_norm = layer(channels, affine=False)
+        self.param_free_norm = layer(channels, affine=False)   # scale and shift are the label map's business
+        # 3 x 3 twice: gamma and beta know how far the next tissue is, not only which one is here.
         self.mlp_shared = nn.Sequential(nn.Conv2d(num_classes, hidden, 3, padding=1), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
         self.mlp_beta = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
         """x (B, C, h, w); onehot (B, K, any, any) is resized to x -> (B, C, h, w)."""
+        # Nearest keeps one class per pixel: a mean of two one-hot vectors is a tissue that does not exist.
         onehot = F.interpolate(onehot, size=x.shape[2:], mode="nearest")              # (B, K, h, w)
         h = self.mlp_shared(onehot)                                                   # (B, hidden, h, w)
         gamma, beta = self.mlp_gamma(h), self.mlp_beta(h)                             # (B, C, h, w)
+        # gamma starts near 7e-5 (init_weights): without the 1 every layer would begin as a zero, and nothing
+        # would pass; with it the network begins as one with plain normalisation, and learns the label's part.
         return self.param_free_norm(x) * (1 + gamma) + beta                           # (B, C, h, w)
 
 
@@ -74,17 +78,18 @@ class SPADEResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_classes: int, norm: str = "batch",
                  hidden: int = 128):
         super().__init__()
-        middle = min(in_channels, out_channels)
+        middle = min(in_channels, out_channels)        # the narrower of the two: most of the cost is here
         self.conv_0 = SpectralConv2d(in_channels, middle, 3, padding=1)
         self.conv_1 = SpectralConv2d(middle, out_channels, 3, padding=1)
         self.norm_0 = SPADENorm(in_channels, num_classes, norm, hidden)
         self.norm_1 = SPADENorm(middle, num_classes, norm, hidden)
         self.shortcut = in_channels != out_channels
         if self.shortcut:
-            self.conv_s = SpectralConv2d(in_channels, out_channels, 1, bias=False)
+            self.conv_s = SpectralConv2d(in_channels, out_channels, 1, bias=False)   # only mixes channels
             self.norm_s = SPADENorm(in_channels, num_classes, norm, hidden)
 
     def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
+        # The label enters before each convolution, the shortcut's too: no path goes around it.
         skip = self.conv_s(self.norm_s(x, onehot)) if self.shortcut else x            # (B, C', h, w)
         x = self.conv_0(F.leaky_relu(self.norm_0(x, onehot), SLOPE))                  # (B, min, h, w)
         x = self.conv_1(F.leaky_relu(self.norm_1(x, onehot), SLOPE))                  # (B, C', h, w)
@@ -115,14 +120,14 @@ class SPADEGenerator(nn.Module):
         def block(in_width, out_width):
             return SPADEResBlock(in_width, out_width, num_classes, norm, hidden)
 
-        if use_vae:
+        if use_vae:                    # one linear map paints the coarsest grid: z sets the look of a patch
             self.fc = nn.Linear(z_dim, 16 * ngf * self.grid[0] * self.grid[1])
         else:
             self.fc = nn.Conv2d(num_classes, 16 * ngf, 3, padding=1)
         self.head_0 = block(16 * ngf, 16 * ngf)
         self.G_middle_0 = block(16 * ngf, 16 * ngf)
         self.G_middle_1 = block(16 * ngf, 16 * ngf)
-        self.up_0 = block(16 * ngf, 8 * ngf)
+        self.up_0 = block(16 * ngf, 8 * ngf)           # twice the side, half the width: the same cost
         self.up_1 = block(8 * ngf, 4 * ngf)
         self.up_2 = block(4 * ngf, 2 * ngf)
         self.up_3 = block(2 * ngf, ngf)
@@ -149,11 +154,11 @@ class SPADEGenerator(nn.Module):
             f"height and width must be divisible by {self.stride}, found {tuple(onehot.shape[2:])}"
 
         def double(x):
-            return F.interpolate(x, scale_factor=2, mode="nearest")
+            return F.interpolate(x, scale_factor=2, mode="nearest")   # no transposed convolution: no checkers
 
         x = self.start(onehot, z)                                                     # (B, 16n, H/g, W/g)
         x = double(self.head_0(x, onehot))                                            # (B, 16n, 2H/g, ..)
-        x = self.G_middle_0(x, onehot)
+        x = self.G_middle_0(x, onehot)                                                # a second look at this
         if self.stride > 32:
             x = double(x)
         x = double(self.G_middle_1(x, onehot))                                        # (B, 16n, 4H/g, ..)
@@ -163,6 +168,7 @@ class SPADEGenerator(nn.Module):
         x = self.up_3(x, onehot)                                                      # (B, n, H, W)
         if self.stride > 64:
             x = self.up_4(double(x), onehot)                                          # (B, n/2, H, W)
+        # tanh keeps the image in [-1, 1]; where it saturates its gradient is 0: see saturated_share.
         return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE)))                      # (B, 3, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
@@ -182,13 +188,14 @@ class VAEEncoder(nn.Module):
         super().__init__()
         assert size >= 8, f"the encoder needs patches of at least 8 pixels, found size {size}"
         self.config = dict(ngf=ngf, z_dim=z_dim, size=size)
-        levels = int(math.log2(min(size, 256))) - 2
+        levels = int(math.log2(min(size, 256))) - 2            # halvings that leave a side of 4
         self.side = 4 * 2 ** levels
         widths = [3] + [ngf * min(2 ** level, 8) for level in range(levels)]            # 1, 2, 4, 8, 8, 8
         self.layers = [f"layer{level + 1}" for level in range(levels)]
         for name, in_width, out_width in zip(self.layers, widths, widths[1:]):
             convolution = SpectralConv2d(in_width, out_width, 3, stride=2, padding=1, bias=False)
             setattr(self, name, nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
+        # What is left is 4 x 4: too coarse to hold where a nest is, fine enough for how dark it is.
         self.fc_mu = nn.Linear(widths[-1] * 16, z_dim)
         self.fc_var = nn.Linear(widths[-1] * 16, z_dim)
 
@@ -201,7 +208,7 @@ class VAEEncoder(nn.Module):
         for name in self.layers:
             x = F.leaky_relu(getattr(self, name)(x), SLOPE)                           # (B, C, h/2, w/2)
         x = x.flatten(1)                                                              # (B, 8n*4*4)
-        return self.fc_mu(x).float(), self.fc_var(x).float()                          # (B, z_dim) twice
+        return self.fc_mu(x).float(), self.fc_var(x).float()     # (B, z_dim) twice; exp overflows in fp16
 
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Weights of NVlabs/SPADE (latest_net_E.pth): the same names. ValueError lists what does not fit."""
@@ -212,6 +219,7 @@ def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) 
     """z ~ N(mu, exp(logvar)) with gradients into mu and logvar; noise ~ N(0, I); all (B, z_dim)."""
     assert mu.shape == logvar.shape == noise.shape, \
         f"mu, logvar and noise must have one shape, found {[tuple(t.shape) for t in (mu, logvar, noise)]}"
+    # Drawing has no gradient. Written so, the draw is in `noise`, and mu and logvar are ordinary factors.
     return mu + torch.exp(0.5 * logvar) * noise
 
 
@@ -228,7 +236,7 @@ def recalibrate_norm(generator: SPADEGenerator, batches) -> None:
     momenta = [norm.momentum for norm in norms]
     for layer in generator.modules():
         if isinstance(layer, SpectralConv2d):
-            layer.power_iteration(steps=10)
+            layer.power_iteration(steps=10)                # averaged weights have other singular vectors
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None                               # torch: cumulative average instead of exponential

@@ -13,7 +13,9 @@ is drawn with it, the augmentation changes the amounts and goes back, and the re
 whether a generated instance carries the staining that was asked for.
 
 Difference from the common implementations: the white point is an argument instead of a fixed 255,
-because glass is not 255 in any scanner, and a wrong white point reads as dye everywhere.
+because glass is not 255 in any scanner, and a wrong white point reads as dye everywhere. `stain_jitter`
+takes 255 all the same, since a training patch need not show glass: glass of 242 counts as a little dye
+there, and the jitter makes 235 to 252 of it, as lamps and scanners do.
 """
 
 import math
@@ -21,6 +23,7 @@ import math
 import numpy as np
 import torch
 
+# Ruifrok & Johnston, table 1: the colour of a dye as its direction in optical density (red, green, blue).
 HAEMATOXYLIN = np.array([0.650, 0.704, 0.286])
 DAB = np.array([0.268, 0.570, 0.776])
 DARKEST = 0.5  # an 8-bit 0 stands for anything below 1; half a level keeps its logarithm finite
@@ -28,11 +31,11 @@ DARKEST = 0.5  # an 8-bit 0 stands for anything below 1; half a level keeps its 
 
 def stain_matrix(haematoxylin=HAEMATOXYLIN, dab=DAB) -> np.ndarray:
     """(3, 3): unit rows haematoxylin, DAB and their normalised cross product (the residual)."""
-    rows = np.stack([haematoxylin, dab, np.cross(haematoxylin, dab)])
+    rows = np.stack([haematoxylin, dab, np.cross(haematoxylin, dab)])                # the third: none of both
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-STAINS = stain_matrix()
+STAINS = stain_matrix()                                                 # (3, 3) rows: dyes, columns: channels
 
 
 def white_point(rgb, percentile: float = 99.0) -> np.ndarray:
@@ -50,14 +53,14 @@ def optical_density(rgb, white=255.0) -> np.ndarray:
 def deconvolve(rgb, white=255.0, stains=STAINS) -> tuple[np.ndarray, np.ndarray]:
     """Image (..., 3) in 0..255 -> amounts (haematoxylin, DAB), each of shape (...)."""
     assert np.shape(rgb)[-1] == 3, f"expected (..., 3), found {np.shape(rgb)}"
-    amounts = optical_density(rgb, white) @ np.linalg.inv(stains)
-    return amounts[..., 0], amounts[..., 1]
+    amounts = optical_density(rgb, white) @ np.linalg.inv(stains)       # (..., 3 dyes)
+    return amounts[..., 0], amounts[..., 1]                             # the residual belongs to neither dye
 
 
 def compose(haematoxylin, dab, white=255.0, stains=STAINS) -> np.ndarray:
     """Amounts (...) of both dyes -> image (..., 3), float in 0..white. Inverse of `deconvolve`."""
     assert np.shape(haematoxylin) == np.shape(dab), f"{np.shape(haematoxylin)} against {np.shape(dab)}"
-    amounts = np.stack([haematoxylin, dab], axis=-1)
+    amounts = np.stack([haematoxylin, dab], axis=-1)                    # (..., 2): a picture has no residual
     return white * 10.0 ** -(amounts @ np.asarray(stains[:2], dtype=amounts.dtype))
 
 
@@ -65,9 +68,12 @@ def stain_jitter(image, generator, scale: float = 0.1, shift: float = 0.01) -> t
     """Change how strongly each image of a batch is stained: image (B, 3, H, W) in [-1, 1] -> the same.
 
     Every amount is multiplied by 1 + U(-scale, scale) and moved by U(-shift, shift), one draw per image
-    and dye. PAPER: the paper does not say how it augments. Mild on purpose: a factor of two would turn
-    a 1+ into a 2+, so the label would no longer be true.
+    and dye. PAPER: the paper does not say how it augments. Mild: as much as laboratories may differ. What
+    the segmenter is asked, tumor or not, stays true under more; a subtype does not: twice the dye makes 2+
+    of 1+.
     """
+    # In densities, not in RGB: laboratories differ in the amount of dye, while the colour of a dye stays.
+    # A shift in RGB makes violet DAB and yellow glass, which no laboratory has.
     assert image.ndim == 4 and image.shape[1] == 3, f"expected (B, 3, H, W), found {tuple(image.shape)}"
     def draw(half_width):
         return (torch.rand(len(image), 3, generator=generator) * 2 - 1).double() * half_width   # (B, 3 dyes)

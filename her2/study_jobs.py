@@ -64,9 +64,8 @@ class Record:
 
     def add(self, stage, seconds: float) -> None:
         # A stage that went on from a checkpoint took the time of both starts; the first one was not recorded.
-        self.done[stage.name] = {
-            "key": self.keys[stage.name], "command": stage.command, "seconds": round(seconds, 1)
-        }
+        self.done[stage.name] = {"key": self.keys[stage.name], "command": stage.command,
+                                 "seconds": round(seconds, 1)}
         run.write_json(self.path, self.done)
 
     def set_aside(self, stage) -> None:
@@ -123,11 +122,8 @@ class Job:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             output = open(self.log, "w", encoding="utf-8")
         # A session of its own: Ctrl-C reaches it through `stop`, once, and not a second time by the terminal.
-        self.process = subprocess.Popen([sys.executable, *line],
-                                        env=environment(jobs, slot),
-                                        stdout=output,
-                                        stderr=output and subprocess.STDOUT,
-                                        start_new_session=jobs > 1)
+        self.process = subprocess.Popen([sys.executable, *line], env=environment(jobs, slot), stdout=output,
+                                        stderr=output and subprocess.STDOUT, start_new_session=True)
         if output:
             output.close()
 
@@ -151,22 +147,19 @@ class Board:
 
     def __init__(self, jobs: int, total: int):
         self.live, self.total = jobs > 1 and sys.stderr.isatty(), total
-        self.bars = ([tqdm(position=k, bar_format="{desc}", leave=False)
-                      for k in range(jobs + 1)] if self.live else [])
+        lines = jobs + 1 if self.live else 0
+        self.bars = [tqdm(position=k, bar_format="{desc}", leave=False) for k in range(lines)]
 
     def say(self, text: str) -> None:
         tqdm.write(text) if self.live else print(text, flush=True)
 
     def show(self, running: dict, finished: int, left: float) -> None:
         """running: {slot: Job}."""
-        for k, bar in enumerate(self.bars[:-1]):
-            job = running.get(k)
-            bar.set_description_str(
-                f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}"[:shutil.get_terminal_size(
-                )[0] - 1] if job else "-")
-        if self.live:
-            self.bars[-1].set_description_str(
-                f"{finished}/{self.total} stages, about {left / 60:.0f} min left")
+        texts = [f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}" if job else "-"
+                 for job in map(running.get, range(len(self.bars) - 1))]
+        texts.append(f"{finished}/{self.total} stages, about {left / 60:.0f} min left")
+        for bar, text in zip(self.bars, texts):
+            bar.set_description_str(text[:shutil.get_terminal_size()[0] - 1])
 
     def close(self) -> None:
         for bar in self.bars:
@@ -184,6 +177,10 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lam
     for stage in stages:
         (finished if record.complete(stage) else waiting.append)(stage)
     board, ready = Board(jobs, len(stages)), {stage.name for stage in stages} - {s.name for s in waiting}
+
+    def left():
+        return seconds_left(waiting, {job.stage: job.seconds for job in running.values()}, times, cost, jobs)
+
     if ready:
         board.say(f"{len(ready)} of {len(stages)} stages are complete")
     try:
@@ -197,8 +194,8 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lam
                     break
                 waiting.remove(stage)
                 record.set_aside(stage)
-                board.say(
-                    f"\n[{len(ready) + len(running) + 1}/{len(stages)}] {stage.name}\n$ {stage.command}")
+                number = len(ready) + len(running) + 1
+                board.say(f"\n[{number}/{len(stages)}] {stage.name}\n$ {stage.command}")
                 running[slot] = Job(stage, jobs, slot, logs)
             time.sleep(0.05 if jobs == 1 else 0.2)
             for slot, job in list(running.items()):
@@ -207,8 +204,7 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lam
                     continue
                 del running[slot]
                 if status:
-                    said = (f", it says: {job.last_line('error')}"
-                            if job.log else " (its message stands above)")
+                    said = f", it says: {job.last_line('error')}" if job.log else ", its message stands above"
                     failed[job.stage.name] = f"stage '{job.stage.name}' ended with exit status {status}{said}"
                     board.say(f"FAILED: {failed[job.stage.name]}")
                     continue
@@ -216,14 +212,9 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lam
                 times.setdefault(job.stage.kind, []).append(job.seconds)
                 ready.add(job.stage.name)
                 finished(job.stage)
-                left = seconds_left(waiting, {j.stage: j.seconds
-                                              for j in running.values()}, times, cost, jobs)
-                board.say(
-                    f"{job.stage.name}: {job.seconds / 60:.1f} min; {len(ready)} of {len(stages)} stages "
-                    f"are complete, about {left / 60:.0f} min left")
-            board.show(
-                running, len(ready),
-                seconds_left(waiting, {j.stage: j.seconds for j in running.values()}, times, cost, jobs))
+                board.say(f"{job.stage.name}: {job.seconds / 60:.1f} min; {len(ready)} of {len(stages)} "
+                          f"stages are complete, about {left() / 60:.0f} min left")
+            board.show(running, len(ready), left())
     finally:
         for job in running.values():
             job.stop()

@@ -19,10 +19,15 @@ as four "probes": sum, L1, L2, dot product with hash_unit(12345 + index)); the b
 import hashlib
 import json
 import os
+import re
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 HERE = Path(__file__).resolve().parent
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
@@ -106,37 +111,160 @@ def relative(ours, theirs) -> float:
     return float(np.abs(a - b).max(initial=0.0) / max(1.0, np.abs(b).max(initial=0.0)))
 
 
-def mismatch(name: str, ours, theirs, exact64, tolerance: float, limit: float) -> str:
-    """'' when `ours` agrees with the recorded `theirs`, else one line that says by how much it does not.
+# --- The comparison. Four runs of the same code: in float32, as users run it; in float64; in float64 with a
+# rounding of float32's size after every layer (the conditioning); in float64 with exp of the time embedding
+# off by one ulp of float32. The last three are the same on every machine, so the limits are.
 
-    Text and integers must be equal. Floats: max|a - b| <= limit * max(1, max|b|); more is allowed only where
-    the reference's own rounding demands it: the recorded absolute `tolerance`, or 4 max|float32 - float64| of
-    the reference. Values that are not finite must be the same. Probes of gradients are judged row by row,
-    against the L1 norm of their own array, so that a large one hides no small one; but no finer than 1 % of
-    the largest, because a gradient that is 0 by mathematics is the rounding of the others.
+UNIT = 2.0 ** -24           # float32 moves a number by at most this share of it
+MARGIN = 64                 # a layer sums many roundings, the emulation makes one: the largest ratio was 20
+
+
+def recast(tensors: dict, jitter=lambda x: x) -> dict:
+    """Copies for a run in float64: floats as float64, through `jitter`; the rest as it is."""
+    return {name: jitter(value.double()) if torch.is_tensor(value) and value.is_floating_point()
+            else value.clone() if torch.is_tensor(value) else value for name, value in tensors.items()}
+
+
+@contextmanager
+def float64_run(seed=None, exp_ulps: int = 0):
+    """Code inside computes in float64 -> a function that rounds a tensor (nothing without a seed).
+
+    Where our code says .float() it means "no less than float32", so that becomes .double(). With a seed,
+    every layer's output moves by up to one rounding of float32, and through autograd the gradient that comes
+    back by the same. exp_ulps: torch.exp of float32 numbers (the embedding's frequencies) is off by so many.
     """
-    a, b = as_array(ours), as_array(theirs)
-    if a.shape != b.shape:
-        return f"{name}: shape {a.shape}, recorded {b.shape}"
-    if b.dtype.kind != "f":
-        different = int((a != b).sum())
-        return f"{name}: {different} of {b.size} values differ" if different else ""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    odd = ~np.isfinite(b) | ~np.isfinite(a)
-    if not np.array_equal(a[odd], b[odd], equal_nan=True):
-        return f"{name}: {int(odd.sum())} values are not finite, and not the same in both"
-    a, b = np.where(odd, 0.0, a), np.where(odd, 0.0, b)
-    scale = np.maximum(1.0, np.abs(b).max(initial=0.0))
-    if name.endswith("grad_probes"):
-        scale = np.maximum(np.maximum(1.0, 0.01 * scale), b[:, 1:2])
-    rounding = tolerance
-    if exact64 is not None:
-        own_error = np.where(odd, 0.0, as_array(theirs) - as_array(exact64))
-        rounding = max(rounding, 4.0 * np.abs(own_error).max(initial=0.0))
-    if (np.abs(a - b) <= np.maximum(limit * scale, rounding)).all():
-        return ""
-    return (f"{name}: off by {np.abs(a - b).max():.3e} (scale {scale.max():.3g}, allowed {limit:g} of it, "
-            f"rounding {rounding:.1e})")
+    generator = torch.Generator().manual_seed(seed or 0)
+    exp, to_float = torch.exp, torch.Tensor.float
+
+    def jitter(x):
+        if seed is None or not torch.is_tensor(x) or x.dtype != torch.float64:
+            return x
+        return x * (1 + UNIT * (2 * torch.rand(x.shape, generator=generator) - 1))
+
+    def exp_off(x):
+        ulps = torch.randint(-exp_ulps, exp_ulps + 1, x.shape, generator=generator)
+        return exp(x) * (1 + 2 * UNIT * ulps).to(x.dtype) if x.dtype == torch.float32 else exp(x)
+
+    def rounded_gradients(optimizer, *_):       # Adam makes a whole step of a gradient that is only rounding
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
+                     if p.grad is not None]
+        floor = 256 / MARGIN * UNIT * 0.1 * max(float(g.abs().max()) for g in gradients)
+        for g in gradients if seed is not None else ():
+            g += floor * (2 * torch.rand(g.shape, generator=generator) - 1)
+
+    hooks = [register_module_forward_hook(lambda module, inputs, output: jitter(output)),
+             register_optimizer_step_pre_hook(rounded_gradients)]
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float, torch.exp = torch.Tensor.double, exp_off
+    try:
+        yield jitter
+    finally:
+        for hook in hooks:
+            hook.remove()
+        torch.set_default_dtype(torch.float32)
+        torch.Tensor.float, torch.exp = to_float, exp
+
+
+def disagreements(path, run, network: bool, only: str = "", again: bool = False) -> list:
+    """One line for everything in which run(meta, sd, inp, out) and the file of recorded numbers differ.
+
+    Text and integers must be equal, and so must what is not finite. For floats, three questions:
+    1 our float64 against the recorded float32: the rounding of the recording, the same on every machine;
+    2 our float64 against the reference's, where recorded (networks): the same up to 1e-9;
+    3 our float32 here against our float64: the rounding of this machine, whatever its kernels and threads.
+    The limit of 1 and 3 is the conditioning: MARGIN times what one rounding per layer moves, plus what one
+    ulp of exp moves (t = 999 makes an angle of 1e-4 of it), plus a few roundings of the largest value; in 1
+    also the reference's recorded own error. A gradient sums up to 2^16 places, which lose sqrt(2^16) = 256
+    roundings of their size even where they cancel to 0: a tenth of the group's largest gradient is that size.
+
+    only      a pattern: look at these outputs alone, and of a training at its first step
+    again     the code has been changed since `expectation` was computed: question 1 and 2 for what it is now
+    """
+    expected = expectation(path, run, only)
+    if again:
+        with float64_run():
+            ours = exact = run(expected["meta"], *map(recast, load(path)[1:3]), expected["out"])
+    else:
+        ours, exact = expected["ours"], expected["exact"]
+    own_error, out64 = tolerances(path), expected["out64"] if network else {}
+    lines = [mismatch(name, as_array(ours[name]), as_array(exact[name]), as_array(theirs),
+                      as_array(out64[name]) if name in out64 else None, expected["limits"][name],
+                      own_error.get(name, 0.0)) for name, theirs in expected["out"].items()]
+    return [line for line in lines if line]
+
+
+@lru_cache(maxsize=None)
+def expectation(path, run, only: str = "") -> dict:
+    """What `disagreements` compares: recorded outputs, ours in float32 and float64, limits; kept."""
+    meta, sd, inp, out, out64 = load(path)
+    if only:
+        meta["config"]["steps"] = 1
+        out = {name: value for name, value in out.items() if re.search(only, name)}
+    if all(as_array(value).dtype.kind != "f" for value in out.values()):
+        ours = exact = near = off = run(meta, sd, inp, out)
+    else:
+        with float64_run():
+            exact = off = run(meta, recast(sd), recast(inp), out)
+        with float64_run(seed=1) as jitter:
+            near = run(meta, recast(sd, jitter), recast(inp, jitter), out)
+        if "t" in inp:
+            with float64_run(exp_ulps=1):
+                off = run(meta, recast(sd), recast(inp), out)
+        ours = run(meta, sd, inp, out)
+    missing = sorted(out.keys() - ours.keys())
+    assert not missing, f"{path}: recorded but not computed: {missing}"
+    return {"meta": meta, "out": out, "out64": out64, "exact": {name: exact[name] for name in out},
+            "ours": {name: ours[name] for name in out},
+            "limits": {name: limits_of(name, exact, near, off, out) for name in out}}
+
+
+def limits_of(name: str, exact: dict, near: dict, off: dict, out: dict):
+    """-> the limit of questions 1 and 3, and that of 2: numbers, or of probes a column, one for every row."""
+    theirs = as_array(out[name])
+    if theirs.dtype.kind != "f" or as_array(exact[name]).shape != theirs.shape:
+        return 0.0, 0.0
+
+    def moved(other):
+        difference = np.abs(np.nan_to_num(as_array(other[name]) - as_array(exact[name]), posinf=0, neginf=0))
+        return difference.max(axis=1, keepdims=True) if probe_rows else difference.max(initial=0.0)
+
+    def size(value):
+        return np.abs(np.nan_to_num(as_array(value), posinf=0, neginf=0)).max(initial=0.0)
+
+    probe_rows, gradient = name.endswith("probes"), re.match(r"(.*)grad(in)?/", name)
+    if probe_rows:                # row by row against its own L1 norm, so that a large one hides no small one
+        scale = np.maximum(0.01 * size(theirs), np.abs(theirs[:, 1:2]))
+    elif gradient:
+        group = [size(value) for other, value in out.items() if other.startswith(gradient[0])]
+        scale = max(size(theirs), 0.1 * max(group))
+    else:
+        scale = max(1.0, size(theirs))
+    rounding, turned = (256 if "grad" in name else 16) * UNIT * scale, 2 * moved(off)
+    return MARGIN * moved(near) + turned + rounding, 1e-9 * scale + turned
+
+
+def mismatch(name: str, ours, exact, theirs, theirs64, limits, own_error: float) -> str:
+    """'' when the questions of `disagreements` are answered well, else a line that says by how much not."""
+    if ours.shape != theirs.shape:
+        return f"{name}: shape {ours.shape}, recorded {theirs.shape}"
+    if theirs.dtype.kind != "f":
+        different = max(int((run != theirs).sum()) for run in (ours, exact))
+        return f"{name}: {different} of {theirs.size} values differ" if different else ""
+    finite = np.isfinite(theirs)
+    for run in (ours, exact):
+        same = np.array_equal(run[~finite], theirs[~finite], equal_nan=True)
+        if not (same and np.isfinite(run[finite]).all()):
+            return f"{name}: some values are not finite, and not the same in both"
+    limit, limit64 = limits
+    checks = [("recorded", exact, theirs, np.maximum(limit, own_error)), ("float32 here", ours, exact, limit)]
+    if theirs64 is not None:
+        checks.append(("float64", exact, theirs64, limit64))
+    for what, a, b, allowed in checks:
+        error = np.abs(np.where(finite, a, 0.0).astype(np.float64) - np.where(finite, b, 0.0))
+        if (error > allowed).any():
+            return (f"{name}: {what}: off by {error.max():.3e}, "
+                    f"{(error / np.maximum(allowed, 1e-300)).max():.3g} x what is allowed")
+    return ""
 
 
 def flatten(value, path="y") -> dict:

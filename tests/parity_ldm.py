@@ -14,7 +14,8 @@ from her2.denoiser import Denoiser, LabelCode, LatentDenoiser, time_embedding
 from her2.diffusion import Schedule, denoising_loss
 from her2.discriminator import PatchGAN
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
-from her2.quantizer import Codebook, code_statistics, count_codes
+from her2.net_blocks import load_strict
+from her2.quantizer import Codebook, count_codes
 from her2.samplers import ddim_tables, ddim_timesteps, trajectory
 from her2.run_training import EMA
 
@@ -56,25 +57,50 @@ def unet_of(config: dict) -> Denoiser:
                     config["attention_resolutions"])
 
 
-def run_unet(meta, sd, inp, out, out64, tolerance):
+def run_unet(meta, sd, inp, out):
     module = unet_of(meta["config"]["unet"])
-    module.load_official_state_dict(sd)
+    load_strict(module, sd)
     return module_outputs(module, meta, inp)
 
 
-def run_rescaler(meta, sd, inp, out, out64, tolerance):
+def run_rescaler(meta, sd, inp, out):
     config = meta["config"]["rescaler"]
     module = LabelCode(config["in_channels"], config["out_channels"], config["n_stages"])
-    module.load_official_state_dict(sd)
+    load_strict(module, sd)
     return module_outputs(module, meta, inp)
 
 
-def run_time_embedding(meta, sd, inp, out, out64, tolerance):
+def q_mean_variance(s, x0, t):
+    """Mean, variance and its logarithm of q(xt | x0)."""
+    variance = 1 - s.alpha_bar
+    return s.roots(t, x0)[0] * x0, s.at(variance, t, x0), s.at(variance.log(), t, x0)
+
+
+def vlb_weight(s):
+    """(T,) weights that turn the L2 loss on eps into the variational bound; officially only logged.
+
+    At t = 0, where the posterior has no width, the weight of t = 1 stands. float32, as officially, loses four
+    digits in 1 - alpha_bar, so in float64 too.
+    """
+    beta, variance, alpha, alpha_bar = (table.to(torch.float32) for table in (
+        s.beta, s.posterior_variance, s.alpha, s.alpha_bar))
+    weight = beta ** 2 / (2 * variance * alpha * (1 - alpha_bar))
+    return torch.cat([weight[1:2], weight[1:]])
+
+
+def code_statistics(counts):
+    """-> (perplexity, number of codes used): exp of the entropy of the codes' frequencies."""
+    frequency = counts.double() / counts.sum().clamp(min=1)
+    perplexity = torch.exp(-(frequency * torch.log(frequency + 1e-10)).sum())
+    return perplexity.item(), int((counts > 0).sum())
+
+
+def run_time_embedding(meta, sd, inp, out):
     return {f"{name}/{dim}": time_embedding(inp["t"], dim, ddpm=ddpm) for dim in meta["config"]["dims"]
             for name, ddpm in (("openai", False), ("ddpm_vq_model_py", True))}
 
 
-def run_quantizer(meta, sd, inp, out, out64, tolerance):
+def run_quantizer(meta, sd, inp, out):
     config, ours = meta["config"], {}
     codebook = Codebook(config["n_e"], config["e_dim"], config["beta"])
     codebook.load_state_dict(sd)
@@ -88,7 +114,7 @@ def run_quantizer(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_vq(meta, sd, inp, out, out64, tolerance):
+def run_vq(meta, sd, inp, out):
     config, x = meta["config"], inp["x"]
     model = autoencoder_of(config["ddconfig"], config["embed_dim"], config["n_embed"])
     model.load_official_state_dict(sd)
@@ -112,7 +138,7 @@ def run_vq(meta, sd, inp, out, out64, tolerance):
     return {**ours, "train/loss": loss, **gradient_outputs("train/", gradients)}
 
 
-def run_vq_step(meta, sd, inp, out, out64, tolerance):
+def run_vq_step(meta, sd, inp, out):
     """Training iterations of the autoencoder and its PatchGAN, each step with its own forward."""
     config, ours = meta["config"], {}
     options = config["loss"]
@@ -165,7 +191,7 @@ def run_vq_step(meta, sd, inp, out, out64, tolerance):
             **{f"final/disc/buf/{name}": buffer for name, buffer in patchgan.named_buffers()}}
 
 
-def run_schedule(meta, sd, inp, out, out64, tolerance):
+def run_schedule(meta, sd, inp, out):
     s = schedule_of(meta["config"])
     ours = {"betas": s.beta, "alphas_cumprod": s.alpha_bar, "alphas_cumprod_prev": s.alpha_bar_before,
             "sqrt_alphas_cumprod": s.alpha_bar.sqrt(),
@@ -175,7 +201,7 @@ def run_schedule(meta, sd, inp, out, out64, tolerance):
             "sqrt_recipm1_alphas_cumprod": (1 / s.alpha_bar - 1).sqrt(),
             "posterior_variance": s.posterior_variance, "posterior_mean_coef1": s.posterior_x0,
             "posterior_log_variance_clipped": s.posterior_variance.clamp(min=1e-20).log(),
-            "posterior_mean_coef2": s.posterior_xt, "lvlb_weights": s.vlb_weight(torch.float32),
+            "posterior_mean_coef2": s.posterior_xt, "lvlb_weights": vlb_weight(s),
             "f64/betas": s.beta, "f64/alphas_cumprod": s.alpha_bar}
     for S in meta["config"]["S"]:
         ours[f"ddim_timesteps/uniform/{S}"] = np.array(ddim_timesteps(s.T, S, "leading"))
@@ -183,10 +209,10 @@ def run_schedule(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_diffusion_math(meta, sd, inp, out, out64, tolerance):
+def run_diffusion_math(meta, sd, inp, out):
     s, t, x0, xt, noise = schedule_of(meta["config"]), *(inp[name] for name in ("t", "x0", "xt", "noise"))
     ours = {"q_sample": s.q_sample(x0, t, noise), "predict_start_from_noise": s.x0_and_eps(noise, xt, t)[0]}
-    for name, value in zip(("mean", "variance", "log_variance"), s.q_mean_variance(x0, t)):
+    for name, value in zip(("mean", "variance", "log_variance"), q_mean_variance(s, x0, t)):
         ours[f"q_mean_variance/{name}"] = value
     names = ("mean", "variance", "log_variance_clipped")
     ours.update({f"q_posterior/{name}": value for name, value in zip(names, s.posterior(x0, xt, t))})
@@ -200,11 +226,11 @@ def run_diffusion_math(meta, sd, inp, out, out64, tolerance):
     for kind in ("l1", "l2"):
         loss = denoising_loss(output, s.target(x0, noise, t), kind)
         ours[f"p_losses/{kind}"] = loss.mean()
-        ours[f"p_losses/{kind}_vlb"] = (s.vlb_weight(torch.float32)[t] * loss).mean()
+        ours[f"p_losses/{kind}_vlb"] = (vlb_weight(s)[t] * loss).mean()
     return ours
 
 
-def run_ddim(meta, sd, inp, out, out64, tolerance):
+def run_ddim(meta, sd, inp, out):
     s, ours = schedule_of(meta["config"]), {}
     last = s.alpha_bar[0].item()
     for case in sorted({name.rsplit("/", 1)[0] for name in out}):
@@ -222,7 +248,7 @@ def run_ddim(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_diffusers_ddim(meta, sd, inp, out, out64, tolerance):
+def run_diffusers_ddim(meta, sd, inp, out):
     """diffusers' DDIMScheduler: S levels T // S apart; `steps_offset` and the end of the last step vary."""
     s, ours = schedule_of(meta["config"]), {}
     for name in out:
@@ -242,7 +268,7 @@ def run_diffusers_ddim(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_ddpm_loop(meta, sd, inp, out, out64, tolerance):
+def run_ddpm_loop(meta, sd, inp, out):
     """All T steps: our DDIM with eta 1 on every level is the official ancestral sampler."""
     config, ours = meta["config"], {}
     s = schedule_of(config)
@@ -256,7 +282,7 @@ def run_ddpm_loop(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def run_ldm_step(meta, sd, inp, out, out64, tolerance):
+def run_ldm_step(meta, sd, inp, out):
     """Training iterations of the latent diffusion model, then samples from it."""
     config, ours = meta["config"], {}
     ldm = config["ldm"]
@@ -289,7 +315,7 @@ def run_ldm_step(meta, sd, inp, out, out64, tolerance):
             ours.update(z=x0, cond=code.detach())
         output = model(s.q_sample(x0, t, eps), t, code)
         loss = denoising_loss(output, s.target(x0, eps, t), ldm["loss_type"])
-        vlb = (s.vlb_weight(torch.float32)[t] * loss.detach()).mean()
+        vlb = (vlb_weight(s)[t] * loss.detach()).mean()
         optimizer.zero_grad()
         loss.mean().backward()
         if step == 0:

@@ -33,7 +33,7 @@ def centres_on_edges(rings, height, width):
     return on
 
 
-def polygons(meta, sd, inp, out, out64, tolerance):
+def polygons(meta, sd, inp, out):
     config = meta["config"]
     height, width = config["H"], config["W"]
     verts = inp["verts"].numpy()
@@ -66,5 +66,5 @@ def polygons(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-RUNNERS = {"polygons": polygons}
+RUNNERS = {"polygons": polygons, "polygons_big": polygons}    # a few of all kinds; tens of large ones
 NETWORKS = []

@@ -17,7 +17,7 @@ from her2.segmenter import UNet
 MONAI_EPS = 1e-5  # its smooth_nr and smooth_dr
 
 
-def smp_unet(meta, sd, inp, out, out64, tolerance):
+def smp_unet(meta, sd, inp, out):
     """segmentation-models-pytorch's Unet("resnet34"): x is normalised already, the loss is cross-entropy."""
     width = sd["encoder.conv1.weight"].shape[0]
     decoder = [sd[f"decoder.blocks.{i}.conv1.0.weight"].shape[0] for i in range(5)]
@@ -78,7 +78,7 @@ def one_loss(name, logits, target):
     return dice_cross_entropy(logits, target, dice_weight=0.0, ce_weight=1.0, **options)[0]
 
 
-def seg_losses(meta, sd, inp, out, out64, tolerance):
+def seg_losses(meta, sd, inp, out):
     ours = {}
     for case in meta["config"]["cases"]:
         logits, target = inp[f"{case}/logits"].requires_grad_(), inp[f"{case}/target"]
@@ -90,7 +90,7 @@ def seg_losses(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def metrics(meta, sd, inp, out, out64, tolerance):
+def metrics(meta, sd, inp, out):
     ours, classes = {}, meta["config"]["C"]
     for case in meta["config"]["cases"]:
         pred, target = inp[f"{case}/pred"], inp[f"{case}/target"]
@@ -136,7 +136,7 @@ def torchmetrics_gdice(images, first):
     return np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1), 0.0)
 
 
-def frechet(meta, sd, inp, out, out64, tolerance):
+def frechet(meta, sd, inp, out):
     ours = {}
     for case in meta["config"]["cases"]:
         a, b = inp[f"{case}/a"], inp[f"{case}/b"]

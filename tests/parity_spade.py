@@ -28,7 +28,7 @@ def with_official_counters(ours: dict, sd: dict, text: str, prefix: str) -> dict
     return ours
 
 
-def spade_norm(meta, sd, inp, out, out64, tolerance):
+def spade_norm(meta, sd, inp, out):
     config = meta["config"]
     norm = SPADENorm(config["norm_nc"], config["label_nc"], norm_of(config["config_text"]),
                      hidden=len(sd["mlp_shared.0.weight"]))
@@ -36,7 +36,7 @@ def spade_norm(meta, sd, inp, out, out64, tolerance):
     return with_official_counters(module_outputs(norm, meta, inp), sd, config["config_text"], "train/buf/")
 
 
-def spade_block(meta, sd, inp, out, out64, tolerance):
+def spade_block(meta, sd, inp, out):
     config, text = meta["config"], meta["config"]["opt"]["norm_G"]
     block = SPADEResBlock(config["fin"], config["fout"], config["opt"]["semantic_nc"], norm_of(text))
     block.load_state_dict(sd)
@@ -50,7 +50,7 @@ def build_generator(opt: dict) -> SPADEGenerator:
                           opt.get("num_upsampling_layers", "normal"))
 
 
-def spade_generator(meta, sd, inp, out, out64, tolerance):
+def spade_generator(meta, sd, inp, out):
     opt = meta["config"]["opt"]
     generator = build_generator(opt)
     generator.load_official_state_dict(sd)
@@ -64,7 +64,7 @@ def build_encoder(opt: dict, sd: dict) -> VAEEncoder:
     return encoder
 
 
-def spade_encoder(meta, sd, inp, out, out64, tolerance):
+def spade_encoder(meta, sd, inp, out):
     return module_outputs(build_encoder(meta["config"]["opt"], sd), meta, inp)
 
 
@@ -76,18 +76,18 @@ def build_discriminator(opt: dict, sd: dict) -> MultiscaleDiscriminator:
     return discriminator
 
 
-def spade_discriminator(meta, sd, inp, out, out64, tolerance):
+def spade_discriminator(meta, sd, inp, out):
     return module_outputs(build_discriminator(meta["config"]["opt"], sd), meta, inp)
 
 
-def patchgan(meta, sd, inp, out, out64, tolerance):
+def patchgan(meta, sd, inp, out):
     config = meta["config"]["disc"]
     network = PatchGAN(config["input_nc"], config["ndf"], config["n_layers"])
     network.load_official_state_dict(sd)
     return module_outputs(network, meta, inp)
 
 
-def gan_losses(meta, sd, inp, out, out64, tolerance):
+def gan_losses(meta, sd, inp, out):
     """Recorded with several scales of several features each; the official loss of a list has shape (1,)."""
     config = meta["config"]
     scales, layers = range(config["nd"]), range(config["nf"])
@@ -123,40 +123,54 @@ def gan_losses(meta, sd, inp, out, out64, tolerance):
     return ours
 
 
-def spade_step(meta, sd, inp, out, out64, tolerance):
-    """The official training loop: generator step, then discriminator step with a forward of its own."""
+def spade_step(meta, sd, inp, out):
+    """The official training loop: generator step, then discriminator step with a forward of its own.
+
+    With use_vae off there is no encoder, no z and no KL divergence: the image follows from the label map.
+    """
     opt = meta["config"]["opt"]
     nets = {letter: {name[2:]: value for name, value in sd.items() if name[0] == letter} for letter in "GDE"}
-    generator, encoder = build_generator(opt), build_encoder(opt, nets["E"])
+    generator = build_generator(opt)
     generator.load_official_state_dict(nets["G"])
-    discriminator = build_discriminator(opt, nets["D"])
-    networks = {"G": generator, "E": encoder, "D": discriminator}
+    networks = {"G": generator, "D": build_discriminator(opt, nets["D"])}
+    if opt.get("use_vae", False):
+        networks["E"] = build_encoder(opt, nets["E"])
+    discriminator, encoder = networks["D"], networks.get("E")
     lr = opt["lr"]                                           # TTUR: half of it for G and E, twice for D
-    adam_g = torch.optim.Adam([*generator.parameters(), *encoder.parameters()], lr=lr / 2, betas=(0.0, 0.9))
+    painting = [p for letter in "GE" if letter in networks for p in networks[letter].parameters()]
+    adam_g = torch.optim.Adam(painting, lr=lr / 2, betas=(0.0, 0.9))
     adam_d = torch.optim.Adam(discriminator.parameters(), lr=lr * 2, betas=(0.0, 0.9))
     onehot = F.one_hot(inp["label"][:, 0].long(), opt["semantic_nc"]).permute(0, 3, 1, 2).float()
+
+    def paint(real, name, index=None):
+        """-> fake image, and the KL term (None without an encoder); `name` is the recorded noise."""
+        if encoder is None:
+            return generator(onehot), None
+        mu, logvar = encoder(real)
+        noise = inp[name] if index is None else inp[name][index]
+        kl = kl_divergence(mu, logvar, reduction="sum")
+        return generator(onehot, reparameterize(mu, logvar, noise)), kl
 
     ours = {}
     for step in range(meta["config"]["steps"]):
         real = inp["image"][step]
-        mu, logvar = encoder(real)
-        fake = generator(onehot, reparameterize(mu, logvar, inp["eps"][2 * step]))
+        fake, kl = paint(real, "eps", 2 * step)
         fake_features, real_features = discriminate(discriminator, onehot, fake, real)
-        losses = {"KLD": 0.05 * kl_divergence(mu, logvar, reduction="sum"),
-                  "GAN": hinge_generator(fake_features)[None],
-                  "GAN_Feat": feature_matching(fake_features, real_features)[None]}
+        matching = feature_matching(fake_features, real_features, opt.get("lambda_feat", 10.0))
+        losses = {"GAN": hinge_generator(fake_features)[None], "GAN_Feat": matching[None]}
+        if kl is not None:
+            losses["KLD"] = opt.get("lambda_kld", 0.05) * kl
         adam_g.zero_grad()
         sum(losses.values()).mean().backward()
         if step == 0:
             ours["fake0"] = fake.detach()
-            for letter in "GE":
+            for letter in networks.keys() & {*"GE"}:
                 gradients = {name: p.grad for name, p in networks[letter].named_parameters()}
                 ours.update(gradient_outputs(f"step0/{letter}/", gradients))
         adam_g.step()
 
         with torch.no_grad():
-            mu, logvar = encoder(real)
-            fake = generator(onehot, reparameterize(mu, logvar, inp["eps"][2 * step + 1]))
+            fake, _ = paint(real, "eps", 2 * step + 1)
         fake_features, real_features = discriminate(discriminator, onehot, fake, real)
         loss_real, loss_fake = hinge_discriminator(real_features, fake_features)
         losses.update({"D_real": loss_real[None], "D_Fake": loss_fake[None]})
@@ -175,11 +189,9 @@ def spade_step(meta, sd, inp, out, out64, tolerance):
         ours.update({f"final/{letter}/param_names": names, f"final/{letter}/param_probes": rows})
         buffers = {f"final/{letter}/buf/{name}": value for name, value in network.named_buffers()}
         ours.update(buffers)
-    for network in (generator, encoder):
         network.eval()
     with torch.no_grad():                                    # officially z comes from the encoder here too
-        mu, logvar = encoder(inp["image"][0])
-        ours["final/fake_eval"] = generator(onehot, reparameterize(mu, logvar, inp["eps_test"]))
+        ours["final/fake_eval"] = paint(inp["image"][0], "eps_test")[0]
     ours["lr"] = torch.tensor([adam_g.param_groups[0]["lr"], adam_d.param_groups[0]["lr"]])
     return ours
 

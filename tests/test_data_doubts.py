@@ -12,6 +12,7 @@ from data_exports import SIDE, SLIDES, SUBTYPES, feature, label_of, shapes, stem
 from data_factory import save, write_csv
 from PIL import Image
 
+from her2 import data
 from her2.data_classes import load_classes
 from her2.data_folder import inspect_dataset, load_dataset
 from her2.data_regions import read_polygons, read_roi
@@ -202,3 +203,12 @@ def test_the_sheet_shows_outlines_in_the_colours_of_their_classes(tmp_path):
         scale = one_.picture.shape[0] // SIDE
         inside = np.kron(label_of(k) > 0, np.ones((scale, scale), bool))
         assert rim.sum() > 200 and not rim[~inside].any() and one_.majority(found.classes) == (k % 4 + 1, 1.0)
+
+
+def test_a_frame_that_is_ignored_is_pointed_out(tmp_path):
+    rows = dataset(tmp_path, "masks")
+    for share, said in ((lambda m, _: np.where(m == 0, 255, m), True), (salt, False)):
+        change_masks(share)(tmp_path, rows)
+        found, problems, said_notes = load_dataset(tmp_path), [], []
+        data.survey_all(found, problems, said_notes)
+        assert any('call it "Background"' in note for note in said_notes) == said and not problems

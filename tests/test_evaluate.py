@@ -17,7 +17,7 @@ from data_factory import save, write_csv, write_dataset
 from PIL import Image
 
 import evaluate
-from her2 import report, report_staining, run
+from her2 import draw_overlay, report, report_staining, run
 from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import load_dataset, write_split
 from her2.run_errors import command
@@ -196,8 +196,8 @@ def test_results_csv_has_a_row_per_run_and_roi_and_the_worst_are_drawn(place):
         with Image.open(Path(folder, "worst.png")) as picture:
             drawn = {color for _, color in picture.convert("RGB").getcolors(1 << 24)}
         mask, prob = np.array(Image.open(roi.mask)), slow_pixels(folder, "test", [roi])[0]
-        share, (_, _, wrong) = evaluate.errors(np.array(Image.open(roi.image)), mask,
-                                               prob.reshape(mask.shape), dataset.classes)
+        share, (_, _, wrong) = draw_overlay.errors(np.array(Image.open(roi.image)), mask,
+                                                   prob.reshape(mask.shape), dataset.classes, evaluate.CELL)
         assert share == pytest.approx(shares[roi.name], abs=2e-4)
         painted = (wrong == evaluate.draw.BLUE).all(-1) | (wrong == evaluate.draw.VERMILION).all(-1)
         assert painted.sum() == round(share * (mask != 255).sum())
@@ -354,7 +354,7 @@ BAD = {
                               ["tumor0", "'gan'"]),
     "damaged model": (lambda: Path("runs/tumor0/model.pt").write_bytes(b"PK"), RUNS, ["tumor0", "model.pt"]),
     "another class table": (other_classes, RUNS, ["class table"]),
-    "data are gone": (lambda: shutil.move("data", "elsewhere"), RUNS, ["data", "slides.csv"]),
+    "data are gone": (lambda: shutil.move("data", "elsewhere"), RUNS, ["data: no such", "--data"]),
     "synthetic folder of the run is gone": (lambda: shutil.move("synth/ldm", "x"), RUNS, ["synth/ldm"]),
     "not a synthetic folder": (lambda: None, [*RUNS, "--synthetic", "data"], ["data"]),
     "two folders of one method": (lambda: shutil.copytree("synth/ldm", "synth/b"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from her2 import run_config as configuration
-from her2 import run, run_log, run_training
+from her2 import run, run_log, run_losses, run_training
 from her2.run_errors import UserError, atomic_write
 
 
@@ -209,17 +209,17 @@ def losses_of(tmp_path, scaler=None):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return net, run_training.Losses(tmp_path, {"net": net}, scaler)
+    return net, run_losses.Losses(tmp_path, {"net": net}, scaler)
 
 
 def test_divergence_stops_the_run_with_a_diagnosis_of_the_first_bad_step(tmp_path):
     net, losses = losses_of(tmp_path)
-    losses.add(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(2.0))
-    losses.add(4, ["a.png"], loss=torch.tensor(0.5), grad_norm=0.0)
+    losses.end(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(2.0))
+    losses.end(4, ["a.png"], loss=torch.tensor(0.5), grad_norm=torch.tensor(0.0))
     assert losses.read() == losses.read() == {"loss": 0.5, "grad_norm": 0.0}
     net.bias.grad[1] = math.nan
-    losses.add(5, ["b.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.nan))
-    losses.add(6, ["c.png"], loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.nan))
+    losses.end(5, ["b.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.nan))
+    losses.end(6, ["c.png"], loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.nan))
     with pytest.raises(UserError, match="grad_norm not finite at step 5"):
         losses.read()
     told = json.loads((tmp_path / "diagnosis.json").read_text(encoding="utf-8"))
@@ -227,10 +227,18 @@ def test_divergence_stops_the_run_with_a_diagnosis_of_the_first_bad_step(tmp_pat
             and told["step"] == 5)
 
 
+def test_parts_of_a_step_add_up(tmp_path):
+    _, losses = losses_of(tmp_path)
+    losses.add(0.25, loss=torch.tensor(8.0))
+    losses.add(0.75, loss=torch.tensor(4.0), late=torch.tensor(2.0))
+    losses.end(7, ["a.png"], grad_norm=torch.tensor(1.0))
+    assert losses.read() == {"loss": 5.0, "late": 1.5, "grad_norm": 1.0}
+
+
 def test_weights_that_are_not_finite_are_never_saved_in_silence(tmp_path):
     """A finite gradient times a huge learning rate: losses and norms were fine up to here."""
     net, losses = losses_of(tmp_path)
-    losses.add(3, ["a.png"], loss=torch.tensor(1.0))
+    losses.end(3, ["a.png"], loss=torch.tensor(1.0))
     torch.nn.init.constant_(net.bias, math.inf)
     with pytest.raises(UserError, match="weights not finite at step 3"):
         losses.read()
@@ -239,12 +247,12 @@ def test_weights_that_are_not_finite_are_never_saved_in_silence(tmp_path):
 def test_infinite_gradients_are_the_scalers_business_under_fp16(tmp_path):
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     _, losses = losses_of(tmp_path, scaler)
-    losses.add(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
+    losses.end(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
     assert losses.read()["grad_norm"] == math.inf
-    losses.add(4, ["a.png"], loss=torch.tensor(math.inf), grad_norm=torch.tensor(math.inf))
+    losses.end(4, ["a.png"], loss=torch.tensor(math.inf), grad_norm=torch.tensor(math.inf))
     with pytest.raises(UserError, match="loss not finite at step 4"):
         losses.read()
     _, losses = losses_of(tmp_path, torch.amp.GradScaler("cpu", init_scale=0.5, enabled=True))
-    losses.add(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
+    losses.end(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
     with pytest.raises(UserError, match="grad_norm not finite at step 3"):
         losses.read()

@@ -48,6 +48,7 @@ GAN = ["train_gan.py", *DATA, "--width", "8", "--out", "new"]
 VQ = ["train_ldm.py", "--stage", "autoencoder", *DATA, "--width", "8", "--out", "new"]
 LDM = ["train_ldm.py", "--stage", "diffusion", *DATA, "--autoencoder", "vq", "--out", "new"]
 SYNTH = ["generate.py", *DATA, "--count", "2", "--out", "new"]
+POSIX = os.name == "posix"
 CASES = {}      # group: {name: (command line, what spoils the valid files, words that the line must hold)}
 
 
@@ -155,6 +156,7 @@ for name, file, content, words in (
 
 for line, flags in (
         (SEG, ["--steps 0", "--steps -3", "--steps 1e3", "--batch 0", "--lr 0", "--lr nan", "--lr inf?",
+               "--lr inf", "--lr 1e308",
                "--patch 0", "--patch 48", "--patch 9000", "--seed -1", "--seed 99999999999",
                "--split-seed -1", "--clip 0", "--warmup -1", "--width 4", "--dice-weight 1.5", "--jitter -1",
                "--log-every 0", "--save-every 0", "--workers -1", "--ratio -1", "--ratio nan", "--batch 1",
@@ -242,6 +244,8 @@ for name, line, words, spoil in (
         ("out is a file", SEG, ["new", "is a file"], add("new", b"x")),
         ("out lies below a file", [*SEG[:-1], "data/slides.csv/x"], ["slides.csv", "folder"], None),
         ("out has a long name", [*SEG[:-1], "n" * 300], ["too long"], None),
+        ("out cannot be made", [*SEG[:-1], "/proc/new" if sys.platform == "linux" else "data/slides.csv/x"],
+         ["folder cannot be made"], None),
         ("out holds other files", SEG, ["new", "not empty"], add("new/thesis.txt", b"precious")),
         ("cache is a file", [*SEG, "--cache", "data/slides.csv"], ["slides.csv", "folder"], None),
         ("run of another script", [*GAN[:-1], "seg"], ["seg", "train_seg.py"], None),
@@ -261,8 +265,10 @@ for name, line, words, spoil in (
          add("seg/config.json", b"9" * 9999)),
         ("config.json is a folder", AGAIN, ["config.json", "cannot be read"],
          lambda: (Path("seg/config.json").unlink(), Path("seg/config.json").mkdir())),
-        ("data changed since", AGAIN, ["slides.csv", "another content"], edit_config("seg", lambda c: {
-            **c, "inputs": {name: "0" * 64 for name in c["inputs"]}})),
+        *([("config.json is a pipe", AGAIN, ["config.json", "no ordinary file"],
+            lambda: (Path("seg/config.json").unlink(), os.mkfifo("seg/config.json")))] if POSIX else []),
+        ("data changed since", AGAIN, ["seg: is stale", "data: slides.csv changed"],
+         lambda: table_row(score="9")),
         ("checkpoint of another network", AGAIN, ["last.pt", "no checkpoint of this run"],
          lambda: atomic_write("seg/last.pt", lambda file: torch.save({"format": 1, "step": 0}, file))),
         ("checkpoint of a newer version", AGAIN, ["last.pt", "newer version"],

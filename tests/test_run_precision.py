@@ -68,7 +68,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_convolutions_are_bf16_and_losses_weights_and_codes_float32(root, name, monkeypatch):
+def test_convolutions_are_bf16_and_losses_weights_and_sums_are_not(root, name, monkeypatch):
     seen, backward = {}, torch.Tensor.backward
 
     def watch(module, inputs, output):
@@ -97,7 +97,7 @@ def test_convolutions_are_bf16_and_losses_weights_and_codes_float32(root, name, 
         return [value] if torch.is_tensor(value) and value.is_floating_point() else []
 
     kept = tensors(run.load_file(root / name / "last.pt"))
-    assert len(kept) > 20 and all(tensor.dtype == torch.float32 for tensor in kept)
+    assert len(kept) > 20 and {tensor.dtype for tensor in kept} <= {torch.float32, torch.float64}
 
 
 @pytest.mark.parametrize("name", LOOPS)

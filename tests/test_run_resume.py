@@ -1,6 +1,6 @@
 """Interruptions: killed runs end with the bits of whole ones; Ctrl-C, full disk, second process: one line.
 
-The long version with a hundred kills is `python tests/kill_harness.py`.
+The long version with a hundred kills is `python tests/run_kill_harness.py`.
 """
 
 import errno
@@ -18,8 +18,7 @@ import torch
 
 from her2 import run, run_errors, run_lock
 from her2.run_errors import UserError, atomic_write, command
-from run_kill_harness import (LOOPS, command_line, differences, half_pictures, interrupt, prepare, progress,
-                              start)
+from run_kill_harness import (LOOPS, command_line, differences, half_pictures, interrupt, prepare)
 
 ROOT = Path(__file__).resolve().parents[1]
 # One kill of each kind that is cheap to hit, spread over the loops; the harness takes all kinds for each.
@@ -208,12 +207,13 @@ def test_two_processes_do_not_work_in_one_folder(root, tmp_path):
 
 
 STUDY = """
-import sys
+import pathlib, sys
 from her2 import study
 from her2.run_errors import command
-def stages(config):
-    return [(name, ["-m", "stage", name, config.out], config.out + "/" + name)
-            for name in ("one", "two", "report")]
+def stages(config, seed, data_hash):
+    names = ("one", "two", "report")
+    return [study.Stage(name, "segmentation", ("-m", "stage", name, config.out),
+                        pathlib.Path(config.out) / name, names[:k]) for k, name in enumerate(names)]
 study.stages = stages
 command(study.main, sys.argv[1:])
 """
@@ -234,7 +234,7 @@ def test_the_study_resumes_stage_by_stage(tmp_path):
     """Killed in its second stage of three: the first is not run again, the second is, the third follows."""
     (tmp_path / "stage.py").write_text(STAGE, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    line = [sys.executable, "-c", STUDY, "--out", str(tmp_path / "out")]
+    line = [sys.executable, "-c", STUDY, "--seeds", "1", "--out", str(tmp_path / "out")]
     journal = tmp_path / "out" / "journal.txt"
     first = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
     while first.poll() is None and not (journal.exists() and "two" in journal.read_text(encoding="utf-8")):
@@ -244,19 +244,3 @@ def test_the_study_resumes_stage_by_stage(tmp_path):
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert journal.read_text(encoding="utf-8").split() == ["one", "two", "two", "report"]
-    assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == {}
-
-
-def test_interrupting_a_process(root):
-    """A real Ctrl-C (SIGINT) where the system knows it: exit status 130, one line, no traceback."""
-    if os.name != "posix":
-        return                              # console events on Windows would reach the tests themselves
-    import signal
-    folder, errors_file = root / "sigint", root / "sigint.err"
-    process = start(command_line("segmentation", root, "sigint"), errors_file)
-    while process.poll() is None and not progress(folder):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    text = errors_file.read_text(encoding="utf-8")
-    assert text.count("interrupted:") == 1 and "Traceback" not in text
