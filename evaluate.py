@@ -36,9 +36,8 @@ from her2.data_classes import ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.run_provenance import file_hash
-from her2.data_regions import class_pixels, open_roi, tile_file
-from her2.run_seeds import hashed_seed
+from her2.run_provenance import changed_since, data_hashes, file_hash, locate
+from her2.data_regions import class_pixels, open_roi
 from her2.segmenter import UNet, check_tiles, predict_roi
 
 
@@ -73,6 +72,8 @@ def main(argv):
     runs = [read_run(folder) for folder in folders]
     dataset = shared_dataset(runs, folders, config)
     notes = report.check_comparable(runs)
+    for folder in folders:
+        notes += changed_since(folder, dataset, config.cache)
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- predict -------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def main(argv):
     results = report.collect(runs)
     pictures = draw_results(out, results, dataset, config)
     if synthetic:
-        draw.save_png(out / "fig4.png", examples(synthetic, dataset, config))
+        draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
         pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
@@ -104,6 +105,12 @@ def main(argv):
         densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
         results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
+        found = report_staining.transitions(synthetic, dataset.classes, dataset.split("train"), config.cache)
+        draw.save_png(out / "old_and_new.png", report_staining.heat_maps(found, dataset.classes))
+        results["old and new"] = found
+        pictures.append(("old_and_new.png", "Mean DAB density of generated instances with its 95 % interval, "
+                         "by the subtype asked for and the one before. What sees the label alone (diffusion, "
+                         "GAN) cannot tell the rows apart; inpainting may be drawn to its surroundings."))
         if config.judge:
             content = run.load_model(config.judge, "segmenter")
             network = run.build_model(UNet, content, config.judge).to(device)
@@ -179,13 +186,13 @@ def synthetic_method(folder) -> str:
 def shared_dataset(runs, folders, config):
     """The dataset of all runs. UserError when they were trained on different data or splits of them."""
     first = runs[0]
-    for other in runs[1:]:
-        if not config.data and Path(other.fields["data"]).resolve() != Path(first.fields["data"]).resolve():
-            raise UserError(f"{first.folder} and {other.folder}: trained on different data "
-                            f"({first.fields['data']} and {other.fields['data']}); evaluate them apart, or "
-                            "give --data")
+    places = [config.data or locate(folder) for folder in folders]
+    for other, place in zip(runs, places):
+        if Path(place).resolve() != Path(places[0]).resolve():
+            raise UserError(f"{first.folder} and {other.folder}: trained on different data ({places[0]} and "
+                            f"{place}); evaluate them apart, or give --data")
     splits = [read_split(folder / "split.json") for folder in folders]
-    dataset = load_dataset(config.data or first.fields["data"], split=splits[0])
+    dataset = load_dataset(places[0], split=splits[0])
     for one, split in zip(runs, splits):
         for slide, part in dataset.slides().items():
             if split.get(slide, part) != part:
@@ -195,10 +202,8 @@ def shared_dataset(runs, folders, config):
 
 
 def fingerprint(dataset, cache) -> str:
-    """A hash of all that the val and test ROIs consist of (the names of their cache files are hashes)."""
-    parts = [[roi.name, roi.slide, split, tile_file(roi, dataset.classes, cache).name]
-             for split in ("val", "test") for roi in dataset.split(split)]
-    return hashlib.sha256(json.dumps([parts, dataset.classes.to_json()]).encode("utf-8")).hexdigest()
+    """A hash of all that the val and test ROIs consist of, wherever they lie."""
+    return hashlib.sha256(json.dumps(data_hashes(dataset, cache, ("val", "test"))).encode()).hexdigest()
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
@@ -325,62 +330,11 @@ def read_synthetic(folders, dataset) -> dict:
                             "one folder per method")
         synthetic = load_synthetic(folder)
         check_synthetic(synthetic, dataset)
-        if synthetic.classes != dataset.classes:
-            raise UserError(f"{folder}: has another class table than {dataset.root}; make it again with "
-                            f"python generate.py --data {dataset.root}")
         path = synthetic.root / "manifest.jsonl"
         lines = [parse_json(line, path, "make the images again with generate.py")
                  for line in read_text(path, "").splitlines() if line.strip()]
         found[method] = (synthetic, {line["image"]: line for line in lines})
     return {method: found[method] for method in report.TITLES if method in found}
-
-
-def source_of(entry) -> tuple:
-    """What two synthetic images share when they were painted on the same relabelled patch."""
-    instances = json.dumps(entry.get("instances"), sort_keys=True)
-    return entry["source_image"], entry.get("x"), entry.get("y"), instances
-
-
-def examples(synthetic, dataset, config) -> np.ndarray:
-    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it.
-
-    Of 100 patches that one is taken that comes nearest to being half of this subtype and a third background:
-    where all is tumor, nobody sees whether the outlines of the label are obeyed.
-    """
-    def content(roi):
-        tile = open_roi(roi, dataset.classes, config.cache)
-        return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
-
-    root = next(iter(synthetic.values()))[0].root
-    by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
-                 for method, (images, entries) in synthetic.items()}
-    first = next(iter(by_source.values()))
-    # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
-    by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
-    common = [source for source in first if all(source in rois for rois in by_source.values())]
-    sources = sorted(common or first, key=lambda source: hashed_seed(config.seed, "fig4", repr(source)))[:100]
-    labels = {source: content(first[source])[1] for source in sources}
-    originals, rows = {roi.name: roi for roi in dataset.rois}, []
-    for k in dataset.classes.tumor_ids:
-        shares = {source: (min((label == k).mean(), 1 / 2) + min((label == 0).mean(), 1 / 3))
-                  for source, label in labels.items() if (label == k).any()}
-        if not shares:
-            continue
-        source = max(shares, key=shares.get)
-        label, (name, x, y, _) = labels.pop(source), source
-        tile = open_roi(originals[name], dataset.classes, config.cache)
-        height, width = label.shape
-        if not (isinstance(x, int) and isinstance(y, int)
-                and 0 <= x <= tile.width - width and 0 <= y <= tile.height - height):
-            raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
-                            "make the images again with generate.py")
-        rows.append({"caption": dataset.classes.names[k], "label": label,
-                     "original": tile.window(y, x, height, width)[0]})
-        rows[-1].update({method: content(rois[source])[0] for method, rois in by_source.items()
-                         if source in rois})
-    if not rows:
-        raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
-    return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)
 
 
 def draw_staining(path, densities, classes) -> None:

@@ -12,6 +12,7 @@ s m/n of the m held-out ones (systematic sampling), and they go to val and test 
 
 import csv
 import io
+import json
 import math
 import os
 import unicodedata
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from her2.data_classes import read_text
-from her2.run_errors import UserError, one_line
+from her2.run_errors import UserError, one_line, script_line
 from her2.data_images import read_size
 from her2.run_seeds import numpy_generator
 
@@ -88,14 +89,24 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     return rois, problems, notes
 
 
+def generating_command(root, *flags) -> str:
+    """The command line that made the synthetic set in `root`, with more `flags`; "" for any other folder."""
+    try:
+        content = json.loads((Path(root) / "config.json").read_text(encoding="utf-8"))
+        return script_line(*content["command"], *flags) if content["script"] == "generate.py" else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _read_table(path) -> tuple[list[str], list]:
     """(header, [(line number, {column: text})]). UserError when the table itself cannot be read."""
     root, how = path.parent, f"write one row per image, {INDEX_REMEDY}"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds slides.csv")
-    if not path.is_file() and (root / "manifest.jsonl").exists():
+    again = generating_command(root)
+    if not path.is_file() and (again or (root / "manifest.jsonl").exists()):
         raise UserError(f"{root}: a synthetic set that is not finished; give the command of generate.py "
-                        "again that stands in its config.json")
+                        f"again: {again or 'it had this --out'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; {how}")
     text = read_text(path, "save the table as CSV with the encoding UTF-8")

@@ -1,4 +1,4 @@
-"""Axes with round ticks, and the curves of a training run.
+"""Axes with round ticks, diagrams of curves and points, and the curves of a training run.
 
 A log holds thousands of noisy losses. `draw_curves` shows each series twice: as recorded, in a light tint,
 and as a moving median, in full colour. Numbers alone say little, so a panel takes reference values, drawn as
@@ -60,21 +60,23 @@ def tick_texts(ticks) -> list:
 
 
 class Axes:
-    """A frame on a canvas with data coordinates. `x_range`, `y_range` are (low, high) of the data."""
+    """A frame on a canvas with data coordinates. `x_range`, `y_range` are (low, high) of the data, `log`
+    names the logarithmic axes: "", "x", "y" or "xy"."""
 
-    def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log_y=False, log_x=False):
+    def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log=""):
         assert left < right and top < bottom, f"no room: {left}..{right}, {top}..{bottom}"
-        self.canvas, self.log_y, self.log_x = canvas, log_y, log_x
+        self.canvas, self.log = canvas, log
         self.left, self.top, self.right, self.bottom = left, top, right, bottom
         (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
 
     def x(self, value):
-        low, high, value = (math.log(v) if self.log_x else v for v in (self.x0, self.x1, value))
+        low, high, value = (math.log(v) if "x" in self.log else v for v in (self.x0, self.x1, value))
         return self.left + (value - low) / (high - low) * (self.right - self.left)
 
     def y(self, value):
         """Vertical place of a value; what lies beyond the range is put on the frame."""
-        low, high, value = (math.log(max(v, 1e-300)) if self.log_y else v for v in (self.y0, self.y1, value))
+        low, high, value = (math.log(max(v, 1e-300)) if "y" in self.log else v
+                            for v in (self.y0, self.y1, value))
         share = min(max((value - low) / (high - low), 0.0), 1.0)
         return self.bottom - share * (self.bottom - self.top)
 
@@ -106,7 +108,7 @@ class Axes:
         """A polyline, broken where a value is not finite; a lonely point becomes a dot."""
         run = []
         for x, y in [*zip(xs, ys), (math.nan, math.nan)]:
-            if math.isfinite(y) and (y > 0 or not self.log_y):
+            if math.isfinite(y) and (y > 0 or "y" not in self.log):
                 run.append((self.x(x), self.y(y)))
                 continue
             if len(run) == 1:
@@ -125,6 +127,45 @@ class Axes:
             lowest = place
             self.canvas.line([(self.right, y), (self.right + 8, place)], GREY, 0.7)
             self.canvas.text(self.right + 11, place, text, size, GREY, anchor="lm")
+
+
+def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_range=None, notes=(),
+         colors=CYCLE) -> np.ndarray:
+    """Curves or points over numbers, (H, W, 3) uint8.
+
+    series   {name: (x, y) or (x, y, "dots")}; thin and not in the legend where a name begins with "_"
+    log      the logarithmic axes, "", "x", "y" or "xy"
+    y_range  the part to show: a curve beyond it runs along the frame
+    notes    [(value, text), ...] dashed horizontal lines, named in the right margin
+    """
+    xs, ys = (np.concatenate([np.asarray(s[k], float).ravel() for s in series.values()]) for k in (0, 1))
+    ys = np.concatenate([ys[np.isfinite(ys) & ((ys > 0) | ("y" not in log))], [value for value, _ in notes]])
+    x_range = x_range or (xs.min(), xs.max())
+    x_ticks = (log_ticks if "x" in log else nice_ticks)(*x_range)
+    y_ticks = (log_ticks if "y" in log else nice_ticks)(*(y_range or (ys.min(), ys.max())))
+    y_range = y_range or (y_ticks[0], y_ticks[-1])
+    canvas = Canvas(*size)
+    canvas.text(6, 2, title, 14)
+    named = [(name, colors[i % len(colors)]) for i, name in enumerate(series)]
+    entries = [entry for entry in named if entry[0][0] != "_"]
+    top = canvas.legend(entries, 8, 24, size[0] - 6, 12) if len(entries) > 1 else 24
+    left = max(text_width(text, 13) for text in tick_texts(y_ticks)) + 16
+    margin = max((text_width(text, 12) for _, text in notes), default=0) + 20
+    bottom = size[1] - (44 if x_label else 28)
+    axes = Axes(canvas, left, top + 8, size[0] - margin, bottom, x_range, y_range, log)
+    x_ticks = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
+    room = sum(text_width(text, 13) + 8 for text in tick_texts(x_ticks))
+    axes.frame(y_ticks, "", x_ticks[::math.ceil(room / (axes.right - axes.left))], x_label)
+    axes.margin_notes(notes)
+    for i, ((x, y, *kind), (name, color)) in enumerate(zip(series.values(), named)):
+        if kind:
+            for a, b in zip(x, y):
+                if x_range[0] <= a <= x_range[1] and y_range[0] <= b <= y_range[1]:
+                    canvas.dot(axes.x(a), axes.y(b), 2, color)
+        else:       # earlier curves are wider, so that one below another still shows
+            axes.curve(x, y, color, 1 if name[0] == "_" else 1.8 + 0.6 * min(len(series) - 1 - i, 3))
+    axes.spines()
+    return canvas.array()
 
 
 @dataclass
@@ -157,72 +198,56 @@ def column(records, key) -> tuple:
     return np.array([p[0] for p in pairs], float), np.array([p[1] for p in pairs], float)
 
 
-def draw_curves(records, panels, x_label="optimiser steps", width=620, height=330) -> np.ndarray:
+def draw_curves(records, panels, width=620, height=330) -> np.ndarray:
     """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns.
 
-    A panel is a `Panel` or, in short, a list of keys. A series without a record is left out, a panel without
-    a series too.
+    A series without a record is left out, a panel without a series too.
     """
-    prepared = []
+    drawn = []
     for panel in panels:
-        if not isinstance(panel, Panel):
-            names = {key.replace("_", " "): key for key in panel}
-            panel = Panel(next(iter(names)) if len(names) == 1 else "", names)
-        curves = [(name, *column(records, key)) for name, key in panel.series.items()]
-        curves = [curve for curve in curves if np.isfinite(curve[2]).any()]
+        curves = {name: column(records, key) for name, key in panel.series.items()}
+        curves = {name: curve for name, curve in curves.items() if np.isfinite(curve[1]).any()}
         found = {name: column(records, key)[1] if isinstance(key, str) else np.array([float(key)])
                  for name, key in panel.reference.items()}
         notes = [(float(np.nanmedian(y)), name) for name, y in found.items() if np.isfinite(y).any()]
         if curves:
-            prepared.append((panel, curves, notes))
-    if not prepared:
+            drawn.append(draw_panel(panel, curves, notes, (width, height)))
+    if not drawn:
         canvas = Canvas(width, 80)
         canvas.text(20, 30, "nothing was logged yet", 14, GREY)
         return canvas.array()
-    columns = 1 if len(prepared) == 1 else 2
-    canvas = Canvas(columns * width, math.ceil(len(prepared) / columns) * height)
-    for i, item in enumerate(prepared):
-        draw_panel(canvas, i % columns * width, i // columns * height, width, height, x_label, *item)
+    columns = min(len(drawn), 2)
+    canvas = Canvas(columns * width, math.ceil(len(drawn) / columns) * height)
+    for i, picture in enumerate(drawn):
+        canvas.paste(picture, i % columns * width, i // columns * height)
     return canvas.array()
 
 
-def draw_panel(canvas, left, top, width, height, x_label, panel, curves, notes):
-    """One panel of `draw_curves`: curves = [(name, x, y)], notes = [(value, name)]."""
+def draw_panel(panel, curves, notes, size) -> np.ndarray:
+    """One panel of `draw_curves`: curves = {name: (x, y)}, notes = [(value, name)]."""
     def drawable(y):
         return y[np.isfinite(y) & ((y > 0) | (not panel.log_y))]
 
-    smooth = [moving_median(y, min(len(y) // 30, 301)) if len(y) >= 60 else y for _, _, y in curves]
-    extent = [np.percentile(drawable(y), [1, 99]) for _, _, y in curves if len(drawable(y))]
-    extent = np.concatenate([*extent, *map(drawable, smooth), drawable(np.array([v for v, _ in notes]))])
+    smooth = {name: (x, moving_median(y, min(len(y) // 30, 301)) if len(y) >= 60 else y)
+              for name, (x, y) in curves.items()}
+    extent = [np.percentile(drawable(y), [1, 99]) for _, y in curves.values() if len(drawable(y))]
+    extent += [drawable(y) for _, y in smooth.values()] + [drawable(np.array([value for value, _ in notes]))]
+    extent = np.concatenate(extent)
     low, high = (float(extent.min()), float(extent.max())) if len(extent) else (0.1, 1.0)
     ticks = (log_ticks if panel.log_y else nice_ticks)(low, high)
     y_range = (ticks[0], ticks[-1])
     if panel.log_y and sum(low / 1.2 <= tick <= high * 1.2 for tick in ticks) >= 2:
         y_range = (low / 1.2, high * 1.2)       # whole decades would leave most of the frame empty
-    last = max(float(x.max()) for _, x, _ in curves) or 1.0
-    x_ticks = [tick for tick in nice_ticks(0.0, last) if tick <= last]
-
-    notes = [(value, f"{text} {value:.3g}") for value, text in notes]
-    margin = max((text_width(text, 12) for _, text in notes), default=0) + 24
-    room = max(text_width(text, 13) for text in tick_texts(ticks)) + 22
-    canvas.text(left + room, top + 10, panel.title, 15)
-    entries = [(name, CYCLE[i % len(CYCLE)]) for i, (name, *_) in enumerate(curves)]
-    upper = canvas.legend(entries, left + room, top + 32, left + width - 8) if len(curves) > 1 else top + 34
-    axes = Axes(canvas, left + room, upper + 8, left + width - margin, top + height - 48,
-                (0.0, last), y_range, panel.log_y)
-    axes.frame(ticks, "", x_ticks, x_label)
-    axes.margin_notes(notes)
-    for (_, x, y), (_, color), smoothed in zip(curves, entries, smooth):
-        if smoothed is not y:
-            axes.curve(x, y, tint(color, 0.3), 1)
-    for (_, x, _), (_, color), smoothed in zip(curves, entries, smooth):
-        axes.curve(x, smoothed, color, 1.8)
-    axes.spines()
+    last = max(float(x.max()) for x, _ in curves.values()) or 1.0
+    recorded = {f"_{name}": curve for name, curve in curves.items()}
+    return plot({**recorded, **smooth}, panel.title, "optimiser steps", size, "y" if panel.log_y else "",
+                (0.0, last), y_range, [(value, f"{name} {value:.3g}") for value, name in notes],
+                [*(tint(color, 0.3) for color in CYCLE[:len(curves)]), *CYCLE])
 
 
-def curves_png(path, records, panels, **options) -> None:
+def curves_png(path, records, panels) -> None:
     """`draw_curves` into a file."""
-    save_png(path, draw_curves(records, panels, **options))
+    save_png(path, draw_curves(records, panels))
 
 
 # curves.png of each kind of training run, from the records of its log.jsonl.

@@ -1,6 +1,4 @@
 """The diagrams of the report: box plots (the paper's Fig. 5), shares (Fig. 2), confusion matrices (Fig. 6).
-`plot` and `sheet`, curves and pictures in rows, serve the lessons.
-
 Intervals of many arms side by side are not in the paper.
 
 A box plot must say what it shows with five runs, with one, and with hundreds of values:
@@ -14,12 +12,10 @@ maximum; whether its boxes are quartiles or the deviation is not said. Here both
 A single value is a diamond with its number; a missing one is written "n/a", it is never drawn as 0.
 """
 
-import math
-
 import numpy as np
 
 from her2.draw import BLUE, CYCLE, GREY, INK, Canvas, text_width, tint
-from her2.draw_axes import Axes, log_ticks, nice_ticks, tick_texts
+from her2.draw_axes import Axes, nice_ticks, tick_texts
 
 SLOT, GAP = 46, 30          # pixels for one box, and between two groups of boxes
 NOTE = "box: quartiles and median, whiskers: min and max, diamond and bar: mean \u00b1 standard deviation"
@@ -236,64 +232,4 @@ def confusion_matrices(matrices, classes) -> np.ndarray:
                     canvas.text(x + cell / 2, middle + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
                     middle -= 7
                 canvas.text(x + cell / 2, middle, f"{value:.2f}", 17, ink, "mm")
-    return canvas.array()
-
-
-def plot(series, title="", x_label="", y_label="", size=(405, 270), log_x=False, log_y=False, x_range=None,
-         y_range=None, notes=(), colors=CYCLE) -> np.ndarray:
-    """Curves or points over numbers, (H, W, 3) uint8.
-
-    series     {name: (x, y) or (x, y, "dots")}; names that begin with "_" stay out of the legend. A longer
-               y is cut by the frame's range, not the frame widened: give `y_range` to show a part
-    notes      [(value, text), ...] dashed horizontal lines, named in the right margin
-    """
-    xs, ys = (np.concatenate([np.asarray(s[k], float).ravel() for s in series.values()]) for k in (0, 1))
-    ys = np.concatenate([ys[np.isfinite(ys) & ((ys > 0) | (not log_y))], [value for value, _ in notes]])
-    x_ticks = (log_ticks if log_x else nice_ticks)(*(x_range or (xs.min(), xs.max())))
-    y_ticks = (log_ticks if log_y else nice_ticks)(*(y_range or (ys.min(), ys.max())))
-    x_range, y_range = x_range or (xs.min(), xs.max()), y_range or (y_ticks[0], y_ticks[-1])
-    canvas = Canvas(*size)
-    left = max(text_width(text, 13) for text in tick_texts(y_ticks)) + (36 if y_label else 16)
-    margin = max((text_width(text, 12) for _, text in notes), default=0) + 16
-    canvas.text(6, 2, title, 14)
-    named = [(name, colors[i % len(colors)]) for i, name in enumerate(series)]
-    entries = [entry for entry in named if entry[0][0] != "_"]
-    top = 24 if title else 2
-    top = canvas.legend(entries, 8, top, size[0] - 6, 12) if entries else top
-    axes = Axes(canvas, left, top + 8, size[0] - margin, size[1] - (44 if x_label else 28), x_range, y_range,
-                log_y, log_x)
-    x_ticks = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
-    room = sum(text_width(text, 13) + 8 for text in tick_texts(x_ticks))
-    axes.frame(y_ticks, y_label, x_ticks[::math.ceil(room / (axes.right - axes.left))], x_label)
-    axes.margin_notes(notes)
-    for i, ((x, y, *kind), (name, color)) in enumerate(zip(series.values(), named)):
-        if kind == ["dots"]:
-            for a, b in zip(x, y):
-                if x_range[0] <= a <= x_range[1] and y_range[0] <= b <= y_range[1]:
-                    canvas.dot(axes.x(a), axes.y(b), 2, color)
-        else:
-            # Earlier curves are wider, so that one below another still shows.
-            axes.curve(x, y, color, 2 if name[0] == "_" else 2 + 0.6 * min(len(entries) - 1 - i, 3))
-    return canvas.array()
-
-
-def sheet(rows, width=830, gap=10, size=13) -> np.ndarray:
-    """Pictures (h, w, 3) uint8 in rows, each row spread over `width`, with captions above where an item is
-    (caption, picture). No picture is scaled; a row that does not fit is an error."""
-    rows = [[item if isinstance(item, tuple) else ("", item) for item in row] for row in rows]
-    above = [max(bool(text) + text.count("\n") for text, _ in row) * size * 1.35 for row in rows]
-    heights = [max(picture.shape[0] for _, picture in row) for row in rows]
-    canvas, y = Canvas(width, sum(above) + sum(heights) + gap * (len(rows) + 1)), gap
-    for row, room, height in zip(rows, above, heights):
-        between = (width - sum(picture.shape[1] for _, picture in row)) / (len(row) + 1)
-        assert between >= 0, f"{[picture.shape for _, picture in row]} in {width} pixels"
-        x = between
-        for caption, picture in row:
-            canvas.text(x + picture.shape[1] / 2, y + room - 4, caption, size, anchor="md")
-            if caption:
-                canvas.rectangle(x - 1, y + room - 1, x + picture.shape[1], y + room + picture.shape[0],
-                                 outline=GREY)
-            canvas.paste(picture, x, y + room)
-            x += picture.shape[1] + between
-        y += room + height + gap
     return canvas.array()

@@ -7,12 +7,12 @@
 Seconds each, on one CPU core, without data and without training: where a trained network would stand, there
 is one that is exact for a small made-up law, or one with random weights where only structure is at issue.
 
-A lesson is a function lesson(answer) -> (figure, numbers) in a module lessons_*.py that calls the code it
-explains. Its docstring is what is printed: text, exercise and answer, one paragraph each, with the numbers
-filled in by name. `answer` adds to the figure what the answer needs.
+A lesson is a function lesson() -> (rows of the figure, rows that the answer adds, numbers) in a module
+lessons_*.py that calls the code it explains. Its docstring is what is printed, with the numbers filled in.
 """
 
 import inspect
+import re
 import textwrap
 from collections import namedtuple
 from pathlib import Path
@@ -21,9 +21,8 @@ import numpy as np
 
 from her2 import lessons_diffusion as noise
 from her2 import lessons_networks as networks
-from her2 import lessons_scores as scores
 from her2 import lessons_tissue as tissue
-from her2.draw import save_png
+from her2.draw import image_grid, save_png
 from her2.lessons_forks import forks
 from her2.run_config import Parser
 from her2.run_errors import UserError, command
@@ -40,31 +39,38 @@ LESSONS = {
     "diffusion": Lesson("Sat 11:00", 40, "diffusion.py", noise.diffusion),
     "samplers": Lesson("Sat 11:40", 45, "samplers.py", noise.samplers),
     "inpainting": Lesson("Sat 12:25", 20, "inpainting.py", noise.inpainting),
-    "quantizer": Lesson("Sat 14:00", 25, "quantizer.py", networks.quantizer),
+    "quantizer": Lesson("Sat 14:00", 25, "quantizer.py", noise.quantizer),
     "autoencoder": Lesson("Sat 14:25", 40, "autoencoder.py", networks.autoencoder),
     "denoiser": Lesson("Sat 15:05", 45, "denoiser.py", noise.denoiser),
     "spade": Lesson("Sun  9:00", 45, "spade.py", networks.spade),
     "discriminator": Lesson("Sun  9:45", 25, "discriminator.py", networks.discriminator),
-    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", scores.gan_losses),
+    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", networks.gan_losses),
     "seeds": Lesson("Sun 10:35", 10, "run_seeds.py", networks.seeds),
-    "segmenter": Lesson("Sun 11:00", 40, "segmenter.py", scores.segmenter),
-    "losses": Lesson("Sun 11:40", 30, "losses.py", scores.losses),
-    "metrics": Lesson("Sun 12:10", 30, "metrics.py", scores.metrics),
-    "frechet": Lesson("Sun 12:40", 15, "frechet.py", scores.frechet),
+    "segmenter": Lesson("Sun 11:00", 40, "segmenter.py", networks.segmenter),
+    "losses": Lesson("Sun 11:40", 30, "losses.py", networks.losses),
+    "metrics": Lesson("Sun 12:10", 30, "metrics.py", networks.metrics),
+    "frechet": Lesson("Sun 12:40", 15, "frechet.py", networks.frechet),
     "forks": Lesson("Sun 14:00", 120, "lessons_forks.py", forks),
 }
 
 
-def texts(name: str, numbers: dict) -> tuple[str, str, str]:
+def texts(name: str, numbers: dict) -> list:
     """The text of a lesson, its exercise and its answer, with the numbers in their places."""
-    paragraphs = inspect.getdoc(LESSONS[name].draw).split("\n\n")
-    text, exercise, answer = (" ".join(part.split()).format(**numbers) for part in paragraphs)
-    return text, exercise, answer
+    parts = re.split(r"\n(?=Exercise: |Answer: )", inspect.getdoc(LESSONS[name].draw))
+    return [" ".join(part.split()).format(**numbers) for part in parts]
 
 
-def thinned(figure) -> np.ndarray:
-    """64 levels per channel instead of 256: half the bytes of a PNG of tissue, and no eye sees it."""
-    return np.rint(np.rint(figure / 255 * 63) * (255 / 63)).astype(np.uint8)
+def sheet(rows, width=830) -> np.ndarray:
+    """The figure: rows of charts, (h, w, 3) uint8, and of (caption, picture), in cells of equal width."""
+    strips = []
+    for row in rows:
+        captions, images = zip(*(item if isinstance(item, tuple) else ("", item) for item in row))
+        strip = image_grid([images], column_captions=captions, cell=min(width // len(row) - 8, 405))
+        room = width - strip.shape[1]
+        assert room >= 0, f"{captions} do not fit"
+        strips.append(np.pad(strip, ((0, 0), (room // 2, room - room // 2), (0, 0)), constant_values=255))
+    # 64 levels per channel instead of 256: half the bytes of a PNG of tissue, and no eye sees it.
+    return np.rint(np.rint(np.concatenate(strips) / 255 * 63) * (255 / 63)).astype(np.uint8)
 
 
 def timetable() -> str:
@@ -88,8 +94,8 @@ def main(argv=None) -> int:
     out = Path(args.out or f"runs/lesson_{args.name}.png")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the figure is a PNG file; give a name that ends in .png")
-    figure, numbers = LESSONS[args.name].draw(args.answer)
-    save_png(out, thinned(figure))
+    rows, answer_rows, numbers = LESSONS[args.name].draw()
+    save_png(out, sheet(rows + answer_rows if args.answer else rows))
     for paragraph in texts(args.name, numbers)[:3 if args.answer else 2]:
         print(textwrap.fill(paragraph, 100), end="\n\n")
     print(f"figure: {out}; code: her2/{LESSONS[args.name].file}")

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from her2.data_classes import DEFAULT_CLASSES, ClassTable
-from her2.draw import Canvas, class_legend, colorize, fit
-from her2.draw_charts import plot, sheet
+from her2.draw import class_legend, colorize, image_grid
+from her2.draw_axes import plot
 from her2.lessons_diffusion import FLOWER, SCHEDULE, flat_noise
-from her2.lessons_tissue import region
+from her2.lessons_tissue import ink, region
 from her2.metrics import ProbabilityHistogram
 from her2.polygons import paint
 from her2.samplers import ddim_timesteps, trajectory
@@ -60,20 +60,16 @@ SEVEN = [{"id": k, "name": name, "tumor": k in (1, 2), "variance": k in (1, 2), 
          for k, (name, color) in enumerate(NAMES.items())]      # what classes.json holds
 
 
-def forks(answer):
-    """A sampler needs no more than predict(xt, t), the schedule and a list of levels: Heun's method in 12
-    lines is {gain:.0f} times as exact as DDIM with 40 answers of the network each, on levels that are dense
-    near the image (on evenly spaced ones it is {loss:.1f} times worse). A segmenter needs forward(image) ->
-    logits and `.config`: "brown is tumor" finds {three:.0%} of 3+, but {zero:.0%} of 0. A class table is a
-    file: seven tissue classes, two of them tumor, are one classes.json and no line of Python.
-
+def forks():
+    """A sampler needs predict(xt, t), the schedule and a list of levels: Heun's method in 12 lines is
+    {gain:.0f} times as exact as DDIM with 40 answers of the network each, on levels that are dense near the
+    image ({loss:.1f} times worse on even ones). A segmenter needs forward(image) -> logits and `.config`:
+    "brown is tumor" finds {three:.0%} of 3+, but {zero:.0%} of 0. A class table is a file: seven tissue
+    classes are one classes.json and no line of Python.
     Exercise: with the seven classes, the recalls of the two tumor classes are 0.9 and 0.5. What is the
     subtype variance?
-
-    Answer: {variance:.2f}: of two numbers it is the square of half their difference, whatever the other five
-    classes do.
-    """
-    noise, evaluations = flat_noise(300), [10, 20, 40, 80]
+    Answer: {variance:.2f}, the square of half their difference, whatever the other five classes do."""
+    noise, answers = flat_noise(300, 2, 1, 1), [10, 20, 40, 80]
 
     def ddim(predict, schedule, xt, timesteps):
         *_, (xt, _) = trajectory(predict, schedule, noise, timesteps, 0.0)
@@ -82,39 +78,30 @@ def forks(answer):
     def end(method, timesteps):
         return method(FLOWER.predict, SCHEDULE, noise("start", 0), timesteps)
 
-    def dense(S):                   # levels that lie the closer the less noise they have
-        return sorted({round(999 * (k / S) ** 2) for k in range(1, S + 1)})
+    def dense(T, S):                # levels that lie the closer the less noise they have
+        return sorted({round((T - 1) * (k / S) ** 2) for k in range(1, S + 1)})
 
     exact, curves = end(heun, [0, *range(3, 1000, 4)]), {}
-    for name, levels in (("even levels", lambda S: ddim_timesteps(1000, S)), ("dense near 0", dense)):
-        for method, answers in ((ddim, 1), (heun, 2)):
-            curves[f"{method.__name__}, {name}"] = [
-                (end(method, levels(S // answers)) - exact).square().sum(1).mean().sqrt().item()
-                for S in evaluations]
-    chart = plot({name: (evaluations, curve) for name, curve in curves.items()},
-                 "(a) error by answers of the network", "answers", "", (405, 250), True, True)
-
+    for name, levels in (("even levels", ddim_timesteps), ("dense near 0", dense)):
+        for method, per_step in ((ddim, 1), (heun, 2)):
+            off = [end(method, levels(1000, count // per_step)) - exact for count in answers]
+            curves[f"{method.__name__}, {name}"] = [one.square().sum(1).mean().sqrt().item() for one in off]
+    chart = plot({name: (answers, curve) for name, curve in curves.items()},
+                 "error by answers of the network", "answers", (405, 250), "xy")
     network, histogram, pictures = BrownSegmenter().eval(), ProbabilityHistogram(DEFAULT_CLASSES), []
-    for score in range(4):
+    for name, score in (("score 0", 0), ("3+", 3)):
         image, label, _ = region(score)
         prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1))           # (256, 256)
         histogram.add(prob, label)
-        pictures += [image, fit((255 - 255 * prob).byte(), 256)] if score in (0, 3) else []
-    recall = histogram.report()["recall"]
-
-    table = ClassTable.from_json(SEVEN)
+        pictures += [(f"a region of {name}", image), ("brown is tumor", ink(prob))]
+    recall, table = histogram.report()["recall"], ClassTable.from_json(SEVEN)
     rings = [[np.array([[x, 20], [x + 100, 50], [x + 70, 150], [x + 10, 140]])] for x in range(10, 400, 65)]
-    label, _ = paint(rings, [1, 2, 3, 4, 5, 6], 170, 405)
-    canvas = Canvas(405, 250)
-    canvas.text(4, 4, "(c) seven classes", 14)
-    canvas.paste(colorize(label, table)[10:], 0, 26)
-    canvas.legend(class_legend(table), 4, 184, 400, marker="box")
+    seven, _ = paint(rings, range(1, 7), 170, 390)
+    seven = image_grid([[colorize(seven, table)]], cell=390, legend=class_legend(table))
     counts = ProbabilityHistogram(table)
     for k, found in ((1, 900), (2, 500)):
         counts.add(np.repeat([0.9, 0.1], [found, 1000 - found]), np.full(1000, k))
-    captions = ("(b) a region of score 0", "brown is tumor?", "a region of 3+", "brown is tumor")
-    pictures = [(name, one[:200, :200]) for name, one in zip(captions, pictures)]
-    return sheet([[chart, canvas.array()], pictures]), {
+    return [[chart, seven], pictures], [], {
         "gain": curves["ddim, dense near 0"][2] / curves["heun, dense near 0"][2], "zero": recall["0"],
         "loss": curves["heun, even levels"][2] / curves["ddim, even levels"][2], "three": recall["3+"],
         "variance": counts.report()["subtype_variance"], "curves": curves}

@@ -1,4 +1,4 @@
-"""Lessons about networks, their losses and their seeds (see `lessons`).
+"""Lessons about networks, their seeds, their losses, and how they are measured (see `lessons`).
 
 The networks have random weights: what is asked is what their structure can see and pass on.
 """
@@ -9,83 +9,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from her2.autoencoder import VQ_F4, VQ_F8, Attention, VQAutoencoder
+from her2.data_classes import DEFAULT_CLASSES as CLASSES
 from her2.discriminator import MultiscaleDiscriminator
-from her2.draw import CYCLE, GREY, INK, Canvas, fit, image_grid, tint
-from her2.draw_charts import plot, sheet
-from her2.lessons_diffusion import FLOWER
-from her2.lessons_tissue import region
+from her2.draw_axes import plot
+from her2.frechet import feature_statistics, frechet_distance, kernel_distance
+from her2.gan_losses import adaptive_weight, adversarial_loss, kl_divergence
+from her2.lessons_tissue import ink, region
+from her2.losses import class_sums, generalised_dice_loss, soft_dice_loss
+from her2.metrics import ProbabilityHistogram, matched
 from her2.net_blocks import init_weights
-from her2.quantizer import Codebook, count_codes, restart_dead_codes, vq_loss
-from her2.run_seeds import generator
+from her2.run_seeds import generator, numpy_generator
+from her2.segmenter import predict_roi
 from her2.spade import SPADENorm
 
 
-def quantizer(answer):
-    """A latent is replaced by the nearest of K codes: the plane falls into cells, one colour per code. A code
-    moves to the mean of what it wins, and one that wins nothing never moves: of 16 that start near zero
-    {used[0]} are in use after 200 steps, {used[1]} when dead ones restart at latents of the data. A weight of
-    0.25 on the codes' term (the official default) makes the first step of SGD {slow[SGD]:.1f} times shorter,
-    that of Adam {slow[Adam]:.1f} times: Adam cancels the scale of a loss.
-
-    Exercise: with beta on the commitment, a latent that wants to be at x (loss |z - x|^2) settles between x
-    and its code. Where, for beta 0.05, 0.25 and 4?
-
-    Answer: at {rest[0]:.2f}, {rest[1]:.2f} and {rest[2]:.2f} of the way from x to the code, beta / (1 +
-    beta): a large beta makes the encoder obey codes that are still bad, a small one lets latents drift away.
-    """
-    data = torch.randn(300, 2, generator=generator("latents")) * 0.3 + FLOWER.means[:2].repeat(150, 1).float()
-    latents = data.T[None, :, None]                                                     # (1, 2, 1, 300)
-    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 2.5, 200)] * 2, indexing="xy"))[None]
-
-    def train(steps, restart=False, kind=torch.optim.Adam, legacy=False):
-        """The codebook after `steps`, and its loss at each."""
-        torch.manual_seed(0)
-        book, history = Codebook(16, 2), []
-        optimizer, usage = kind([book.weight], lr=0.02), torch.zeros(16)
-        for step in range(steps):
-            indices = book.nearest(latents)
-            loss = vq_loss(latents, book.lookup(indices), legacy=legacy)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-            usage += count_codes(indices, 16)
-            if restart and step % 50 == 49:
-                restart_dead_codes(book, usage, latents, generator("restart", step), optimizer)
-                usage.zero_()
-        return book, history
-
-    def picture(book):
-        shade = np.array([tint(color, amount) for amount in (0.2, 0.4, 0.6) for color in CYCLE[:6]], np.uint8)
-        image = shade[book.nearest(grid)[0].numpy()]
-        for points, color, size in ((data.numpy(), GREY, 1), (book.weight.detach().numpy(), INK, 3)):
-            for x, y in ((points + 1) / 3.5 * 200).clip(size, 199 - size).astype(int):
-                image[y - size:y + size, x - size:x + size] = color
-        return image
-
-    def settled(beta):              # z between x = 0 and its code 1: where the slope, linear in z, is 0
-        z = torch.tensor([0.0, 1.0], requires_grad=True)
-        at_x, at_code = torch.autograd.grad((z ** 2).mean() + vq_loss(z, torch.ones(2), beta), z)[0]
-        return float(at_x / (at_x - at_code))
-
-    books = {"start": train(0)[0], "200 steps": train(200)[0], "with restarts": train(200, True)[0]}
-    slow, chart = {}, {}            # how much longer the first step is without the weight of 0.25
-    for kind in (torch.optim.SGD, torch.optim.Adam):
-        moved = []
-        for legacy in (False, True):
-            moved.append((train(1, False, kind, legacy)[0].weight - books["start"].weight).norm().item())
-            chart[kind.__name__ + ", 0.25" * legacy] = range(60), train(60, False, kind, legacy)[1]
-        slow[kind.__name__] = moved[0] / moved[1]
-    return sheet([[*((name, picture(book)) for name, book in books.items()),
-                   plot(chart, "loss", "steps", size=(215, 225))]]), {
-        "used": [len(book.nearest(latents).unique()) for book in list(books.values())[1:]], "slow": slow,
-        "rest": [settled(beta) for beta in (0.05, 0.25, 4)]}
+def parameters(build, *args, **options) -> int:
+    """How many parameters the network has that `build` makes."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(*args, **options).parameters())
 
 
-def seen_pixels(network, outputs, side: int, channels: int = 3) -> np.ndarray:
-    """(side, side): how much each pixel moves the middle of `outputs(network, image)`, (1, C, h, w)."""
-    image = torch.rand(1, channels, side, side, generator=generator("image"), requires_grad=True)
-    result = outputs(network, image)
+def seen_pixels(outputs, side: int) -> np.ndarray:
+    """(side, side): how much each pixel moves the middle of `outputs(image)`, (1, C, h, w)."""
+    image = torch.rand(1, 3, side, side, generator=generator("image"), requires_grad=True)
+    result = outputs(image)
     result[:, :, result.shape[2] // 2, result.shape[3] // 2].sum().backward()
     return image.grad.abs().sum(1)[0].numpy()
 
@@ -99,53 +46,37 @@ def without(network, *kinds):
     return network
 
 
-def autoencoder(answer):
+def autoencoder():
     """Halving the image twice makes one latent cell of 4 x 4 pixels, and by its convolutions a cell sees
-    {sees} x {sees} pixels. GroupNorm divides by statistics of the whole map, and attention mixes all cells,
-    so that in truth every pixel has a say, faintly: {far:.0%} of the influence in a network with random
-    weights lies outside that square. That is how old tumor leaks into the cells beside it.
-
-    Exercise: how many parameters do vq-f4 and vq-f8 have, and how many numbers does each keep of a 512 px
-    image?
-
-    Answer: {count[0]:,} and {count[1]:,} parameters: one level more, and attention at the lowest resolution.
-    A latent of f4 is 128 x 128 x 3 = 49,152 numbers, of f8 64 x 64 x 4 = 16,384: a third.
-    """
-    kinds = {"convolutions alone": (nn.GroupNorm, Attention), "+ GroupNorm": (Attention,), "+ attention": ()}
-    maps, pictures = [], []
-    for name, removed in kinds.items():
+    {sees} x {sees} pixels. GroupNorm and attention mix all cells, so that in truth every pixel has a say:
+    {far:.0%} of the influence in a network with random weights lies outside that square. That is how old
+    tumor leaks into the cells beside it.
+    Exercise: how many parameters and, for a 512 px image, latent numbers do vq-f4 and vq-f8 have?
+    Answer: {count[0]:,} and {count[1]:,} parameters (one level more, and attention at the lowest resolution);
+    128 x 128 x 3 = 49,152 numbers and 64 x 64 x 4 = 16,384, a third."""
+    maps = {}
+    for name, removed in {"convolutions alone": (nn.GroupNorm, Attention), "+ GroupNorm": (Attention,),
+                          "+ attention (all logarithmic)": ()}.items():
         torch.manual_seed(0)
-        network = without(VQAutoencoder(4, ch=8, num_codes=4), *removed)
-        maps.append(seen_pixels(network, VQAutoencoder.encode, 128))
-        level = np.log10(np.maximum(maps[-1] / maps[-1].max(), 1e-6)) / 6 + 1       # 0 .. 1: six decades
-        pictures.append((f"{name} (log)", fit((255 - 255 * level).astype(np.uint8), 128)))
-    canvas, inside = Canvas(290, 128), np.outer(maps[0].any(axis=1), maps[0].any(axis=0))
-    with torch.device("meta"):
-        count = [sum(p.numel() for p in VQAutoencoder(**options).parameters()) for options in (VQ_F4, VQ_F8)]
-    for column, options in enumerate((VQ_F4, VQ_F8)):
-        sizes = [f"{512 >> k} px: {options['ch'] * m}" for k, m in enumerate(options["ch_mult"])]
-        latent = f"latent: {512 // options['factor']} px x {options['z_channels']}"
-        text = "\n".join([f"vq-f{options['factor']}, channels", *sizes, latent])
-        canvas.text(74 + 144 * column, 4, text, 13, anchor="ma")
-    return sheet([[*pictures, canvas.array()]]), {
-        "sees": int(inside.any(axis=0).sum()), "far": float(maps[2][~inside].sum() / maps[2].sum()),
-        "count": count, "maps": maps}
+        maps[name] = seen_pixels(without(VQAutoencoder(4, ch=8, num_codes=4), *removed).encode, 128)
+    alone, _, whole = maps.values()
+    inside = np.outer(alone.any(axis=1), alone.any(axis=0))
+    pictures = [(name, ink(1 + np.log10(one / one.max() + 1e-6) / 6)) for name, one in maps.items()]
+    return [pictures], [], {
+        "sees": int(inside.any(axis=0).sum()), "far": float(whole[~inside].sum() / whole.sum()),
+        "count": [parameters(VQAutoencoder, **options) for options in (VQ_F4, VQ_F8)], "maps": [alone, whole]}
 
 
-def spade(answer):
-    """Told the label only at its input, a network forgets it: a map of one class through convolution and
-    normalisation gives the same values for every class (difference {washed:.0e}). SPADE normalises without
-    parameters and lets the label map set scale and shift at every layer and pixel, so the class survives
-    (difference {kept:.0e} with the initial weights). At the start gamma is of size {gamma:.0e}: SPADE begins
-    as plain normalisation.
-
+def spade():
+    """Told the label only at its input, a network forgets it: maps of one class each are the same after
+    convolution and normalisation (difference {washed:.0e}). SPADE normalises without parameters and lets the
+    label map set scale and shift at every pixel, so the class survives (difference {kept:.0e} with the
+    initial weights). At the start gamma is of size {gamma:.0e}: SPADE begins as plain normalisation.
     Exercise: write norm(x) * gamma + beta, without the 1. What does the first image look like, and its
     gradient?
-
-    Answer: one layer lets a signal of standard deviation {spread[0]:.2f} become {spread[1]:.0e}, and three of
+    Answer: one layer lets a signal of standard deviation {spread[0]:.2f} become {spread[1]:.0e}, three of
     them {spread[3]:.0e}: nothing reaches the image, and gradients shrink by the same factors on their way
-    back.
-    """
+    back."""
     torch.manual_seed(0)
     convolution = nn.Conv2d(6, 8, 3, padding=1, padding_mode="replicate")
     layer = SPADENorm(8, 6, "instance", hidden=16)
@@ -161,84 +92,203 @@ def spade(answer):
         for _ in range(3):
             x = F.instance_norm(x) * gamma[1:2]
             spread.append(float(x.std()))
-    pictures = [(f"{caption}\n{name}", fit((128 + 60 * one[0]).clamp(0, 255).byte(), 128))
-                for caption, maps in (("conv + norm", usual), ("1e4 (SPADE - norm)", 1e4 * (told - plain)))
-                for name, one in zip(("class 0", "class 3+", "halves"), maps)]
-    chart = plot({"with the 1": (range(4), [1.0] * 4), "without": (range(4), spread)},
-                 "signal after n layers", "layers", size=(400, 220), log_y=True)
-    return sheet([pictures, *([[chart]] if answer else [])]), {
+    return [[(f"{caption}\n{name}", ink(0.5 - one[0] / 4))
+             for caption, maps in (("conv + norm", usual), ("SPADE - norm", 1e4 * (told - plain)))
+             for name, one in zip(("class 0", "class 3+", "halves"), maps)]], [], {
         "washed": float(abs(usual[0] - usual[1]).max()), "kept": float(abs(told[0] - told[1]).mean()),
         "spread": spread, "gamma": float(gamma.std()), "told": told, "plain": plain}
 
 
-def discriminator(answer):
-    """A discriminator of patches has one logit per window. On the image a window is {one} pixels wide:
-    texture, a few cells; on the half-size copy the same layers see {two} pixels of the image: a nest and its
-    border. Two scales ask two questions: is this stained as cells are, and do these cells form a nest?
-
+def discriminator():
+    """A discriminator of patches has one logit per window, {one} pixels wide on the image: texture, a few
+    cells. On the half-size copy the same layers see {two} pixels of the image: a nest and its border. Two
+    scales ask two questions: is this stained as cells are, and do these cells form a nest?
     Exercise: keep one scale, but make its window as large as that of the other. What does it cost?
-
     Answer: one more layer of stride 2 sees {deeper} pixels. With the official 64 channels it has {deep:,}
-    parameters, the two scales {parameters:,}; and each logit is now about a whole nest: no loss is left that
-    looks at fine texture on its own.
-    """
-    def window(layers, scale):
+    parameters, the two scales {count:,}; and no loss is left that looks at fine texture on its own."""
+    def width(layers, scale):
         network = without(MultiscaleDiscriminator(3, 2, layers), nn.InstanceNorm2d)     # norms see everything
-        for name, weight in network.named_parameters():
+        for weight in network.parameters():
             weight.data.fill_(0.1)      # positive weights cannot cancel, and no ReLU is dead
-        seen = seen_pixels(network.eval(), lambda net, image: net(image)[scale][-1], 352)
-        return int(seen.any(axis=0).sum())
+        return int(seen_pixels(lambda image: network.eval()(image)[scale][-1], 352).any(axis=0).sum())
 
-    one, two, deeper = window(4, 0), window(4, 1), window(5, 0)
-    image, crops = region(2)[0].copy(), []
-    for side, color in ((one, CYCLE[0]), (two, CYCLE[1])):
-        y, x = 95 - side // 2, 183 - side // 2
-        crops.append((f"{side} px", fit(region(2)[0][y:y + side, x:x + side], 282)))
-        frame = np.ones((side, side), bool)
-        frame[2:-2, 2:-2] = False
-        image[y:y + side, x:x + side][frame] = color
-    with torch.device("meta"):
-        parameters, deep = (sum(p.numel() for p in MultiscaleDiscriminator(9, 64, *size).parameters())
-                            for size in ((4, 2), (5, 1)))                               # layers, scales
-    return sheet([[("two windows", image), *crops]]), {
-        "one": one, "two": two, "deeper": deeper, "parameters": parameters, "deep": deep}
+    one, two, deeper = width(4, 0), width(4, 1), width(5, 0)
+    image, pictures = region(2)[0], []
+    for side in (one, two):
+        window = slice(95 - side // 2, 95 + side // 2), slice(183 - side // 2, 183 + side // 2)
+        pictures.append((f"a window of {side} px", image // 3 + 170))
+        pictures[-1][1][window] = image[window]
+    return [pictures], [], {
+        "one": one, "two": two, "deeper": deeper, "count": parameters(MultiscaleDiscriminator, 9, 64, 4, 2),
+        "deep": parameters(MultiscaleDiscriminator, 9, 64, 5, 1)}                       # layers, scales
 
 
-def seeds(answer):
+def seeds():
     """No generator is carried along: the batch of step s comes from a key (seed, "batch", s), hashed. So a
-    run that is resumed at step 6 draws the batches that the uninterrupted one drew (rows 1 and 2, {same} of 6
-    equal). With one global generator that starts again (row 3) it draws those of the first steps a second
-    time, and never the rest.
+    run that is resumed at step 6 draws the batches that the uninterrupted one drew ({same} of 6 equal). One
+    global generator that starts again draws those of the first steps a second time, never the rest.
+    Exercise: resume by hand with a global generator. What must a checkpoint hold?
+    Answer: its state, {state} bytes: put back, {restored} of 6 are equal. But one more draw anywhere before
+    and all later batches differ ({shifted} equal): the order of draws is part of the state, a key is not."""
+    def batches(*randoms):          # one row of the figure: what each step draws, a tile of 6 x 6 grey values
+        return torch.cat([torch.randint(256, (6, 6), generator=random) for random in randoms], 1).byte()
 
-    Exercise: resume by hand with a global generator. What must a checkpoint hold, and what if another part of
-    the program draws a number in between?
-
-    Answer: its state, {state} bytes: put back, row 4 is row 1. But one more draw anywhere before the
-    interruption and all later batches differ ({shifted} of 6 equal): the order of draws is part of the state,
-    a key is not.
-    """
-    def batch(random):              # what a step draws: a tile of 6 x 6 grey values
-        return torch.randint(256, (6, 6), generator=random).byte()
-
-    def keyed(steps):
-        return [batch(generator(0, "batch", step)) for step in steps]
+    def after(state, draws=0):      # six more batches, after `draws` numbers for something else
+        random = torch.Generator().set_state(state)
+        torch.rand(draws, generator=random)
+        return batches(*[random] * 6)
 
     random = torch.Generator().manual_seed(0)
-    before = [batch(random) for _ in range(6)]
-    state = random.get_state()
+    start, before, state = random.get_state(), batches(*[random] * 6), random.get_state()
+    keyed = batches(*(generator(0, "batch", step) for step in range(12)))
+    resumed = batches(*(generator(0, "batch", step) for step in range(6, 12)))
+    rows = {"global": after(state), "started again": after(start), "state put back": after(state),
+            "one draw more": after(state, 1)}
+    equal = [sum(bool((a == b).all()) for a, b in zip(one.split(6, 1), rows["global"].split(6, 1)))
+             for one in rows.values()]
+    strips = [(f"{name}: steps 0 to 11", torch.cat([before, one], 1)) for name, one in rows.items()]
+    keys = [("keys: steps 0 to 11", keyed), ("keys, resumed at 6", torch.cat([keyed[:, :36], resumed], 1))]
+    return [keys, strips[:2]], [strips[2:]], {
+        "same": sum(bool((a == b).all()) for a, b in zip(keyed.split(6, 1)[6:], resumed.split(6, 1))),
+        "again": equal[1], "state": len(state), "restored": equal[2], "shifted": equal[3]}
 
-    def after(random, draws=0):     # six more batches, after `draws` numbers for something else
-        torch.rand(draws, generator=random)
-        return before + [batch(random) for _ in range(6)]
 
-    rows = {"keys": keyed(range(12)), "keys, resumed at 6": keyed(range(6)) + keyed(range(6, 12)),
-            "global": after(random), "global, started again": after(torch.Generator().manual_seed(0)),
-            "global, state put back": after(torch.Generator().set_state(state)),
-            "global, one draw more": after(torch.Generator().set_state(state), 1)}
-    equal = [sum(bool((a == b).all()) for a, b in zip(one[6:], rows["global" if k > 1 else "keys"][6:]))
-             for k, one in enumerate(rows.values())]
-    rows = dict(list(rows.items())[:6 if answer else 4])
-    figure = image_grid([[fit(tile, 44) for tile in tiles] for tiles in rows.values()], list(rows),
-                        [f"step {k}" for k in range(12)], cell=44)
-    return figure, {"same": equal[1], "again": equal[3], "state": len(state), "restored": equal[4],
-                    "shifted": equal[5]}
+def segmenter():
+    """The encoder halves five times, which tells what something is and forgets where; each step of the
+    decoder gets the encoder's map of its own size (skips), which knows where. Regions are predicted in tiles,
+    whose borders see zeros instead of tissue. A network that looks 32 pixels far is off by up to {seam_0:.2f}
+    at the seams of tiles that do not overlap, and by {seam_64:.0e} where tiles share 64 pixels and only their
+    centres are kept.
+    Exercise: leave out the skips: the last map, enlarged 32 times. How good can it be at best?
+    Answer: constant in cells of 32 pixels, a map reaches a Dice of {best[4]:.2f} on these labels even when
+    every cell is right, in cells of 2 pixels {best[0]:.3f}: details live in the skips."""
+    # A network that looks 32 pixels far on all sides: the mean of its window, sharpened.
+    network, image = nn.Conv2d(3, 2, 65, padding=32).eval(), torch.from_numpy(region(2)[0]).permute(2, 0, 1)
+    network.weight.data = torch.tensor([0, -0.001]).view(2, 1, 1, 1).expand(2, 3, 65, 65)
+    whole, *tiled = (predict_roi(network, image, *tiles) for tiles in ((256, 0), (128, 0), (128, 64)))
+    seams = [abs(one - whole) for one in tiled]
+    tumor = torch.tensor(np.stack([region(score)[1] > 0 for score in range(4)]))[:, None].float()
+    cells = [2, 4, 8, 16, 32]
+    rough = [F.interpolate(F.avg_pool2d(tumor, cell).round(), scale_factor=cell) for cell in cells]
+    best = [float(2 * (tumor * one).sum() / (tumor.sum() + one.sum())) for one in rough]
+    chart = plot({"best": (cells, best)}, "best Dice, constant in cells", "side of a cell", log="x")
+    pictures = [("image", region(2)[0]), ("overlap 0: 5 x the error", ink(5 * seams[0])),
+                ("overlap 64: 5 x the error", ink(5 * seams[1]))]
+    return [pictures], [[("labels", ink(tumor[3, 0])), ("in cells of 32", ink(rough[4][3, 0])), chart]], {
+        "seam_0": float(seams[0].max()), "seam_64": float(seams[1].max()), "best": best}
+
+
+def losses():
+    """Cross-entropy does not know how large the tumor is. Dice does: where every pixel has probability q =
+    0.5, one of small tumor (1 % of the patch) is pulled {small:.0f} times as hard as one of large tumor (50
+    %). Without any tumor soft Dice is flat at 1 until the last false positive is gone: cross-entropy, or a
+    batch with tumor, does the work.
+    Exercise: write Tversky's loss, 1 - I / (I + a FP + b FN), with class_sums, a = 0.3, b = 0.7. Which
+    mistake is dearer: tumor half found, or half as much again?
+    Answer: {missed[0]:.3f} for half found, {excess[0]:.3f} for half too much; soft Dice, which is a = b =
+    0.5, has {missed[1]:.3f} and {excess[1]:.3f}."""
+    def tversky(logits, target, a=0.3, b=0.7):
+        hit, predicted, volume = (sums[0, 1] for sums in class_sums(logits, target))
+        return 1 - hit / (hit + a * (predicted - hit) + b * (volume - hit) + 1e-6)
+
+    def logits_of(target, prob):    # probability `prob` of the true class, everywhere
+        return torch.stack([1 - 2 * target, 2 * target - 1], dim=1).float() / 2 * torch.logit(prob)
+
+    def area(columns, width=100):   # (1, 40, 100), the left columns are tumor
+        return (torch.arange(width) < columns).long().expand(1, 40, width)
+
+    kinds = {"soft Dice": soft_dice_loss, "generalised": generalised_dice_loss,
+             "cross-entropy": F.cross_entropy}
+    q, charts, pull = torch.linspace(0.02, 0.98, 49), [], []
+    for name, target in (("small, 1 %", area(1)), ("large, 50 %", area(50)), ("absent", area(0))):
+        curves = {kind: (q.numpy(), [float(loss(logits_of(target, one), target)) for one in q])
+                  for kind, loss in kinds.items()}
+        charts.append(plot(curves, name, "probability q of the truth", y_range=(0, 2)))
+        logits = logits_of(target, torch.tensor(0.5)).requires_grad_(True)
+        pull.append(torch.autograd.grad(soft_dice_loss(logits, target), logits)[0][0, 1, 0, 0].abs().item())
+    missed, excess = ([loss(logits_of(area(columns), torch.tensor(1 - 1e-6)), area(40)).item()
+                       for loss in (tversky, soft_dice_loss)] for columns in (20, 60))
+    return [charts], [], {"small": pull[0] / pull[1], "missed": missed, "excess": excess, "tversky": tversky}
+
+
+def made_up(shift: float = 0.0):
+    """Pixel counts of a network whose logits are Gaussian per class, 20,000 pixels each, moved by `shift`."""
+    histogram = ProbabilityHistogram(CLASSES)
+    for k, mean in enumerate((-2.5, 0.5, 1.2, 1.8, 3.0, 1.5)):
+        logit = numpy_generator("lesson", "logits", k).normal(mean, 1.2, 20000) + shift
+        histogram.add(1 / (1 + np.exp(-logit)), np.full(20000, k))
+    return histogram
+
+
+def metrics():
+    """A low threshold calls more tissue tumor, and every recall rises towards 1. So their variance falls
+    ({low:.4f} at 0.2, {middle:.4f} at 0.5, {high:.4f} at 0.8), and nothing was learned: false positives rise
+    too. A smaller variance alone says little; it counts at an equal false-positive rate.
+    Exercise: a second network has all its logits lower by 1. Its variance at 0.5 is {second:.4f}. Match it by
+    hand.
+    Answer: at a threshold of sigmoid(-1) = {sigmoid:.3f} it is the same network: there its false-positive
+    rate is that of the first, {fpr:.4f}, and its variance {matched[subtype_variance]:.4f}."""
+    first, second, thresholds = made_up(), made_up(-1.0), np.arange(20, 981, 20) / 1000
+    reports = [first.report(threshold) for threshold in thresholds]
+    recalls = {name: (thresholds, [one["recall"][name] for one in reports]) for name in CLASSES.names[1:]}
+    rates = {key: (thresholds, [one[key] for one in reports]) for key in ("dice", "precision", "fpr")}
+    variance = {"first": (thresholds, [one["subtype_variance"] for one in reports]),
+                "lower by 1": (thresholds, [second.report(t)["subtype_variance"] for t in thresholds])}
+    low, middle, high = (first.report(threshold)["subtype_variance"] for threshold in (0.2, 0.5, 0.8))
+    fpr, colors = first.report()["fpr"], [entry.color for entry in CLASSES.classes[1:]]
+    return [[plot(recalls, "recall", "threshold", y_range=(0, 1), colors=colors),
+             plot(rates, "Dice and its like", "threshold", y_range=(0, 1)),
+             plot(variance, "subtype variance", "threshold")]], [], {
+        "low": low, "middle": middle, "high": high, "second": second.report()["subtype_variance"], "fpr": fpr,
+        "sigmoid": 1 / (1 + np.e), "matched": matched(second, second, fpr),
+        "found": second.threshold_at_fpr(fpr)}
+
+
+def frechet():
+    """Two samples of one law in 8 dimensions, so both distances should be 0. The Frechet distance is not:
+    {mean[0]:.2f} at 20 samples, {mean[5]:.2f} at 640, about as 1 / N, because noise in the covariances looks
+    like a difference. The kernel distance has no bias, but for one pair of samples it may be negative.
+    Exercise: which of the two do you trust to say that a method with 40 images is worse than one with 400?
+    Answer: by Frechet a perfect method scores {perfect:.2f} with 40 images, one that is off by 0.2 in every
+    dimension {flawed:.2f} with 400: the order is wrong in {wrong[0]:.0%} of 40 trials, by the kernel distance
+    in {wrong[1]:.0%}."""
+    def distances(n, trial, shift=0.0):
+        a, b = (numpy_generator("lesson", n, trial, k).normal(k * shift, size=(n, 8)) for k in (0, 1))
+        return frechet_distance(*feature_statistics(a), *feature_statistics(b)), kernel_distance(a, b)
+
+    counts = [20, 40, 80, 160, 320, 640]
+    same = np.array([[distances(n, trial) for trial in range(20)] for n in counts])     # (N, trial, 2)
+    perfect, flawed = (np.array([distances(n, trial, shift) for trial in range(40)])
+                       for n, shift in ((40, 0.0), (400, 0.2)))
+    charts = [plot({"mean": (counts, one.mean(1)), "single": (np.repeat(counts, 20), one.ravel(), "dots")},
+                   f"{name} distance, one law", "samples", (405, 240), "x", notes=[(0, "0")])
+              for name, one in (("Frechet", same[..., 0]), ("kernel", same[..., 1]))]
+    return [charts], [], {"mean": same[..., 0].mean(axis=1), "perfect": perfect[:, 0].mean(), "same": same,
+                          "flawed": flawed[:, 0].mean(), "wrong": (perfect >= flawed).mean(axis=0)}
+
+
+def gan_losses():
+    """The hinge loss stops pushing the discriminator where it is right by a margin of 1; the generator's has
+    no margin, so its gradient never vanishes. KL pulls mu to 0 and the variance to 1, so that z ~ N(0, I) is
+    a fair draw when no image is there to encode. The adaptive weight makes both losses of the autoencoder
+    pull equally hard on the last layer: multiply one by 100, and its pull changes by {change:.0%}.
+    Exercise: the official code sums KL over the batch, here it is the mean. What equals its 0.05 at a batch
+    of 16?
+    Answer: {equal:.2f}: the sum is {ratio:.0f} times the mean, so officially the prior weighs more the larger
+    the batch is."""
+    x = torch.linspace(-3, 3, 121)
+    curves, slopes = {}, {}
+    for role in ("real", "fake", "generator"):
+        logits = x.clone().requires_grad_(True)
+        value = torch.stack([adversarial_loss(one.view(1, 1, 1, 1), role) for one in logits])
+        slopes[role] = x.numpy(), torch.autograd.grad(value.sum(), logits)[0].numpy()
+        curves[role] = x.numpy(), value.detach().numpy()
+    layer, scales = torch.ones(4, requires_grad=True), np.geomspace(0.01, 100, 9)
+    nll = ((layer - torch.arange(1.0, 5)) ** 2).mean()
+    pull = [k * adaptive_weight(nll, k * layer.sum(), layer).item() for k in scales.tolist()]
+    batch = torch.randn(16, 8, generator=generator("lesson", "kl"))
+    ratio = float(kl_divergence(batch, batch, "sum") / kl_divergence(batch, batch))
+    charts = [plot(curves, "hinge loss", "logit"), plot(slopes, "its gradient", "logit"),
+              plot({"of g": (scales, pull)}, "weighted pull of g", "scale of g", log="x", y_range=(0, 6))]
+    return [charts], [], {"change": abs(pull[-1] / pull[4] - 1), "ratio": ratio, "equal": 0.05 * ratio,
+                          "slopes": slopes}

@@ -12,28 +12,27 @@ is tissue, sets the scale, and `val` patches do for unseen slides. PAPER: none o
 Key: N images, P side, F features.
 """
 
+import json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from her2 import draw
 from her2.data_patches import PatchSampler, to_tensors
 from her2.data_regions import open_roi
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
 from her2.metrics import ProbabilityHistogram
+from her2.run_errors import UserError
+from her2.run_seeds import hashed_seed
 
-MOST = 512  # images per source
-REAL_UNIFORM = 0.25  # share of the real patches from anywhere, as in the synthetic sets of the study
+MOST = 512              # images per source
+REAL_UNIFORM = 0.25     # share of the real patches from anywhere, as in the synthetic sets of the study
 
 
 def real_patches(dataset, split: str, patch: int, seed: int, cache):
     """(image, label) tensors of up to MOST patches, drawn as the sources of synthetic images are."""
-    sampler = PatchSampler(dataset,
-                           split,
-                           patch,
-                           "subtype",
-                           seed,
-                           flips=False,
-                           cache=cache,
+    sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
                            uniform=REAL_UNIFORM)
     batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
     return batch["image"], batch["label"]
@@ -96,22 +95,62 @@ def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") 
 
 def table(result: dict) -> list:
     """Rows of texts, header first."""
-
     def text(value, digits=3):
         return "n/a" if value is None else f"{value:.{digits}f}"
 
     subtypes = list(next(iter(result.values()))["recall"])
-    rows = [[
-        "images", "obedience, Dice", *(f"recall {name}"
-                                       for name in subtypes), "FPR", "sharpness", "Frechet", "kernel"
-    ]]
+    rows = [["images", "obedience, Dice", *(f"recall {name}" for name in subtypes), "FPR", "sharpness",
+             "Frechet", "kernel"]]
     for name, found in result.items():
-        rows.append([
-            name,
-            text(found["dice"]), *(text(found["recall"][s], 2) for s in subtypes),
-            text(found["fpr"]),
-            text(found["sharpness"], 2),
-            text(found["frechet"]),
-            text(found["kernel"])
-        ])
+        rows.append([name, text(found["dice"]), *(text(found["recall"][s], 2) for s in subtypes),
+                     text(found["fpr"]), text(found["sharpness"], 2), text(found["frechet"]),
+                     text(found["kernel"])])
     return rows
+
+
+def source_of(entry) -> tuple:
+    """What two synthetic images share when they were painted on the same relabelled patch."""
+    instances = json.dumps(entry.get("instances"), sort_keys=True)
+    return entry["source_image"], entry.get("x"), entry.get("y"), instances
+
+
+def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
+    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it.
+
+    Of 100 patches that one is taken that comes nearest to being half of this subtype and a third background:
+    where all is tumor, nobody sees whether the outlines of the label are obeyed.
+    """
+    def content(roi):
+        tile = open_roi(roi, dataset.classes, cache)
+        return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
+
+    root = next(iter(synthetic.values()))[0].root
+    by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
+                 for method, (images, entries) in synthetic.items()}
+    first = next(iter(by_source.values()))
+    # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
+    by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
+    common = [source for source in first if all(source in rois for rois in by_source.values())]
+    sources = sorted(common or first, key=lambda source: hashed_seed(seed, "fig4", repr(source)))[:100]
+    labels = {source: content(first[source])[1] for source in sources}
+    originals, rows = {roi.name: roi for roi in dataset.rois}, []
+    for k in dataset.classes.tumor_ids:
+        shares = {source: (min((label == k).mean(), 1 / 2) + min((label == 0).mean(), 1 / 3))
+                  for source, label in labels.items() if (label == k).any()}
+        if not shares:
+            continue
+        source = max(shares, key=shares.get)
+        label, (name, x, y, _) = labels.pop(source), source
+        tile = open_roi(originals[name], dataset.classes, cache)
+        height, width = label.shape
+        if not (isinstance(x, int) and isinstance(y, int)
+                and 0 <= x <= tile.width - width and 0 <= y <= tile.height - height):
+            raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
+                            "make the images again with generate.py")
+        rows.append({"caption": dataset.classes.names[k], "label": label,
+                     "original": tile.window(y, x, height, width)[0]})
+        rows[-1].update({method: content(rois[source])[0] for method, rois in by_source.items()
+                         if source in rois})
+    if not rows:
+        raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
+    return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)

@@ -16,10 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from her2.data_regions import open_roi
+from her2.draw import Canvas, tint
+from her2.report_statistics import t_quantile
 from her2.stains import deconvolve, white_point
 
 SMALLEST = 30           # pixels: an instance that a patch only touches says nothing about its staining
 MOST_IMAGES = 1000      # images measured per source, evenly spread: quartiles need no more
+BROWN = (150, 90, 40)
 GRID = 1024             # larger images are sampled on a grid of at least this many points per side
 
 
@@ -85,3 +88,54 @@ def table(result: dict) -> list:
         rows.append([source, *("n/a" if median is None else f"{median:.2f} ({n})" for median, n in cells),
                      {True: "yes", False: "no", None: "n/a"}[found["ordered"]]])
     return rows
+
+
+def transitions(synthetic: dict, classes, white_rois, cache="cache") -> dict:
+    """{method: {old: {new: {"n", "mean", "half"}}}}: density by the subtype before and the one asked for.
+
+    synthetic: {method: (Dataset, {image name: line of its manifest})}; `half` the 95 % interval to each side.
+    """
+    white, result = median_white(white_rois, classes, cache), {}
+    for method, (dataset, entries) in synthetic.items():
+        found = {(old, new): [] for old in classes.tumor_ids for new in classes.tumor_ids}
+        for roi in dataset.rois[:MOST_IMAGES]:
+            tile = open_roi(roi, classes, cache)
+            density = instance_densities(tile.image, np.array(tile.instance), len(tile.class_of), white)
+            for i, pair in entries[roi.name].get("instances", {}).items():
+                if tuple(pair) in found and int(i) < len(density) and not np.isnan(density[int(i)]):
+                    found[tuple(pair)].append(float(density[int(i)]))
+        result[method] = {}
+        for (old, new), values in found.items():
+            n = len(values)
+            half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
+            result[method].setdefault(classes.names[old], {})[classes.names[new]] = {
+                "n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
+    return result
+
+
+def heat_maps(found: dict, classes, cell=62) -> np.ndarray:
+    """One map per method of `transitions`: rows the old subtype, columns the new one, brown as they are."""
+    names = [classes.names[k] for k in classes.tumor_ids]
+    left, top, side = 90, 52, cell * len(names)
+    canvas = Canvas(left + (side + 24) * len(found), top + side + 8)
+    highest = max([one["mean"] or 0 for rows in found.values() for row in rows.values()
+                   for one in row.values()] + [0.01])
+    for m, (method, rows) in enumerate(found.items()):
+        x = left + m * (side + 24)
+        canvas.text(x + side / 2, 8, f"{method}: painted as", 14, anchor="ma")
+        for i, new in enumerate(names):
+            canvas.text(x + cell * (i + 0.5), top - 6, new, 11, anchor="md")
+        for j, old in enumerate(names):
+            y = top + cell * j
+            if m == 0:
+                canvas.text(left - 8, y + cell / 2, f"was {old}", 12, anchor="rm")
+            for i, new in enumerate(names):
+                one = rows[old][new]
+                shade = tint(BROWN, (one["mean"] or 0) / highest)
+                canvas.rectangle(x + cell * i, y, x + cell * (i + 1), y + cell, shade, "white")
+                lines = ["n/a"] if one["mean"] is None else [
+                    f"{one['mean']:.2f}", *([f"\u00b1 {one['half']:.2f}"] if one["half"] is not None else [])]
+                for k, line in enumerate(lines):
+                    middle = y + cell / 2 + 16 * (k - (len(lines) - 1) / 2)
+                    canvas.text(x + cell * (i + 0.5), middle, line, 12, anchor="mm")
+    return canvas.array()

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from her2 import draw, draw_charts, report, report_images, report_staining, report_statistics, run
+from her2 import draw, draw_charts, report, report_images, report_staining, run
 from her2.data_classes import ClassTable
-from her2.report_statistics import Study
+from her2.report_statistics import ORACLE, Study
 from her2.run_config import Parser
 from her2.run_errors import atomic_write, command
 from her2.study_seed import from_json, read_seeds
@@ -32,6 +32,9 @@ SECONDARY = (("inpaint-100", "subtype"), ("gan-100", "subtype"), ("ldm-100", "ga
              ("ldm-100", "ldm-100-same"), ("subtype-2x", "subtype"), ("oracle-100", "subtype"))
 FIGURES = (("dice", "best", 3), ("dice", "half", 3), ("dice", "matched", 3), ("average_precision", "half", 3),
            ("variance", "half", 4), ("variance", "matched", 4), ("fpr", "half", 3), ("precision", "half", 3))
+COMPARED = (("dice", "best", "Dice, val-best"), ("dice", "half", "Dice at 0.5"),
+            ("dice", "matched", "Dice at equal FPR"), ("log_variance", "half", "variance ratio at 0.5"),
+            ("log_variance", "matched", "variance ratio at equal FPR"))
 POINT = {"best": "val-best threshold", "half": "at 0.5", "matched": "at equal FPR"}
 
 
@@ -58,19 +61,12 @@ def comparisons(study, arms) -> dict:
     """{"ARM against OTHER": {"dice best": ..., "log_variance matched": ...}} with intervals."""
     pairs = [(arm, report.BASELINE) for arm in arms if arm != report.BASELINE]
     pairs += [pair for pair in SECONDARY if pair not in pairs and set(pair) <= set(arms)]
-    found = {}
-    for new, old in pairs:
-        found[f"{new} against {old}"] = {
-            f"{figure} {point}": study.difference(new, old, point, figure)
-            for figure, point in (("dice", "best"), ("dice", "half"), ("dice", "matched"),
-                                  ("log_variance", "half"), ("log_variance", "matched"), ("recall 0", "half"))
-            if figure in study.arms[new][min(study.arms[new])].figures[point]
-        }
-    return found
+    return {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
+                                     for figure, point, _ in COMPARED} for new, old in pairs}
 
 
 def interval_text(found, ratio: bool) -> str:
-    """ "+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]"."""
+    """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]"."""
     if found is None:
         return "n/a"
     show = (lambda x: f"{math.exp(x):.2f}") if ratio else (lambda x: f"{x + 0.0:+.3f}")
@@ -79,144 +75,111 @@ def interval_text(found, ratio: bool) -> str:
 
 
 def arm_table(study, arms) -> list:
-    rows = [[
-        "arm", "seeds", *(f"{figure.replace('_', ' ')} {POINT[point]}"
-                          for figure, point, _ in FIGURES), *(f"recall {study.classes.names[k]}"
-                                                              for k in study.classes.tumor_ids)
-    ]]
-    wanted = [*FIGURES, *((f"recall {study.classes.names[k]}", "half", 3) for k in study.classes.tumor_ids)]
+    """Rows of texts, header first: mean and spread over seeds of every figure."""
+    recalls = [(f"recall {study.classes.names[k]}", "half", 3) for k in study.classes.tumor_ids]
+    rows = [["arm", "seeds", *(f"{figure.replace('_', ' ')} {POINT[point]}" for figure, point, _ in FIGURES),
+             *(figure for figure, _, _ in recalls)]]
     for arm in arms:
-        cells = []
-        for figure, point, digits in wanted:
-            values = [one.figures[point][figure] for one in study.arms[arm].values()]
-            cells.append(report.spread([value for value in values if not math.isnan(value)], digits))
-        rows.append([arm, str(len(study.arms[arm])), *cells])
+        runs = study.arms[arm].values()
+        values = [[one.figures[point][figure] for one in runs] for figure, point, _ in (*FIGURES, *recalls)]
+        rows.append([arm, str(len(runs)), *(report.spread([v for v in some if not math.isnan(v)], digits)
+                                            for some, (_, _, digits) in zip(values, (*FIGURES, *recalls)))])
     return rows
 
 
 def difference_table(found: dict, study) -> list:
-    rows = [[
-        "comparison", "Dice, val-best", "Dice at 0.5", "Dice at equal FPR", "variance ratio at 0.5",
-        "variance ratio at equal FPR", "bootstrap of it", "share of the oracle's gain (Dice)"
-    ]]
+    """Rows of texts, header first: paired differences with their intervals."""
+    rows = [["comparison", *(title for _, _, title in COMPARED), "bootstrap of the last",
+             "share of the oracle's gain (Dice)"]]
     for name, one in found.items():
         new, old = name.split(" against ")
-        drawn = one["log_variance matched"] and one["log_variance matched"]["bootstrap"]
-        share = (study.efficiency(new, old, report_statistics.ORACLE, "best", "dice")
-                 if old == report.BASELINE and report_statistics.ORACLE in study.arms
-                 and len(study.arms[new]) > 1 else None)
-        rows.append([
-            name, *(interval_text(one[key], key.startswith("log"))
-                    for key in ("dice best", "dice half", "dice matched", "log_variance half",
-                                "log_variance matched")),
-            f"[{math.exp(drawn[0]):.2f}, {math.exp(drawn[1]):.2f}]" if drawn else "n/a",
-            f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"
-        ])
+        drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
+        if old == report.BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
+            share = study.efficiency(new, old, ORACLE, "best", "dice")
+        rows.append([name, *(interval_text(part, key.startswith("log")) for key, part in one.items()),
+                     f"[{math.exp(drawn[0]):.2f}, {math.exp(drawn[1]):.2f}]" if drawn else "n/a",
+                     f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"])
     return rows
 
 
 def figures(out, study, configs, found) -> list:
-    """fig5, fig6 and ladder into `out`; [(file, caption)]."""
-    results = {"configs": configs}
-    oracle = next((c for c in configs if c["name"] == report_statistics.ORACLE), None)
-    panels = []
+    """ladder, fig5 and fig6 into `out`; [(file, caption)]."""
+    by_name, panels = {config["name"]: config for config in configs}, []
     for key, label in (("dice", "tumor Dice"), ("subtype_variance", "subtype variance")):
-        mean = report.mean_sd(report.figures_of(next(c for c in configs
-                                                     if c["name"] == report.BASELINE), key))
-        reference = (mean[0], f"{report.BASELINE} {mean[0]:.4g}")
-        if oracle:
-            values = report.figures_of(oracle, key)
+        mean, _ = report.mean_sd(report.figures_of(by_name[report.BASELINE], key))
+        reference = (mean, f"{report.BASELINE} {mean:.4g}")
+        if ORACLE in by_name:
+            values = report.figures_of(by_name[ORACLE], key)
             reference += (min(values), max(values), draw.PURPLE)
-        panels.append((label, report.box_groups(results, key), reference))
+        panels.append((label, report.box_groups({"configs": configs}, key), reference))
     series = {name for _, boxes in panels[0][1] for name, _ in boxes}
     colors = {name: color for name, color in report.COLORS.items() if name in series}
     draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
-    matrices = [(f"{c['name']} ({len(c['runs'])} seeds)", *report.row_normalised(c))
-                for c in report.figure_pair(results)]
+    matrices = [(f"{config['name']} ({len(config['runs'])} seeds)", *report.row_normalised(config))
+                for config in report.figure_pair({"configs": configs})]
     draw.save_png(out / "fig6.png", draw_charts.confusion_matrices(matrices, study.classes))
     rows = [arm for arm in LADDER if f"{arm} against {report.BASELINE}" in found]
 
-    def ends(arm, key):
-        one = found[f"{arm} against {report.BASELINE}"][key]
-        return one and (one["mean"], one["low"], one["high"])
+    def ends(key):
+        parts = [found[f"{arm} against {report.BASELINE}"][key] for arm in rows]
+        return [one and (one["mean"], one["low"], one["high"]) for one in parts]
 
-    draw.save_png(
-        out / "ladder.png",
-        draw_charts.intervals([("Dice, difference at equal FPR", [ends(
-            arm, "dice matched") for arm in rows], [-0.01, 0, 0.01], lambda x: f"{x:+.2f}" if x else "0"),
-                               ("subtype variance, ratio at equal FPR", [
-                                   ends(arm, "log_variance matched") for arm in rows
-                               ], [math.log(x)
-                                   for x in (0.1, 0.3, 1, 3)], lambda x: f"x {math.exp(x):.1f}")], rows))
-    return [("ladder.png",
-             "Difference to the subtype-sampled baseline at its own false-positive rate, mean and 95 % "
-             "interval over seeds, from what no generator can pass down to the paper's methods: where a step "
-             "loses, there the quality is lost."),
-            ("fig5.png",
-             f"Fig. 5 of the paper, at 0.5. {draw_charts.NOTE}. Dashed: mean of the baseline; band: "
-             "from the lowest to the highest oracle."),
-            ("fig6.png",
-             "Fig. 6 of the paper: confusion matrices at 0.5, rows divided by their sum, mean over seeds.")]
+    dice = ("Dice, difference at equal FPR", ends("dice matched"), [-0.01, 0, 0.01],
+            lambda x: f"{x:+.2f}" if x else "0")
+    variance = ("subtype variance, ratio at equal FPR", ends("log_variance matched"),
+                [math.log(x) for x in (0.1, 0.3, 1, 3)], lambda x: f"x {math.exp(x):.1f}")
+    draw.save_png(out / "ladder.png", draw_charts.intervals([dice, variance], rows))
+    return [("ladder.png", "Difference to the subtype-sampled baseline at its own false-positive rate, mean "
+             "and 95 % interval over seeds, from what no generator can pass down to the paper's methods: "
+             "where a step loses, there the quality is lost."),
+            ("fig5.png", f"Fig. 5 of the paper, at 0.5. {draw_charts.NOTE}. Dashed: mean of the baseline; "
+             "band: from the lowest to the highest oracle."),
+            ("fig6.png", "Fig. 6 of the paper: confusion matrices at 0.5, rows divided by their sum, mean "
+             "over seeds.")]
 
 
 def write_report(files, out) -> dict:
     """results.json, report.md and the figures into `out`, from the files of seeds. Returns the results."""
     out, seeds = Path(out), read_seeds(files)
-    classes = ClassTable.from_json(seeds[0]["classes"])
-    names = sorted({name for content in seeds for name in content["arms"]}, key=report.order)
-    study = Study(
-        {
-            name: {
-                content["seed"]: from_json(content["arms"][name])
-                for content in seeds if name in content["arms"]
-            } for name in names
-        }, classes)
+    names = sorted({name for seed in seeds for name in seed["arms"]}, key=report.order)
+    arms = {name: {seed["seed"]: from_json(seed["arms"][name]) for seed in seeds if name in seed["arms"]}
+            for name in names}
+    study = Study(arms, ClassTable.from_json(seeds[0]["classes"]))
     configs, found, claims = merged_configs(seeds), comparisons(study, names), study.primaries()
-    images = averaged([content["images"] for content in seeds if content["images"]]) or {}
-    results = {
-        "baseline": report.BASELINE, "threshold": 0.5, "seeds": [content["seed"] for content in seeds
-                                                                 ], "preset": seeds[0]["preset"],
-        "configs": configs, "verdicts": claims, "comparisons": found, "images": images, "machines": sorted({
-            content["machine"] for content in seeds
-        }), "seconds": {str(content["seed"]): content["seconds"] for content in seeds}
-    }
+    images, staining = (averaged([seed[key] for seed in seeds if seed[key]])
+                        for key in ("images", "staining"))
+    numbers, preset = [seed["seed"] for seed in seeds], seeds[0]["preset"]
+    machines = sorted({seed["machine"] for seed in seeds})
     pictures = figures(out, study, configs, found)
+    results = {"baseline": report.BASELINE, "threshold": 0.5, "seeds": numbers, "preset": preset,
+               "configs": configs, "verdicts": claims, "comparisons": found, "images": images or {},
+               "machines": machines, "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
-    cost = {}
-    for content in seeds:
-        for stage, seconds in content["seconds"].items():
-            cost.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
-    parts = [
-        "# What the paper's method does on this tissue",
-        f"{len(seeds)} seeds ({', '.join(str(content['seed']) for content in seeds)}), preset "
-        f"`{seeds[0]['preset']}`; each is its own tissue, generators and segmenters. The plan that was fixed "
-        "before stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
-        "intervals of the paired difference.", "## Verdicts", *(f"- {claim['sentence']}"
-                                                      for claim in claims), "## Arms",
-        report.markdown(arm_table(study, names)), "## Comparisons",
-        report.markdown(difference_table(found, study))
-    ]
+    parts = ["# What the paper's method does on this tissue",
+             f"{len(seeds)} seeds ({', '.join(map(str, numbers))}), preset `{preset}`; each is its own "
+             "tissue, generators and segmenters. The plan that was fixed before stands in her2/study.py. "
+             "\u00b1 is the standard deviation over seeds, brackets are 95 % intervals of the paired "
+             "difference.",
+             "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
+             "## Arms", report.markdown(arm_table(study, names)),
+             "## Comparisons", report.markdown(difference_table(found, study))]
     if images:
-        parts += [
-            "## Do generated images obey their masks?", "Means over seeds; see her2/report_images.py.",
-            report.markdown(report_images.table(images))
-        ]
-    staining = averaged([content["staining"] for content in seeds if content["staining"]])
+        parts += ["## Do generated images obey their masks?", "Means over seeds; see her2/report_images.py.",
+                  report.markdown(report_images.table(images))]
     if staining:
         for one in staining.values():
-            one["ordered"] = None
-        parts += [
-            "## Is the staining what was asked for?",
-            "Median DAB density of instances, mean over seeds (and their "
-            "number).",
-            report.markdown([row[:-1] for row in report_staining.table(staining)])
-        ]
-    parts += [
-        "## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures), "## Cost",
-        f"Minutes per stage, mean over seeds ({'; '.join(results['machines'])}).",
-        report.markdown([["stage", "minutes"], *([stage, f"{np.mean(times):.1f}"]
-                                                 for stage, times in cost.items())])
-    ]
+            one["ordered"] = None                       # is said per seed, in its own report
+        parts += ["## Is the staining what was asked for?",
+                  "Median DAB density of instances, mean over seeds (and their number).",
+                  report.markdown([row[:-1] for row in report_staining.table(staining)])]
+    minutes = {}
+    for seed in seeds:
+        for stage, seconds in seed["seconds"].items():
+            minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
+    parts += ["## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures), "## Cost",
+              f"Minutes per stage, mean over seeds ({'; '.join(machines)}).",
+              report.markdown([["stage", "minutes"],
+                               *([stage, f"{np.mean(some):.1f}"] for stage, some in minutes.items())])]
     atomic_write(out / "report.md", "\n\n".join(parts) + "\n")
     print("\n".join(claim["sentence"] for claim in claims))
     return results

@@ -57,7 +57,9 @@ METHODS = ("gan", "ldm", "inpaint")
 RATIOS = (0.5, 1.0, 2.0, 4.0)  # paper, section 3
 PAPER_ARMS = ["tumor", "subtype",
               *(f"{method}-{round(100 * ratio)}" for ratio in RATIOS for method in METHODS)]
-EXPLORATORY = ["ldm-only", "gan-only", "oracle-only"]   # no real patch at all: --arms NAME, not among "all"
+# Not among "all", to be named in --arms: no real patch at all; other classes to balance (`her2.cluster`).
+EXPLORATORY = ["ldm-only", "gan-only", "oracle-only", "ldm-100-clusters", "ldm-100-stained"]
+REGROUPED = {"clusters": ["--classes", 4], "stained": ["--merge", "non-stained=0; stained=1+,2+,3+"]}
 CONTROLS = ["oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same", "subtype-2x"]
 NEEDS_PHANTOM = {"oracle", "fresh"}  # sets that real data cannot have
 # What the 2x arm needs to know: the optimiser steps of train_seg.py's presets.
@@ -148,7 +150,8 @@ def stages(config, seed: int, data_hash: str = "") -> list:
         least = max(RATIOS) if name in METHODS and config.preset != "tiny" else 1.0
         amount[name] = max(0.0 if ratio == math.inf else ratio, least, amount.get(name, 0.0))
     network = {}                                        # what paints a set
-    if amount.keys() & {"ldm", "inpaint", "ldm-same", "reconstruct"}:
+    latent = {"ldm", "inpaint", "ldm-same", *(f"ldm-{variant}" for variant in REGROUPED)}
+    if amount.keys() & {*latent, "reconstruct"}:
         network["reconstruct"] = own("autoencoder", "autoencoder", [
             "train_ldm.py", "--stage", "autoencoder", *common, *UNIFORM, *short], "vq", tissue)
     if amount.keys() & {"ldm", "inpaint", "ldm-same"}:
@@ -160,12 +163,21 @@ def stages(config, seed: int, data_hash: str = "") -> list:
         network["gan"] = own("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
     images = {}
     for name in filter(None, amount):
-        method, *same = name.split("-")
+        method, *variant = name.split("-")
+        flags, source = common, tissue
+        kind = "".join(variant)
+        if kind in REGROUPED:                           # the same tissue in other classes, its own diffusion
+            source = own("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind]], kind,
+                         tissue)
+            flags = [source.folder if one is data else one for one in common]
+            network[name] = own("diffusion", f"diffusion {kind}", [
+                "train_ldm.py", "--stage", "diffusion", "--autoencoder", root / "vq", *flags, *UNIFORM,
+                *short], f"ldm-{kind}", source, network["reconstruct"])
         model = ["--model", network[name].folder] if name in network else []
         images[name] = own("images", f"images {name}", [
-            "generate.py", "--method", method, *model, *(["--no-relabel"] if same else []), *common,
-            "--sampling", "subtype", *UNIFORM, "--ratio", amount[name]],
-            f"synth-{name}", tissue, network.get(name))
+            "generate.py", "--method", method, *model, *(["--no-relabel"] if kind == "same" else []),
+            *flags, "--sampling", "subtype", *UNIFORM, "--ratio", amount[name]],
+            f"synth-{name}", source, network.get(name))
     runs = []
     for arm, (name, ratio, flags) in parts.items():
         steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short
@@ -182,7 +194,7 @@ def stages(config, seed: int, data_hash: str = "") -> list:
                     place / "phantom")
         judge = add("segmentation", "judge", ["train_seg.py", *sizes, "--data", place / "phantom", *machine,
                                               "--seed", JUDGE_SEED, *UNIFORM, *short], place / "seg", other)
-    shown = [stage.folder for name, stage in images.items() if not name.endswith("-same")]
+    shown = [stage.folder for name, stage in images.items() if "-" not in name]
     own("evaluation", "evaluation", [
         "evaluate.py", *(one.folder for one in runs),
         *(["--synthetic", *shown, "--judge", judge.folder] if shown else []), *sizes, *machine,

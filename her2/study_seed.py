@@ -23,25 +23,18 @@ FORMAT = 1
 
 
 def to_json(one: Outcome) -> dict:
-
-    def plain(value):
-        return None if math.isnan(value) else value
-
-    return {
-        "scores": list(one.scores), "thresholds": one.thresholds,
-        "tables": {point: table.tolist() for point, table in one.tables.items()}, "figures": {
-            point: {name: plain(value) for name, value in found.items()}
-            for point, found in one.figures.items()
-        }
-    }
+    """JSON has no NaN: a figure that does not exist is None there."""
+    return {"scores": list(one.scores), "thresholds": one.thresholds,
+            "tables": {point: table.tolist() for point, table in one.tables.items()},
+            "figures": {point: {name: None if math.isnan(value) else value for name, value in found.items()}
+                        for point, found in one.figures.items()}}
 
 
 def from_json(content: dict) -> Outcome:
-    return Outcome(tuple(content["scores"]), content["thresholds"],
-                   {point: np.array(table) for point, table in content["tables"].items()}, {
-                       point: {name: math.nan if value is None else value for name, value in found.items()}
-                       for point, found in content["figures"].items()
-                   })
+    tables = {point: np.array(table) for point, table in content["tables"].items()}
+    figures = {point: {name: math.nan if value is None else value for name, value in found.items()}
+               for point, found in content["figures"].items()}
+    return Outcome(tuple(content["scores"]), content["thresholds"], tables, figures)
 
 
 def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
@@ -55,10 +48,8 @@ def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
     scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, None
     for name in sorted(folders, key=lambda name: name != report.BASELINE):  # the baseline first
         metrics = run.read_json(folders[name] / "metrics.json")
-        val, test = ({
-            slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
-            for slide, part in metrics[split].items()
-        } for split in ("val", "test"))
+        val, test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
+                      for slide, part in metrics[split].items()} for split in ("val", "test"))
         one = report_statistics.outcome(np.stack(list(val.values())), np.stack(list(test.values())),
                                         [scores[slide] for slide in test], dataset.classes, fpr)
         fpr = one.figures["half"]["fpr"] if fpr is None else fpr
@@ -66,14 +57,12 @@ def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
     for config in results["configs"]:
         config["runs"][0].pop("slides")
         config["runs"][0]["seed"] = seed
-    run.write_json(
-        Path(out) / "seeds" / f"seed{seed}.json", {
-            "format": FORMAT, "seed": seed, "preset": preset, "classes": dataset.classes.to_json(),
-            "slides": list(test), "arms": arms, "configs": results["configs"], "images": results.get(
-                "images", {}), "staining": results.get(
-                    "staining", {}), "seconds": seconds, "commit": git_commit(), "versions": versions(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"
-        })
+    measured = {key: results.get(key, {}) for key in ("images", "staining", "old and new")}
+    run.write_json(Path(out) / "seeds" / f"seed{seed}.json", {
+        "format": FORMAT, "seed": seed, "preset": preset, "classes": dataset.classes.to_json(),
+        "slides": list(test), "arms": arms, "configs": results["configs"], **measured, "seconds": seconds,
+        "commit": git_commit(), "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"})
 
 
 def processor() -> str:

@@ -168,7 +168,7 @@ def test_moving_median_against_a_loop(rng):
 
 def test_a_curve_goes_through_its_points():
     canvas = draw.Canvas(200, 100)
-    axes = draw_axes.Axes(canvas, 20, 10, 190, 90, (0, 10), (0.01, 100), log_y=True)
+    axes = draw_axes.Axes(canvas, 20, 10, 190, 90, (0, 10), (0.01, 100), log="y")
     axes.curve([0, 5, 10], [0.01, 1.0, 100], draw.BLUE, 3)
     picture = canvas.array()
     for x, y in ((62, 70), (105, 50), (147, 30)):       # on the straight line in log y, between the corners
@@ -226,7 +226,8 @@ def test_curves_of_short_and_long_logs(rng, recorder, tmp_path, count):
     panels = [draw_axes.Panel("Loss", {"total": "loss", "on the validation slides": "val", "rare": "bad"},
                           reference={"predicts nothing": "nothing", "zero output": 0.70, "mean": 0.71}),
               draw_axes.Panel("Gradient", {"norm": "norm"}, log_y=True, reference={"clip": 1.0}),
-              ["bad"], ["loss", "norm"], ["val"], draw_axes.Panel("never", {"x": "not logged"})]
+              draw_axes.Panel("bad", {"bad": "bad"}), draw_axes.Panel("", {"loss": "loss", "norm": "norm"}),
+              draw_axes.Panel("val", {"val": "val"}), draw_axes.Panel("never", {"x": "not logged"})]
     draw_axes.curves_png(tmp_path / "curves.png", records(rng, count), panels)
     recorder.check()
     texts = recorder.texts()
@@ -237,7 +238,7 @@ def test_curves_of_short_and_long_logs(rng, recorder, tmp_path, count):
 
 
 def test_curves_of_an_empty_log(recorder):
-    draw_axes.draw_curves([], [["loss"]])
+    draw_axes.draw_curves([], draw_axes.TRAINING["segmenter"])
     assert recorder.texts() == ["nothing was logged yet"]
 
 

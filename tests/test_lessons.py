@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -26,32 +27,27 @@ torch.set_num_threads(1)
 
 
 @lru_cache(maxsize=None)
-def drawn(name, answer=True):
-    return lessons.LESSONS[name].draw(answer)
+def drawn(name):
+    return lessons.LESSONS[name].draw()
 
 
 def numbers(name):
-    return drawn(name)[1]
+    return drawn(name)[2]
 
 
 @pytest.mark.parametrize("name", lessons.LESSONS)
 def test_figure_and_texts(name):
-    figure, found = drawn(name)
-    assert figure.dtype == np.uint8 and figure.shape[1] <= 830 and figure.shape[2] == 3
+    rows, answer_rows, found = drawn(name)
+    figure = lessons.sheet(rows + answer_rows)
+    assert figure.dtype == np.uint8 and figure.shape[1] == 830 and figure.shape[2] == 3
+    assert len(lessons.sheet(rows)) > 100
     buffer = io.BytesIO()
-    Image.fromarray(lessons.thinned(figure)).save(buffer, "PNG")
+    Image.fromarray(figure).save(buffer, "PNG")
     assert len(buffer.getvalue()) < 300_000
     text, exercise, answer = lessons.texts(name, found)
     assert exercise.startswith("Exercise: ") and answer.startswith("Answer: ")
     assert not set("{}") & set(text + exercise + answer) and "nan" not in text + answer
-    assert 2 <= text.count(". ") + text.count("? ") + 1 <= 6, text
-
-
-@pytest.mark.parametrize("name", ["polygons", "stains", "diffusion", "losses", "metrics", "seeds"])
-def test_the_question_is_drawn_without_its_answer(name):
-    figure, found = drawn(name, False)
-    assert figure.shape != drawn(name)[0].shape or (figure != drawn(name)[0]).any()
-    lessons.texts(name, found)
+    assert len(re.findall(r"[.?!](?: |$)", text)) == 3, text
 
 
 def test_timetable_and_commands(tmp_path, capsys):
@@ -77,7 +73,7 @@ def test_timetable_and_commands(tmp_path, capsys):
 # ---- tissue --------------------------------------------------------------------------------------
 
 def test_phantom_brown_rises_with_the_score_and_lobules_lie_beside_0():
-    means = [np.mean(one) for one in numbers("phantom")["dab"]]
+    means = numbers("phantom")["dab"]
     assert means[0] < means[1] < means[2] < means[3]
     assert abs(means[5] - means[0]) < 0.1 * (means[3] - means[0])
 
@@ -96,7 +92,7 @@ def test_stains_jitter_in_density_keeps_the_two_dyes():
     assert found["rgb"] > 3 * found["residual"]
     # Scaling amounts by 0.7 .. 1.3 turns the density of glass, log10(255 / 220), by at most that.
     assert 255 * (220 / 255) ** 1.6 < found["low"] < 219 and 221 < found["high"] < 255 * (220 / 255) ** 0.4
-    assert found["low_mended"] == found["high_mended"] == 220
+    assert found["mended"] == 220
 
 
 def test_polygons_against_winding_numbers_and_half_planes():
@@ -125,8 +121,8 @@ def test_diffusion_halves_where_the_tables_say():
     found = numbers("diffusion")
     alpha_bar = np.cumprod(1 - np.linspace(0.0015 ** 0.5, 0.0205 ** 0.5, 1000) ** 2)
     assert found["factor"] == pytest.approx(math.sqrt(1 / alpha_bar[-1] - 1), rel=1e-6)
-    assert found["half"] == (alpha_bar < 0.5).argmax()
-    assert abs(found["half_cosine"] - (1000 * (1.008 / 2 - 0.008) - 1)) <= 1      # cos^2 = 1 / 2 at pi / 4
+    assert found["half"][0] == (alpha_bar < 0.5).argmax()
+    assert abs(found["half"][2] - (1000 * (1.008 / 2 - 0.008) - 1)) <= 1      # cos^2 = 1 / 2 at pi / 4
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, Schedule()])
@@ -167,7 +163,7 @@ def test_denoiser_guidance_moves_away_and_narrows():
     inner = found["time"].T @ found["time"]                         # cos(a - b), summed over the waves
     assert torch.allclose(inner[:-9, :-9], inner[9:, 9:], atol=2e-3)
     means = found["onehot"].unflatten(2, (16, 8)).unflatten(4, (16, 8)).mean((3, 5))
-    assert torch.allclose(found["shares"], means, atol=1e-6) and found["film"] == 0 < found["code"]
+    assert torch.allclose(found["shares"], means, atol=1e-6)
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ def test_autoencoder_receptive_field_by_the_rule():
     field += 4 * 2 * jump + 2 * jump                                # middle blocks, conv_out
     found = numbers("autoencoder")
     assert found["sees"] == field and 0.01 < found["far"] < 0.5
-    assert found["maps"][2].min() > 0 and found["maps"][0].min() == 0
+    assert found["maps"][1].min() > 0 and found["maps"][0].min() == 0
 
 
 def test_spade_keeps_the_class_that_normalisation_washes_out():
@@ -214,9 +210,6 @@ def test_gan_losses_slopes_minimum_and_weight():
     x, slope = found["slopes"]["real"]
     assert (slope[x < 0.99] == -1).all() and (slope[x > 1.01] == 0).all()
     assert (found["slopes"]["generator"][1] == -1).all()
-    for name, (mu, kl) in found["kl"].items():
-        logvar = float(name.split()[1])
-        assert kl == pytest.approx((mu ** 2 + math.exp(logvar) - 1 - logvar) / 2, abs=1e-5)
     assert found["change"] < 0.01 and found["equal"] == pytest.approx(0.8)
 
 
@@ -230,17 +223,15 @@ def test_seeds_resume():
 def test_segmenter_seams_vanish_at_twice_the_reach():
     found = numbers("segmenter")
     assert found["seam_0"] > 0.05 and found["seam_64"] < 1e-5
-    assert found["maps"] == [(3, 512), (64, 256), (64, 128), (128, 64), (256, 32), (512, 16)]
-    assert sorted(found["best"], reverse=True) == found["best"] and found["parameters"] == 24_436_514
+    assert sorted(found["best"], reverse=True) == found["best"]
 
 
 def test_losses_against_closed_forms():
     found = numbers("losses")
     # V = 40, I = 20, P = 20, and V = 40, I = 40, P = 60, in hundreds of pixels.
-    assert found["missed_dice"] == pytest.approx(1 / 3, abs=1e-4)
-    assert found["excess_dice"] == pytest.approx(1 / 5, abs=1e-4)
-    assert found["missed"] == pytest.approx(1 - 20 / (20 + 0.7 * 20), abs=1e-4)
-    assert found["excess"] == pytest.approx(1 - 40 / (40 + 0.3 * 20), abs=1e-4) and found["small"] > 2
+    assert found["missed"] == pytest.approx([1 - 20 / (20 + 0.7 * 20), 1 / 3], abs=1e-4)
+    assert found["excess"] == pytest.approx([1 - 40 / (40 + 0.3 * 20), 1 / 5], abs=1e-4)
+    assert found["small"] > 2
     logits, target = torch.randn(2, 2, 8, 8), torch.randint(2, (2, 8, 8))
     half = found["tversky"](logits, target, 0.5, 0.5)
     assert half == pytest.approx(soft_dice_loss(logits, target), abs=1e-4)
@@ -250,8 +241,8 @@ def test_metrics_the_same_network_shifted_is_matched():
     found = numbers("metrics")
     assert found["low"] < found["middle"] < found["high"] and found["second"] > 2 * found["middle"]
     assert found["found"] == pytest.approx(found["sigmoid"], abs=0.002)
-    assert found["matched"] == pytest.approx(found["middle"], rel=0.02)
-    assert found["matched_fpr"] == pytest.approx(found["fpr"], abs=1e-4)
+    assert found["matched"]["subtype_variance"] == pytest.approx(found["middle"], rel=0.02)
+    assert found["matched"]["fpr"] == pytest.approx(found["fpr"], abs=1e-4)
 
 
 def test_frechet_bias_falls_as_one_over_n_and_kernel_has_none():
@@ -267,7 +258,7 @@ def test_fork_heun_is_a_sampler_of_second_order_for_v_and_eps():
     found = numbers("forks")["curves"]
     heun = found["heun, dense near 0"]
     assert math.log2(heun[0] / heun[1]) > 1.5 and heun[2] < found["ddim, dense near 0"][2] / 3
-    start, levels = flat_noise(50)("start", 0), ddim_timesteps(999, 40)
+    start, levels = flat_noise(50, 2, 1, 1)("start", 0), ddim_timesteps(999, 40)
     ends = []
     for schedule in (Schedule(), Schedule(parametrisation="v")):
         law = Mixture(FLOWER.means.tolist(), FLOWER.std, schedule)
@@ -277,7 +268,7 @@ def test_fork_heun_is_a_sampler_of_second_order_for_v_and_eps():
 
 def test_fork_another_sampler_through_predict():
     """A sampler of three lines: one jump from noise to the guess x0, by predict and the schedule alone."""
-    noise = flat_noise(20)
+    noise = flat_noise(20, 2, 1, 1)
     xt, t = noise("start", 0), torch.full((20,), 999)
     x0, _ = SCHEDULE.x0_and_eps(FLOWER.predict(xt, t), xt, t)
     assert torch.allclose(x0, sample(FLOWER.predict, SCHEDULE, noise, steps=1, eta=0.0))

@@ -195,5 +195,12 @@ def test_the_protocol_has_its_arms():
         defaults = {**vars(train_seg.Config()), **train_seg.PRESETS[preset]}
         assert study.STEPS[preset] == defaults["steps"]
     assert double.line[double.line.index("--steps") + 1] == str(2 * study.STEPS["paper"])
+    more = study.stages(study.Config(preset="small", arms="ldm-only,ldm-100-stained,ldm-100-clusters"), 10)
+    by_name = {stage.name.split(": ")[-1]: stage for stage in more}
+    assert by_name["segmentation ldm-only"].line[-5:-2] == ("inf", "--name", "ldm-only")
+    for kind in ("stained", "clusters"):
+        folder = str(by_name[f"classes {kind}"].folder)
+        assert folder in by_name[f"diffusion {kind}"].line and folder in by_name[f"images ldm-{kind}"].line
+        assert folder not in by_name[f"segmentation ldm-100-{kind}"].line       # evaluated in HER2 subtypes
     with_data = study.stages(study.Config(data="data", arms="all"), 0)
     assert not any("oracle" in stage.name or "fresh" in stage.name for stage in with_data)

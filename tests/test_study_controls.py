@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import generate
-from her2 import phantom, study_controls
+from her2 import phantom, report_staining, study_controls
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic
 from her2.phantom_microscope import render, window
 from her2.run_errors import UserError
@@ -127,3 +127,27 @@ def test_fresh_tissue_is_of_slides_that_no_folder_has(folder):
 def test_a_control_without_a_network_takes_no_model(folder):
     with pytest.raises(UserError, match="leave --model out"):
         generate.main(["--method", "oracle", "--model", "runs/ldm", "--data", str(folder / "phantom")])
+
+
+def test_densities_by_old_and_new_subtype(folder):
+    """Every instance of the manifest that is large enough, in the cell of its two subtypes, by a plain loop."""
+    out, lines, read = make(folder, "restain", "--seed", "2")
+    dataset, synthetic = load_dataset(folder / "phantom"), load_synthetic(out)
+    entries = {line["image"]: line for line in lines}
+    found = report_staining.transitions({"restained": (synthetic, entries)}, dataset.classes,
+                                        dataset.split("train"), folder / "cache")["restained"]
+    white = report_staining.median_white(dataset.split("train"), dataset.classes, folder / "cache")
+    expected = {}
+    for line, image, instance in zip(lines, read["images"], read["instances"]):
+        dab = deconvolve(image, white)[1]
+        for i, pair in line["instances"].items():
+            if (instance == int(i)).sum() >= report_staining.SMALLEST:
+                expected.setdefault(tuple(pair), []).append(dab[instance == int(i)].mean())
+    names = dataset.classes.names
+    assert sum(one["n"] for row in found.values() for one in row.values()) == sum(map(len, expected.values()))
+    for (old, new), values in expected.items():
+        one = found[names[old]][names[new]]
+        assert one["n"] == len(values) and one["mean"] == pytest.approx(np.mean(values))
+        if len(values) == 2:
+            assert one["half"] == pytest.approx(12.7062 * abs(values[0] - values[1]) / 2, rel=1e-4)
+    assert report_staining.heat_maps({"restained": found}, dataset.classes).ndim == 3

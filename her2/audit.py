@@ -1,0 +1,260 @@
+"""Memorisation: are synthetic images nearer to the training tissue than tissue that was never seen?
+
+    python -m her2.audit data/synth-ldm [--data D] [--out runs/audit]
+
+The paper (section 5) hopes that synthetic images cannot be traced to a patient. A generator that copies is
+found by its nearest neighbour: for a synthetic image S, over all training regions R, positions p and the 8
+flips and turns g,
+
+    similarity(S) = sqrt(f) arctanh(max over R, p, g, scale k, stain c of NCC(g F_kc(S), F_kc(R) at p))
+
+f is the share of the image that is compared (Fisher's transform: small parts are alike by chance). NCC is the
+normalised cross-correlation (both parts with mean 0 and norm 1), for all p at once by FFT:
+
+    num = sum_u T(u) R(p + u)      NCC = num / sqrt(sum w R^2 - (sum w R)^2 / n)      T = w (F - mean) / norm
+
+F, the features: amounts of haematoxylin and of DAB by colour deconvolution, standardised within each
+annotated instance and within the background, then averaged over boxes of P/16 and P/8 pixels, P the side of
+an image, on a grid of P/32. A gain or offset of a stain, also one per instance, changes nothing; since the
+larger of the two stains counts, a copy whose DAB was painted anew is found by its nuclei. Standardising also
+takes away what a synthetic image may share with its source by design: the outlines of the label.
+
+Real patches of val and test slides, drawn as the sources are, say what is normal. With M of them,
+
+    threshold   their quantile 1 - --false-alarm;   share: synthetic images above it
+    p           permutation test of the set: the statistic is the sum over the synthetic images of
+                max(0, (similarity - median) / MAD)^3, pooled median and MAD: few copies weigh as much as a
+                shift of all. Patches count as exchangeable, but those of one slide resemble each other: where
+                held-out slides are few, p comes out too small, hence the verdict only from p < 0.01
+
+Inpainted images are compared on the tumor that was regenerated, held-out patches on the same places.
+Absence of evidence holds for these features only: a copy that is bent or scaled by much is not found.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from her2 import draw, run
+from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
+from her2.data_patches import PatchSampler, dihedral
+from her2.data_regions import open_roi
+from her2.report import plain
+from her2.run_config import Parser
+from her2.run_errors import UserError, command
+from her2.run_seeds import numpy_generator
+from her2.run_training import pick_device
+from her2.stains import STAINS, optical_density
+
+GRID = 32               # steps per side of an image at which places are compared
+FLAT = 0.05             # optical density: deviation below which an instance has no structure of its own
+FLOOR = 1e-3            # variance of a feature below which a place is flat: its NCC would be that of noise
+SMALLEST = 100          # places that a regenerated region must hold, else chance alone is similar
+SURE = 0.9999           # an NCC above is not told from 1: float32
+PERMUTATIONS = 9999
+BATCH = 32
+
+
+def features(image, instance, patch: int) -> list:
+    """image (H, W, 3) uint8, instance (H, W) -> F for both scales, (2 stains, h, w) float32 each."""
+    density = optical_density(np.arange(256)).astype(np.float32)[image]                 # (H, W, 3)
+    ids, maps = instance.reshape(-1), []
+    count = np.maximum(np.bincount(ids), 1)
+    for amount in np.moveaxis(density @ np.linalg.inv(STAINS)[:, :2].astype(np.float32), -1, 0):
+        mean = np.bincount(ids, amount.reshape(-1)) / count
+        centred = amount.reshape(-1) - mean.astype(np.float32)[ids]
+        deviation = np.sqrt(np.bincount(ids, centred ** 2) / count).clip(min=FLAT)
+        maps.append((centred / deviation.astype(np.float32)[ids]).reshape(amount.shape))
+    return pooled(torch.from_numpy(np.stack(maps)), patch)
+
+
+def pooled(maps, patch: int) -> list:
+    """maps (C, H, W) -> means over boxes of patch/16 and patch/8 on a grid of patch/32."""
+    return [F.avg_pool2d(maps[None], patch // side, patch // GRID)[0] for side in (16, 8)]
+
+
+class Tissue:
+    """The spectra of all training regions, to be searched for patches of side `patch`."""
+
+    def __init__(self, rois, classes, patch: int, device, cache="cache"):
+        step = patch // GRID
+        self.device, self.regions = device, []
+        self.size = [-(-max(sides) // step // 16) * 16 for sides in zip(*((r.height, r.width) for r in rois))]
+        for roi in tqdm(rois, desc="training tissue", unit="ROI", leave=False, disable=None):
+            tile = open_roi(roi, classes, cache)
+            image, _, instance = tile.window(0, 0, tile.height, tile.width)
+            places = [(side - patch) // step + 1 for side in (tile.height, tile.width)]
+            maps = [scale.to(device) for scale in features(image, instance, patch)]
+            self.regions.append(([[self.spectrum(x) for x in (m, m.square())] for m in maps], places))
+
+    def spectrum(self, x):
+        return torch.fft.rfft2(x, s=self.size)
+
+    def search(self, templates, weights):
+        """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k.
+
+        templates, weights: per scale (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1. The part of the
+        region at that place is like dihedral(image, k).
+        """
+        count = len(templates[0])
+        best, where = torch.full((count,), -2.0), torch.zeros(count, 4, dtype=torch.long)
+        jobs = [(slice(first, first + BATCH), k) for first in range(0, count, BATCH) for k in range(8)]
+        for part, k in tqdm(jobs, desc="nearest patches", leave=False, disable=None):
+            turned = [self.prepare(dihedral(feature[part].to(self.device), k),
+                                   dihedral((weight[part] if len(weight) > 1 else weight).to(self.device), k))
+                      for feature, weight in zip(templates, weights)]
+            for i, (scales, places) in enumerate(self.regions):
+                ncc = [self.ncc(*one, *scale, places) for one, scale in zip(turned, scales)]
+                top, at = torch.maximum(*ncc).flatten(1).cpu().max(dim=1)               # (B,) each
+                better = top > best[part]
+                here = torch.stack([torch.full_like(at, i), at // places[1], at % places[1],
+                                    torch.full_like(at, k)], dim=1)
+                best[part] = torch.where(better, top, best[part])
+                where[part] = torch.where(better[:, None], here, where[part])
+        return best.numpy(), where.numpy()
+
+    def prepare(self, feature, weight):
+        """(B, 2, t, t), (B or 1, 1, t, t) -> conjugate spectra of T and w, and n (B or 1, 1, 1, 1)."""
+        n = weight.sum((2, 3), keepdim=True).clamp(min=1)
+        centred = (feature - (weight * feature).sum((2, 3), keepdim=True) / n) * weight
+        norm = centred.square().sum((2, 3), keepdim=True).clamp(min=FLOOR * n).sqrt()
+        return self.spectrum(centred / norm).conj(), self.spectrum(weight).conj(), n
+
+    def ncc(self, template, weight, n, tissue, square, places):
+        """The larger NCC of the two stains at every place, (B, *places); all but `n` are spectra."""
+        def over(x, of):
+            """sum_u x(u) R(p + u) for all places p."""
+            return torch.fft.irfft2(x * of, s=self.size)[..., :places[0], :places[1]]
+
+        spread = over(weight, square) - over(weight, tissue).square() / n
+        return (over(template, tissue) / spread.clamp(min=FLOOR * n).sqrt()).amax(dim=1)
+
+
+def permutation_p(synthetic, held_out, seed: int) -> float:
+    """Probability that the synthetic set is this much nearer by chance; see the module's docstring."""
+    both = np.concatenate([synthetic, held_out])
+    away = both - np.median(both)
+    excess = np.maximum(0, away / max(1.4826 * np.median(np.abs(away)), 1e-9)) ** 3
+    rng, n = numpy_generator(seed, "audit", "permutations"), len(synthetic)
+    chance = [excess[rng.permutation(len(both))[:n]].sum() for _ in range(PERMUTATIONS)]
+    return (1 + int((np.array(chance) >= excess[:n].sum() * (1 - 1e-12)).sum())) / (1 + PERMUTATIONS)
+
+
+def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False, cache="cache"):
+    """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
+
+    pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
+    the synthetic images counts, and those are left out in which it is too small.
+    """
+    tumor = [torch.from_numpy(np.isin(label, classes.tumor_ids) if inpainted else label >= 0)[None].float()
+             for _, label, _ in pictures]
+    weights = [[(maps > 0.999).float() for maps in pooled(region, patch)] for region in tumor]
+    kept = [i for i, scales in enumerate(weights) if scales[0].sum() >= SMALLEST]
+    if not kept:
+        raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, "
+                        "or make them of a larger --patch")
+
+    tissue = Tissue(rois, classes, patch, device, cache)
+
+    def compare(windows, numbers):
+        maps = [features(image, instance, patch) for image, _, instance in windows]
+        chosen = [weights[i] for i in (numbers if inpainted else kept[:1])]             # all alike if whole
+        maps, grid = ([torch.stack(scale) for scale in zip(*part)] for part in (maps, chosen))
+        best, where = tissue.search(maps, grid)
+        shares = np.array([float(scales[0].mean()) for scales in chosen])
+        return np.arctanh(best.astype(np.float64).clip(-SURE, SURE)) * np.sqrt(shares), where
+
+    found, where = compare([pictures[i] for i in kept], kept)
+    normal, _ = compare(held_out, [kept[j % len(kept)] for j in range(len(held_out))])
+    return found, where, normal, np.array(kept)
+
+
+def main(argv):
+    parser = Parser(prog="python -m her2.audit", description=__doc__)
+    parser.add_argument("synthetic", metavar="SYNTH", help="folder made by generate.py")
+    for flag, kind, default, text in (
+            ("--data", str, "", "dataset folder; empty: the one that the images were made from"),
+            ("--out", str, "runs/audit", "folder of audit.json and audit.png"),
+            ("--count", int, 400, "synthetic images compared, evenly spread over the set; 0: all"),
+            ("--held-out", int, 1200, "real patches of val and test slides to compare with"),
+            ("--false-alarm", float, 0.01, "share of the held-out patches above the threshold"),
+            ("--seed", int, 0, "draws the held-out patches"),
+            ("--split-seed", int, 0, "of the split, where neither slides.csv nor SYNTH has one"),
+            ("--device", str, "auto", "auto, cpu or cuda"), ("--cache", str, "cache", "for decoded images")):
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} [{default!r}]".replace("%", "%%"))
+    args = parser.parse_args(argv)
+    if args.count < 0 or args.held_out < 20 or not 1 / args.held_out <= args.false_alarm < 1 or args.seed < 0:
+        raise UserError("--count and --seed start at 0, --held-out at 20, --false-alarm at 1 / held-out; "
+                        "give such numbers")
+    folder = Path(args.synthetic)
+    synthetic = load_synthetic(folder)
+    content = run.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    fields = (content.get("fields") if isinstance(content, dict) else None) or {}
+    if not (args.data or fields.get("data")):
+        raise UserError(f"{folder}: does not say which data it was made from; give --data DIR")
+    split = read_split(folder / "split.json") if (folder / "split.json").is_file() else None
+    dataset = load_dataset(args.data or fields["data"], seed=args.split_seed, split=split)
+    check_synthetic(synthetic, dataset)
+    sizes = {(roi.height, roi.width) for roi in synthetic.rois}
+    patch = max(map(max, sizes))
+    if sizes != {(patch, patch)} or patch % GRID:
+        raise UserError(f"{folder}: images of {len(sizes)} sizes, up to {patch} pixels; the audit needs "
+                        f"squares of one size that is a multiple of {GRID}")
+    small = [roi for roi in dataset.split("train") if min(roi.height, roi.width) < patch]
+    if small:
+        raise UserError(f"{small[0].image}: smaller than the synthetic images ({patch} pixels); make them of "
+                        "a smaller --patch")
+
+    # ---- compare -------------------------------------------------------------------------------------------
+    step = max(1, len(synthetic.rois) // args.count) if args.count else 1
+    rois = synthetic.rois[::step][:args.count or None]
+    pictures = [open_roi(roi, synthetic.classes, args.cache).window(0, 0, patch, patch) for roi in rois]
+    unseen = [replace(roi, split="val") for roi in dataset.rois if roi.split != "train"]
+    sampler = PatchSampler(replace(dataset, rois=unseen), "val", patch, fields.get("sampling", "tumor"),
+                           cache=args.cache)
+    held_out = [sampler.draw(numpy_generator(args.seed, "audit", j))[:3] for j in range(args.held_out)]
+    train, inpainted = dataset.split("train"), fields.get("method") == "inpaint"
+    found, where, normal, kept = audit(pictures, held_out, train, dataset.classes, patch,
+                                       pick_device(args.device), inpainted, args.cache)
+
+    # ---- report --------------------------------------------------------------------------------------------
+    threshold = float(np.quantile(normal, 1 - args.false_alarm, method="higher"))
+    p, share = permutation_p(found, normal, args.seed), float((found > threshold).mean())
+    nearest = [{"image": rois[i].name, "source_slide": rois[i].slide, "similarity": float(s), "turn": int(k),
+                "nearest": train[r].name, "slide": train[r].slide, "x": int(x) * (patch // GRID),
+                "y": int(y) * (patch // GRID)} for i, s, (r, y, x, k) in zip(kept, found, where)]
+    rows = [["slide", "images made from it", "nearest patch in it", "above the threshold", "most similar"]]
+    for slide in sorted({roi.slide for roi in train}):
+        here = [one["similarity"] for one in nearest if one["slide"] == slide]
+        rows.append([slide, str(sum(one["source_slide"] == slide for one in nearest)), str(len(here)),
+                     str(sum(s > threshold for s in here)), f"{max(here):.3f}" if here else "n/a"])
+    out = Path(args.out)
+    run.write_json(out / "audit.json", {
+        "images": len(found), "left_out": len(rois) - len(found), "held_out": len(normal), "p": p,
+        "region": "regenerated tumor" if inpainted else "whole image", "false_alarm": args.false_alarm,
+        "threshold": threshold, "share_above": share, "slides": [dict(zip(rows[0], row)) for row in rows[1:]],
+        "quantiles": {name: np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
+                      for name, values in (("synthetic", found), ("held_out", normal))}, "nearest": nearest})
+    shown = np.argsort(-found)[:8]
+    pairs = [[np.ascontiguousarray(dihedral(torch.from_numpy(pictures[kept[i]][0]).movedim(-1, 0),
+                                            nearest[i]["turn"]).movedim(0, -1)) for i in shown],
+             [open_roi(train[where[i, 0]], dataset.classes, args.cache).window(
+                 nearest[i]["y"], nearest[i]["x"], patch, patch)[0] for i in shown]]
+    draw.save_png(out / "audit.png", draw.image_grid(
+        pairs, ["synthetic", "nearest\ntraining\npatch"], [f"{found[i]:.3f}" for i in shown],
+        title=f"Threshold {threshold:.3f} (held-out patches)"))
+    print(plain(rows))
+    print(f"{len(found)} images: median similarity {np.median(found):.3f}, held-out {np.median(normal):.3f}; "
+          f"{share:.1%} above {threshold:.3f} (expected {args.false_alarm:.1%}); p = {p:.4f}")
+    print("The set is nearer to the training tissue than unseen tissue is." if p < 0.01 else
+          "Nothing says that the set is nearer to the training tissue than unseen tissue is.")
+    print(f"done: {out / 'audit.json'}, {out / 'audit.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)
