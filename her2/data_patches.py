@@ -90,7 +90,7 @@ class PatchSampler(Sampler):
 
     uniform share of the patches that come from anywhere in the regions, whatever `sampling` says
     flips   augment with the 8 flips and rotations, the same for image, label and instance
-    stain   strength of the stain jitter: 1 = mild, 0 = off (a generative model is to learn the stain as it is)
+    stain   strength of the stain jitter: 1 = mild, 0 = off (generative models learn the stain as it is)
     """
 
     def __init__(self, dataset: Dataset, split: str, patch: int, sampling: str = "subtype", seed: int = 0,
