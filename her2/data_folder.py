@@ -130,15 +130,16 @@ def load_synthetic(folder) -> Dataset:
     return dataset
 
 
-def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
+def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> None:
     """UserError when an image of `synthetic` was made from a slide that is not a training slide of `real`.
 
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
+    `same_classes`: whether another class table is refused too.
     """
     again = generating_command(synthetic.root, "--data", real.root) or script_line(
         "generate.py", "--data", real.root, "--out", synthetic.root)
     remedy = f"delete {synthetic.root} and make the images again: {again}"
-    if synthetic.classes != real.classes:
+    if same_classes and synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
                         f"something else; {remedy}")
     path = synthetic.root / "manifest.jsonl"

@@ -97,7 +97,7 @@ class PatchSampler(Sampler):
                  flips: bool = True, stain: float = 0.0, cache="cache", uniform: float = 0.0):
         assert sampling in SAMPLINGS, f"sampling {sampling!r}, known are {SAMPLINGS}"
         self.rois, self.patch, self.sampling, self.seed = dataset.split(split), patch, sampling, seed
-        self.flips, self.stain = flips, stain
+        self.flips, self.stain, self.classes = flips, stain, dataset.classes
         for problem in empty_splits(dataset, [split]):
             raise UserError(problem)
         _check_patch(self.rois, patch, dataset.root)
@@ -162,7 +162,8 @@ class MixedSampler(Sampler):
     """Patches of `real` and images of `synthetic` (`load_synthetic`), the latter `ratio` times as many.
 
     `ratio` inf: all images of `synthetic`, and no real patch (section 5 of the paper asks what that gives).
-    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`.
+    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`. Where `synthetic` has
+    other classes (`cluster`), only tumor or not is kept: its tumor gets the id of the first tumor class.
     """
 
     def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
@@ -178,6 +179,11 @@ class MixedSampler(Sampler):
         self.rois = synthetic.rois[:wanted]
         _check_patch(self.rois, real.patch, synthetic.root)
         self.files = tile_files(self.rois, synthetic.classes, cache)
+        self.meaning = np.arange(256, dtype=np.uint8)           # label of `synthetic` -> label of `real`
+        if synthetic.classes != real.classes:
+            print(f"note: {synthetic.root}: has other classes; only tumor or not is used", file=sys.stderr)
+            self.meaning[:len(synthetic.classes)] = 0
+            self.meaning[synthetic.classes.tumor_ids] = real.classes.tumor_ids[0]
 
     def draw(self, rng: np.random.Generator, coin: float):
         """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented.
@@ -189,7 +195,8 @@ class MixedSampler(Sampler):
         which = int(rng.integers(len(self.rois)))
         tile = open_tile(self.files[which])
         y, x = int(rng.integers(tile.height - self.patch + 1)), int(rng.integers(tile.width - self.patch + 1))
-        return *tile.window(y, x, self.patch, self.patch), self.rois[which].name
+        image, label, instance = tile.window(y, x, self.patch, self.patch)
+        return image, self.meaning[label], instance, self.rois[which].name
 
 
 def make_batch(sampler, step: int, indices) -> dict:
