@@ -20,6 +20,7 @@ import numpy as np
 from her2.draw_charts import distribution
 from her2.run_config import Parser
 from her2.data_folder import Dataset, empty_splits, inspect_dataset, load_dataset
+from her2.data_leaks import double_slides
 from her2.run_errors import UserError, command, one_line
 from her2.draw import save_png
 from her2.data_index import SLIDE_PATTERN, draft_classes, index
@@ -117,6 +118,10 @@ def check(root, seed: int, out, um_per_px=None) -> int:
         problems += empty_splits(dataset, ("train",) if synthetic else SPLITS)
     notes = list(dataset.notes)
     found = survey_all(dataset, problems, notes)
+    leaks, doubles = double_slides([one.roi for one in found], [one.content for one in found])
+    for lines, more in ((problems, leaks), (notes, doubles)):
+        more = [f"{dataset.root / 'slides.csv'}: {line}" for line in more]
+        lines += [line for line in more if line not in lines]
     pixels, instances = (per_split(dataset, found, what) for what in ("pixels", "instances"))
     tumor = dataset.classes.tumor_ids
     bare = [split for split in SPLITS if dataset.split(split) and not pixels[split][tumor].any()]

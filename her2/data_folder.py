@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from her2.data_classes import DEFAULT_CLASSES, ClassTable, load_classes, parse_json, read_text
-from her2.run_errors import UserError, atomic_write
-from her2.data_slides import ROI, SPLITS, assign_splits, read_slides
+from her2.data_leaks import double_slides
+from her2.run_errors import UserError, atomic_write, check_line, script_line
+from her2.data_slides import ROI, SPLITS, assign_splits, generating_command, read_slides
 
 NEW_TISSUE = "new tissue: "       # a source that a phantom made up beyond its folder: nobody's, so no leak
 
@@ -42,10 +43,6 @@ class Dataset:
         """What a model says of the data that it was trained on: class table and split."""
         return {"classes": self.classes.to_json(), "split": self.slides()}
 
-    def files(self) -> list[Path]:
-        """The small files that say what the dataset is; a run goes on only while they stay the same."""
-        return [self.root / name for name in ("slides.csv", "classes.json", "manifest.jsonl")]
-
 
 def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
     """(dataset, problems): everything that can be said without decoding an image. Problems: one line each.
@@ -62,6 +59,9 @@ def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]
     if not problems and not any(roi.split for roi in rois):
         table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, problems, notes)
         rois = [replace(roi, split=table.get(roi.slide, "train")) for roi in rois]
+    leaks, doubles = double_slides(rois) if not problems else ([], [])
+    problems += [f"{root / 'slides.csv'}: {leak}" for leak in leaks]
+    notes += [f"{root / 'slides.csv'}: {note}" for note in doubles]
     return Dataset(root, classes, rois, notes), problems
 
 
@@ -78,7 +78,7 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
         problems.append(f"{path}: a split into train, val and test needs 3 slides, found {len(scores)}; add "
-                        "slides, or a split column")
+                        "slides of other patients")
         return {}
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)
@@ -93,7 +93,7 @@ def load_dataset(root, seed: int = 0, require=SPLITS, split=None) -> Dataset:
     dataset, problems = inspect_dataset(root, seed, split)
     problems += [] if problems else empty_splits(dataset, require)
     if problems:
-        more = f" (and {len(problems) - 1} more problems: python -m her2.data {root} lists them all)"
+        more = f" (and {len(problems) - 1} more problems: {check_line(root)} lists them all)"
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
     return dataset
 
@@ -135,16 +135,19 @@ def load_synthetic(folder) -> Dataset:
     return dataset
 
 
-def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
+def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> None:
     """UserError when an image of `synthetic` was made from a slide that is not a training slide of `real`.
 
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
+    `same_classes`: whether another class table is refused too.
     """
-    if synthetic.classes != real.classes:
+    again = generating_command(synthetic.root, "--data", real.root) or script_line(
+        "generate.py", "--data", real.root, "--out", synthetic.root)
+    remedy = f"delete {synthetic.root} and make the images again: {again}"
+    if same_classes and synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
-                        f"something else; make the images again: python generate.py --data {real.root}")
+                        f"something else; {remedy}")
     path = synthetic.root / "manifest.jsonl"
-    remedy = "make the images again: python generate.py --data DIR with the same DIR"
     entries = _read_manifest(path, remedy)
     known, slides = {roi.name: roi for roi in real.rois}, real.slides()
     for roi in synthetic.rois:

@@ -19,7 +19,7 @@ from her2.data_annotations import likely_class, read_file
 from her2.data_classes import DEFAULT_CLASSES, NO_CLASS, read_text
 from her2.data_images import ENDINGS, read_mask
 from her2.data_slides import read_slides
-from her2.run_errors import UserError, atomic_write
+from her2.run_errors import UserError, atomic_write, check_line
 
 # The first match in the file name is the slide. Too coarse by default rather than too fine: two slides taken
 # for one cost a little data, one slide taken for two leaks from training into the test.
@@ -109,7 +109,7 @@ def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
           f"{', ...' if len(slides) > 6 else ''}), {len(lonely)} files without a partner left out"
           + (f"; all annotations from {shared}" if shared else ""))
     print("Are these the slides? The split rests on them; if not, remove the file and give --slide-pattern. "
-          f"Columns that can be added: score, split, x, y, downsample. Next: python -m her2.data {root}")
+          f"Columns that can be added: score, split, x, y, downsample. Next: {check_line(root)}")
     return 0
 
 
@@ -172,7 +172,7 @@ def draft_classes(root) -> int:
     if "masks" in content:
         print(f"{masks} black-and-white masks -> tumor of the slide's score (column score of slides.csv)")
     print(f"{path}: a draft. Correct each line in it: \"ignore\" neither trains nor counts, \"Background\" "
-          f"is learned as no tumor. Next: python -m her2.data {root}")
+          f"is learned as no tumor. Next: {check_line(root)}")
     return 0
 
 

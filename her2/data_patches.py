@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 
 from her2.data_classes import IGNORE
 from her2.data_folder import Dataset
-from her2.run_errors import UserError
+from her2.data_slides import generating_command
+from her2.run_errors import UserError, check_line, script_line
 from her2.data_regions import open_roi, tile_files
 from her2.run_seeds import generator, numpy_generator
 from her2.stains import stain_jitter
@@ -91,7 +92,7 @@ class PatchSampler:
                  flips: bool = True, stain: float = 0.0, cache="cache", uniform: float = 0.0):
         assert sampling in SAMPLINGS, f"sampling {sampling!r}, known are {SAMPLINGS}"
         self.rois, self.patch, self.sampling, self.seed = dataset.split(split), patch, sampling, seed
-        self.flips, self.stain = flips, stain
+        self.flips, self.stain, self.classes = flips, stain, dataset.classes
         if not self.rois:
             raise UserError(f"{dataset.root / 'slides.csv'}: no image in the split {split!r}; add a slide to "
                             "it")
@@ -102,8 +103,8 @@ class PatchSampler:
         counts = {c: np.array([open_tile(file).count([c]) for file in self.files]) for c in tumor}
         self.present = [c for c in tumor if counts[c].any()]
         if sampling != "uniform" and not self.present:
-            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images or use "
-                            "another split")
+            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
+                            f"left out and why: {check_line(dataset.root)})")
         if sampling == "subtype" and len(self.present) < len(tumor):
             absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
             print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other subtypes "
@@ -164,7 +165,8 @@ class MixedSampler:
 
     `ratio` inf: all images of `synthetic`, and no real patch (section 5 of the paper asks what that gives).
 
-    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`.
+    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`. Where `synthetic` has
+    other classes (`cluster`), only tumor or not is kept: its tumor gets the id of the first tumor class.
     """
 
     def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
@@ -173,12 +175,18 @@ class MixedSampler:
         self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
         wanted = len(synthetic.rois) if ratio == math.inf else max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
-            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs "
-                            f"{wanted}; make more: python generate.py --out {synthetic.root} --ratio "
-                            f"{ratio:g}")
+            more = (generating_command(synthetic.root, "--count", wanted)
+                    or script_line("generate.py", "--out", synthetic.root, "--count", wanted))
+            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs {wanted};"
+                            f" give a lower --ratio, or delete the folder and make more: {more}")
         self.rois = synthetic.rois[:wanted]
         _check_patch(self.rois, real.patch, synthetic.root)
         self.files = tile_files(self.rois, synthetic.classes, cache)
+        self.meaning = np.arange(256, dtype=np.uint8)           # label of `synthetic` -> label of `real`
+        if synthetic.classes != real.classes:
+            print(f"note: {synthetic.root}: has other classes; only tumor or not is used", file=sys.stderr)
+            self.meaning[:len(synthetic.classes)] = 0
+            self.meaning[synthetic.classes.tumor_ids] = real.classes.tumor_ids[0]
 
     def draw(self, rng: np.random.Generator, coin: float):
         """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented.
@@ -190,7 +198,8 @@ class MixedSampler:
         which = int(rng.integers(len(self.rois)))
         tile = open_tile(self.files[which])
         y, x = int(rng.integers(tile.height - self.patch + 1)), int(rng.integers(tile.width - self.patch + 1))
-        return *tile.window(y, x, self.patch, self.patch), self.rois[which].name
+        image, label, instance = tile.window(y, x, self.patch, self.patch)
+        return image, self.meaning[label], instance, self.rois[which].name
 
     def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
         """Samples start..stop-1 of the batch of `step`; see `make_batch`."""

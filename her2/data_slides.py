@@ -13,6 +13,7 @@ s m/n of the m held-out ones (systematic sampling), and they go to val and test 
 
 import csv
 import io
+import json
 import math
 import os
 import unicodedata
@@ -22,7 +23,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from her2.data_classes import read_text
-from her2.run_errors import UserError, one_line
+from her2.run_errors import UserError, one_line, script_line
 from her2.data_images import read_size
 from her2.run_seeds import numpy_generator
 
@@ -58,9 +59,10 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
     path = Path(root) / "slides.csv"
     if not Path(root).is_dir():
         return [], [f"{root}: no such folder; give the folder that holds slides.csv"], []
-    if not path.is_file() and (Path(root) / "manifest.jsonl").exists():
-        return [], [f"{root}: a synthetic set that is not finished; give the command of generate.py again "
-                    "that stands in its config.json"], []
+    again = generating_command(root)
+    if not path.is_file() and (again or (Path(root) / "manifest.jsonl").exists()):
+        return [], [f"{root}: a synthetic set that is not finished; give the command of generate.py again: "
+                    f"{again or 'it had this --out'}"], []
     if not path.is_file():
         return [], [f"{path}: no such file; write one row per image, {INDEX_REMEDY}"], []
     try:
@@ -98,6 +100,15 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
         notes.append(f"{path}: {len(bare)} images have neither annotations nor mask and count as tissue "
                      f"without tumor: {', '.join(bare[:3])}{' ...' if len(bare) > 3 else ''}")
     return rois, problems, notes
+
+
+def generating_command(root, *flags) -> str:
+    """The command line that made the synthetic set in `root`, with more `flags`; "" for any other folder."""
+    try:
+        content = json.loads((Path(root) / "config.json").read_text(encoding="utf-8"))
+        return script_line(*content["command"], *flags) if content["script"] == "generate.py" else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _read_table(path) -> tuple[list[str], list]:

@@ -5,6 +5,7 @@ hardly occurs: each doubt is one note with how many, where, and what to look at.
 what real and procedural tissue show; the overlay sheets are for what no number finds.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class Survey:
     kept: set                           # source ids of the polygons that meet the image
     left_out: Counter                   # annotations by the reason why they are left out
     outside: set                        # source ids of those outside of the image
+    content: str                        # equal where all pixels are, "" for an image of one colour
     brightness: float                   # median of all channels, 0..255
     dye: float                          # optical density between the palest and the darkest 1 % of the pixels
     dab: np.ndarray = field(repr=False)     # (2, K) summed DAB density and number of sampled pixels per class
@@ -69,7 +71,9 @@ def survey(roi: ROI, classes) -> Survey:
         np.bincount(class_of[ids], minlength=256)[:count], int((label == IGNORE).sum()),
         int((sizes[ids] < SPECK).sum()), dict(shapes), tuple(np.max(far, axis=0)) if far else (),
         {p.source_id for p in polygons}, Counter(reason for reason, *_ in left_out),
-        {name for reason, _, name in left_out if reason == "outside the image"}, float(np.median(few)),
+        {name for reason, _, name in left_out if reason == "outside the image"},
+        hashlib.sha256(np.ascontiguousarray(image)).hexdigest() if (image != image[0, 0]).any() else "",
+        float(np.median(few)),
         float(dark - pale),
         np.stack([np.bincount(few_labels, dab, 256), np.bincount(few_labels, minlength=256)])[:, :count],
         overlay(image, label, instance, classes, [rings for _, rings, _ in left_out if rings], CELL))
