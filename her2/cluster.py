@@ -42,9 +42,8 @@ from her2.data_classes import ClassTable, TissueClass
 from her2.data_folder import load_dataset
 from her2.data_regions import open_roi
 from her2.report_staining import SMALLEST
-from her2.data_slides import SPLITS
-from her2.run_provenance import data_hashes
 from her2.run_errors import UserError, atomic_write, command
+from her2.run_provenance import input_hashes
 from her2.run_seeds import numpy_generator
 from her2.stains import deconvolve, white_point
 
@@ -87,7 +86,7 @@ def main(argv):
         for roi, i, k in zip(found["roi"], found["id"], member):
             class_of[roi][i] = table.tumor_ids[k]
     folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
-                          {"data": data_hashes(dataset, config.cache, SPLITS)})
+                          input_hashes(config, dataset))
     if not config.merge:
         run.write_json(folder / "clusters.json", record)
         draw.save_png(folder / "clusters.png", examples(found, member, tiles, class_of, table))
