@@ -27,7 +27,7 @@ from her2.data_index import SLIDE_PATTERN, draft_classes, index
 from her2.data_regions import in_threads, tile_path
 from her2.data_slides import SPLITS
 from her2.data_tiles import prune_tiles
-from her2.data_survey import Survey, doubts, survey
+from her2.data_survey import Survey, doubts
 from her2.draw_overlay import COLUMNS, ROWS, sheet
 
 
@@ -35,7 +35,7 @@ def survey_all(dataset: Dataset, problems: list, notes: list) -> list[Survey]:
     """All regions that can be read; appends to `problems` and `notes`."""
     def one_or_error(roi):
         try:
-            return survey(roi, dataset.classes)
+            return Survey(roi, dataset.classes)
         except UserError as error:
             return error
 
@@ -67,12 +67,14 @@ def sheets(dataset: Dataset, found: list[Survey], out: Path) -> list[Path]:
     """Write the overlay sheets beside the picture `out`; returns their paths."""
     cells, names = [], dataset.classes.names
     for one in found:
-        majority = one.majority(dataset.classes)
-        most = f"{majority[1]:.0%} of the tumor is {names[majority[0]]}" if majority else "no tumor"
+        most, color = "no tumor", None
+        if one.majority:
+            subtype, share = one.majority
+            most, color = f"{share:.0%} of the tumor is {names[subtype]}", dataset.classes.colors[subtype]
         texts = [f"slide {one.roi.slide}, score {one.roi.score or 'none'}; {most}", one.roi.name]
         if one.left_out:
             texts.append(f"left out: {listed(one.left_out)}")
-        cells.append((one.picture, texts, dataset.classes.colors[majority[0]] if majority else None))
+        cells.append((one.picture, texts, color))
     paths, page = [], COLUMNS * ROWS
     for first in range(0, len(cells), page):
         last = min(first + page, len(cells))

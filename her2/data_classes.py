@@ -18,12 +18,10 @@ A dataset may bring `classes.json`, in one of three forms:
     {"classes": [...as above...], "aliases": {"Normal duct": "Background"}}   the same, aliases apart
     {"aliases": {"Tumor three plus": "3+"}}                             the default table with more names
 
-In the second and third, "masks": "score" says that the masks are black and white: what is not 0 is tumor, of
-the subtype in the column score of slides.csv (a mask with instances beside it always holds ids). A mask may
-also be a picture in the classes' colors; an alias "#fa3253" gives a further color its class.
-
-Names are compared without regard to case and white space. The default aliases follow a class that keeps its
-id and name, unless the file gives the alias another meaning.
+In the last two, "masks": "score" says that what is not 0 in a mask is tumor, of the subtype in the column
+score of slides.csv (a mask with instances beside it always holds ids). A mask may also be a picture in the
+classes' colors; an alias "#fa3253" gives a further color its class. Case and white space do not count in
+names. The default aliases follow a class that keeps its id and name, unless the file says otherwise.
 
 What nobody can tell (folds, blur; the alias of "ignore") has the label IGNORE and no class: it is never the
 pixel around which a patch is drawn, has no one-hot code, and enters neither losses nor metrics.
@@ -118,7 +116,6 @@ class ClassTable:
 
     @property
     def variance_ids(self) -> list[int]:
-        """The rows whose recalls make the subtype variance (the four HER2 scores, in the default table)."""
         return [c.id for c in self.classes if c.variance]
 
     @property

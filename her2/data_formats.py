@@ -240,35 +240,33 @@ def run_length_polygons(code) -> list:
 
 def read_coco(obj, found, image=None):
     """COCO's object detection format. One file usually covers many images: `image` chooses by file name."""
-    names, images, sizes = {}, {}, {}
-    for what, key, table in (("categories", "name", names), ("images", "file_name", images)):
+    tables = {"categories": {}, "images": {}}                   # {id: row}
+    for what, table in tables.items():
         for row in rows_of(obj.get(what, []), what, found.path):
             if not isinstance(row, dict) or type(row.get("id")) is not int or row["id"] in table:
                 raise UserError(f"{found.path}: {what} has {show(row)}, without an id of its own; {REMEDY}")
-            table[row["id"]] = row.get(key)
-            sizes[row["id"]] = row.get("width"), row.get("height")      # the images' come last
+            table[row["id"]] = row
+    categories, images = tables.values()
     rows = rows_of(obj["annotations"], "annotations", found.path)
-    sources = images or {row.get("image_id"): row.get("image_id") for row in rows
-                         if isinstance(row, dict) and type(row.get("image_id")) is int}
-    wanted = choose_image(sources, image, found.path) if len(sources) > 1 else None
-    only = wanted if wanted is not None else next(iter(images), None)
-    if only in images:
-        found.about = (images[only], *sizes[only])
+    sources = {key: row.get("file_name") for key, row in images.items()} or {
+        row["image_id"]: row["image_id"] for row in rows
+        if isinstance(row, dict) and type(row.get("image_id")) is int}
+    wanted = choose_image(sources, image, found.path) if len(sources) > 1 else next(iter(sources), None)
+    if wanted in images:
+        found.about = tuple(images[wanted].get(key) for key in ("file_name", "width", "height"))
     for number, row in enumerate(rows, 1):
         with found.annotation(f"annotation {number}"):
             category, source = as_object(row).get("category_id"), row.get("image_id")
             if sources and (type(source) is not int or source not in sources):
                 raise Malformed(f"has the image_id {show(source)}, which is none of the images")
-            if type(category) is not int or category not in names:
+            if type(category) is not int or category not in categories:
                 raise Malformed(f"has the category_id {show(category)}, which is none of the categories")
-            if wanted is not None and source != wanted:
-                found.leave_out("of another image")
-                continue
             shape = row.get("segmentation")
-            if shape is None or shape == []:
-                found.leave_out("without segmentation")
+            other = bool(sources) and source != wanted
+            if other or shape in (None, []):
+                found.leave_out("of another image" if other else "without segmentation")
                 continue
-            source_id, name = found.new_id(row.get("id"), number), as_name(names[category])
+            source_id, name = found.new_id(row.get("id"), number), as_name(categories[category].get("name"))
             if isinstance(shape, dict):
                 polygons = run_length_polygons(shape)
             else:   # the parts of one object; some sets write a single part without the outer list

@@ -14,6 +14,7 @@ import struct
 import threading
 import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,7 @@ def read_instances(path) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+@contextmanager
 def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
     """The opened picture, header checked: kind and ending agree, one frame, upright, not too large."""
     path = Path(path)
@@ -105,16 +107,13 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
         raise UserError(f"{path}: not a readable PNG, JPEG or TIFF; {remedy}") from error
     except DAMAGE as error:
         raise UserError(f"{path}: {_reason(error)}; copy the file again, or {remedy}") from error
-    try:
+    with picture:
         if kind != wanted:
             raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
         if frames != 1 and not _is_pyramid(picture, frames):
             raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant alone")
         _check_upright(path, orientation)
-    except UserError:
-        picture.close()
-        raise
-    return picture
+        yield picture
 
 
 def _is_pyramid(picture, frames) -> bool:

@@ -22,8 +22,8 @@ from her2.data_images import ENDINGS, LOSSLESS, read_mask
 from her2.data_slides import read_slides
 from her2.run_errors import UserError, atomic_write, check_line
 
-# The first match in the file name is the slide. Too coarse by default rather than too fine: two slides taken
-# for one cost a little data, one slide taken for two leaks from training into the test.
+# The first match in the file name is the slide. Rather too coarse than fine: two slides taken for one cost
+# a little data, one slide taken for two leaks from training into the test.
 SLIDE_PATTERN = "[^_]+"
 ANNOTATIONS = [".geojson", ".json", ".xml", ".txt", ".csv"]
 # What programs hang on the image's name: QuPath "-labels", CVAT and others "_mask".
@@ -42,9 +42,8 @@ def files_by_stem(folder, endings, images=None) -> dict:
     A stem that is none of `images` loses what programs add to it ("a_mask" belongs to "a").
     """
     found = defaultdict(list)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        kept = path.name.lower().removesuffix(".gz").endswith(tuple(endings))
-        if kept and path.is_file() and not path.name.startswith("."):
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_file() and path.name.lower().removesuffix(".gz").endswith(tuple(endings)):
             name = stem(path.name)
             found[name if images is None or name in images else ADDED.sub("", name)].append(path)
     return dict(found)

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -68,19 +68,11 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
                      f"{', '.join(COLUMNS)}")
     for line, row in rows:
         roi, found = _read_row(Path(root), row)
-        problems += [f"{path}: line {line}: {problem}" for problem in found]
-        if roi is None:
-            continue
-        first = seen.setdefault(os.path.realpath(roi.image), line)
+        first = seen.setdefault(os.path.realpath(roi.image), line) if roi else line
         if first != line:
-            problems.append(f"{path}: line {line}: image {roi.name} stands in line {first} already; remove "
-                            "one of the two rows")
-            continue
-        try:
-            height, width = read_size(roi.image)
-            rois.append(replace(roi, height=height, width=width))
-        except UserError as error:
-            problems.append(str(error))
+            found.append(f"image {roi.name} stands in line {first} already; remove one of the two rows")
+        problems += [f"{path}: line {line}: {problem}" for problem in found]
+        rois += [roi] if not found else []
     problems += [f"{path}: {problem}" for problem in _slide_problems(rois)]
     bare = [roi.name for roi in rois if roi.annotations is None and roi.mask is None]
     if bare:
@@ -148,12 +140,14 @@ def _read_table(path) -> tuple[list[str], list]:
 
 
 def _read_row(root, row):
-    """(the ROI of one row with its size still 0, or None; problems)"""
+    """(the ROI of one row, or None; problems)"""
     row = {**dict.fromkeys(COLUMNS, ""), **row}
     files, numbers, problems = dict.fromkeys(FILES), {}, []
     for column in filter(row.get, FILES):
         try:
             files[column] = _path_inside(root, row[column].replace("\\", "/"), column)
+            if column == "image":
+                height, width = read_size(files[column])
         except UserError as error:
             problems.append(str(error))
     for column, default in (("x", 0.0), ("y", 0.0), ("downsample", 1.0)):
@@ -176,7 +170,7 @@ def _read_row(root, row):
     if problems:
         return None, problems
     return ROI(name=files["image"].relative_to(root).as_posix(), **files, **numbers, slide=row["slide"],
-               score=row["score"], split=split, height=0, width=0), []
+               score=row["score"], split=split, height=height, width=width), []
 
 
 def _path_inside(root, text, column) -> Path:

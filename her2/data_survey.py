@@ -6,7 +6,6 @@ meant: one note says how many, where, and what to look at. The thresholds are fa
 
 import hashlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,67 +13,51 @@ from her2.data_classes import IGNORE
 from her2.data_regions import read_polygons, read_roi
 from her2.data_slides import ROI
 from her2.data_tiles import classes_of
-from her2.draw_overlay import CELL, overlay
+from her2.draw_overlay import overlay
 from her2.stains import deconvolve, optical_density, white_point
 
 SPECK = 20          # pixels: smaller instances come from smoothed masks, not from a hand
 SAMPLE = 256        # points per side at which colours are measured
 
 
-@dataclass(eq=False)
 class Survey:
-    """One region: what it holds, how it looks, and its picture for the overlay sheets."""
-    roi: ROI
-    pixels: np.ndarray                  # (K,) per class
-    instances: np.ndarray               # (K,) per class
-    ignored: int                        # pixels
-    specks: int                         # instances of fewer than SPECK pixels
-    shapes: dict                        # {hashable outline: set of class ids}
-    reach: tuple                        # how far right and down the polygons reach, in sides of the image
-    kept: set                           # source ids of the polygons that meet the image
-    left_out: Counter                   # annotations by the reason why they are left out
-    outside: set                        # source ids of those outside of the image
-    content: str                        # equal where all pixels are, "" for an image of one colour
-    brightness: float                   # median of all channels, 0..255
-    dye: float                          # optical density between the palest and the darkest 1 % of the pixels
-    dab: np.ndarray = field(repr=False)     # (2, K) summed DAB density and number of sampled pixels per class
-    picture: np.ndarray = field(repr=False)     # (h, w, 3) uint8
+    """One region, decoded: what it holds, how it looks, and its picture. UserError as `read_roi`."""
 
-    def majority(self, classes):
-        """(class id, share) of the subtype with most tumor pixels, or None without tumor."""
+    def __init__(self, roi: ROI, classes):
+        image, label, instance = read_roi(roi, classes)
+        polygons, class_ids, left_out = read_polygons(roi, classes)
+        count, sizes = len(classes), np.bincount(instance.reshape(-1))
+        ids = np.flatnonzero(sizes[1:]) + 1
+        self.roi, self.majority = roi, None
+        self.pixels = np.bincount(label.reshape(-1), minlength=256)[:count]                     # (K,)
+        self.instances = np.bincount(classes_of(instance, label)[ids], minlength=256)[:count]   # (K,)
+        self.ignored, self.specks = int((label == IGNORE).sum()), int((sizes[ids] < SPECK).sum())
         tumor = self.pixels[classes.tumor_ids]
-        return (classes.tumor_ids[tumor.argmax()], tumor.max() / tumor.sum()) if tumor.any() else None
+        if tumor.any():         # the subtype with most tumor pixels, and its share of these
+            self.majority = classes.tumor_ids[tumor.argmax()], tumor.max() / tumor.sum()
 
+        self.shapes = defaultdict(set)          # {hashable outline: set of class ids}
+        for polygon, class_id in zip(polygons, class_ids):
+            self.shapes[polygon.rings[0].tobytes()].add(class_id)
+        # How far right and down the polygons reach, in sides of the image; 0: there is none.
+        self.reach = max((float((p.rings[0].max(axis=0) / (roi.width, roi.height)).max()) for p in polygons),
+                         default=0.0)
+        self.kept = {p.source_id for p in polygons}         # of the polygons that meet the image
+        self.outside = {name for reason, _, name in left_out if reason == "outside the image"}
+        self.left_out = Counter(reason for reason, *_ in left_out)
 
-def survey(roi: ROI, classes) -> Survey:
-    """Decode and measure one region. UserError as `read_roi`."""
-    count = len(classes)
-    image, label, instance = read_roi(roi, classes)
-    polygons, class_ids, left_out = read_polygons(roi, classes)
-    sizes = np.bincount(instance.reshape(-1))                                          # (largest id + 1,)
-    sizes[0] = 0
-    ids = np.flatnonzero(sizes)
-
-    step = max(1, min(label.shape) // SAMPLE)
-    few, few_labels = image[::step, ::step], label[::step, ::step].reshape(-1)
-    white = white_point(few)
-    pale, dark = np.percentile(optical_density(few, white).sum(-1), [1, 99])
-    dab = deconvolve(few, white)[1].reshape(-1)
-    shapes = defaultdict(set)
-    for polygon, class_id in zip(polygons, class_ids):
-        shapes[polygon.rings[0].tobytes()].add(class_id)
-    far = [polygon.rings[0].max(axis=0) / (roi.width, roi.height) for polygon in polygons]
-    return Survey(
-        roi, np.bincount(label.reshape(-1), minlength=256)[:count],
-        np.bincount(classes_of(instance, label)[ids], minlength=256)[:count], int((label == IGNORE).sum()),
-        int((sizes[ids] < SPECK).sum()), dict(shapes), tuple(np.max(far, axis=0)) if far else (),
-        {p.source_id for p in polygons}, Counter(reason for reason, *_ in left_out),
-        {name for reason, _, name in left_out if reason == "outside the image"},
-        hashlib.sha256(np.ascontiguousarray(image)).hexdigest() if (image != image[0, 0]).any() else "",
-        float(np.median(few)),
-        float(dark - pale),
-        np.stack([np.bincount(few_labels, dab, 256), np.bincount(few_labels, minlength=256)])[:, :count],
-        overlay(image, label, instance, classes, [rings for _, rings, _ in left_out if rings], CELL))
+        step = max(1, min(label.shape) // SAMPLE)
+        few, few_labels = image[::step, ::step], label[::step, ::step].reshape(-1)
+        white = white_point(few)
+        pale, dark = np.percentile(optical_density(few, white).sum(-1), [1, 99])
+        self.brightness, self.dye = float(np.median(few)), float(dark - pale)
+        dab = deconvolve(few, white)[1].reshape(-1)
+        self.dab = np.stack([np.bincount(few_labels, dab, 256),     # (2, K) summed density, sampled pixels
+                             np.bincount(few_labels, minlength=256)])[:, :count]
+        # Equal where all pixels are; "" for an image of one colour, which is like any other.
+        self.content = (hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+                        if (image != image[0, 0]).any() else "")
+        self.picture = overlay(image, label, instance, classes, [rings for _, rings, _ in left_out if rings])
 
 
 def doubts(found: list[Survey], classes) -> list[str]:
@@ -89,7 +72,7 @@ def doubts(found: list[Survey], classes) -> list[str]:
 
     drawn = [one for one in found if one.reach]
     polygons = sum(len(one.kept) for one in drawn)
-    if len(drawn) > 2 and polygons > 4 and all(max(one.reach) <= 0.5 for one in drawn):
+    if len(drawn) > 2 and polygons > 4 and all(one.reach <= 0.5 for one in drawn):
         note([one.roi for one in drawn], "all polygons lie in the upper left quarter of each of {n} images",
              "are they in micrometres, or drawn at another magnification? Give downsample in slides.csv")
     by_file, by_shape = defaultdict(list), defaultdict(list)
