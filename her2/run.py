@@ -159,15 +159,11 @@ def load_file(path) -> dict:
                         "only files of tensors, lists, dicts and numbers are accepted") from None
 
 
-def save_checkpoint(folder, saved: dict, losses=None, **numbers) -> None:
+def save_checkpoint(folder, saved: dict, **numbers) -> None:
     """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
-
-    losses: a run_losses.Losses, which is read first: weights that are not finite are never saved.
 
     The one before becomes last.prev.pt once the new one is whole on the disk.
     """
-    if losses is not None:
-        losses.read()
     folder = Path(folder)
     last, fresh = folder / "last.pt", folder / "last.new.pt"
     if not run_distributed.rank():
