@@ -99,7 +99,7 @@ class EMA:
 
 
 def check_patch(config, halves: str) -> None:
-    """UserError unless a network of which it is said how it `halves` five times can take these patches."""
+    """UserError where the network cannot take these patches; `halves`: the words for what it does to them."""
     if config.patch % 32:
         raise UserError(f"--patch: found {config.patch}; {halves} five times, give a multiple of 32")
     if config.patch == 32 and config.batch == 1:
