@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.net_blocks import frozen, power_iterations
 from her2.discriminator import discriminate
 from her2.run_errors import command
@@ -75,7 +75,13 @@ def train(config, argv) -> int:
 
     def publish():
         calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
-        run_pictures.spade_gan(folder, step, calibrated, fixed, dataset.classes, config, precision, device)
+        z = torch.randn(8, config.z_dim, generator=generator(config.seed, "sample z")).to(device)
+        onehot = run_training.one_hot(fixed["label"], num_classes, device)
+        with precision.autocast():
+            each = calibrated(onehot, z).float()
+            same = calibrated(onehot[:1].expand(8, -1, -1, -1).contiguous(), z).float()
+        draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
+                         generated=each, first_label_and_8_z=same)
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
         run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step, **dataset.origin())
 

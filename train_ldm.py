@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.autoencoder import VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, kept_buffers
 from her2.diffusion import denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
@@ -35,6 +35,7 @@ from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
 from her2.quantizer import CodeUsage
 from her2.run_seeds import generator
+from her2.samplers import image_noise, sample
 
 
 def train_autoencoder(config, argv) -> None:
@@ -193,8 +194,14 @@ def train_diffusion(config, argv) -> None:
         quarters.zero_()
 
     def publish():
-        run_pictures.diffusion(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config,
-                               precision, device)
+        onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
+        with precision.autocast():
+            x0 = sample(ema.module.predictor(ema.module.label_code(onehot)), schedule,
+                        image_noise(range(len(onehot)), latent, device),
+                        steps=min(config.sample_steps, config.timesteps))
+            image = autoencoder.decode(ema.module.unscale(x0)).float().clamp(-1, 1)
+        draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
+                         sampled=image)
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
         run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
                        schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from her2 import draw_axes, run, run_distributed, run_log, run_pictures, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic
 from her2.run_errors import UserError, command
@@ -66,7 +66,10 @@ def train(config, argv) -> int:
         val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-        run_pictures.segmenter(folder, step, ema.module, fixed, dataset.classes, precision, device)
+        with precision.autocast():
+            prob = ema.module(run_training.to_device(fixed["image"][:8], device)).float().softmax(1)[:, 1]
+        draw.samples_png(folder, step, dataset.classes, image=fixed["image"][:8], label=fixed["label"][:8],
+                         probability=prob.cpu())
         records = log.records()
         draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
         if step == config.steps and records[-1]["loss"] > 0.8 * nothing:

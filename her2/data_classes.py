@@ -249,6 +249,8 @@ DEFAULT_CLASSES = ClassTable([
 
 def read_text(path, remedy: str) -> str:
     """A text file in UTF-8, gzipped or not, with or without a byte-order mark. UserError otherwise."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"{path}: is no ordinary file; {remedy}")       # a pipe would wait for a writer
     try:
         content = Path(path).read_bytes()
         if content.startswith(b"\x1f\x8b"):

@@ -220,7 +220,8 @@ class Steps:
         if step % config.save_every == 0 or step == config.steps:
             self.losses.read()
             if not run_distributed.rank():
-                publish()
+                with torch.no_grad():
+                    publish()
             self.save()
             self.speed()                    # the time for that is no training
 
