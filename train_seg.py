@@ -156,7 +156,7 @@ def open_data(config):
                            cache=config.cache, uniform=config.uniform)
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
-        check_synthetic(synthetic, dataset)         # no image made from a val or test slide
+        check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
     return dataset, sampler, synthetic if config.synthetic else None
 

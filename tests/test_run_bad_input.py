@@ -352,8 +352,6 @@ for name, words, spoil in (
         ("network saw a test slide", ["split.json", "s3"],
          add("synth/split.json", b'{"slides": {"s3": "train"}}')),
         ("broken split.json", ["split.json"], add("synth/split.json", b"[")),
-        ("another class table", ["synth", "class table"],
-         add("synth/classes.json", b'{"aliases": {"abc": "3+"}}')),
         ("images too small", ["synth", "less than a patch"], lambda: [
             save(f"synth/{kind}/roi0.png", np.ones((20, 20, 3)[:size], np.uint8))
             for kind, size in (("images", 3), ("masks", 2))])):
