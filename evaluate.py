@@ -36,8 +36,8 @@ from her2.data_classes import ClassTable, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.run_provenance import file_hash
-from her2.data_regions import class_pixels, open_roi, tile_file
+from her2.run_provenance import changed_since, data_hashes, file_hash, locate
+from her2.data_regions import class_pixels, open_roi
 from her2.segmenter import UNet, check_tiles, predict_roi
 
 
@@ -72,6 +72,8 @@ def main(argv):
     runs = [read_run(folder) for folder in folders]
     dataset = shared_dataset(runs, folders, config)
     notes = report.check_comparable(runs)
+    for folder in folders:
+        notes += changed_since(folder, dataset, config.cache)
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- predict -------------------------------------------------------------------------------------------
@@ -184,13 +186,13 @@ def synthetic_method(folder) -> str:
 def shared_dataset(runs, folders, config):
     """The dataset of all runs. UserError when they were trained on different data or splits of them."""
     first = runs[0]
-    for other in runs[1:]:
-        if not config.data and Path(other.fields["data"]).resolve() != Path(first.fields["data"]).resolve():
-            raise UserError(f"{first.folder} and {other.folder}: trained on different data "
-                            f"({first.fields['data']} and {other.fields['data']}); evaluate them apart, or "
-                            "give --data")
+    places = [config.data or locate(folder) for folder in folders]
+    for other, place in zip(runs, places):
+        if Path(place).resolve() != Path(places[0]).resolve():
+            raise UserError(f"{first.folder} and {other.folder}: trained on different data ({places[0]} and "
+                            f"{place}); evaluate them apart, or give --data")
     splits = [read_split(folder / "split.json") for folder in folders]
-    dataset = load_dataset(config.data or first.fields["data"], split=splits[0])
+    dataset = load_dataset(places[0], split=splits[0])
     for one, split in zip(runs, splits):
         for slide, part in dataset.slides().items():
             if split.get(slide, part) != part:
@@ -200,10 +202,8 @@ def shared_dataset(runs, folders, config):
 
 
 def fingerprint(dataset, cache) -> str:
-    """A hash of all that the val and test ROIs consist of (the names of their cache files are hashes)."""
-    parts = [[roi.name, roi.slide, split, tile_file(roi, dataset.classes, cache).name]
-             for split in ("val", "test") for roi in dataset.split(split)]
-    return hashlib.sha256(json.dumps([parts, dataset.classes.to_json()]).encode("utf-8")).hexdigest()
+    """A hash of all that the val and test ROIs consist of, wherever they lie."""
+    return hashlib.sha256(json.dumps(data_hashes(dataset, cache, ("val", "test"))).encode()).hexdigest()
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
@@ -330,9 +330,6 @@ def read_synthetic(folders, dataset) -> dict:
                             "one folder per method")
         synthetic = load_synthetic(folder)
         check_synthetic(synthetic, dataset)
-        if synthetic.classes != dataset.classes:
-            raise UserError(f"{folder}: has another class table than {dataset.root}; make it again with "
-                            f"python generate.py --data {dataset.root}")
         path = synthetic.root / "manifest.jsonl"
         lines = [parse_json(line, path, "make the images again with generate.py")
                  for line in read_text(path, "").splitlines() if line.strip()]

@@ -39,7 +39,7 @@ from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
-from her2.run_provenance import file_hash
+from her2.run_provenance import file_hash, input_hashes
 from her2.relabel import relabel, repaint_mask
 from her2.data_patches import PatchSampler, to_tensors
 from her2.data_regions import open_roi
@@ -85,6 +85,10 @@ class Config:
     grain: bool = False             # give what a network painted the sensor noise of the source image
     cache: str = "cache"            # folder for the decoded images
 
+    def __post_init__(self):
+        self.out = self.out or f"data/synth-{self.method}"
+        self.model = self.model or RUN_OF.get(KIND.get(self.method), "")
+
 
 KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
@@ -96,23 +100,19 @@ PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(sampler="dpm", step
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "generate.py")
-    config.out = config.out or f"data/synth-{config.method}"
-    if config.method in KIND:
-        config.model = config.model or RUN_OF[KIND[config.method]]
-    elif config.model:
+    if config.model and config.method not in KIND:
         raise UserError(f"--model: --method {config.method} paints without a network; leave --model out")
     config.relabel &= config.method != "reconstruct"        # what it shows, the autoencoder does not change
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
     # ---- model ---------------------------------------------------------------------------------------------
-    content = run.load_model(config.model, KIND[config.method]) if config.method in KIND else {}
+    content = run.load_model(config.model, KIND[config.method], config.data) if config.method in KIND else {}
     if content:
         painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
             config.method, DiffusionPainter)(content, config, device)
         if config.patch % painter.multiple:
-            raise UserError(f"--patch: found {config.patch}; "
-                            f"this model needs a multiple of {painter.multiple}")
+            raise UserError(f"--patch: found {config.patch}; the model needs multiples of {painter.multiple}")
 
     # ---- data: training slides only ------------------------------------------------------------------------
     with run_distributed.in_turn():
@@ -121,7 +121,7 @@ def main(argv):
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
         run_training.refuse_leak(part, dataset, config.model)
-    if content.get("classes", classes.to_json()) != classes.to_json():
+    if content and content.get("classes") != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
@@ -148,7 +148,8 @@ def main(argv):
 
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
     with run_distributed.in_turn():
-        folder = run.open_run("generate.py", config, device, ["generate.py", *argv], dataset.files())
+        folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
+                              input_hashes(config, dataset))
         manifest = Manifest(folder)
         done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
@@ -204,8 +205,7 @@ def main(argv):
     write_classes(folder, dataset)
     preview(folder, records[:8], dataset)
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    print(f"done: {folder}, {count} images; "
-          f"next: python train_seg.py --synthetic {folder} --ratio {config.ratio}")
+    configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio)
     return 0
 
 
@@ -230,7 +230,7 @@ class DiffusionPainter:
                  run.build_model(LatentDenoiser, content, config.model))
         self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last)
                                            for part in parts)
-        self.schedule = Schedule(**content["schedule"]).to(device)
+        self.schedule = run.build(Schedule, content["schedule"], config.model).to(device)
         if config.guidance != 1 and content.get("drop_label") == 0:
             raise UserError(f"--guidance: found {config.guidance}; this model was trained with "
                             "--drop-label 0 and never saw an image without a label, give 1")

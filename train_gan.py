@@ -153,7 +153,7 @@ def train(config, argv) -> int:
     if steps.signal:
         run.save_checkpoint(folder, saved, losses, step=step, idle=idle)
         raise Stopped(steps.signal, step)
-    print(f"done: {folder / 'model.pt'}; next: python generate.py --method gan --model {folder}")
+    configuration.say_done(config, "generate.py", "--method", "gan", "--model", folder)
     return 0
 
 

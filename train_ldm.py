@@ -158,13 +158,13 @@ def train_autoencoder(config, argv) -> None:
     if steps.signal:
         run.save_checkpoint(folder, saved, losses, step=step)
         raise Stopped(steps.signal, step)
-    print(f"done: {folder / 'model.pt'}; next: python train_ldm.py --stage diffusion --autoencoder {folder}")
+    configuration.say_done(config, "train_ldm.py", "--stage", "diffusion", "--autoencoder", folder)
 
 
 def train_diffusion(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    content = run.load_model(config.autoencoder, "autoencoder")
+    content = run.load_model(config.autoencoder, "autoencoder", config.data)
     autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
     dataset, sampler = run_setup.painters_data(config)
     run_training.refuse_leak(content, dataset, config.autoencoder)
@@ -174,7 +174,7 @@ def train_diffusion(config, argv) -> None:
     scaler = precision.scaler()
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     folder, log, step, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
-                                               dataset, saved, [run.model_file(config.autoencoder)],
+                                               dataset, saved,
                                                quarters=torch.zeros(2, 4, dtype=torch.double))
     quarters = numbers["quarters"].to(device)       # sums and numbers of losses by quarter of t, (2, 4)
     if step >= config.steps:
@@ -270,7 +270,7 @@ def train_diffusion(config, argv) -> None:
     if steps.signal:
         run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
         raise Stopped(steps.signal, step)
-    print(f"done: {folder / 'model.pt'}; next: python generate.py --method ldm --model {folder}")
+    configuration.say_done(config, "generate.py", "--method", "ldm", "--model", folder)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -386,9 +386,8 @@ def main(argv):
         fields, presets, train = STAGES[known.stage]
         prog = f"train_ldm.py --stage {known.stage}"
         return train(configuration.parse(fields, presets, rest, __doc__, prog), argv)
-    about = (__doc__ or "") + ("\nWithout --stage only the flags below are known; "
-                               "each stage has more: --stage NAME --help.")
-    parser = configuration.Parser(prog="train_ldm.py", description=about)
+    more = "each stage has more flags: add --stage autoencoder or --stage diffusion"
+    parser = configuration.Parser(more, prog="train_ldm.py", description=f"{__doc__ or ''}\nHere {more}.")
     configuration.add_fields(parser, Common, {})
     common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
     for fields, presets, train in STAGES.values():

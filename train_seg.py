@@ -38,7 +38,7 @@ def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     with run_distributed.in_turn():
-        dataset, sampler, inputs = open_data(config)
+        dataset, sampler, synthetic = open_data(config)
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
     is_tumor[IGNORE] = IGNORE
@@ -48,7 +48,7 @@ def train(config, argv) -> int:
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
 
     saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, step, _ = run_log.begin("train_seg.py", config, device, argv, dataset, saved, inputs)
+    folder, log, step, _ = run_log.begin("train_seg.py", config, device, argv, dataset, saved, synthetic)
     if step >= config.steps:
         return 0
     fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
@@ -126,7 +126,7 @@ def train(config, argv) -> int:
     if steps.signal:
         run.save_checkpoint(folder, saved, losses, step=step)
         raise Stopped(steps.signal, step)
-    print(f"done: {folder / 'model.pt'}; next: python evaluate.py {folder}")
+    configuration.say_done(config, "evaluate.py", folder)
     return 0
 
 
@@ -157,16 +157,16 @@ def validate(network, dataset, config, precision, device) -> dict:
 
 
 def open_data(config):
-    """(dataset, sampler of its training patches, files besides the dataset's that the result depends on)"""
+    """(dataset, sampler of its training patches, the synthetic set or None)"""
     config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
                            cache=config.cache, uniform=config.uniform)
     if config.synthetic:
         synthetic = load_synthetic(config.synthetic)
-        check_synthetic(synthetic, dataset)         # no image made from a val or test slide
+        check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
         sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
-    return dataset, sampler, synthetic.files() if config.synthetic else []
+    return dataset, sampler, synthetic if config.synthetic else None
 
 
 # ---- configuration -----------------------------------------------------------------------------------------

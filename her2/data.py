@@ -20,35 +20,32 @@ import numpy as np
 from her2.draw_charts import distribution
 from her2.run_config import Parser
 from her2.data_folder import Dataset, empty_splits, inspect_dataset, load_dataset
+from her2.data_leaks import double_slides
 from her2.run_errors import UserError, command, one_line
 from her2.draw import save_png
 from her2.data_index import SLIDE_PATTERN, draft_classes, index
 from her2.data_regions import in_threads, tile_path
 from her2.data_slides import SPLITS
 from her2.data_tiles import prune_tiles
-from her2.data_survey import Survey, doubts, survey
+from her2.data_survey import Survey, doubts
 from her2.draw_overlay import COLUMNS, ROWS, sheet
-
-PAGE = COLUMNS * ROWS     # regions on an overlay sheet
 
 
 def survey_all(dataset: Dataset, problems: list, notes: list) -> list[Survey]:
     """All regions that can be read; appends to `problems` and `notes`."""
     def one_or_error(roi):
         try:
-            return survey(roi, dataset.classes)
+            return Survey(roi, dataset.classes)
         except UserError as error:
             return error
 
     found = in_threads(one_or_error, dataset.rois, desc="checking", leave=False)
     problems += [str(one) for one in found if isinstance(one, UserError)]
     found = [one for one in found if not isinstance(one, UserError)]
-    ignored = sum(one.ignored for one in found)
-    if ignored:
-        whole = sum(one.roi.height * one.roi.width for one in found)
-        notes.append(f"{ignored / whole:.1%} of all pixels are to be ignored: they neither train nor count"
-                     + '; if that is the frame around a region, call it "Background" in classes.json'
-                     * (ignored > whole / 2))
+    share = sum(one.ignored for one in found) / max(1, sum(one.roi.height * one.roi.width for one in found))
+    if share:
+        frame = '; if that is the frame around a region, call it "Background" in classes.json' * (share > 0.5)
+        notes.append(f"{share:.1%} of all pixels are to be ignored: they neither train nor count{frame}")
     skipped = sum((one.left_out for one in found), Counter())
     if skipped:
         notes.append(f"annotations left out: {listed(skipped)}")
@@ -70,18 +67,20 @@ def sheets(dataset: Dataset, found: list[Survey], out: Path) -> list[Path]:
     """Write the overlay sheets beside the picture `out`; returns their paths."""
     cells, names = [], dataset.classes.names
     for one in found:
-        majority = one.majority(dataset.classes)
-        most = f"{majority[1]:.0%} of the tumor is {names[majority[0]]}" if majority else "no tumor"
+        most, color = "no tumor", None
+        if one.majority:
+            subtype, share = one.majority
+            most, color = f"{share:.0%} of the tumor is {names[subtype]}", dataset.classes.colors[subtype]
         texts = [f"slide {one.roi.slide}, score {one.roi.score or 'none'}; {most}", one.roi.name]
         if one.left_out:
             texts.append(f"left out: {listed(one.left_out)}")
-        cells.append((one.picture, texts, dataset.classes.colors[majority[0]] if majority else None))
-    paths = []
-    for first in range(0, len(cells), PAGE):
-        page = cells[first:first + PAGE]
-        title = f"{dataset.root.resolve().name}: regions {first + 1} to {first + len(page)} of {len(cells)}"
-        paths.append(out.with_name(f"{out.stem}_overlay{first // PAGE + 1:03d}.png"))
-        save_png(paths[-1], sheet(page, dataset.classes, title))
+        cells.append((one.picture, texts, color))
+    paths, page = [], COLUMNS * ROWS
+    for first in range(0, len(cells), page):
+        last = min(first + page, len(cells))
+        title = f"{dataset.root.resolve().name}: regions {first + 1} to {last} of {len(cells)}"
+        paths.append(out.with_name(f"{out.stem}_overlay{len(paths) + 1:03d}.png"))
+        save_png(paths[-1], sheet(cells[first:last], dataset.classes, title))
     return paths
 
 
@@ -95,16 +94,15 @@ def table(dataset: Dataset, pixels: dict, instances: dict, um_per_px=None) -> st
         by_score = ", ".join(f"{count} x {score}" for score, count in sorted(scores.items()))
         lines.append(f"  {split:6} slides {sum(scores.values()):3}   regions {len(dataset.split(split)):4}   "
                      f"slides by score: {by_score}")
-    lines.append("".join([f"{'':12}", *(f"{split:^34}" for split in splits)]).rstrip())
+    lines.append((f"{'':12}" + "".join(f"{split:^34}" for split in splits)).rstrip())
     lines.append(f"{'class':12}" + f"{'instances':>12}{f'area [{unit}]':>12}{'of tumor':>10}" * len(splits))
     tumor = dataset.classes.tumor_ids
     for c in dataset.classes.classes:
         line = f"{c.name[:12]:12}"
         for split in splits:
-            whole = pixels[split][tumor].sum()
-            share = f"{pixels[split][c.id] / whole:.1%}" if c.tumor and whole else "-"
-            number = instances[split][c.id] if c.id else "-"
-            line += f"{number:>12}{pixels[split][c.id] * scale:12.3f}{share:>10}"
+            area, whole = pixels[split][c.id], pixels[split][tumor].sum()
+            share = f"{area / whole:.1%}" if c.tumor and whole else "-"
+            line += f"{instances[split][c.id] if c.id else '-':>12}{area * scale:12.3f}{share:>10}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -112,27 +110,30 @@ def table(dataset: Dataset, pixels: dict, instances: dict, um_per_px=None) -> st
 def check(root, seed: int, out, um_per_px=None) -> int:
     """Print what is to be said about the dataset in `root`; returns the exit status."""
     dataset, problems = inspect_dataset(root, seed)
-    synthetic = (dataset.root / "manifest.jsonl").exists()
     if not problems:
+        synthetic = (dataset.root / "manifest.jsonl").exists()
         problems += empty_splits(dataset, ("train",) if synthetic else SPLITS)
     notes = list(dataset.notes)
     found = survey_all(dataset, problems, notes)
+    leaks, doubles = double_slides([one.roi for one in found], [one.content for one in found])
+    for lines, more in ((problems, leaks), (notes, doubles)):
+        more = [f"{dataset.root / 'slides.csv'}: {line}" for line in more]
+        lines += [line for line in more if line not in lines]
     pixels, instances = (per_split(dataset, found, what) for what in ("pixels", "instances"))
     tumor = dataset.classes.tumor_ids
     bare = [split for split in SPLITS if dataset.split(split) and not pixels[split][tumor].any()]
     if "train" in bare and not problems:
         why = f" ({'; '.join(notes)})" if any(one.left_out or one.ignored for one in found) else ""
-        problems.append(f"{dataset.root}: no tumor pixel in the split 'train'{why}; annotate its images, or "
-                        "change the split")
+        problems.append(f"{dataset.root}: no tumor pixel in the split 'train'{why}; annotate its images")
     for problem in problems:
         print(f"error: {one_line(problem)}", file=sys.stderr)
     if problems:
         return 2
-    absent = {split: [dataset.classes.names[c] for c in tumor if not pixels[split][c]]
-              for split in SPLITS if dataset.split(split)}
-    notes += [f"no {', '.join(names)} in the split {split!r}: nothing is "
-              f"{'learned' if split == 'train' else 'measured'} about it there"
-              for split, names in absent.items() if names]
+    for split in filter(dataset.split, SPLITS):
+        absent = [dataset.classes.names[c] for c in tumor if not pixels[split][c]]
+        if absent:
+            notes.append(f"no {', '.join(absent)} in the split {split!r}: nothing is "
+                         f"{'learned' if split == 'train' else 'measured'} about it there")
     notes += doubts(found, dataset.classes)
     print(table(dataset, pixels, instances, um_per_px))
     for note in notes:
@@ -147,31 +148,27 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     return 0
 
 
-def prune_cache(root, cache) -> int:
+def prune_cache(root, cache) -> None:
     dataset = load_dataset(root, require=())
     current = {tile_path(roi, dataset.classes, cache) for roi in dataset.rois}
     images = {roi.image.resolve() for roi in dataset.rois}
     removed, size, kept = prune_tiles(cache, current, images, dataset.root.resolve())
     print(f"{cache}: {removed} files removed ({size / 1e6:.1f} MB), {kept} kept")
-    return 0
 
 
 def main(argv=None) -> int:
     parser = Parser(prog="python -m her2.data", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", help="the dataset folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, where slides.csv has none "
-                        "[%(default)s]")
-    parser.add_argument("--out", help="the picture [runs/data_NAME.png]")
-    parser.add_argument("--um-per-px", type=float, help="micrometres per pixel: areas in mm2 instead of "
-                        "megapixels")
-    parser.add_argument("--index", action="store_true", help="write slides.csv instead of checking")
-    parser.add_argument("--slide-pattern", metavar="REGEX", default=SLIDE_PATTERN, help="with --index: its "
-                        "first match (or its first group) in the file name without ending is the slide "
-                        "[%(default)s]")
-    parser.add_argument("--draft-classes", action="store_true", help="write a draft of classes.json instead")
-    parser.add_argument("--prune-cache", action="store_true", help="remove decoded regions whose image is "
-                        "gone or changed")
-    parser.add_argument("--cache", default="cache", help="with --prune-cache: its folder [%(default)s]")
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="the dataset folder")
+    add("--seed", type=int, default=0, help="of the split, where slides.csv has none [%(default)s]")
+    add("--out", help="the picture [runs/data_NAME.png]")
+    add("--um-per-px", type=float, help="micrometres per pixel: areas in mm2 instead of megapixels")
+    add("--index", action="store_true", help="write slides.csv instead of checking")
+    add("--slide-pattern", metavar="REGEX", default=SLIDE_PATTERN, help="with --index: its first match (or "
+        "first group) in the file name without ending is the slide [%(default)s]")
+    add("--draft-classes", action="store_true", help="write a draft of classes.json instead")
+    add("--prune-cache", action="store_true", help="remove decoded regions whose image is gone or changed")
+    add("--cache", default="cache", help="with --prune-cache: its folder [%(default)s]")
     args = parser.parse_args(argv)
     if args.um_per_px is not None and not 0 < args.um_per_px < 1000:
         raise UserError(f"--um-per-px: found {args.um_per_px}; give micrometres per pixel, such as 0.242")

@@ -1,10 +1,5 @@
 """Annotations of one image: any of the five formats -> polygons in image pixels with class ids.
 
-    read_file            file -> `Found`: polygons in the file's coordinates, and what was left out
-    transform_polygons   p_image = (p - (x, y)) / downsample, for crops that kept the slide's annotations
-    place_polygons       the same, and refuses annotations that miss the image
-    polygon_classes      class names -> ids, and refuses unknown ones
-
 The format is told by the content, not by the suffix: EXACT and COCO both write `.json`, QuPath writes either.
 Everything that a file can get wrong is a UserError that names the file, what was found and what to do.
 Source: paper, section 2.1 (annotated in EXACT); the other formats are what other laboratories have.
@@ -15,10 +10,10 @@ import re
 import unicodedata
 from dataclasses import replace
 from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
-from her2.data_checks import REMEDY, Found, Polygon, show
+from her2.data_checks import REMEDY, Found, Polygon, plain_path, show
 from her2.data_classes import NO_CLASS, ClassTable, normal_form, parse_json, read_text
 from her2.run_errors import UserError, one_line
 
@@ -52,36 +47,31 @@ def check_image(found: Found, image, slide: str, height: int, width: int) -> Non
         raise UserError(f"{found.path}: annotations of an image of {show(size[0])} x {show(size[1])} pixels, "
                         f"but {image} has {width} x {height}; annotate the image itself, or give x, y and "
                         "downsample in slides.csv")
-    theirs, ours, known = (normal_form(unicodedata.normalize("NFC", text)) for text in (
-        PurePosixPath(str(name or "").replace("\\", "/")).stem, Path(image).stem, slide))
-    if name and not any(a in b for a, b in ((theirs, ours), (ours, theirs), (known, theirs))):
+    theirs, ours, known = (normal_form(unicodedata.normalize("NFC", text))
+                           for text in (plain_path(name or "").stem, Path(image).stem, slide))
+    if name and not (theirs in ours or ours in theirs or known in theirs):
         raise UserError(f"{found.path}: annotations of the image {show(name)}, not of {image}; correct the "
                         "annotations cell, or give the image that name if it is the one")
 
 
 def _reader(text, path):
     """The reader that a file's content asks for, and what to give it: the text, or its JSON value."""
-    start = text.lstrip()[:1]
+    start = text.lstrip().partition("\n")[0]
     if not start:
         raise UserError(f"{path}: an empty file; {REMEDY}, or leave the column empty for an image without")
-    if start == "<":
+    if start[0] == "<":
         return read_asap, text
-    if start not in "{[":
-        if "|" not in text.lstrip().splitlines()[0]:
-            raise UserError(f"{path}: begins with {show(text.lstrip()[:30])}, no known format; {REMEDY}")
+    if start[0] not in "{[":
+        if "|" not in start:
+            raise UserError(f"{path}: begins with {show(start[:30])}, no known format; {REMEDY}")
         return read_exact_text, text
-
     obj = parse_json(text, path, REMEDY)
-    if isinstance(obj, list):
-        if not obj or isinstance(obj[0], dict) and obj[0].get("type") == "Feature":
-            return read_geojson, obj
-        if isinstance(obj[0], dict) and "vector" in obj[0]:
-            return read_exact_rest, obj
-    elif obj.get("type") in ("FeatureCollection", "Feature"):
+    first = obj[0] if isinstance(obj, list) and obj else obj
+    if obj == [] or isinstance(first, dict) and first.get("type") in ("FeatureCollection", "Feature"):
         return read_geojson, obj
-    elif "results" in obj:
+    if isinstance(first, dict) and ("results" if first is obj else "vector") in first:
         return read_exact_rest, obj
-    elif "annotations" in obj:
+    if first is obj and "annotations" in obj:
         return read_coco, obj
     raise UserError(f"{path}: JSON of another kind ({show(obj)}); {REMEDY}")
 
@@ -100,23 +90,17 @@ def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: f
     swapped, or coordinates of the slide). A crop of a slide (x, y, downsample given) leaves annotations of
     the slide outside, but where it leaves all of them the numbers are wrong. Both mistakes are a UserError.
     """
-    placed = transform_polygons(polygons, x, y, downsample)
-    kept = [p for p in placed if touches(p, height, width)]
-    outside = [p for p in placed if not touches(p, height, width)]
+    placed, kept, outside = transform_polygons(polygons, x, y, downsample), [], []
+    for polygon in placed:
+        low, high = polygon.rings[0].min(axis=0), polygon.rings[0].max(axis=0)
+        (kept if (high > 0).all() and low[0] < width and low[1] < height else outside).append(polygon)
     if outside and (not kept or (x, y, downsample) == (0, 0, 1)):
-        low, high = outside[0].rings[0].min(axis=0), outside[0].rings[0].max(axis=0)
-        where = f"x {low[0]:g} to {high[0]:g}, y {low[1]:g} to {high[1]:g}"
+        (left, top), (right, bottom) = outside[0].rings[0].min(axis=0), outside[0].rings[0].max(axis=0)
         raise UserError(
             f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} "
-            f"pixels (annotation {show(outside[0].source_id)}: {where}); correct x, y, downsample in "
-            f"slides.csv (now {x:g}, {y:g}, {downsample:g})")
+            f"pixels (annotation {show(outside[0].source_id)}: x {left:g} to {right:g}, y {top:g} to "
+            f"{bottom:g}); correct x, y, downsample in slides.csv (now {x:g}, {y:g}, {downsample:g})")
     return kept, outside
-
-
-def touches(polygon, height: int, width: int) -> bool:
-    """Whether the polygon's bounding box reaches into the image."""
-    low, high = polygon.rings[0].min(axis=0), polygon.rings[0].max(axis=0)
-    return bool((high > 0).all() and low[0] < width and low[1] < height)
 
 
 def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:

@@ -1,8 +1,8 @@
 """What the annotation readers share: the polygon, the checks of its coordinates, and the account of a file.
 
-What was never meant as a polygon of this image (points, deleted ones, detected cells) is kept in
-`Found.left_out` with the reason. What was meant as one and is broken is a problem, and a file with problems
-is refused, all of them in one message: a polygon that quietly vanishes is background to a network.
+What was never meant as a polygon of this image (points, deleted ones, detected cells) is left out, with the
+reason. What was meant as one and is broken is a problem, and a file with problems is refused: a polygon that
+quietly vanishes is background to a network.
 """
 
 import re
@@ -32,12 +32,11 @@ class Polygon:
 
 
 class Found:
-    """What a file holds: polygons, what else was left out, what is wrong with which, and what it says of its
-    image: `about` = (name, width, height), None for what it does not say."""
+    """What a file holds: polygons, what else was left out, and what is wrong with which."""
 
     def __init__(self, path):
         self.path, self.polygons, self.left_out, self.problems, self._ids = path, [], [], [], set()
-        self.about = (None, None, None)
+        self.about = (None, None, None)     # name, width and height of the image, None: the file does not say
 
     @property
     def skipped(self) -> Counter:
@@ -45,10 +44,9 @@ class Found:
 
     def leave_out(self, reason, rings=lambda: []):
         """Keep an annotation that is no polygon of this image; `rings()` gives its outline, if any."""
-        shape = []
+        self.left_out.append((reason, []))
         with suppress(Malformed):
-            shape = [make_ring(ring) for ring in rings()]
-        self.left_out.append((reason, shape))
+            self.left_out[-1] = reason, [make_ring(ring) for ring in rings()]
 
     @contextmanager
     def annotation(self, where):
@@ -126,14 +124,16 @@ def choose_image(names: dict, image, path):
 
     File names are compared without their folders, and if that finds none, without their suffix.
     """
-    def plain(name):
-        return PurePosixPath(str(name).replace("\\", "/"))
-
-    wanted = plain("" if image is None else image)
-    for form in (lambda name: name.name, lambda name: name.stem):
-        keys = [key for key, name in names.items() if form(plain(name)) == form(wanted)]
+    wanted = plain_path("" if image is None else image)
+    for part in ("name", "stem"):
+        keys = [k for k, name in names.items() if getattr(plain_path(name), part) == getattr(wanted, part)]
         if len(keys) == 1:
             return keys[0]
     raise UserError(f"{path}: annotations of {len(names)} images ({show(list(names.values()))}), and "
                     f"{wanted.name or 'the image'} is not exactly one of them; give it the same name, or "
                     "export one file per image")
+
+
+def plain_path(name) -> PurePosixPath:
+    """A path as any system writes it."""
+    return PurePosixPath(str(name).replace("\\", "/"))

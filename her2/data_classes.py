@@ -18,12 +18,10 @@ A dataset may bring `classes.json`, in one of three forms:
     {"classes": [...as above...], "aliases": {"Normal duct": "Background"}}   the same, aliases apart
     {"aliases": {"Tumor three plus": "3+"}}                             the default table with more names
 
-In the second and third, "masks": "score" says that the masks are black and white: what is not 0 is tumor, of
-the subtype in the column score of slides.csv (a mask with instances beside it always holds ids). A mask may
-also be a picture in the classes' colors; an alias "#fa3253" gives a further color its class.
-
-Names are compared without regard to case and white space. The default aliases follow a class that keeps its
-id and name, unless the file gives the alias another meaning.
+In the last two, "masks": "score" says that what is not 0 in a mask is tumor, of the subtype in the column
+score of slides.csv (a mask with instances beside it always holds ids). A mask may also be a picture in the
+classes' colors; an alias "#fa3253" gives a further color its class. Case and white space do not count in
+names. The default aliases follow a class that keeps its id and name, unless the file says otherwise.
 
 What nobody can tell (folds, blur; the alias of "ignore") has the label IGNORE and no class: it is never the
 pixel around which a patch is drawn, has no one-hot code, and enters neither losses nor metrics.
@@ -37,6 +35,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as show   # short, whatever the length or the depth of the value
 
 import numpy as np
 
@@ -45,7 +44,6 @@ from her2.run_errors import UserError, one_line
 IGNORE = 255       # the label of pixels that neither train nor count
 NO_CLASS = "(none)"  # the name of no class in messages and aliases
 MAX_TEXT = 1 << 30  # bytes of a gzipped file
-MAX_CLASSES = IGNORE  # labels are 8-bit PNG files
 IGNORE_COLOR = (150, 150, 150)
 REMEDY = ("write a list of {\"id\", \"name\", \"tumor\", \"variance\", \"color\", \"aliases\"}, or "
           "{\"aliases\": {\"your name\": \"class name\"}}, or remove the file to get the default table")
@@ -74,20 +72,19 @@ class ClassTable:
     def __init__(self, classes, aliases=None, masks: str = ""):
         self.classes, self.masks = list(classes), masks     # masks: "score", "ids", or "" = not said
         ids = [c.id for c in self.classes]
-        if ids != list(range(len(ids))) or not 2 <= len(ids) <= MAX_CLASSES:
-            raise ValueError(f"ids are {ids}; they must be 0, 1, 2, ... in order, 2 to {MAX_CLASSES} classes")
+        if ids != list(range(len(ids))) or not 2 <= len(ids) <= IGNORE:
+            raise ValueError(f"ids are {ids}; they must be 0, 1, 2, ... in order, 2 to {IGNORE} classes")
         if self.classes[0].tumor:
             raise ValueError(f"class 0 ({self.classes[0].name!r}) is the background and cannot be tumor")
         if not self.tumor_ids:
             raise ValueError("no class is tumor; at least one must have \"tumor\": true")
-        for c in self.classes:
-            if c.variance and not c.tumor:
-                raise ValueError(f"class {c.id} ({c.name!r}) has \"variance\": true but is no tumor")
         if len(set(c.color for c in self.classes)) < len(ids):
             raise ValueError("two classes have the same color; give each its own")
 
         self._ids = {}                                                  # normal form of a name -> id
         for c in self.classes:
+            if c.variance and not c.tumor:
+                raise ValueError(f"class {c.id} ({c.name!r}) has \"variance\": true but is no tumor")
             if self._ids.setdefault(normal_form(c.name), c.id) != c.id or not normal_form(c.name):
                 raise ValueError(f"name {c.name!r} is empty or used twice (case and spaces do not count)")
         self.aliases = {}
@@ -103,12 +100,11 @@ class ClassTable:
         return len(self.classes)                                        # K, the channels of a one-hot map
 
     def __eq__(self, other) -> bool:
-        # Which names are ignored says how annotations are read, not what an id means to a network.
-        return isinstance(other, ClassTable) and (self.classes, self._meanings()) == (other.classes,
-                                                                                      other._meanings())
+        return isinstance(other, ClassTable) and self._meaning() == other._meaning()
 
-    def _meanings(self) -> dict:
-        return {name: class_id for name, class_id in self._ids.items() if class_id != IGNORE}
+    def _meaning(self) -> tuple:
+        # Which names are ignored says how annotations are read, not what an id means to a network.
+        return self.classes, {name: class_id for name, class_id in self._ids.items() if class_id != IGNORE}
 
     @property
     def names(self) -> list[str]:
@@ -120,7 +116,6 @@ class ClassTable:
 
     @property
     def variance_ids(self) -> list[int]:
-        """The rows whose recalls make the subtype variance (the four HER2 scores, in the default table)."""
         return [c.id for c in self.classes if c.variance]
 
     @property
@@ -133,11 +128,8 @@ class ClassTable:
         return self.colors.reshape(-1).tolist()                         # Pillow asks for 768 numbers
 
     def id_of(self, name: str) -> int:
-        """The id of the class of this name or alias, or IGNORE. Raises KeyError(name) when there is none."""
-        class_id = self._ids.get(normal_form(name))
-        if class_id is None:
-            raise KeyError(name)
-        return class_id
+        """The id of the class of this name or alias, or IGNORE. KeyError when there is none."""
+        return self._ids[normal_form(name)]
 
     def knows(self, name: str) -> bool:
         return normal_form(name) in self._ids                           # a class, an alias, or one to ignore
@@ -151,81 +143,64 @@ class ClassTable:
     @staticmethod
     def from_json(obj, path="classes.json") -> "ClassTable":
         """The table in `obj` (see the module's docstring for the forms). `path` names it in the UserError."""
-        obj = obj if isinstance(obj, dict) else {"classes": obj}        # the three forms become one
-        if not obj or obj.keys() - {"classes", "aliases", "masks"}:
-            raise _error(path, f"found an object that is not made of \"classes\", \"aliases\" and \"masks\": "
-                               f"{_show(obj)}")
-        default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]  # aliases: below
-        rows, more = obj.get("classes", default), obj.get("aliases", {})  # more: aliases beside the classes
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise _error(path, f"the classes are {_show(rows)}, not a list of objects")
-        if obj.get("masks", "ids") not in ("score", "ids"):
-            raise _error(path, f"\"masks\" is {_show(obj['masks'])}, not \"score\" or \"ids\"")
-        if not isinstance(more, dict):
-            raise _error(path, f"\"aliases\" is {_show(more)}, not an object of alias: class name")
-        classes = [_class_from_json(row, path) for row in rows]         # checked one by one
-
-        by_name = {"ignore": IGNORE, **{normal_form(c.name): c.id for c in classes}}
-        aliases = [(alias, row["id"]) for row in rows for alias in _aliases_of(row, path)]
-        for alias, target in more.items():
-            class_id = by_name.get(normal_form(target)) if isinstance(target, str) else target
-            if not _is_int(class_id):
-                raise _error(path, f"alias {alias!r} means {_show(target)}, which is no class name and no id")
-            aliases.append((alias.strip() or NO_CLASS, class_id))
-        meanings = {normal_form(alias): class_id for alias, class_id in aliases}  # the last one of each
-        twice = [alias for alias, class_id in aliases if meanings[normal_form(alias)] != class_id]
-        if twice:                                                       # which one was meant nobody can tell
-            raise _error(path, f"the aliases {_show(twice)} have two meanings each")
-        inherited = {alias: class_id for alias, class_id in DEFAULT_ALIASES.items()
-                     if normal_form(alias) not in {**meanings, **by_name} and (class_id == IGNORE or
-                     classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id])}
         try:
-            return ClassTable(classes, {**dict(aliases), **inherited}, obj.get("masks", ""))
+            return _table_from_json(obj)
         except ValueError as error:
-            raise _error(path, error) from error
+            raise UserError(f"{path}: {one_line(error)}; {REMEDY}") from error
 
 
-def _error(path, what) -> UserError:
-    return UserError(f"{path}: {one_line(what)}; {REMEDY}")
+def _table_from_json(obj) -> ClassTable:
+    obj = obj if isinstance(obj, dict) else {"classes": obj}            # the three forms become one
+    if not obj or obj.keys() - {"classes", "aliases", "masks"}:
+        raise ValueError(f"the object is not made of \"classes\", \"aliases\" and \"masks\": {show(obj)}")
+    default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]  # aliases: below
+    rows, more = obj.get("classes", default), obj.get("aliases", {})    # more: aliases beside the classes
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"the classes are {show(rows)}, not a list of objects")
+    if obj.get("masks", "ids") not in ("score", "ids"):
+        raise ValueError(f"\"masks\" is {show(obj['masks'])}, not \"score\" or \"ids\"")
+    if not isinstance(more, dict):
+        raise ValueError(f"\"aliases\" is {show(more)}, not an object of alias: class name")
+    classes = [_class_from_json(row) for row in rows]
+
+    by_name = {"ignore": IGNORE, **{normal_form(c.name): c.id for c in classes}}
+    aliases = [(alias, row["id"]) for row in rows for alias in row.get("aliases", [])]
+    for alias, target in more.items():
+        class_id = by_name.get(normal_form(target)) if isinstance(target, str) else target
+        if type(class_id) is not int:
+            raise ValueError(f"alias {alias!r} means {show(target)}, which is no class name and no id")
+        aliases.append((alias.strip() or NO_CLASS, class_id))
+    meanings = {normal_form(alias): class_id for alias, class_id in aliases}    # the last one of each
+    twice = [alias for alias, class_id in aliases if meanings[normal_form(alias)] != class_id]
+    if twice:                                                           # which one was meant nobody can tell
+        raise ValueError(f"the aliases {show(twice)} have two meanings each")
+    inherited = {alias: class_id for alias, class_id in DEFAULT_ALIASES.items()
+                 if normal_form(alias) not in {**meanings, **by_name} and (class_id == IGNORE or
+                 classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id])}
+    return ClassTable(classes, {**dict(aliases), **inherited}, obj.get("masks", ""))
 
 
-def _show(value) -> str:
-    text = one_line(repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."               # a message is one line
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)       # to Python, True is the number 1
-
-
-def _aliases_of(row, path) -> list[str]:
-    aliases = row.get("aliases", [])
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
-        raise _error(path, f"class {_show(row['name'])}: aliases is {_show(aliases)}, not a list of names")
-    return aliases
-
-
-def _class_from_json(row, path) -> TissueClass:
+def _class_from_json(row) -> TissueClass:
     """One row of classes.json. Every key is asked for: a forgotten "tumor" must not quietly mean False."""
     keys = ("id", "name", "tumor", "variance", "color")
-    missing = [key for key in keys if key not in row]                   # a forgotten key
-    unknown = sorted(row.keys() - {*keys, "aliases"})                   # a misspelt one
-    if missing or unknown:
-        raise _error(path, f"class {_show(row.get('name', row))} lacks {missing}, has unknown keys {unknown}")
-    class_id, name, tumor, variance, color = (row[key] for key in keys)
+    missing, unknown = [key for key in keys if key not in row], sorted(row.keys() - {*keys, "aliases"})
+    if missing or unknown:                                              # forgotten, misspelt
+        raise ValueError(f"class {show(row.get('name', row))} lacks {missing}, has unknown keys {unknown}")
+    color, aliases = row["color"], row.get("aliases", [])
     if isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color):
         color = list(bytes.fromhex(color[1:]))                          # as CVAT writes it
-    for key, good, wanted in (
-        ("id", _is_int(class_id), "a whole number"),
-        ("name", isinstance(name, str), "a text"),
-        ("tumor", isinstance(tumor, bool), "true or false"),
-        ("variance", isinstance(variance, bool), "true or false"),
-        ("color", isinstance(color, list) and [_is_int(v) and 0 <= v <= 255 for v in color] == [True] * 3,
+    for key, good, wanted in (                                          # to isinstance, True is the number 1
+        ("id", type(row["id"]) is int, "a whole number"), ("name", isinstance(row["name"], str), "a text"),
+        ("tumor", isinstance(row["tumor"], bool), "true or false"),
+        ("variance", isinstance(row["variance"], bool), "true or false"),
+        ("color", isinstance(color, list) and [type(v) is int and 0 <= v <= 255 for v in color] == [True] * 3,
          "[red, green, blue] from 0 to 255 or \"#rrggbb\""),
+        ("aliases", isinstance(aliases, list) and all(isinstance(alias, str) for alias in aliases),
+         "a list of names"),
     ):
         if not good:
-            raise _error(path, f"class {_show(name)}: {key} is {_show(row[key])}, not {wanted}")
-    return TissueClass(class_id, name, tumor, variance, tuple(color))
+            raise ValueError(f"class {show(row['name'])}: {key} is {show(row[key])}, not {wanted}")
+    return TissueClass(*(row[key] for key in keys[:-1]), tuple(color))
 
 
 # PAPER: the paper names no class ids; these follow its order of the subtypes, background first.
@@ -282,6 +257,6 @@ def parse_json(text: str, path, remedy: str):
 def load_classes(folder) -> ClassTable:
     """The class table of a dataset folder: its `classes.json`, or the default. UserError on a bad file."""
     path = Path(folder) / "classes.json"
-    if not path.exists():
-        return DEFAULT_CLASSES                                          # most datasets need no file
+    if not path.exists():                                               # most datasets need no file
+        return DEFAULT_CLASSES
     return ClassTable.from_json(parse_json(read_text(path, REMEDY), path, REMEDY), path)

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from her2.data_classes import DEFAULT_CLASSES, ClassTable, load_classes, parse_json, read_text
-from her2.run_errors import UserError, atomic_write
-from her2.data_slides import ROI, SPLITS, assign_splits, read_slides
+from her2.data_leaks import double_slides
+from her2.run_errors import UserError, atomic_write, check_line, script_line
+from her2.data_slides import ROI, SPLITS, assign_splits, generating_command, read_slides
 
 NEW_TISSUE = "new tissue: "       # a source that a phantom made up beyond its folder: nobody's, so no leak
+SOURCE = ("source_image", "source_slide")
 
 
 @dataclass
@@ -42,10 +44,6 @@ class Dataset:
         """What a model says of the data that it was trained on: class table and split."""
         return {"classes": self.classes.to_json(), "split": self.slides()}
 
-    def files(self) -> list[Path]:
-        """The small files that say what the dataset is; a run goes on only while they stay the same."""
-        return [self.root / name for name in ("slides.csv", "classes.json", "manifest.jsonl")]
-
 
 def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
     """(dataset, problems): everything that can be said without decoding an image. Problems: one line each.
@@ -62,6 +60,9 @@ def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]
     if not problems and not any(roi.split for roi in rois):
         table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, problems, notes)
         rois = [replace(roi, split=table.get(roi.slide, "train")) for roi in rois]
+    leaks, doubles = double_slides(rois) if not problems else ([], [])
+    problems += [f"{root / 'slides.csv'}: {leak}" for leak in leaks]
+    notes += [f"{root / 'slides.csv'}: {note}" for note in doubles]
     return Dataset(root, classes, rois, notes), problems
 
 
@@ -69,16 +70,14 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
     """{slide: split} for a dataset without a split column; problems and notes are appended to."""
     path = root / "slides.csv"
     if split is not None:
-        unknown = sorted(set(scores) - set(split))
-        if unknown:
-            problems.append(f"{path}: slide {unknown[0]!r} is not in the split of the other run, so the data "
-                            "have changed since; train again, or add a split column")
+        unknown = sorted(scores.keys() - split)[:1]
+        problems += [f"{path}: slide {slide!r} is not in the split of the other run, so the data have "
+                     "changed; train again, or add a split column" for slide in unknown]
         return split
     if (root / "manifest.jsonl").exists():
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
-        problems.append(f"{path}: a split into train, val and test needs 3 slides, found {len(scores)}; add "
-                        "slides, or a split column")
+        problems.append(f"{path}: a split needs 3 slides, found {len(scores)}; add slides of other patients")
         return {}
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)
@@ -93,16 +92,15 @@ def load_dataset(root, seed: int = 0, require=SPLITS, split=None) -> Dataset:
     dataset, problems = inspect_dataset(root, seed, split)
     problems += [] if problems else empty_splits(dataset, require)
     if problems:
-        more = f" (and {len(problems) - 1} more problems: python -m her2.data {root} lists them all)"
-        raise UserError(problems[0] + (more if len(problems) > 1 else ""))
+        more = f" (and {len(problems) - 1} more problems: {check_line(root)} lists them all)"
+        raise UserError(problems[0] + more * (len(problems) > 1))
     return dataset
 
 
 def empty_splits(dataset: Dataset, require=SPLITS) -> list[str]:
     """One problem per split of `require` that holds no image."""
-    return [f"{dataset.root / 'slides.csv'}: no image in the split {name!r}; give it a slide in the split "
-            "column, or empty that column to have the slides split 60/20/20"
-            for name in require if not dataset.split(name)]
+    return [f"{dataset.root / 'slides.csv'}: no image in the split {name!r}; give it a slide in the column "
+            "split, or empty that column" for name in require if not dataset.split(name)]
 
 
 def write_split(path, dataset: Dataset) -> None:
@@ -122,49 +120,48 @@ def read_split(path) -> dict:
 
 def load_synthetic(folder) -> Dataset:
     """A folder made by generate.py: a dataset whose images are all for training."""
-    path = Path(folder) / "manifest.jsonl"
     dataset = load_dataset(folder, require=("train",))
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, so nothing tells which slides the images come from; use a "
-                        "folder that generate.py has completed")
-    held_out = [roi for roi in dataset.rois if roi.split != "train"]
-    if held_out:
-        raise UserError(f"{Path(folder) / 'slides.csv'}: {held_out[0].name} is in the split "
-                        f"{held_out[0].split!r}; synthetic images are for training only, remove the split "
-                        "column")
+    if not (dataset.root / "manifest.jsonl").is_file():
+        raise UserError(f"{dataset.root / 'manifest.jsonl'}: no such file, so nothing tells which slides the "
+                        "images come from; use a folder that generate.py has completed")
+    if set(dataset.slides().values()) != {"train"}:
+        raise UserError(f"{dataset.root / 'slides.csv'}: images in the split val or test; synthetic images "
+                        "are for training only, remove the split column")
     return dataset
 
 
-def check_synthetic(synthetic: Dataset, real: Dataset) -> None:
+def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> None:
     """UserError when an image of `synthetic` was made from a slide that is not a training slide of `real`.
 
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
+    `same_classes`: whether another class table is refused too.
     """
-    if synthetic.classes != real.classes:
+    again = generating_command(synthetic.root, "--data", real.root) or script_line(
+        "generate.py", "--data", real.root, "--out", synthetic.root)
+    remedy = f"delete {synthetic.root} and make the images again: {again}"
+    if same_classes and synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
-                        f"something else; make the images again: python generate.py --data {real.root}")
+                        f"something else; {remedy}")
     path = synthetic.root / "manifest.jsonl"
-    remedy = "make the images again: python generate.py --data DIR with the same DIR"
     entries = _read_manifest(path, remedy)
-    known, slides = {roi.name: roi for roi in real.rois}, real.slides()
+    known, slides = {roi.name: roi.slide for roi in real.rois}, real.slides()
     for roi in synthetic.rois:
         if roi.name not in entries:
             raise UserError(f"{path}: nothing about {roi.name}, so its source is unknown; {remedy}")
         image, slide = entries[roi.name]
         if image.startswith(NEW_TISSUE) and (real.root / "phantom.json").exists():
             continue
-        if image not in known or known[image].slide != slide:
+        if known.get(image) != slide:
             raise UserError(f"{path}: {roi.name} was made from {image} of slide {slide}, which is not in "
                             f"{real.root}; {remedy}")
         if slides[slide] != "train":
             raise UserError(f"{path}: {roi.name} was made from slide {slide}, a {slides[slide]} slide of "
                             f"{real.root}, which training must never see; {remedy} and the same split")
     path = synthetic.root / "split.json"
-    if path.exists():
-        for slide, split in read_split(path).items():
-            if split == "train" and slides.get(slide, "train") != "train":
-                raise UserError(f"{path}: the generating network was trained on slide {slide}, a "
-                                f"{slides[slide]} slide of {real.root}; train it again with the same split")
+    for slide, split in read_split(path).items() if path.exists() else ():
+        if split == "train" and slides.get(slide, "train") != "train":
+            raise UserError(f"{path}: the generating network was trained on slide {slide}, a "
+                            f"{slides[slide]} slide of {real.root}; train it again with the same split")
 
 
 def _read_manifest(path, remedy) -> dict:
@@ -172,11 +169,8 @@ def _read_manifest(path, remedy) -> dict:
     entries = {}
     for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
         if line.strip():
-            entry = parse_json(line, f"{path}: line {number}", remedy)
-            values = [entry.get(key) for key in ("image", "source_image", "source_slide")] \
-                if isinstance(entry, dict) else [None]
-            if not all(isinstance(value, str) for value in values):
-                raise UserError(f"{path}: line {number} has no \"image\", \"source_image\" and "
-                                f"\"source_slide\"; {remedy}")
-            entries[values[0]] = tuple(values[1:])
+            entry, keys = parse_json(line, f"{path}: line {number}", remedy), ("image", *SOURCE)
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+                raise UserError(f"{path}: line {number} has no {', '.join(keys)}; {remedy}")
+            entries[entry["image"]] = tuple(entry[key] for key in SOURCE)
     return entries

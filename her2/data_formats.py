@@ -6,8 +6,8 @@
     ASAP          XML: Annotation/Coordinates/Coordinate, class in PartOfGroup
     COCO          {"images", "categories", "annotations": [{"category_id", "segmentation"}]}
 
-Coordinates are pixels, x right, y down. Each reader fills a `Found`; annotation_parts says what is skipped
-and what is refused. Source: the files that these programs write; the paper (section 2.1) used EXACT.
+Coordinates are pixels, x right, y down. Each reader fills a `Found`; data_checks says what is left out and
+what is refused. Source: the files that these programs write; the paper (section 2.1) used EXACT.
 """
 
 import re
@@ -20,8 +20,9 @@ from her2.data_classes import parse_json
 from her2.run_errors import UserError
 from her2.polygons import outlines
 
-EXACT_POLYGON = 5
-EXACT_OTHERS = {1: "box", 2: "point", 3: "line", 4: "lines", 6: "fixed box", 7: "whole image"}
+EXACT_OTHERS = {1: "box", 2: "point", 3: "line", 4: "lines", 6: "fixed box", 7: "whole image",
+                5: "", None: ""}                     # a polygon, and so it is where the type is not given
+DETECTED = "(not an annotation)"
 GEOJSON_OTHERS = ("Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
 ASAP_POLYGONS = ("Polygon", "Spline", "Rectangle")   # a spline's control points are taken as corners
 ASAP_OTHERS = ("Dot", "PointSet", "Measurement", "None")
@@ -42,30 +43,28 @@ def exact_vector(vector) -> list:
 def read_exact_text(text, found, image=None):
     """The text export. The last bar may be missing and a comma may stand before the brace; "not in image"
     says that an annotator found nothing there. The first column names the slide, there may be several."""
-    lines = [(number, line.split("|", 2)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    slides = {parts[0].strip(): parts[0].strip() for _, parts in lines}
-    slide = choose_image(slides, image, found.path) if len(slides) > 1 else None
-    found.about = (slide or next(iter(slides.values()), None), None, None)
-    for number, parts in lines:
+    lines = [(number, [part.strip() for part in line.split("|", 2)])
+             for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    slides = {name: name for _, (name, *_) in lines}
+    slide = choose_image(slides, image, found.path) if len(slides) > 1 else next(iter(slides))
+    found.about = (slide, None, None)
+    for number, (name, *parts) in lines:
         with found.annotation(f"line {number}"):
-            last = "|".join(parts).strip().rstrip("|").rpartition("|")[2].strip()
-            if slide is not None and parts[0].strip() != slide:
-                found.leave_out("of another image")
+            last = "|".join(parts).rstrip("|").rpartition("|")[2].strip()
+            if name != slide or last.lower() == "not in image":
+                found.leave_out("not in image" if name == slide else "of another image")
                 continue
-            if last.lower() == "not in image":
-                found.leave_out("not in image")
-                continue
-            if len(parts) < 3 or not last.startswith("{"):
-                raise Malformed(f"is {show('|'.join(parts))}, not slide|class|{{\"x1\": 1, \"y1\": 2, ...}}|")
+            if len(parts) < 2 or not last.startswith("{"):
+                raise Malformed(f"is {show('|'.join([name, *parts]))}, not "
+                                "slide|class|{\"x1\": 1, \"y1\": 2, ...}|")
             try:
-                vector = parse_json(re.sub(r",\s*}$", "}", last), "cut off or damaged", remedy="")
+                numbers = exact_vector(parse_json(re.sub(r",\s*}$", "}", last), "cut off or damaged", ""))
             except UserError as error:
                 raise Malformed(f"is {str(error).rstrip('; ')}") from error
-            numbers = exact_vector(vector)
             if len(numbers) in (2, 4):   # points and boxes: this format does not name the type
                 found.leave_out(f"point or box ({len(numbers) // 2} vertices)")
             else:
-                found.add([numbers], parts[1].strip(), number)
+                found.add([numbers], parts[0].strip(), number)
 
 
 def exact_type(kind) -> tuple:
@@ -92,33 +91,29 @@ def read_exact_rest(obj, found, image=None):
             if "vector" not in as_object(row):
                 raise Malformed(f"is {show(row)}, without a vector")
             name, vector_type = exact_type(row.get("annotation_type"))
-            deleted, vector, source = row.get("deleted"), row.get("vector"), row.get("image")
+            deleted, vector = row.get("deleted"), row["vector"]
             if deleted not in (None, False, True):
                 raise Malformed(f"has \"deleted\": {show(deleted)}, neither true nor false")
-            if deleted or vector is None:
-                found.leave_out("deleted" if deleted else "vector null", lambda: [exact_vector(vector)])
-            elif vector_type not in (None, EXACT_POLYGON):
-                found.leave_out(EXACT_OTHERS.get(vector_type, f"vector_type {vector_type}"),
-                                lambda: [exact_vector(vector)])
+            reason = "deleted" if deleted else "vector null" if vector is None else EXACT_OTHERS.get(
+                vector_type, f"vector_type {vector_type}")
+            if reason:
+                found.leave_out(reason, lambda: [exact_vector(vector)])
             else:
                 found.add([exact_vector(vector)], name, found.new_id(row.get("id"), number))
-                sources.add(show(source))
+                sources.add(show(row.get("image")))
     if len(sources - {"None"}) > 1:
         raise UserError(f"{found.path}: annotations of several images ({', '.join(sorted(sources)[:5])}) "
                         "without their names; export one file per image")
 
 
 def qupath_class(properties) -> str:
-    """QuPath's versions write the class as {"name"}, as {"names": [...]}, as a text, or leave it out.
-
-    The annotation's own name is no class: people number their regions, and "2" would become the score 2+.
-    """
+    """The class: {"name"}, {"names": [...]}, a text, or none, by QuPath's version. The annotation's own name
+    is no class: people number their regions, and "2" would become the score 2+."""
     kind = properties.get("classification")
-    if isinstance(kind, dict):
-        if kind.get("names") is not None:   # a derived class, which QuPath shows as "Tumor: 3+"
-            return ": ".join(as_name(name) for name in as_list(kind["names"]))
-        kind = kind.get("name")
-    return as_name(kind)
+    kind = kind if isinstance(kind, dict) else {"name": kind}
+    if kind.get("names") is not None:   # a derived class, which QuPath shows as "Tumor: 3+"
+        return ": ".join(as_name(name) for name in as_list(kind["names"]))
+    return as_name(kind.get("name"))
 
 
 def qupath_object(feature, properties) -> str:
@@ -126,10 +121,9 @@ def qupath_object(feature, properties) -> str:
 
     QuPath says it in properties.objectType since 0.3, before in the id that all objects of a kind share.
     """
-    kind, shared = properties.get("objectType"), feature.get("id")
-    match = re.fullmatch("(?:Path)?([A-Za-z]+)Object", shared) if isinstance(shared, str) else None
-    kind = kind if isinstance(kind, str) else match[1] if match else "annotation"
-    return "cell" if "nucleusGeometry" in feature else kind.lower()
+    match = re.fullmatch("(?:Path)?([A-Za-z]+)Object", str(feature.get("id")))
+    kind = properties.get("objectType") or (match[1] if match else "annotation")
+    return "cell" if "nucleusGeometry" in feature else str(kind).lower()
 
 
 def read_geojson(obj, found, image=None):
@@ -137,10 +131,9 @@ def read_geojson(obj, found, image=None):
 
     What QuPath detected by itself (cells, tiles) is left out: its classes are a score per cell.
     """
-    features = obj
     if isinstance(obj, dict):
-        features = [obj] if obj["type"] == "Feature" else obj.get("features")
-    for number, feature in enumerate(rows_of(features, "features", found.path), 1):
+        obj = [obj] if obj["type"] == "Feature" else obj.get("features")
+    for number, feature in enumerate(rows_of(obj, "features", found.path), 1):
         with found.annotation(f"feature {number}"):
             if as_object(feature).get("type") != "Feature":
                 raise Malformed(f"has the type {show(feature.get('type'))}, not Feature")
@@ -162,13 +155,12 @@ def read_geojson(obj, found, image=None):
                 if kind == "annotation":
                     found.add(rings, qupath_class(properties), source_id)
                 else:
-                    found.leave_out(f"{kind} (not an annotation)", lambda: rings)
-    if found.left_out and not found.polygons and not found.problems and all(
-            reason.endswith("(not an annotation)") for reason in found.skipped):
-        kinds = ", ".join(f"{count} x {reason.split()[0]}" for reason, count in found.skipped.items())
-        raise UserError(f"{found.path}: no annotation, only what QuPath detected by itself ({kinds}); select "
-                        "the annotations in QuPath and export the selected objects, or leave the annotations "
-                        "cell empty for an image without tumor")
+                    found.leave_out(f"{kind} {DETECTED}", lambda: rings)
+    skipped = found.skipped
+    if skipped and not found.polygons + found.problems and all(DETECTED in reason for reason in skipped):
+        kinds = ", ".join(f"{count} x {reason.split()[0]}" for reason, count in skipped.items())
+        raise UserError(f"{found.path}: no annotation, only what QuPath detected by itself ({kinds}); export "
+                        "the selected annotations, or leave the cell empty for an image without tumor")
 
 
 def asap_number(text) -> float:
@@ -248,35 +240,33 @@ def run_length_polygons(code) -> list:
 
 def read_coco(obj, found, image=None):
     """COCO's object detection format. One file usually covers many images: `image` chooses by file name."""
-    names, images, sizes = {}, {}, {}
-    for what, key, table in (("categories", "name", names), ("images", "file_name", images)):
+    tables = {"categories": {}, "images": {}}                   # {id: row}
+    for what, table in tables.items():
         for row in rows_of(obj.get(what, []), what, found.path):
             if not isinstance(row, dict) or type(row.get("id")) is not int or row["id"] in table:
                 raise UserError(f"{found.path}: {what} has {show(row)}, without an id of its own; {REMEDY}")
-            table[row["id"]] = row.get(key)
-            sizes[row["id"]] = row.get("width"), row.get("height")      # the images' come last
+            table[row["id"]] = row
+    categories, images = tables.values()
     rows = rows_of(obj["annotations"], "annotations", found.path)
-    sources = images or {row.get("image_id"): row.get("image_id") for row in rows
-                         if isinstance(row, dict) and type(row.get("image_id")) is int}
-    wanted = choose_image(sources, image, found.path) if len(sources) > 1 else None
-    only = wanted if wanted is not None else next(iter(images), None)
-    if only in images:
-        found.about = (images[only], *sizes[only])
+    sources = {key: row.get("file_name") for key, row in images.items()} or {
+        row["image_id"]: row["image_id"] for row in rows
+        if isinstance(row, dict) and type(row.get("image_id")) is int}
+    wanted = choose_image(sources, image, found.path) if len(sources) > 1 else next(iter(sources), None)
+    if wanted in images:
+        found.about = tuple(images[wanted].get(key) for key in ("file_name", "width", "height"))
     for number, row in enumerate(rows, 1):
         with found.annotation(f"annotation {number}"):
             category, source = as_object(row).get("category_id"), row.get("image_id")
             if sources and (type(source) is not int or source not in sources):
                 raise Malformed(f"has the image_id {show(source)}, which is none of the images")
-            if type(category) is not int or category not in names:
+            if type(category) is not int or category not in categories:
                 raise Malformed(f"has the category_id {show(category)}, which is none of the categories")
-            if wanted is not None and source != wanted:
-                found.leave_out("of another image")
-                continue
             shape = row.get("segmentation")
-            if shape is None or shape == []:
-                found.leave_out("without segmentation")
+            other = bool(sources) and source != wanted
+            if other or shape in (None, []):
+                found.leave_out("of another image" if other else "without segmentation")
                 continue
-            source_id, name = found.new_id(row.get("id"), number), as_name(names[category])
+            source_id, name = found.new_id(row.get("id"), number), as_name(categories[category].get("name"))
             if isinstance(shape, dict):
                 polygons = run_length_polygons(shape)
             else:   # the parts of one object; some sets write a single part without the outer list

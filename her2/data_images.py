@@ -1,11 +1,10 @@
 """Pictures from disk, read so that a wrong file is named and never misread.
 
 A dataset promises 8-bit RGB (`image`), class ids or their colours (`mask`) and 16- or 32-bit instance ids
-(`instances`). An alpha channel that hides nothing is dropped, and of a pyramid (TIFF, OME-TIFF) the level of
-full size is read, the others never. Pillow opens far more than that and converts much of it without a word:
-a 16-bit colour PNG loses its low byte, a 4-bit grey one is multiplied by 17, a rotated photograph comes back
-with sides swapped beside its own polygons. Each of these would train a network on what nobody meant, so
-whatever is not exactly the promised kind is refused in one line that says how to convert it.
+(`instances`). An alpha channel that hides nothing is dropped, of a pyramid the level of full size is read.
+Pillow converts much else without a word: a 16-bit colour PNG loses its low byte, a 4-bit grey one is
+multiplied by 17, a rotated photograph comes back with sides swapped beside its own polygons. So whatever is
+not exactly the promised kind is refused in one line that says how to convert it.
 
 Everything but the pixels is decided from the header, before any memory is taken for them. A PNG carries
 checksums: they are verified, because the decoder alone reads some damaged files without complaint.
@@ -15,6 +14,7 @@ import struct
 import threading
 import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from her2.run_errors import UserError, one_line
 MAX_PIXELS = 20000 * 20000
 MAX_INSTANCE = 2**24 - 1  # tables by instance id stay small
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+LOSSLESS = {ending: kind for ending, kind in ENDINGS.items() if kind != "JPEG"}
 HEADER = threading.Lock()   # filters of warnings belong to the process, not to a thread
 OPAQUE = ("lay it on white, for example in Python: im = PIL.Image.open(old).convert('RGBA'); "
           "PIL.Image.alpha_composite(PIL.Image.new('RGBA', im.size, 'white'), im).convert('RGB').save(new)")
@@ -56,23 +57,20 @@ def read_mask(path) -> np.ndarray:
     """A mask as its PNG or TIFF has it: grey values or palette indices uint8 (H, W), bits bool (H, W), or
     colours uint8 (H, W, 3)."""
     remedy = "save it as an 8-bit PNG whose grey value (or palette index) is the class id"
-    with _open(path, {key: value for key, value in ENDINGS.items() if value != "JPEG"}, remedy) as picture:
-        if picture.mode in ("LA", "PA", "CMYK"):
-            raise UserError(f"{path}: pixels of kind {picture.mode} where a mask belongs; {remedy}")
+    with _open(path, LOSSLESS, remedy) as picture:
         if picture.mode in ("RGB", "RGBA"):
             _check_colour(path, picture)
-            return _pixels(path, picture)
         # Grey of 2 or 4 bits is stretched to 0..255 by the decoder; palette indices never are.
-        if picture.mode not in ("1", "L", "P") or picture.mode == "L" and _bits(path, picture) != 8:
-            raise UserError(f"{path}: {_bits(path, picture)}-bit values where 8-bit class ids belong; "
-                            f"{remedy}")
+        elif picture.mode not in ("1", "L", "P") or picture.mode == "L" and _bits(path, picture) != 8:
+            raise UserError(f"{path}: {_bits(path, picture)}-bit values of kind {picture.mode} where 8-bit "
+                            f"class ids belong; {remedy}")
         return _pixels(path, picture)
 
 
 def read_instances(path) -> np.ndarray:
     """Instance ids as int32 (H, W) from a 16-bit grey PNG, or from a 16- or 32-bit TIFF. 0 = background."""
     remedy = "save it as a 16-bit grey PNG (or a 32-bit TIFF) whose value is the instance id, 0 = background"
-    with _open(path, {key: value for key, value in ENDINGS.items() if value != "JPEG"}, remedy) as picture:
+    with _open(path, LOSSLESS, remedy) as picture:
         # Pillow calls 16-bit grey "I;16" or, before version 11, "I" in a PNG.
         if not picture.mode.startswith("I") or _bits(path, picture) not in (16, 32):
             raise UserError(f"{path}: pixels of kind {picture.mode} where instance ids belong; {remedy}")
@@ -83,13 +81,13 @@ def read_instances(path) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+@contextmanager
 def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
     """The opened picture, header checked: kind and ending agree, one frame, upright, not too large."""
     path = Path(path)
     wanted = endings.get(path.suffix.lower())
     if wanted is None:
-        raise UserError(f"{path}: a file name ending in {path.suffix or 'nothing'!r}; {remedy} "
-                        f"({', '.join(sorted(endings))})")
+        raise UserError(f"{path}: a file name ending in {path.suffix!r}; {remedy} ({', '.join(endings)})")
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: an empty file (0 bytes); copy it again")
@@ -109,17 +107,13 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
         raise UserError(f"{path}: not a readable PNG, JPEG or TIFF; {remedy}") from error
     except DAMAGE as error:
         raise UserError(f"{path}: {_reason(error)}; copy the file again, or {remedy}") from error
-    try:
+    with picture:
         if kind != wanted:
             raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
         if frames != 1 and not _is_pyramid(picture, frames):
-            raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant by "
-                            "itself")
+            raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant alone")
         _check_upright(path, orientation)
-    except UserError:
-        picture.close()
-        raise
-    return picture
+        yield picture
 
 
 def _is_pyramid(picture, frames) -> bool:
@@ -145,15 +139,11 @@ def _check_colour(path, picture):
     if bits != 8 and picture.mode.startswith("I"):      # convert("RGB") would make all of it white
         raise UserError(f"{path}: grey values of {bits} bits where 8-bit RGB belongs; export it in colour "
                         "from the scanner's program")
-    if bits != 8:
-        found = f"{bits} bits per sample"
-    elif picture.mode not in ("RGB", "RGBA"):
-        found = {"L": "grey values", "P": "a colour palette", "CMYK": "CMYK colours"}.get(
-            picture.mode, f"pixels of kind {picture.mode}")
-    else:
-        return
-    raise UserError(f"{path}: {found} where 8-bit RGB belongs; convert it, for example in Python: "
-                    "PIL.Image.open(old).convert('RGB').save(new)")
+    if bits != 8 or picture.mode not in ("RGB", "RGBA"):
+        kinds = {"L": "grey values", "P": "a colour palette", "CMYK": "CMYK colours"}
+        found = kinds.get(picture.mode, f"pixels of kind {picture.mode}")
+        raise UserError(f"{path}: {found} of {bits} bits where 8-bit RGB belongs; convert it, for example in "
+                        "Python: PIL.Image.open(old).convert('RGB').save(new)")
 
 
 def _bits(path, picture) -> int:
@@ -161,10 +151,7 @@ def _bits(path, picture) -> int:
     if picture.format == "PNG":
         with open(path, "rb") as file:
             return file.read(25)[24]  # IHDR stands first, at a fixed place (PNG specification, 11.2.2)
-    if picture.format == "TIFF":
-        bits = set(picture.tag_v2.get(258, (1,)))
-        return bits.pop() if len(bits) == 1 else max(bits)
-    return 8
+    return max(picture.tag_v2.get(258, (1,))) if picture.format == "TIFF" else 8
 
 
 def _pixels(path, picture) -> np.ndarray:
@@ -189,6 +176,4 @@ def _pixels(path, picture) -> np.ndarray:
 
 
 def _reason(error) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line(error) or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__

@@ -10,6 +10,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,13 @@ from tqdm import tqdm
 
 from her2.data_annotations import likely_class, read_file
 from her2.data_classes import DEFAULT_CLASSES, NO_CLASS, read_text
-from her2.data_images import ENDINGS, read_mask
+from her2.data_images import ENDINGS, LOSSLESS, read_mask
 from her2.data_slides import read_slides
-from her2.run_errors import UserError, atomic_write
+from her2.run_errors import UserError, atomic_write, check_line
 
-# The first match in the file name is the slide. Too coarse by default rather than too fine: two slides taken
-# for one cost a little data, one slide taken for two leaks from training into the test.
+# The first match in the file name is the slide. Rather too coarse than fine: two slides taken for one cost
+# a little data, one slide taken for two leaks from training into the test.
 SLIDE_PATTERN = "[^_]+"
-MASKS = [ending for ending, kind in ENDINGS.items() if kind != "JPEG"]
 ANNOTATIONS = [".geojson", ".json", ".xml", ".txt", ".csv"]
 # What programs hang on the image's name: QuPath "-labels", CVAT and others "_mask".
 ADDED = re.compile(r"[ ._-]+(masks?|labels?|labelmap|seg(mentation)?|gt|annotations?|instances?)$", re.I)
@@ -42,9 +42,8 @@ def files_by_stem(folder, endings, images=None) -> dict:
     A stem that is none of `images` loses what programs add to it ("a_mask" belongs to "a").
     """
     found = defaultdict(list)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        kept = path.name.lower().removesuffix(".gz").endswith(tuple(endings))
-        if kept and path.is_file() and not path.name.startswith("."):
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_file() and path.name.lower().removesuffix(".gz").endswith(tuple(endings)):
             name = stem(path.name)
             found[name if images is None or name in images else ADDED.sub("", name)].append(path)
     return dict(found)
@@ -52,22 +51,19 @@ def files_by_stem(folder, endings, images=None) -> dict:
 
 def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
     """Write slides.csv for the folder `root`: images paired with masks or annotations of the same stem."""
-    root = Path(root)
-    table_path = root / "slides.csv"
+    root, table_path = Path(root), Path(root) / "slides.csv"
     try:
         pattern = re.compile(slide_pattern)
     except re.error as error:
         raise UserError(f"--slide-pattern {slide_pattern!r}: not a regular expression ({error}); quote it, "
                         "and escape special characters with a backslash") from error
-    if table_path.exists():
-        raise UserError(f"{table_path}: exists already and is never overwritten; remove or rename it first")
+    refuse_existing(table_path)
     images = files_by_stem(root / "images", ENDINGS)
     if not images:
-        raise UserError(f"{root / 'images'}: no {', '.join(ENDINGS)} file there; put the images into this "
-                        "folder")
+        raise UserError(f"{root / 'images'}: no {', '.join(ENDINGS)}; put the images into this folder")
     partners = {"annotations": files_by_stem(root / "annotations", ANNOTATIONS, images),
-                "mask": files_by_stem(root / "masks", MASKS, images),
-                "instances": files_by_stem(root / "instances", MASKS, images)}
+                "mask": files_by_stem(root / "masks", LOSSLESS, images),
+                "instances": files_by_stem(root / "instances", LOSSLESS, images)}
     shared = share_one_file(partners["annotations"], images)
     problems, rows = [], []
     for name, paths in images.items():
@@ -79,23 +75,21 @@ def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
             problems.append(f"{root}: {name} has a mask and annotations; keep one of them")
         elif "annotations" in row or "mask" in row:
             match = pattern.search(name)
-            slide = (match.group(1) if pattern.groups else match.group()) if match else None
+            slide = match and match.group(1 if pattern.groups else 0)
             if not slide:
-                problems.append(f"{root}: --slide-pattern {slide_pattern!r} finds no slide in {name!r}; "
-                                "change it")
+                problems.append(f"{root}: --slide-pattern {slide_pattern!r} finds no slide in {name!r}")
             row = {column: found[0].relative_to(root).as_posix() for column, found in row.items()}
             rows.append({**row, "slide": slide})
+    if not rows and not problems:
+        problems = [f"{root}: no image has a partner of the same stem in masks/ or annotations/; rename them"]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    if not rows:
-        raise UserError(f"{root}: no image has a partner of the same stem in masks/ or annotations/; rename "
-                        "the files")
-    lonely = [path for name, paths in images.items() for path in paths
-              if name not in partners["mask"] and name not in partners["annotations"]]
-    lonely += [path for found in partners.values() for name, paths in found.items() if name not in images
-               for path in paths]
+    labelled = {*partners["mask"], *partners["annotations"]}
+    pairs = [(images, labelled), *((found, images) for found in partners.values())]
+    lonely = [path for found, others in pairs for name, paths in found.items() if name not in others
+              for path in paths]
     columns = [column for column in ("image", *partners, "slide") if any(column in row for row in rows)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -106,40 +100,36 @@ def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
     for path in lonely:
         print(f"no partner: {path}")
     print(f"{table_path}: {len(rows)} images of {len(slides)} slides ({', '.join(slides[:6])}"
-          f"{', ...' if len(slides) > 6 else ''}), {len(lonely)} files without a partner left out"
+          f"{', ...' * (len(slides) > 6)}), {len(lonely)} files without a partner left out"
           + (f"; all annotations from {shared}" if shared else ""))
     print("Are these the slides? The split rests on them; if not, remove the file and give --slide-pattern. "
-          f"Columns that can be added: score, split, x, y, downsample. Next: python -m her2.data {root}")
+          f"Columns that can be added: score, split, x, y, downsample. Next: {check_line(root)}")
     return 0
 
 
-def share_one_file(annotations: dict, images: dict):
-    """If the only annotation file names the images (COCO, EXACT text), make it the partner of those it names.
+def refuse_existing(path) -> None:
+    if path.exists():
+        raise UserError(f"{path}: exists already and is never overwritten; rename it, and copy into the new "
+                        "one what was right")
 
-    Returns the file, or None. `annotations` is changed in place.
-    """
-    if len(annotations) != 1 or set(annotations) & set(images):
+
+def share_one_file(annotations: dict, images: dict):
+    """If the only annotation file names the images (COCO, EXACT text), make it the partner of those it names
+    in `annotations`; returns it, or None."""
+    if sum(map(len, annotations.values())) != 1 or annotations.keys() & images:
         return None
-    [(own, [path, *others])] = annotations.items()
-    for name, [image, *_] in images.items() if not others else ():
-        try:
+    [(own, [path])] = annotations.items()
+    for name, [image, *_] in images.items():
+        with suppress(UserError):   # it holds nothing of this image, or is of a kind that names none
             if read_file(path, image).about[0] is not None:
                 annotations[name] = [path]
-        except UserError:
-            continue            # it holds nothing of this image, or is of a kind that names none
-    if len(annotations) == 1:
-        return None
-    del annotations[own]
-    return path
+    return path if len(annotations) > 1 and annotations.pop(own) else None
 
 
-def draft_classes(root) -> int:
+def draft_classes(root) -> None:
     """Write classes.json with every name that the annotations (and every colour that the masks) hold."""
-    root = Path(root)
-    path = root / "classes.json"
-    if path.exists():
-        raise UserError(f"{path}: exists already and is never overwritten; rename it, draft again, and copy "
-                        "into the draft what was right")
+    path = Path(root) / "classes.json"
+    refuse_existing(path)
     rois, problems, _ = read_slides(root)
     if problems:
         raise UserError(problems[0])
@@ -153,37 +143,34 @@ def draft_classes(root) -> int:
                 colors = np.unique(mask.reshape(-1, 3), axis=0)
                 names.update(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colors[:64].tolist())
             elif roi.instances is None:
-                values = set(np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256)).tolist())
+                values = set(np.flatnonzero(np.bincount(mask.reshape(-1))).tolist())
                 two_valued += mask.dtype == bool or values <= {0, 255} or values <= {0, 1} and len(scores) > 1
-    labels = color_names(root / "labelmap.txt")
+    labels = color_names(path.with_name("labelmap.txt"))
     own = ["#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes] if not labels else []
     aliases = {name: likely_class(labels.get(name, name), DEFAULT_CLASSES) for name in names
                if name not in {*DEFAULT_CLASSES.names, *own}}
-    content = {"aliases": aliases} if aliases else {}
     masks = sum(roi.mask is not None for roi in rois)
-    if masks and two_valued == masks:
-        content["masks"] = "score"
+    content = {**({"aliases": aliases} if aliases else {}),
+               **({"masks": "score"} if masks and two_valued == masks else {})}
     if not content:
         print(f"{root}: every name is a class or an alias of the default table; no classes.json is needed")
-        return 0
+        return
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     for name, class_name in aliases.items():
         print(f"{names[name]:7} x {name!r}{f' ({labels[name]})' if name in labels else ''} -> {class_name}")
     if "masks" in content:
         print(f"{masks} black-and-white masks -> tumor of the slide's score (column score of slides.csv)")
     print(f"{path}: a draft. Correct each line in it: \"ignore\" neither trains nor counts, \"Background\" "
-          f"is learned as no tumor. Next: python -m her2.data {root}")
-    return 0
+          f"is learned as no tumor. Next: {check_line(root)}")
 
 
 def color_names(path) -> dict:
     """{"#rrggbb": label} of CVAT's labelmap.txt (label:red,green,blue:parts:actions), {} without the file."""
-    if not path.is_file():
-        return {}
-    rows = [line.split(":") for line in read_text(path, "export it again from CVAT").splitlines()
-            if line.strip() and not line.startswith("#")]
-    try:
-        return {"#%02x%02x%02x" % tuple(int(value) for value in row[1].split(",")): row[0] for row in rows}
-    except (IndexError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: a line that is not label:red,green,blue:parts:actions; export it again "
-                        "from CVAT, or remove it") from error
+    remedy, names = "export it again from CVAT, or remove it", {}
+    for line in read_text(path, remedy).splitlines() if path.is_file() else ():
+        if line.strip() and not line.startswith("#"):
+            found = re.match(r"(.*?):(\d+),(\d+),(\d+)(:|$)", line)
+            if not found:
+                raise UserError(f"{path}: {line[:60]!r} is not label:red,green,blue:parts:actions; {remedy}")
+            names["#%02x%02x%02x" % tuple(map(int, found.groups()[1:4]))] = found[1]
+    return names

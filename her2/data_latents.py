@@ -1,8 +1,7 @@
-"""Cached latents: encode a fixed pool of patches once, and train the denoiser on these.
+"""Cached latents: encode a fixed pool of N patches, in eight orientations, once; train the denoiser on these.
 
-At full size the frozen encoder is most of the cost of a diffusion step (897 against 417 GMAC at 512 px). A
-pool of N patches in eight orientations pays it once. The price: N patches instead of ever new ones; 8 N
-latents and N label maps in memory (at 512 px and factor 4: 1.8 MB per patch).
+At full size the frozen encoder is most of the cost of a diffusion step (897 against 417 GMAC at 512 px). The
+price: no ever new patches; 8 N latents and N label maps in memory (512 px, factor 4: 1.8 MB per patch).
 """
 
 import math
@@ -26,12 +25,10 @@ def latent_std(sampler, encode, batch: int) -> float:
 
 def pooled_latents(config, dataset, encode, first_step: int):
     """Batches for the steps first_step..config.steps-1, each a function of (config.seed, step) alone; under
-    torchrun this process's samples of them.
+    torchrun this process's samples of them. {"z": (B, C, h, w) on the CPU, "label": (B, H, W), "names": [B]}.
 
-    config: latent_pool (N), batch, steps, patch, sampling, uniform, seed, cache.
-    encode(image (B, 3, H, W)) -> z (B, C, h, w).
-    An encoder is not exactly equivariant, so a flipped image is encoded again; its latent is not flipped
-    instead. Yields {"z": (B, C, h, w) on the CPU, "label": (B, H, W), "names": list}.
+    encode(image (B, 3, H, W)) -> z (B, C, h, w). An encoder is not exactly equivariant, so a flipped image is
+    encoded again; its latent is not flipped instead.
     """
     upright = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
                            cache=config.cache, uniform=config.uniform)

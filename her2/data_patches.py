@@ -11,14 +11,13 @@ The patch is centred on the pixel, moved by up to a quarter of its side (else th
 the centre is always tumor) and pushed back inside the region. A share of the patches may be uniform whatever
 the sampling is (`uniform`): around tumor alone, most of the tissue that resembles tumor is never shown.
 
-Sample `index` of the batch of `step` is a function of (seed, step, index) alone. A run that is interrupted,
-or split over processes, therefore sees the same patches as one that is not.
+Sample `index` of the batch of `step` is a function of (seed, step, index) alone, so a run that is interrupted
+or split over processes sees the same patches as one that is not.
 
 Synthetic images join as the paper adds them (+ 50 % ... + 400 %): the training set is `num_patches` real
-patches, as many as tile the training regions once, and the first ratio * num_patches synthetic images.
-Training draws uniformly from both together, so a sample is real with probability 1 / (1 + ratio). Whether it
-is real is decided by a key of its own, so the real samples are those of the same seed without synthetic
-images: what then differs between two runs is what the synthetic images replace, and nothing else.
+patches, as many as tile the training regions once, and the first ratio * num_patches synthetic images, drawn
+from uniformly: a sample is real with probability 1 / (1 + ratio). A key of its own decides it, so that two
+runs of one seed differ in what the synthetic images replace, and in nothing else.
 
 Dimension letters: B batch, P side of the patch, H, W region.
 """
@@ -31,8 +30,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from her2.data_classes import IGNORE
-from her2.data_folder import Dataset
-from her2.run_errors import UserError
+from her2.data_folder import Dataset, empty_splits
+from her2.data_slides import generating_command
+from her2.run_errors import UserError, check_line, script_line
 from her2.data_regions import open_roi, tile_files
 from her2.run_seeds import generator, numpy_generator
 from her2.stains import stain_jitter
@@ -71,30 +71,35 @@ def patches_that_tile(rois, patch: int) -> int:
 
 
 def _check_patch(rois, patch, where):
-    small = [roi for roi in rois if min(roi.height, roi.width) < patch]
-    if small:
-        raise UserError(f"{where}: {small[0].name} has {small[0].width} x {small[0].height} pixels, less "
-                        f"than a patch of {patch}; use a smaller --patch or larger images ({len(small)} "
-                        "images are too small)")
+    for roi in rois:
+        if min(roi.height, roi.width) < patch:
+            raise UserError(f"{where}: {roi.name} has {roi.width} x {roi.height} pixels, less than a patch "
+                            f"of {patch}; use a smaller --patch or larger images")
 
 
-class PatchSampler:
+class Sampler:
+    """What gives random samples: `draw`, `patch`, `seed`, `flips` and `stain`."""
+
+    def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
+        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
+        return make_batch(self, step, range(batch_size)[start:stop])
+
+
+class PatchSampler(Sampler):
     """Random patches of one split of a real dataset. UserError where no patch can be drawn.
 
     uniform share of the patches that come from anywhere in the regions, whatever `sampling` says
     flips   augment with the 8 flips and rotations, the same for image, label and instance
-    stain   strength of the stain jitter of the image: 1 = mild, 0 = off (generative models are to learn the
-            stain as it is)
+    stain   strength of the stain jitter: 1 = mild, 0 = off (generative models learn the stain as it is)
     """
 
     def __init__(self, dataset: Dataset, split: str, patch: int, sampling: str = "subtype", seed: int = 0,
                  flips: bool = True, stain: float = 0.0, cache="cache", uniform: float = 0.0):
         assert sampling in SAMPLINGS, f"sampling {sampling!r}, known are {SAMPLINGS}"
         self.rois, self.patch, self.sampling, self.seed = dataset.split(split), patch, sampling, seed
-        self.flips, self.stain = flips, stain
-        if not self.rois:
-            raise UserError(f"{dataset.root / 'slides.csv'}: no image in the split {split!r}; add a slide to "
-                            "it")
+        self.flips, self.stain, self.classes = flips, stain, dataset.classes
+        for problem in empty_splits(dataset, [split]):
+            raise UserError(problem)
         _check_patch(self.rois, patch, dataset.root)
         self.num_patches = patches_that_tile(self.rois, patch)
         self.files = tile_files(self.rois, dataset.classes, cache)
@@ -102,15 +107,14 @@ class PatchSampler:
         counts = {c: np.array([open_tile(file).count([c]) for file in self.files]) for c in tumor}
         self.present = [c for c in tumor if counts[c].any()]
         if sampling != "uniform" and not self.present:
-            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images or use "
-                            "another split")
+            raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
+                            f"left out and why: {check_line(dataset.root)})")
         if sampling == "subtype" and len(self.present) < len(tumor):
             absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
             print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other subtypes "
                   "are sampled uniformly", file=sys.stderr)
-        # Groups of classes whose pixels are drawn from alike; per group the running sum over regions of
-        # what is drawn from (pixels of its classes, or all pixels). PAPER: "uniformly across all tumor
-        # subtypes": all five, LCIS/DCIS is one of them.
+        # Groups of classes whose pixels are drawn from alike, and the running sum of these over regions.
+        # PAPER: "uniformly across all tumor subtypes": all five, LCIS/DCIS is one of them.
         self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
         self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups]
         self.uniform = 1.0 if sampling == "uniform" else uniform
@@ -126,20 +130,19 @@ class PatchSampler:
         p = self.patch
         if rng.random() < self.uniform:
             which = int(np.searchsorted(self.area, rng.integers(self.area[-1]), side="right"))
-            roi, tile = self.rois[which], open_tile(self.files[which])
+            tile = open_tile(self.files[which])
             for _ in range(TRIES):
-                y, x = int(rng.integers(roi.height - p + 1)), int(rng.integers(roi.width - p + 1))
+                y, x = int(rng.integers(tile.height - p + 1)), int(rng.integers(tile.width - p + 1))
                 if tile.class_of[tile.instance[y + p // 2, x + p // 2]] != IGNORE:
                     break
             return which, y, x
         k = int(rng.integers(len(self.groups)))
         rank = int(rng.integers(self.ends[k][-1]))
         which = int(np.searchsorted(self.ends[k], rank, side="right"))
-        roi = self.rois[which]
-        before = int(self.ends[k][which - 1]) if which else 0
-        centre = open_tile(self.files[which]).pixel(self.groups[k], rank - before)
+        tile = open_tile(self.files[which])
+        centre = tile.pixel(self.groups[k], rank - (int(self.ends[k][which - 1]) if which else 0))
         y, x = np.array(centre) - p // 2 + rng.integers(-(p // 4), p // 4 + 1, size=2)
-        return which, int(np.clip(y, 0, roi.height - p)), int(np.clip(x, 0, roi.width - p))
+        return which, int(np.clip(y, 0, tile.height - p)), int(np.clip(x, 0, tile.width - p))
 
     def draw(self, rng: np.random.Generator, coin: float = 0.0):
         """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch, not augmented.
@@ -154,17 +157,13 @@ class PatchSampler:
         """The tensors of the patch of region `which` at row y, column x, not augmented."""
         return to_tensors(*open_tile(self.files[which]).window(y, x, self.patch, self.patch))
 
-    def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
-        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
-        return make_batch(self, step, range(batch_size)[start:stop])
 
-
-class MixedSampler:
+class MixedSampler(Sampler):
     """Patches of `real` and images of `synthetic` (`load_synthetic`), the latter `ratio` times as many.
 
     `ratio` inf: all images of `synthetic`, and no real patch (section 5 of the paper asks what that gives).
-
-    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`.
+    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`. Where `synthetic` has
+    other classes (`cluster`), only tumor or not is kept: its tumor gets the id of the first tumor class.
     """
 
     def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
@@ -173,12 +172,18 @@ class MixedSampler:
         self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
         wanted = len(synthetic.rois) if ratio == math.inf else max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
-            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs "
-                            f"{wanted}; make more: python generate.py --out {synthetic.root} --ratio "
-                            f"{ratio:g}")
+            more = (generating_command(synthetic.root, "--count", wanted)
+                    or script_line("generate.py", "--out", synthetic.root, "--count", wanted))
+            raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs {wanted};"
+                            f" give a lower --ratio, or delete the folder and make more: {more}")
         self.rois = synthetic.rois[:wanted]
         _check_patch(self.rois, real.patch, synthetic.root)
         self.files = tile_files(self.rois, synthetic.classes, cache)
+        self.meaning = np.arange(256, dtype=np.uint8)           # label of `synthetic` -> label of `real`
+        if synthetic.classes != real.classes:
+            print(f"note: {synthetic.root}: has other classes; only tumor or not is used", file=sys.stderr)
+            self.meaning[:len(synthetic.classes)] = 0
+            self.meaning[synthetic.classes.tumor_ids] = real.classes.tumor_ids[0]
 
     def draw(self, rng: np.random.Generator, coin: float):
         """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented.
@@ -190,11 +195,8 @@ class MixedSampler:
         which = int(rng.integers(len(self.rois)))
         tile = open_tile(self.files[which])
         y, x = int(rng.integers(tile.height - self.patch + 1)), int(rng.integers(tile.width - self.patch + 1))
-        return *tile.window(y, x, self.patch, self.patch), self.rois[which].name
-
-    def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
-        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
-        return make_batch(self, step, range(batch_size)[start:stop])
+        image, label, instance = tile.window(y, x, self.patch, self.patch)
+        return image, self.meaning[label], instance, self.rois[which].name
 
 
 def make_batch(sampler, step: int, indices) -> dict:
@@ -203,47 +205,42 @@ def make_batch(sampler, step: int, indices) -> dict:
     Returns a dict of image (B, 3, P, P) float32 in [-1, 1], label (B, P, P) int64, instance (B, P, P) int32
     and names, a list of B texts that say where each sample comes from.
     """
-    images, labels, instances, names = [], [], [], []
+    samples, names = [], []
     for index in indices:
         rng = numpy_generator(sampler.seed, "patch", step, index)
         # The coin has a key of its own: taken from `rng`, it would move the place of every real patch.
-        *arrays, name = sampler.draw(rng, numpy_generator(sampler.seed, "coin", step, index).random())
-        image, label, instance = map(torch.from_numpy, arrays)
-        k = int(rng.integers(8)) if sampler.flips else 0
-        images.append(dihedral(image.permute(2, 0, 1), k))
-        labels.append(dihedral(label, k))
-        instances.append(dihedral(instance, k))
+        coin = numpy_generator(sampler.seed, "coin", step, index).random()
+        image, label, instance, name = sampler.draw(rng, coin)
+        arrays, k = (image.transpose(2, 0, 1), label, instance), int(rng.integers(8)) if sampler.flips else 0
+        samples.append([dihedral(torch.from_numpy(array), k) for array in arrays])
         names.append(name)
-    image = torch.stack(images).float().div_(127.5).sub_(1)                            # (B, 3, P, P)
+    image, label, instance = map(torch.stack, zip(*samples))
+    image = image.float().div_(127.5).sub_(1)                                          # (B, 3, P, P)
     if sampler.stain > 0:
         for one, index in zip(image, indices):
             one[:] = stain_jitter(one[None], generator(sampler.seed, "stain", step, index),
                                   scale=0.1 * sampler.stain, shift=0.01 * sampler.stain)[0]
-    return {"image": image, "label": torch.stack(labels).long(), "instance": torch.stack(instances),
-            "names": names}
+    return {"image": image, "label": label.long(), "instance": instance, "names": names}
 
 
-class _Steps(torch.utils.data.Dataset):
-    """The batches of steps first..last-1 as a map-style dataset, for worker processes."""
+class _Steps:
+    """The batches of all steps as a map-style dataset, for worker processes."""
 
-    def __init__(self, sampler, first, last, indices):
-        self.sampler, self.first, self.last, self.indices = sampler, first, last, indices
+    def __init__(self, sampler, indices):
+        self.sampler, self.indices = sampler, indices
 
-    def __len__(self):
-        return max(0, self.last - self.first)
-
-    def __getitem__(self, k):
-        return make_batch(self.sampler, self.first + k, self.indices)
+    def __getitem__(self, step):
+        return make_batch(self.sampler, step, self.indices)
 
 
 def loader(sampler, first_step: int, last_step: int, indices, workers: int = 0,
            pin_memory: bool = False) -> DataLoader:
     """The samples `indices` of the batches of steps first_step..last_step-1; `workers` make them ahead."""
-    steps = _Steps(sampler, first_step, last_step, indices)
     # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
     # make other random numbers depend on how often a run was resumed. No batch uses it.
-    return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                      generator=torch.Generator(), multiprocessing_context="spawn" if workers else None)
+    return DataLoader(_Steps(sampler, indices), batch_size=None, sampler=range(first_step, last_step),
+                      num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
+                      multiprocessing_context="spawn" if workers else None)
 
 
 def iterate_rois(dataset: Dataset, split: str, cache="cache"):

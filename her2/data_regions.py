@@ -12,7 +12,6 @@ instance != 0 exactly where label != 0, and an instance has one class.
 import hashlib
 import json
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from her2.run_errors import UserError
 from her2.data_images import read_image, read_instances, read_mask
 from her2.polygons import connected_components, paint
 from her2.data_slides import ROI
-from her2.data_tiles import VERSION, Tile, ensure_tile, open_tile, tile_arrays
+from her2.data_tiles import VERSION, Tile, classes_of, ensure_tile, open_tile, tile_arrays
 
 
 def read_roi(roi: ROI, classes: ClassTable):
@@ -61,85 +60,81 @@ def read_polygons(roi: ROI, classes: ClassTable):
 
 def _read_mask_and_instances(roi, classes):
     """(label uint8, instance int32) of a region with a mask, checked against table, image and each other."""
-    label = read_mask(roi.mask)
-    _check_size(roi.mask, label, roi)
+    label = _of_size(read_mask(roi.mask), roi.mask, roi)
     if label.ndim == 3:
         label = _ids_of_colors(roi.mask, label, classes)
-    ids = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256)).tolist()
-    if classes.masks == "score" and roi.instances is None:
-        return _tumor_of_score(roi, label, ids, classes)
-    unknown = [i for i in ids if i >= len(classes) and i != IGNORE]
+    ids = np.flatnonzero(np.bincount(label.reshape(-1))).tolist()
+    if roi.instances is None and classes.masks == "score":
+        label = (label != 0) * _tumor_of_score(roi, ids, classes)
+        return label, connected_components(label)
+    unknown = [str(i) for i in ids if i >= len(classes) and i != IGNORE]
     table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
     two_valued = label.dtype == bool or IGNORE in ids and set(ids) <= {0, IGNORE}
     if two_valued and roi.instances is None and classes.masks != "ids":
         raise UserError(f"{roi.mask}: a black-and-white picture; write the class id into each pixel ({table})"
                         ', or into classes.json {"masks": "score"} if white is tumor of the subtype in the '
                         'column score, or {"masks": "ids"} if white is to be ignored')
-    label = label.astype(np.uint8)
     if unknown:
-        raise UserError(f"{roi.mask}: ids {', '.join(map(str, unknown[:8]))} are not in the class table "
-                        f"({table}); correct the mask or add the classes in classes.json")
+        raise UserError(f"{roi.mask}: ids {', '.join(unknown[:8])} are not in the class table ({table}); "
+                        "correct the mask or add the classes in classes.json")
+    label = label.astype(np.uint8)
     if roi.instances is None:
         return label, connected_components(label)
-    instance = read_instances(roi.instances)
-    _check_size(roi.instances, instance, roi)
+    instance = _of_size(read_instances(roi.instances), roi.instances, roi)
     stray = int(((instance != 0) != (label != 0)).sum())
     if stray:
         raise UserError(f"{roi.instances}: {stray} pixels where only one of instances and mask is background "
                         "(0); number exactly the pixels that have a class, or leave the instances cell empty")
-    class_of = np.zeros(instance.max() + 1, np.uint8)
-    class_of[instance] = label
-    torn = np.unique(instance[class_of[instance] != label])
+    torn = np.unique(instance[classes_of(instance, label)[instance] != label])
     if len(torn):
         raise UserError(f"{roi.instances}: instance {torn[0]} ({len(torn)} in all) spans two classes of the "
                         "mask; give each class its own instances, or leave the instances cell empty")
     return label, instance
 
 
-def _tumor_of_score(roi, label, ids, classes):
-    """(label, instance) of a mask of two values under {"masks": "score"}: what is not 0 is tumor."""
+def _tumor_of_score(roi, ids, classes) -> np.uint8:
+    """The class of what is not 0 in a mask of two values under {"masks": "score"}."""
     if len(set(ids) - {0}) > 1:
         raise UserError(f"{roi.mask}: holds the values {', '.join(map(str, ids[:8]))}, but {{\"masks\": "
                         '"score"} in classes.json promises 0 and one other; remove it if these are class ids')
-    score = classes.id_of(roi.score) if roi.score and classes.knows(roi.score) else 0
+    score = classes.id_of(roi.score) if classes.knows(roi.score) else 0
     if score not in classes.tumor_ids:
         known = ", ".join(classes.names[k] for k in classes.tumor_ids)
         raise UserError(f"{roi.mask}: its tumor takes the subtype of the slide's score, which is "
                         f"{roi.score!r}; write one of {known} into the column score, or remove "
                         '{"masks": "score"} from classes.json')
-    label = (label != 0) * np.uint8(score)
-    return label, connected_components(label)
+    return np.uint8(score)
 
 
 def _ids_of_colors(path, colors, classes):
     """Class ids (H, W) of a mask that is a picture (H, W, 3) in the class table's colours."""
     packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)      # (H, W)
     values, places = np.unique(packed, return_inverse=True)
-    table = {int.from_bytes(bytes(c.color), "big"): c.id for c in classes.classes}
-    table.update({int(name[1:], 16): class_id for name, class_id in classes.aliases.items()
-                  if re.fullmatch("#[0-9a-fA-F]{6}", name)})
-    unknown = [f"#{value:06x}" for value in values.tolist() if value not in table]
+    table = {**{"#%02x%02x%02x" % c.color: c.id for c in classes.classes},
+             **{name.lower(): class_id for name, class_id in classes.aliases.items()}}
+    names = [f"#{value:06x}" for value in values.tolist()]
+    unknown = [name for name in names if name not in table]
     if unknown:
         aliases = json.dumps({"aliases": {name: "ignore" for name in unknown[:8]}})
         raise UserError(
             f"{path}: {len(unknown)} colours that are not in the class table ({', '.join(unknown[:8])}); "
             + (f"give each its class in classes.json: {aliases}" if len(unknown) <= 64 else
                "save the mask without smoothing, as a PNG in which a pixel's value is its class id"))
-    return np.array([table[value] for value in values.tolist()], np.uint8)[places.reshape(packed.shape)]
+    return np.array([table[name] for name in names], np.uint8)[places.reshape(packed.shape)]
 
 
-def _check_size(path, pixels, roi):
+def _of_size(pixels, path, roi):
     if pixels.shape[:2] != (roi.height, roi.width):
         raise UserError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but its image {roi.name} has "
                         f"{roi.width} x {roi.height}; export both at the same size")
+    return pixels
 
 
 def tile_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """Where in the folder `cache` the tile of a region lies, whether or not it was made.
+    """Where in the folder `cache` the tile of a region lies: a hash of all that its content depends on.
 
-    Its name is a hash of all that its content depends on. The labels' files are small and enter with their
-    content; the image enters with its place, size, time and last bytes (which in a PNG hold a checksum of all
-    its pixels).
+    The labels' files enter whole; the image with its place, size, time and last bytes (which in a PNG hold a
+    checksum of all its pixels).
     """
     status = roi.image.stat()
     with open(roi.image, "rb") as file:
@@ -184,7 +179,5 @@ def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> Tile:
 
 def class_pixels(rois: list[ROI], classes: ClassTable, cache="cache") -> dict:
     """{class id: pixels} over all of `rois`."""
-    totals = np.zeros(len(classes), np.int64)
-    for path in tile_files(rois, classes, cache):
-        totals += open_tile(path).row_counts.sum(axis=1)
-    return dict(enumerate(totals.tolist()))
+    counts = [open_tile(path).row_counts.sum(axis=1) for path in tile_files(rois, classes, cache)]
+    return dict(enumerate(sum(counts, np.zeros(len(classes), np.int64)).tolist()))

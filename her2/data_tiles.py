@@ -1,23 +1,21 @@
 """A region of interest as one flat file, so that a patch costs a copy of its pixels and nothing else.
 
-Training draws millions of random patches from regions of, say, 6200 x 6200 pixels. Decoding the PNG for
-each would cost a second per patch, and all regions decoded would fill 100 GB of memory. So every region is
-decoded once into a file of plain arrays that the operating system maps into memory: a patch reads only the
-pages under it, and pages in memory are a cache that is given back when something else needs the room.
+Decoding a PNG of, say, 6200 x 6200 pixels for each random patch would cost a second, and all regions decoded
+would fill 100 GB of memory. So every region is decoded once into a file of plain arrays that the operating
+system maps into memory: a patch reads only the pages under it.
 
     image       (H, W, 3) uint8
     instance    (H, W) the smallest unsigned type that holds the largest id; 0 = background
     class_of    (N + 1,) uint8: class id of each instance, so that  label = class_of[instance]
     row_counts  (K, H) int32: pixels of class k in row y; those to be ignored are in none
 
-The label needs no map of its own because an instance has one class. The row counts make it possible to draw
-exactly uniformly from the pixels of a class without a list of them: the rank of a pixel is looked up in the
-running sum over rows, and only the one row that holds it is read (`pixel`).
+The label needs no map of its own because an instance has one class. With the row counts a pixel of a class is
+drawn exactly uniformly without a list of them: its rank is looked up in the running sum over rows, and only
+the one row that holds it is read (`pixel`).
 
 Cost on disk: 4 bytes per pixel up to 255 instances in a region, 5 up to 65,535: 154 MB for 6200 x 6200.
-The files can be deleted whenever no program runs. They are written beside and renamed, so a crash leaves no
-half one; a file of the wrong length or with a damaged index is made again. Flipped bits among the pixels
-are not looked for: it would mean to read every file to its end on every start.
+The files can be deleted whenever no program runs. One of the wrong length or with a damaged index is made
+again. Flipped bits among the pixels are not looked for: each start would have to read every file to its end.
 
 Dimension letters: H, W region; h, w window; K classes; N largest instance id.
 """
@@ -46,15 +44,7 @@ class Tile:
 
     def __init__(self, class_of, row_counts, instance, image, source=""):
         self.class_of, self.row_counts, self.instance, self.image = class_of, row_counts, instance, image
-        self.source = source
-
-    @property
-    def height(self) -> int:
-        return self.image.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.image.shape[1]
+        self.source, (self.height, self.width) = source, image.shape[:2]
 
     def window(self, y: int, x: int, height: int, width: int):
         """Copies of image (h, w, 3) uint8, label (h, w) uint8, instance (h, w) int32 at row y, column x."""
@@ -80,15 +70,18 @@ class Tile:
 
 def tile_arrays(image, label, instance, num_classes: int) -> dict:
     """The four arrays of a tile, from image (H, W, 3) uint8, label (H, W) uint8 and instance (H, W) int32."""
-    class_of = np.zeros(int(instance.max()) + 1, dtype=np.uint8)
-    class_of[instance] = label
+    class_of = classes_of(instance, label)
     assert (class_of[instance] == label).all(), "an instance has more than one class"
-    height = len(label)
-    row_counts = np.zeros((num_classes, height), dtype=np.int32)
-    for y in range(height):
-        row_counts[:, y] = np.bincount(label[y], minlength=num_classes)[:num_classes]  # without IGNORE
-    return {"class_of": class_of, "row_counts": row_counts, "image": image,
+    rows = [np.bincount(row, minlength=num_classes)[:num_classes] for row in label]    # without IGNORE
+    return {"class_of": class_of, "row_counts": np.array(rows, np.int32).T, "image": image,
             "instance": instance.astype(np.min_scalar_type(len(class_of) - 1))}
+
+
+def classes_of(instance, label) -> np.ndarray:
+    """(N + 1,) uint8: the class of each instance, from the maps (H, W); one of them if it has several."""
+    class_of = np.zeros(int(instance.max()) + 1, np.uint8)
+    class_of[instance] = label
+    return class_of
 
 
 def write_tile(path, arrays: dict, source="") -> None:
@@ -106,11 +99,8 @@ def write_tile(path, arrays: dict, source="") -> None:
     atomic_write(path, write)
 
 
-def _checksum(*parts) -> bytes:
-    value = 0
-    for part in parts:
-        value = zlib.crc32(part, value)
-    return value.to_bytes(4, "little")
+def _checksum(numbers, row_counts, class_of) -> bytes:
+    return zlib.crc32(class_of, zlib.crc32(row_counts, zlib.crc32(numbers))).to_bytes(4, "little")
 
 
 @lru_cache(maxsize=128)  # an open tile holds a file handle, and systems grant as few as 256 of them
@@ -120,20 +110,19 @@ def open_tile(path) -> Tile:
     if size < start:
         raise ValueError(f"{size} bytes")
     content = np.memmap(path, dtype=np.uint8, mode="r")  # one mapping, so one file handle, for all arrays
-    numbers = content[len(MAGIC):start - 4].tobytes()
+    magic, numbers, checksum = (part.tobytes() for part in np.split(content[:start], [len(MAGIC), start - 4]))
     height, width, num_classes, ids, item, letters = NUMBERS.unpack(numbers)
-    shapes = {"row_counts": ((num_classes, height), "<i4"), "instance": ((height, width), f"<u{item}"),
-              "image": ((height, width, 3), "u1"), "class_of": ((ids,), "u1")}
-    lengths = [4 * num_classes * height, height * width * item, height * width * 3, ids]
-    if content[:len(MAGIC)].tobytes() != MAGIC or min(lengths) <= 0 or letters < 0 \
-            or start + sum(lengths) + letters != size:
+    table = (("row_counts", (num_classes, height), "<i4", 4 * num_classes * height),
+             ("instance", (height, width), f"<u{item}", height * width * item),
+             ("image", (height, width, 3), "u1", height * width * 3), ("class_of", (ids,), "u1", ids))
+    lengths = [length for *_, length in table]
+    if magic != MAGIC or min(lengths) <= 0 or letters < 0 or start + sum(lengths) + letters != size:
         raise ValueError(f"{size} bytes, which is not the length in its header")
     arrays = {}
-    for (name, (shape, dtype)), length in zip(shapes.items(), lengths):
+    for name, shape, dtype, length in table:
         arrays[name] = np.ndarray(shape, dtype, buffer=content, offset=start)
         start += length
-    if content[len(MAGIC) + NUMBERS.size:][:4].tobytes() != _checksum(numbers, arrays["row_counts"].data,
-                                                                     arrays["class_of"].data):
+    if checksum != _checksum(numbers, arrays["row_counts"].data, arrays["class_of"].data):
         raise ValueError("wrong checksum")
     return Tile(**arrays, source=os.fsdecode(content[start:].tobytes()))
 
@@ -157,19 +146,17 @@ def prune_tiles(cache, current: set, images: set, root) -> tuple[int, int, int]:
     These are tiles whose image is gone, tiles of the dataset in `root` (its `images`, or others below it) not
     among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago.
     """
-    removed = size = kept = 0
-    for path in sorted(Path(cache).glob("*.tile*")):
+    paths, sizes = sorted(Path(cache).glob("*.tile*")), []
+    for path in paths:
+        old = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 86400
         if path.suffix == ".tile":
             try:
                 source = Path(open_tile.__wrapped__(path).source)   # not kept open: Windows needs that
+                old = not source.exists() or path not in current and (
+                    source in images or source.is_relative_to(root))
             except ValueError:
-                source = None
-            old = source is None or not source.exists() or path not in current and (
-                source in images or source.is_relative_to(root))
-        else:
-            old = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 86400
+                old = True
         if old:
-            removed, size = removed + 1, size + path.stat().st_size
+            sizes.append(path.stat().st_size)
             path.unlink()
-        kept += not old
-    return removed, size, kept
+    return len(sizes), sum(sizes), len(paths) - len(sizes)

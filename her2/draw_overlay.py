@@ -21,20 +21,17 @@ def overlay(image, label, instance, classes, left_out=(), cell=CELL) -> np.ndarr
     left_out  outlines that are drawn in grey: lists of (n, 2) rings in pixels of the image
     """
     small = fit(image, cell)
-    rows = (np.arange(small.shape[0]) + 0.5) * label.shape[0] // small.shape[0]
-    columns = (np.arange(small.shape[1]) + 0.5) * label.shape[1] // small.shape[1]
-    near = np.ix_(rows.astype(int), columns.astype(int))
+    near = np.ix_(*(((np.arange(side) + 0.5) * whole // side).astype(int)
+                    for side, whole in zip(small.shape, label.shape)))
     few, scale = label[near], small.shape[1] / label.shape[1]
     drawn = outline(small, few, classes, instance[near], width=2)
-    hatched = (few == IGNORE) & (np.add(*np.indices(few.shape)) % 8 < 2)
-    drawn[hatched] = classes.colors[IGNORE]
+    drawn[(few == IGNORE) & (np.add(*np.indices(few.shape)) % 8 < 2)] = classes.colors[IGNORE]
     picture = Image.fromarray(drawn)
     pen = ImageDraw.Draw(picture)
-    for rings in left_out:
-        for ring in rings:
-            points = [tuple(point) for point in (np.vstack([ring, ring[:1]]) * scale).tolist()]
-            pen.line(points, (60, 60, 60), 3)
-            pen.line(points, LEFT_OUT, 1)
+    for ring in [ring for rings in left_out for ring in rings]:
+        points = [tuple(point) for point in (np.vstack([ring, ring[:1]]) * scale).tolist()]
+        pen.line(points, (60, 60, 60), 3)
+        pen.line(points, LEFT_OUT, 1)
     return np.array(picture)
 
 
@@ -48,29 +45,24 @@ def shortened(text, width, size) -> str:
 def sheet(cells, classes, title) -> np.ndarray:
     """One sheet of `cells`: (picture, [line of text, ...], color of the swatch before the first line)."""
     gap, top = 12, 62
-    lines = max(len(texts) for _, texts, _ in cells)
     columns, cell = min(COLUMNS, len(cells)), max(300, *(picture.shape[1] for picture, *_ in cells))
-    heights = [max(picture.shape[0] for picture, *_ in cells[k:k + columns])
-               for k in range(0, len(cells), columns)]
-    below = 18 * lines + 14
+    below = 18 * max(len(texts) for _, texts, _ in cells) + 14
     width = max(columns * (cell + gap) + gap, 780)
-    canvas = Canvas(width, top + sum(heights) + below * len(heights))
+    bottoms = np.cumsum([top] + [max(picture.shape[0] for picture, *_ in cells[k:k + columns]) + below
+                                 for k in range(0, len(cells), columns)]).tolist()
+    canvas = Canvas(width, bottoms[-1])
     canvas.text(gap, 8, shortened(title, width - 2 * gap, 16), 16)
     others = [("left out", LEFT_OUT), ("ignored", tuple(classes.colors[IGNORE].tolist()))]
     canvas.legend([*class_legend(classes), *others], gap, 34, width - gap, marker="box")
-    y = top
     for k, (picture, texts, color) in enumerate(cells):
-        x = gap + k % columns * (cell + gap)
-        canvas.paste(picture, x, y)
-        bottom = y + heights[k // columns]
+        x, bottom = gap + k % columns * (cell + gap), bottoms[k // columns + 1] - below
+        canvas.paste(picture, x, bottoms[k // columns])
         if color is not None:
             canvas.rectangle(x, bottom + 7, x + 11, bottom + 18, tuple(color), INK, 0.5)
         for i, text in enumerate(texts):
             indent = 0 if i or color is None else 17
             canvas.text(x + indent, bottom + 5 + 18 * i, shortened(text, cell - indent, 13), 13,
                         GREY if i > 1 else INK)
-        if k % columns == columns - 1:
-            y += heights[k // columns] + below
     return canvas.array()
 
 

@@ -1,6 +1,7 @@
 """The run folder: what a training run leaves behind, and how it goes on after it was interrupted.
 
     config.json   every field, the command line, versions, device, git commit
+    inputs.json   the hashes of all files that the result depends on (run_provenance.py)
     log.txt       what was printed                     log.jsonl   one JSON object per logged step
     last.pt       all that is needed to go on          last.prev.pt   the checkpoint before it
     model.pt      what others load: weights and the network's keyword arguments
@@ -28,8 +29,8 @@ from pathlib import Path
 import torch
 
 from her2 import run_distributed, run_lock
-from her2.run_errors import UserError, atomic_write, one_line
-from her2.run_provenance import file_hash, git_commit, versions
+from her2.run_errors import UserError, atomic_write, one_line, script_line
+from her2.run_provenance import differences, git_commit, in_short, read_inputs, versions
 
 FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
 # Fields that may change between two starts of the same run, because the result does not depend on them.
@@ -56,11 +57,12 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS, longer="") -> Path:
+def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS, longer="") -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
-    Returns its path. `inputs` are files that the result depends on (slides.csv, another run's model.pt):
-    a run does not go on with others. `free` fields may change between two starts; more `steps` are welcome
+    Returns its path. `inputs` {field: {name: hash}} is the content that the result depends on
+    (`input_hashes`), by the field of `config` that says where it lies: a run goes on wherever that lies now,
+    and with no other content. `free` fields may change between two starts; more `steps` are welcome
     where `longer` is "yes", else it says why not. UserError: the folder holds another script's run, another
     configuration (the message lists the difference), was begun with other inputs, is in use, or holds files
     that are not a run at all.
@@ -68,7 +70,7 @@ def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS, 
     # JSON has no infinity (--ratio inf): it is kept as its name.
     folder, fields = Path(config.out), {name: "inf" if value == math.inf else value
                                        for name, value in asdict(config).items()}
-    hashes = {str(file): file_hash(file) for file in inputs}
+    inputs = inputs or {}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
     path = folder / "config.json"
@@ -79,7 +81,9 @@ def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS, 
         if old.get("script") != script:
             raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
                             "choose another --out")
-        names = sorted((set(fields) | set(old["fields"])) - set(free))
+        known = read_inputs(folder)
+        same = [name for name, content in inputs.items() if known.get(name) == content]
+        names = sorted((set(fields) | set(old["fields"])) - {*free, *same})
         steps = old["fields"].get("steps"), fields.get("steps")
         if longer and None not in steps and steps[0] < steps[1]:
             if longer != "yes":
@@ -91,11 +95,13 @@ def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS, 
         if changes:
             raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
                             "give the old values, or choose another --out")
-        known = old["inputs"] if isinstance(old.get("inputs"), dict) else {}
-        other = [name for name, value in hashes.items() if known.get(name, value) != value]
-        if other:
-            raise UserError(f"{folder}: was begun with another content of {', '.join(other)}; "
-                            "restore the old one, or choose another --out")
+        stale = [f"{name}: {change}" for name in inputs if name in known
+                 for change in differences(known[name], inputs[name])]
+        if stale:
+            raise UserError(f"{folder}: is stale, its input is another than when it was begun "
+                            f"({in_short(stale)}); restore that, or delete the folder to make it again")
+        for name in [name for name in same if old["fields"].get(name) != fields[name]]:
+            print(f"note: {folder}: --{name} {fields[name]} has the content of {old['fields'].get(name)}")
         if steps[0] != steps[1]:
             write_json(path, old)
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
@@ -106,11 +112,13 @@ def open_run(script: str, config, device, command, inputs=(), free=FREE_FIELDS, 
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); "
                             "choose another --out") from None
-        write_json(path, {"script": script, "fields": fields, "inputs": hashes, "command": list(command),
+        write_json(path, {"script": script, "fields": fields, "cwd": os.getcwd(), "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
     if run_distributed.rank():
         return folder                                   # process 0 holds it
     run_lock.hold(folder)
+    if not (folder / "inputs.json").exists():
+        write_json(folder / "inputs.json", inputs)
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
         rubbish.unlink(missing_ok=True)
     return folder
@@ -224,8 +232,8 @@ def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> No
     atomic_write(Path(folder) / "model.pt", lambda file: torch.save(content, file))
 
 
-COMMAND_FOR = {"autoencoder": "python train_ldm.py --stage autoencoder", "gan": "python train_gan.py",
-               "diffusion": "python train_ldm.py --stage diffusion", "segmenter": "python train_seg.py"}
+COMMAND_FOR = {"autoencoder": ["train_ldm.py", "--stage", "autoencoder"], "gan": ["train_gan.py"],
+               "diffusion": ["train_ldm.py", "--stage", "diffusion"], "segmenter": ["train_seg.py"]}
 
 
 def model_file(path) -> Path:
@@ -234,19 +242,23 @@ def model_file(path) -> Path:
     return path / "model.pt" if path.is_dir() else path
 
 
-def load_model(path, kind: str) -> dict:
-    """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...), or UserError."""
+def load_model(path, kind: str, data: str = "") -> dict:
+    """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...), or UserError.
+
+    `data`, the caller's dataset, enters the command that the error proposes.
+    """
     path, file = Path(path), model_file(path)
+    remedy = script_line(*COMMAND_FOR[kind], *(["--data", data] if data else []), "--out", path)
     if not path.exists():
-        raise UserError(f"{path}: no such run; make it with: {COMMAND_FOR[kind]} --out {path}")
+        raise UserError(f"{path}: no such run; make it with: {remedy}")
     if not file.exists():
         raise UserError(f"{path}: holds no model.pt (not a run, or not yet trained to its first checkpoint); "
-                        f"make it with: {COMMAND_FOR[kind]} --out {path}")
+                        f"make it with: {remedy}")
     content = load_file(file)
     check_format(file, content)
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
-                        f"make one with: {COMMAND_FOR[kind]}")
+                        f"make one with: {script_line(*COMMAND_FOR[kind])}")
     needed = {"autoencoder": ["split"], "gan": ["split"],
               "diffusion": ["split", "schedule", "autoencoder"], "segmenter": []}
     for name in ["kwargs", "state_dict", *needed[kind]]:
@@ -257,10 +269,20 @@ def load_model(path, kind: str) -> dict:
 
 def build_model(cls, content: dict, path):
     """The network of a loaded model.pt, in eval mode. UserError when its tensors do not fit `cls`."""
+    broken = [name for name, value in content.get("state_dict", {}).items()
+              if isinstance(value, torch.Tensor) and not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({broken[0]}); its training "
+                        "diverged or the file was changed, train it again")
+    return build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
+
+
+def build(cls, kwargs: dict, path, state_dict=None):
+    """cls(**kwargs), with these weights, as they stand in the model.pt `path`. UserError when they misfit."""
     try:
-        network = cls(**content["kwargs"])
-        network.load_state_dict(content["state_dict"])
+        made = cls(**kwargs)
+        state_dict is None or made.load_state_dict(state_dict)
+        return made
     except (TypeError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
         raise UserError(f"{path}: the weights do not fit {cls.__name__} ({one_line(error)[:200]}); "
                         "it was made by another version of the code, train it again") from None
-    return network.eval()

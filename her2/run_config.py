@@ -15,10 +15,14 @@ import dataclasses
 import inspect
 import math
 import re
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from her2.run_errors import UserError
+from her2.run_errors import UserError, script_line
+from her2.run_provenance import trained_with
 
+OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": "runs/ldm"}     # + its source
+SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
 POSITIVE = (1e-12, 1e12)
 RATE = (1e-12, 1e3)
@@ -44,11 +48,12 @@ RANGES = {
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is a UserError: one line instead of the usage text."""
 
-    def __init__(self, **options):
+    def __init__(self, remedy="see --help", **options):
+        self.remedy = remedy
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise UserError(f"{self.prog}: {message}; see --help")
+        raise UserError(f"{self.prog}: {message}; {self.remedy}")
 
 
 def field_help(cls) -> dict:
@@ -97,15 +102,34 @@ def check_ranges(config) -> None:
 
 
 def build(cls, presets: dict, given: dict):
-    """The configuration: the dataclass's defaults, then the preset, then the flags that were given."""
+    """The configuration: the dataclass's defaults, then the preset, then the flags that were given.
+
+    What a trained network or a synthetic set that it names was made with stands above the preset: a network
+    is used on its own data, with their split, and at its own size.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     preset = given.get("preset") or next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
     unknown = set(presets[preset]) - names
     assert not unknown, f"preset {preset!r} of {cls.__name__} sets unknown fields {sorted(unknown)}"
-    values = {**presets[preset], **{name: value for name, value in given.items() if value is not None}}
-    config = cls(**values)
+    given = {name: value for name, value in given.items() if value is not None}
+    config = cls(**{**presets[preset], **given})
+    source = next(filter(None, (getattr(config, name, "") for name in SOURCES)), None)
+    if source and "split_seed" in names:
+        config = cls(**{**presets[preset], **trained_with(source, config), **given})
     check_ranges(config)
     return config
+
+
+def say_done(config, script: str, *flags) -> None:
+    """Print that a run is done and the command that goes on: `flags`, a free --out, what `config` chose."""
+    words, name = [*flags], Path(config.out).name.removeprefix("synth-")
+    words += ["--out", f"{OUT[script]}-{name}".replace("ldm-vq", "ldm")] if script in OUT else []
+    for name in ("data", "split_seed", "preset", "device", "amp", "cache"):
+        value = getattr(config, name)
+        if value != getattr(type(config), name) and (name, script) != ("split_seed", "evaluate.py"):
+            words += ["--" + name.replace("_", "-"), value]
+    model = Path(config.out) / "model.pt"
+    print(f"done: {model if model.exists() else config.out}; next: {script_line(script, *words)}")
 
 
 def parse(cls, presets: dict, argv, description: str, prog: str):

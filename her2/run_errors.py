@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ MACHINE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "the file is too
            errno.EIO: "the disk does not answer", errno.EACCES: DENIED, errno.EPERM: DENIED,
            errno.EROFS: DENIED, errno.ENOTDIR: IN_THE_WAY, errno.EEXIST: IN_THE_WAY, errno.EISDIR: IN_THE_WAY,
            errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files"}
+
+
+ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 
 
 class UserError(Exception):
@@ -79,6 +83,22 @@ def one_line(text) -> str:
     return " ".join(str(text).split())
 
 
+def shell(words) -> str:
+    """A command line to paste into this system's shell, whatever blanks and quotes its paths hold."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def check_line(root) -> str:
+    """The command line that checks a dataset."""
+    return shell(["python", "-m", "her2.data", root])
+
+
+def script_line(script: str, *flags) -> str:
+    """The command line that runs one of the five scripts from here."""
+    return shell(["python", script if Path.cwd() == ROOT else ROOT / script, *flags])
+
+
 def speaks() -> bool:
     """Whether this process is the one that says what went wrong; run_distributed puts a better one here."""
     return os.environ.get("RANK", "0") == "0"
@@ -122,7 +142,7 @@ def command(main, argv=None):
             say(f"{said}, the same command goes on")
         else:
             # not folded to one line: a name in it may have two blanks
-            print(f"{said}, this command goes on: python {shlex.join([*program, *argv])}", file=sys.stderr)
+            print(f"{said}, this command goes on: {shell(['python', *program, *argv])}", file=sys.stderr)
         status = 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:
         silence(sys.stdout)

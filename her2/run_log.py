@@ -13,6 +13,7 @@ from tqdm import tqdm
 from her2 import run, run_distributed
 from her2.data_folder import write_split
 from her2.run_errors import atomic_write, silence
+from her2.run_provenance import input_hashes
 
 
 def number(value) -> float:
@@ -24,10 +25,10 @@ def size(*networks) -> str:
     return f"{sum(p.numel() for network in networks for p in network.parameters()):,} parameters"
 
 
-def begin(script: str, config, device, argv, dataset, saved: dict, inputs=(), **numbers):
+def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=None, **numbers):
     """Open the run folder and go on from its checkpoint: (folder, log, step, numbers).
 
-    `saved` and `numbers` as for `load_checkpoint`; `inputs`: files besides the dataset's own. Says
+    `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset. Says
     so when the run is complete; the log is None then.
     """
     longer = "yes"                  # unless an earlier step would have been another one in the longer run
@@ -37,7 +38,7 @@ def begin(script: str, config, device, argv, dataset, saved: dict, inputs=(), **
         longer = "unused codes are restarted in the first half of the steps only"
     with run_distributed.in_turn():
         folder = run.open_run(script, config, device, [script.split()[0], *argv],
-                              [*dataset.files(), *inputs], longer=longer)
+                              input_hashes(config, dataset, synthetic), longer=longer)
         numbers = run.load_checkpoint(folder, saved, step=0, **numbers)
     if numbers["step"] >= config.steps:
         print(f"{folder}: complete ({numbers['step']} steps); nothing to do")

@@ -1,13 +1,32 @@
-"""What a result was made from: the content of files, the commit of this code, the packages' versions."""
+"""What a result was made from: the content of files, the commit of this code, the packages' versions.
+
+A run records the SHA-256 of every file that it learned from (inputs.json), under the field of its
+configuration that names the folder: {"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}.
+So it can be said which file changed since, and the same files count as the same wherever they lie now.
+"""
 
 import hashlib
+import json
+import os
 import platform
 import subprocess
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
+from tqdm import tqdm
+
+from her2.data_classes import parse_json, read_text
+from her2.data_folder import Dataset, load_dataset
+from her2.run_errors import UserError, atomic_write, say
+
+FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
+REMEDY = "restore or remove the file"
+KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthetic", "reconstruct"), str),
+         "split_seed": int, "patch": int, "fields": dict}       # what the fields that are read must be
 
 
 def file_hash(path) -> str:
@@ -19,6 +38,165 @@ def file_hash(path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_hashes(paths, cache="cache") -> list[str]:
+    """`file_hash` of many files; `cache`/hashes.json spares the reading of those that are as they were."""
+    store, hashes, fresh = Path(cache) / "hashes.json", [], {}
+    try:
+        known = dict(json.loads(store.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}                          # whatever is wrong with a cache, it is made again
+    for path in tqdm(paths, desc="comparing files", unit="file", delay=3, leave=False, disable=None):
+        status = os.stat(path)
+        key = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+        hashes.append(known.get(key) or file_hash(path))
+        # Clocks of file systems are coarse: what was written a moment ago may change and keep its time.
+        if key not in known and time.time() - max(status.st_mtime, status.st_ctime) > 2:
+            fresh[key] = hashes[-1]
+    if fresh:
+        atomic_write(store, json.dumps({**known, **fresh}))
+    return hashes
+
+
+def data_hashes(dataset: Dataset, cache="cache", splits=("train",)) -> dict:
+    """{path relative to the dataset: SHA-256} of all that the regions of `splits` consist of.
+
+    "slides.csv" and "classes.json" stand for what they say about these regions: saved again by a spreadsheet,
+    or with another row for a test slide, they mean the same.
+    """
+    rows, files = [], [path for path in [dataset.root / "manifest.jsonl"] if path.exists()]
+    for roi in dataset.rois:
+        if roi.split in splits:
+            paths = {name: value for name, value in asdict(roi).items() if isinstance(value, Path)}
+            files += paths.values()
+            rows.append({**asdict(roi), **{name: _relative(path, dataset) for name, path in paths.items()}})
+    said = {"slides.csv": rows, "classes.json": dataset.classes.to_json()}
+    return {**{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in said.items()},
+            **dict(zip([_relative(path, dataset) for path in files], file_hashes(files, cache)))}
+
+
+def _relative(path, dataset) -> str:
+    return path.relative_to(dataset.root).as_posix()
+
+
+def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
+    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name.
+
+    What was made from the same data before they changed gets a warning on stderr.
+    """
+    files = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
+    for source in [*files.values(), *([synthetic.root] if synthetic else [])]:
+        for line in changed_since(source, data, config.cache):
+            say(f"warning: {line}")
+    found = {"data": data_hashes(data, config.cache)}
+    found |= {"synthetic": data_hashes(synthetic, config.cache)} if synthetic else {}
+    return found | {name: _file_input(path) for name, path in files.items()}
+
+
+def _file_input(path) -> dict:
+    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+    return {path.name: file_hash(path)}
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """What became of `old` {name: hash}: ["masks/a.png changed", "images/b.png is new", "c.png is gone"]."""
+    return [f"{name} " + ("is new" if name not in old else "is gone" if name not in new else "changed")
+            for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+
+
+def in_short(changes) -> str:
+    return ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+def read_inputs(folder) -> dict:
+    """{field: {name: hash}} as the run in `folder` recorded them; {} for one that recorded none."""
+    path = Path(folder) / "inputs.json"
+    content = parse_json(read_text(path, REMEDY), path, REMEDY) if path.exists() else {}
+    if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
+        raise UserError(f"{path}: not a table of files and their hashes; {REMEDY}")
+    return content
+
+
+def read_fields(folder) -> dict:
+    """The configuration of the run in `folder` and "cwd", where it was started; {} without config.json."""
+    path = Path(folder) / "config.json"
+    content = parse_json(read_text(path, REMEDY), path, REMEDY) if path.exists() else {"fields": {}}
+    fields = content.get("fields") if isinstance(content, dict) else None
+    fields = {"cwd": content.get("cwd", ""), **fields} if isinstance(fields, dict) else {"fields": fields}
+    wrong = [name for name, kind in KINDS.items() if type(fields.get(name, kind())) is not kind]
+    if wrong:
+        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); {REMEDY}")
+    return fields
+
+
+def places(folder, field: str = "data") -> list[str]:
+    """Where the folder or file that `field` of a run named is found by now; none, or most likely first.
+
+    At the same place relative to the run, for both may have moved together, and where it was. A path is given
+    as it was named where that still means the same.
+    """
+    fields = read_fields(folder)
+    named, before = fields.get(field, ""), fields["cwd"]
+    there = [os.path.join(before, named)] if named else []
+    try:
+        moved = [os.path.relpath(path, os.path.join(before, fields.get("out", ""))) for path in there]
+    except ValueError:                      # on two drives of Windows
+        moved = []
+    found = filter(os.path.exists, [*(os.path.join(folder, path) for path in moved), *there])
+    return [named if os.path.realpath(path) == os.path.realpath(named) else os.path.normpath(path)
+            for path in found]
+
+
+def locate(folder, field: str = "data") -> str:
+    """The first of `places`; UserError when there is none."""
+    for place in places(folder, field):
+        return place
+    raise UserError(f"{read_fields(folder).get(field)}: no such file or folder, and {folder} was made with "
+                    f"it; say where it is now with --{field}, or make {folder} again")
+
+
+def trained_with(path, config) -> dict:
+    """{"data", "split_seed", "patch"} of the run that made the network or the synthetic set in `path`.
+
+    What nothing tells is left out; a UserError for the data, unless `config` names them.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    fields = read_fields(folder)
+    found = {name: fields[name] for name in ("split_seed", "patch") if name in fields}
+    if not config.data and fields.get("data"):
+        found["data"] = locate(folder)
+    elif not config.data and Path(path).exists():
+        raise UserError(f"{path}: no config.json beside it tells which data it was made with; give --data")
+    return found
+
+
+def stale(folder, cache="cache", **moved) -> list[str]:
+    """What the run in `folder` was made from and is another now: ["data: masks/a.png changed"]; [] = nothing.
+
+    `moved` {field: path} says where its inputs lie by now, if not there. Nothing recorded, nothing compared.
+    """
+    found, seed = [], read_fields(folder).get("split_seed", 0)
+    for field, known in read_inputs(folder).items():
+        try:
+            place = moved.get(field) or locate(folder, field)
+            now = (data_hashes(load_dataset(place, seed, require=()), cache) if "slides.csv" in known
+                   else _file_input(place))
+            found += [f"{field}: {change}" for change in differences(known, now)]
+        except UserError as error:
+            found.append(f"{field}: {error}")
+    return found
+
+
+def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
+    """One line if the run `path` learned from `dataset` and that has another content now, else none."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    known = read_inputs(folder).get("data")
+    if not known or os.path.realpath(dataset.root) not in map(os.path.realpath, places(folder)):
+        return []
+    changes = differences(known, data_hashes(dataset, cache))
+    return [f"{path} is stale: {dataset.root} changed since it was trained ({in_short(changes)}); train it "
+            "again"] if changes else []
 
 
 def git_commit() -> str:

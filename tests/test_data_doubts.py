@@ -16,7 +16,7 @@ from her2 import data
 from her2.data_classes import load_classes
 from her2.data_folder import inspect_dataset, load_dataset
 from her2.data_regions import read_polygons, read_roi
-from her2.data_survey import doubts, survey
+from her2.data_survey import Survey, doubts
 from her2.run_errors import UserError
 
 SQUARE = [(5, 5), (20, 5), (20, 20)]
@@ -44,7 +44,7 @@ def dataset(root, label="exact", move=lambda x, y: (x, y)):
 def notes(root) -> list:
     found, problems = inspect_dataset(root)
     assert not problems, problems
-    return doubts([survey(roi, found.classes) for roi in found.rois], found.classes)
+    return doubts([Survey(roi, found.classes) for roi in found.rois], found.classes)
 
 
 @pytest.mark.parametrize("label", ["exact", "masks"])
@@ -187,7 +187,7 @@ def test_cells_beside_annotations_are_left_out_with_a_count_and_an_outline(tmp_p
     roi = one(tmp_path, [*cells(5), feature("2+", SQUARE), *cells(1, "detection")[:1]])
     polygons, class_ids, left_out = read_polygons(roi, load_classes(tmp_path))
     assert len(polygons) == 1 and class_ids == [3]
-    found = survey(roi, load_classes(tmp_path))
+    found = Survey(roi, load_classes(tmp_path))
     assert found.left_out == {"cell (not an annotation)": 5, "detection (not an annotation)": 1}
     assert all(len(rings) == 1 for _, rings, _ in left_out)
     assert (found.picture == (205, 205, 205)).all(-1).any(), "drawn in grey"
@@ -197,12 +197,12 @@ def test_the_sheet_shows_outlines_in_the_colours_of_their_classes(tmp_path):
     dataset(tmp_path)
     found = load_dataset(tmp_path)
     for k, roi in enumerate(found.rois):
-        one_ = survey(roi, found.classes)
+        one_ = Survey(roi, found.classes)
         color = found.classes.classes[k % 4 + 1].color
         rim = (one_.picture == color).all(-1)
         scale = one_.picture.shape[0] // SIDE
         inside = np.kron(label_of(k) > 0, np.ones((scale, scale), bool))
-        assert rim.sum() > 200 and not rim[~inside].any() and one_.majority(found.classes) == (k % 4 + 1, 1.0)
+        assert rim.sum() > 200 and not rim[~inside].any() and one_.majority == (k % 4 + 1, 1.0)
 
 
 def test_a_frame_that_is_ignored_is_pointed_out(tmp_path):

@@ -217,7 +217,7 @@ def test_the_stem_has_no_ending(name, expected):
                                    "_segmentation", "_seg", "_annotation"])
 def test_usual_suffixes_are_paired(tmp_path, capsys, added):
     for k in range(3):
-        save(tmp_path / f"images/case{k}_1.png", RGB)
+        save(tmp_path / f"images/case{k}_1.png", np.roll(RGB, k))
         save(tmp_path / f"masks/case{k}_1{added}.png", LABEL[:24, :30])
     with pytest.raises(SystemExit) as stopped:
         command(data.main, [str(tmp_path), "--index"])

@@ -117,7 +117,8 @@ def test_t_law_is_the_integral_of_its_density(freedom):
     x = np.linspace(0, 2.3, 20001)
     scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(math.pi * freedom)
     density = scale * (1 + x ** 2 / freedom) ** (-(freedom + 1) / 2)
-    assert st.t_within(2.3, freedom) == pytest.approx(2 * np.trapezoid(density, x), abs=1e-8)
+    area = np.sum((density[1:] + density[:-1]) / 2) * (x[1] - x[0])
+    assert st.t_within(2.3, freedom) == pytest.approx(2 * area, abs=1e-8)
 
 
 def test_t_interval_by_hand():

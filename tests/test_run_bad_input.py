@@ -267,8 +267,8 @@ for name, line, words, spoil in (
          lambda: (Path("seg/config.json").unlink(), Path("seg/config.json").mkdir())),
         *([("config.json is a pipe", AGAIN, ["config.json", "no ordinary file"],
             lambda: (Path("seg/config.json").unlink(), os.mkfifo("seg/config.json")))] if POSIX else []),
-        ("data changed since", AGAIN, ["slides.csv", "another content"], edit_config("seg", lambda c: {
-            **c, "inputs": {name: "0" * 64 for name in c["inputs"]}})),
+        ("data changed since", AGAIN, ["seg: is stale", "data: slides.csv changed"],
+         lambda: table_row(score="9")),
         ("checkpoint of another network", AGAIN, ["last.pt", "no checkpoint of this run"],
          lambda: atomic_write("seg/last.pt", lambda file: torch.save({"format": 1, "step": 0}, file))),
         ("checkpoint of a newer version", AGAIN, ["last.pt", "newer version"],
@@ -343,7 +343,7 @@ for name, words, spoil in (
         ("cut line", ["manifest.jsonl", "line"], manifest(lambda t: t[:-20])),
         ("a list in the manifest", ["manifest.jsonl", "line 1"], manifest(lambda t: "[]\n" + t)),
         ("a number as source", ["manifest.jsonl", "line 1"], manifest(lambda t: t.replace('"s0"', "0"))),
-        ("no slides.csv", ["slides.csv", "no such file"], lambda: Path("synth/slides.csv").unlink()),
+        ("no slides.csv", ["synth", "generate.py again"], lambda: Path("synth/slides.csv").unlink()),
         ("image missing", ["slides.csv", "roi0.png"], lambda: Path("synth/images/roi0.png").unlink()),
         ("mask missing", ["slides.csv", "roi0.png"], lambda: Path("synth/masks/roi0.png").unlink()),
         ("image is cut", ["roi0.png", "damaged"], damage("synth/images/roi0.png", lambda c: c[:-99])),
@@ -352,8 +352,6 @@ for name, words, spoil in (
         ("network saw a test slide", ["split.json", "s3"],
          add("synth/split.json", b'{"slides": {"s3": "train"}}')),
         ("broken split.json", ["split.json"], add("synth/split.json", b"[")),
-        ("another class table", ["synth", "class table"],
-         add("synth/classes.json", b'{"aliases": {"abc": "3+"}}')),
         ("images too small", ["synth", "less than a patch"], lambda: [
             save(f"synth/{kind}/roi0.png", np.ones((20, 20, 3)[:size], np.uint8))
             for kind, size in (("images", 3), ("masks", 2))])):

@@ -1,0 +1,277 @@
+"""Other tumor classes for a dataset: clusters that nobody annotated, or subtypes joined to fewer.
+
+    python -m her2.cluster DIR --classes 4                                  0: as many as BIC says
+    python -m her2.cluster DIR --merge "non-stained=0; stained=1+,2+,3+"    LCIS/DCIS stays
+
+The result, OUT, is a dataset with the same images, slides and splits, new masks and a new classes.json, so
+every script balances the new classes. To see whether that helps, generate with OUT and segment with DIR,
+whose subtypes remain those of the evaluation (of a set with other classes only tumor or not is used):
+
+    python train_ldm.py --stage autoencoder --data OUT --out runs/vq          the diffusion likewise
+    python generate.py --data OUT --model runs/ldm --relabel-classes "non-stained,stained" --out data/synth
+    python train_seg.py --data DIR --synthetic data/synth --name ldm-100-stained
+
+The classes.json of a merge has the old names as aliases: where labels are polygons, the file alone does it.
+
+An instance is three numbers, x = log of (mean, standard deviation, mean gradient) of its DAB density: how
+much stain, how uneven, how much of it in edges such as membranes. To those of the training slides, scaled to
+mean 0 and standard deviation 1, a mixture of K Gaussians is fitted:
+
+    p(x) = sum_k w_k N(x; m_k, C_k)         expectation and maximisation from k-means++ centres
+    BIC(K) = -2 log likelihood + (K - 1 + K D + K D (D + 1) / 2) log n        the least one chooses K
+
+Every instance of every split goes to its most probable cluster. The annotated subtypes are used for nothing
+but the adjusted Rand index, which says how much the clusters agree with them.
+
+PAPER: section 5 suggests subtypes without annotation, section 4 stained against non-stained, untried.
+Sources: k-means++, Arthur & Vassilvitskii (2007); BIC, Schwarz (1978); Hubert & Arabie (1985).
+Key: n instances, K clusters, D features, N largest instance id of a region.
+"""
+
+import colorsys
+import csv
+import io
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tqdm import tqdm
+
+from her2 import draw, report, run
+from her2 import run_config as configuration
+from her2.data_classes import ClassTable, TissueClass
+from her2.data_folder import load_dataset
+from her2.data_regions import open_roi
+from her2.report_staining import SMALLEST
+from her2.run_errors import UserError, atomic_write, command
+from her2.run_provenance import input_hashes
+from her2.run_seeds import numpy_generator
+from her2.stains import deconvolve, white_point
+
+FAINT = 0.005           # optical density below which DAB is noise: the logarithm ends there
+STARTS, MOST = 5, 8     # fits per K, of which the best is kept; largest K that BIC is asked about
+LEAST_VARIANCE = 1e-3   # added to all variances, lest a cluster of equal instances has none
+PER_CLUSTER = 5         # instances at least: fewer do not determine a covariance of three features
+
+
+@dataclass
+class Config:
+    data: str = ""                  # dataset folder, the same as DIR
+    out: str = ""                   # folder of the new one; empty: DIR-clusters or DIR-merged
+    classes: int = 0                # number of clusters; 0: the one with the least BIC, 2 to 8
+    merge: str = ""                 # join classes instead: "NEW=OLD,OLD; NEW=OLD"
+    seed: int = 0                   # decides where the clustering starts
+    split_seed: int = 0             # decides the split of slides when slides.csv has none
+    cache: str = "cache"            # folder for the decoded images
+
+
+def main(argv):
+    parser = configuration.Parser(prog="python -m her2.cluster", description=__doc__)
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="dataset folder")
+    configuration.add_fields(parser, Config, {})
+    given = vars(parser.parse_args(argv))
+    given["data"] = given.pop("folder") or given["data"]
+    config = Config(**{name: value for name, value in given.items() if value is not None})
+    configuration.check_ranges(config)
+    config.out = config.out or config.data.rstrip("/\\") + ("-merged" if config.merge else "-clusters")
+    dataset = load_dataset(config.data, seed=config.split_seed)
+    tiles = [open_roi(roi, dataset.classes, config.cache) for roi in dataset.rois]
+    if config.merge:
+        table, meaning = merged(dataset.classes, config.merge)
+        class_of = [meaning[tile.class_of] for tile in tiles]
+    else:
+        found = instances(dataset, tiles)
+        member, record = cluster(dataset, found, config)
+        table, meaning = clusters_table(dataset.classes, member.max() + 1)
+        class_of = [meaning[tile.class_of] for tile in tiles]
+        for roi, i, k in zip(found["roi"], found["id"], member):
+            class_of[roi][i] = table.tumor_ids[k]
+    folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
+                          input_hashes(config, dataset))
+    if not config.merge:
+        run.write_json(folder / "clusters.json", record)
+        draw.save_png(folder / "clusters.png", examples(found, member, tiles, class_of, table))
+    write_dataset(folder, dataset, table, tiles, class_of)
+    print(f"done: {folder}, tumor classes {', '.join(table.names[k] for k in table.tumor_ids)}; "
+          f"next: python train_ldm.py --stage autoencoder --data {folder}")
+    return 0
+
+
+# ---- class tables ------------------------------------------------------------------------------------------
+
+def merged(classes, text: str):
+    """"NEW=OLD,OLD; ..." -> (new table, (256,) uint8: the new id of each old one). UserError says why not."""
+    target, tumor = {}, [classes.names[k] for k in classes.tumor_ids]
+    for part in filter(str.strip, text.split(";")):
+        new, _, olds = (piece.strip() for piece in part.partition("="))
+        ids = {classes.id_of(old) if classes.knows(old) else None for old in olds.split(",")}
+        taken = classes.knows(new) and classes.id_of(new) not in ids
+        if not new or taken or ids & target.keys() or ids - set(classes.tumor_ids):
+            raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD where no other class is "
+                            f"called NEW, and each OLD stands once, of {', '.join(map(repr, tumor))}")
+        target |= dict.fromkeys(ids, new)
+    groups = {}                                                 # {new name: old classes}, in their order
+    for c in classes.classes:
+        groups.setdefault(target.get(c.id, c.name), []).append(c)
+    meaning, rows = np.arange(256, dtype=np.uint8), []
+    for k, (name, olds) in enumerate(groups.items()):
+        meaning[[c.id for c in olds]] = k
+        rows.append(replace(olds[0], id=k, name=name, variance=any(c.variance for c in olds)))
+    aliases = {**classes.aliases, **{c.name: c.id for c in classes.classes if c.name not in groups}}
+    try:
+        return ClassTable(rows, {alias: int(meaning[k]) for alias, k in aliases.items()}), meaning
+    except ValueError as error:                                 # two new names that differ by case alone
+        raise UserError(f"--merge {text!r}: {error}") from error
+
+
+def clusters_table(classes, K: int):
+    """(table of the classes that are no tumor, then K clusters, (256,) uint8: the new id of each old one)."""
+    kept, meaning = [c for c in classes.classes if not c.tumor], np.arange(256, dtype=np.uint8)
+    meaning[[c.id for c in kept]] = np.arange(len(kept))
+    rows = [replace(c, id=i) for i, c in enumerate(kept)]
+    for k in range(K):
+        color = tuple(round(255 * v) for v in colorsys.hsv_to_rgb(k / K, 0.75, 0.85))
+        rows.append(TissueClass(len(rows), f"cluster {k + 1}", True, True, color))
+    return ClassTable(rows), meaning
+
+
+# ---- clusters ----------------------------------------------------------------------------------------------
+
+def instances(dataset, tiles) -> dict:
+    """The n tumor instances of all regions: {"roi", "id", "pixels", "subtype": (n,), "x": (n, 3)}."""
+    parts = []
+    for roi, tile in enumerate(tqdm(tiles, desc="instances", leave=False, disable=None)):
+        pixels, *sums = instance_sums(tile)
+        ids = np.flatnonzero(np.isin(tile.class_of, dataset.classes.tumor_ids) & (pixels > 0))
+        mean, square, gradient = (total[ids] / pixels[ids] for total in sums)
+        x = np.stack([mean, np.sqrt(np.maximum(square - mean ** 2, 0)), gradient], axis=1)
+        parts.append((np.full(len(ids), roi), ids, pixels[ids], tile.class_of[ids],
+                      np.log(np.maximum(x, FAINT))))
+    return dict(zip(("roi", "id", "pixels", "subtype", "x"), map(np.concatenate, zip(*parts))))
+
+
+def instance_sums(tile, strip: int = 512) -> np.ndarray:
+    """(4, N + 1): pixels of each instance; sums over them of DAB, of its square, of its gradient's length."""
+    white, sums = white_point(tile.image[::8, ::8]), np.zeros((4, len(tile.class_of)))
+    for top in range(0, tile.height, strip):                    # a whole region in float64 takes gigabytes
+        dab = deconvolve(tile.image[top:top + strip], white)[1]                         # (strip, W)
+        gradient = np.hypot(np.diff(dab, axis=0, append=dab[-1:]), np.diff(dab, axis=1, append=dab[:, -1:]))
+        which = np.array(tile.instance[top:top + strip]).reshape(-1)
+        for total, values in zip(sums, (np.ones_like(dab), dab, dab ** 2, gradient)):
+            total += np.bincount(which, weights=values.reshape(-1), minlength=len(total))
+    return sums
+
+
+def log_joint(x, w, m, C) -> np.ndarray:
+    """log w_k + log N(x; m_k, C_k), (n, K): x (n, D), weights (K,), means (K, D), covariances (K, D, D)."""
+    away = x[:, None] - m                                                               # (n, K, D)
+    distance = (np.einsum("nki,kij->nkj", away, np.linalg.inv(C)) * away).sum(axis=2)
+    return np.log(w) - (distance + np.linalg.slogdet(C)[1] + x.shape[1] * np.log(2 * np.pi)) / 2
+
+
+def fit(x, K: int, rng):
+    """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures."""
+    fits = []
+    for _ in range(STARTS):
+        m = x[[rng.integers(len(x))]]
+        while len(m) < K:                                       # k-means++: the next one far from all so far
+            far = ((x[:, None] - m) ** 2).sum(axis=2).min(axis=1) + 1e-12
+            m = np.concatenate([m, x[[rng.choice(len(x), p=far / far.sum())]]])
+        share = np.eye(K)[((x[:, None] - m) ** 2).sum(axis=2).argmin(axis=1)]           # (n, K)
+        total, gain = -np.inf, np.inf
+        while gain > 1e-5 * len(x):
+            size = share.sum(axis=0) + 1e-9                                             # maximisation
+            m = share.T @ x / size[:, None]
+            away = x[:, None] - m
+            C = np.einsum("nki,nkj->kij", share[:, :, None] * away, away) / size[:, None, None]
+            mixture = size / size.sum(), m, C + LEAST_VARIANCE * np.eye(x.shape[1])
+            joint = log_joint(x, *mixture)                                              # expectation
+            evidence = np.logaddexp.reduce(joint, axis=1)                               # (n,) log p(x)
+            share = np.exp(joint - evidence[:, None])
+            total, gain = evidence.sum(), evidence.sum() - total
+        fits.append((float(total), mixture))
+    return max(fits, key=lambda one: one[0])
+
+
+def adjusted_rand(a, b) -> float:
+    """Agreement of two groupings (n,) of the same things: 1 = the same groups, 0 = what chance gives.
+
+    Counted are pairs that are together in both, against those expected of groups of the same sizes.
+    """
+    counts = np.zeros((max(a) + 1, max(b) + 1))
+    np.add.at(counts, (a, b), 1)
+    both, first, second, every = ((c * (c - 1) / 2).sum()
+                                  for c in (counts, counts.sum(axis=1), counts.sum(axis=0), counts.sum()))
+    chance, most = first * second / max(every, 1), (first + second) / 2
+    return float((both - chance) / (most - chance)) if most > chance else 1.0
+
+
+def cluster(dataset, found, config):
+    """(cluster 0..K-1 of each instance (n,), by the amount of DAB; record for clusters.json). Prints it."""
+    train = np.array([roi.split == "train" for roi in dataset.rois])[found["roi"]]      # (n,)
+    large = found["pixels"] >= SMALLEST
+    x = found["x"][train & large]
+    wanted = [config.classes] if config.classes else range(2, MOST + 1)
+    choices = [K for K in wanted if len(x) >= PER_CLUSTER * K]
+    if not choices:
+        raise UserError(f"{dataset.root}: {len(x)} tumor instances of {SMALLEST} pixels or more in the "
+                        f"training slides are too few for {wanted[0]} clusters; annotate more")
+    shift, scale = x.mean(axis=0), x.std(axis=0) + 1e-9
+    (n, D), x = x.shape, (x - shift) / scale
+    fits = {K: fit(x, K, numpy_generator(config.seed, "cluster", K)) for K in choices}
+    bic = {K: -2 * total + (K - 1 + K * D + K * D * (D + 1) / 2) * np.log(n)
+           for K, (total, _) in fits.items()}
+    K = min(bic, key=bic.get)
+    mixture = fits[K][1]
+    member = log_joint((found["x"] - shift) / scale, *mixture).argmax(axis=1)
+    member = np.argsort(np.argsort(mixture[1][:, 0]))[member]   # ranks by the mean DAB
+
+    subtypes, names = dataset.classes.tumor_ids, dataset.classes.names
+    rows = [["cluster", "instances", "DAB", "its sd", "gradient", *(names[i] for i in subtypes)]]
+    for k in range(K):
+        here = large & (member == k)
+        middle = np.exp(np.median(found["x"][here], axis=0)) if here.any() else [0] * D
+        rows.append([str(k + 1), str(here.sum()), *(f"{v:.3f}" for v in middle),
+                     *(str((found["subtype"][here] == i).sum()) for i in subtypes)])
+    agreement = {part: adjusted_rand(member[here], found["subtype"][here])
+                 for part, here in (("train", large & train), ("val and test", large & ~train)) if here.any()}
+    print(report.plain(rows), "BIC: " + ", ".join(f"{K} clusters {value:.0f}" for K, value in bic.items()),
+          "adjusted Rand index against the annotated subtypes: "
+          + ", ".join(f"{value:.2f} ({part})" for part, value in agreement.items()), sep="\n")
+    return member, {"bic": bic, "adjusted_rand": agreement, "table": rows}
+
+
+def examples(found, member, tiles, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
+    """A row of instances per cluster, evenly spread over all of it that are not too small, with outlines."""
+    rows = []
+    for k in range(member.max() + 1):
+        here = np.flatnonzero((member == k) & (found["pixels"] >= SMALLEST))
+        rows.append([])
+        for j in here[np.linspace(0, len(here) - 1, min(columns, len(here))).astype(int)]:
+            tile, new = tiles[found["roi"][j]], class_of[found["roi"][j]]
+            corner = [int(np.clip(np.median(at) - side // 2, 0, max(0, size - side))) for at, size
+                      in zip(np.nonzero(tile.instance == found["id"][j]), tile.instance.shape)]
+            image, _, instance = tile.window(*corner, *(min(side, size) for size in tile.instance.shape))
+            rows[-1].append(draw.outline(image, new[instance], table, instance, width=1))
+    return draw.image_grid(rows, [table.names[k] for k in table.tumor_ids], cell=128)
+
+
+def write_dataset(folder, dataset, table, tiles, class_of) -> None:
+    """Images as they are, masks by `class_of` (N + 1,) of each region, classes.json, and slides.csv last."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["image", "mask", "instances", "slide", "score", "split"])
+    for roi, tile, new in zip(tqdm(dataset.rois, desc="writing", leave=False, disable=None), tiles, class_of):
+        instance = np.array(tile.instance, dtype=np.int32)                              # (H, W)
+        if instance.max() > 65535:
+            raise UserError(f"{roi.image}: {instance.max()} instances, too many for a 16-bit PNG; cut it up")
+        mask, numbers = (f"{kind}/{roi.name.removesuffix('.png')}.png" for kind in ("masks", "instances"))
+        atomic_write(folder / roi.name, roi.image.read_bytes())
+        draw.save_png(folder / mask, new[instance], palette=table.palette())
+        draw.save_png(folder / numbers, instance)
+        rows.writerow([roi.name, mask, numbers, roi.slide, roi.score, roi.split])
+    run.write_json(folder / "classes.json", table.to_json())
+    atomic_write(folder / "slides.csv", text.getvalue())
+
+
+if __name__ == "__main__":
+    command(main)
