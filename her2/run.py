@@ -152,13 +152,12 @@ def check_archive(path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
+        found = broken and f"damaged ({broken} fails its checksum)"
     except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError,
             RuntimeError, OverflowError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); "
-                        "delete it and run the script that made it again") from None
-    if broken is not None:
-        raise UserError(f"{path}: damaged ({broken} fails its checksum); "
-                        "delete it and run the script that made it again")
+        found = f"damaged or not a file saved by torch ({one_line(error)})"
+    if found:
+        raise UserError(f"{path}: {found}; delete it and run the script that made it again")
 
 
 def load_file(path) -> dict:
@@ -262,11 +261,10 @@ def load_model(path, kind: str, data: str = "") -> dict:
     """
     path, file = Path(path), model_file(path)
     remedy = script_line(*COMMAND_FOR[kind], *(["--data", data] if data else []), "--out", path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run; make it with: {remedy}")
     if not file.exists():
-        raise UserError(f"{path}: holds no model.pt (not a run, or not yet trained to its first checkpoint); "
-                        f"make it with: {remedy}")
+        found = ("holds no model.pt (not a run, or not yet trained to its first checkpoint)" if path.exists()
+                 else "no such run")
+        raise UserError(f"{path}: {found}; make it with: {remedy}")
     content = load_file(file)
     check_format(file, content)
     if content.get("kind") != kind:

@@ -18,11 +18,6 @@ from her2.run_errors import UserError, atomic_write, silence
 from her2.run_provenance import input_hashes
 
 
-def number(value) -> float:
-    """A Python float from a number or a tensor of one element, with or without a gradient."""
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
-
-
 def size(*networks) -> str:
     return f"{sum(p.numel() for network in networks for p in network.parameters()):,} parameters"
 
@@ -100,7 +95,7 @@ class Log:
         """Append {"step": step, ...} to log.jsonl and print it in short."""
         if run_distributed.rank():
             return
-        values = {name: number(value) if value is not None else None for name, value in values.items()}
+        values = {name: None if value is None else float(value) for name, value in values.items()}
         with open(self.json_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
