@@ -122,7 +122,7 @@ def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS
 def hold(folder) -> None:
     """Take the lock of a run folder that holds config.json. UserError while another process has it.
 
-    Two processes in one folder (a second start by mistake, or a stage that outlives the study that started it)
+    Two processes in one folder (a second start by mistake, a stage that outlives the study that started it)
     would mix their logs and checkpoints. The lock is one of the operating system, which ends with the process
     however that ends: none can be left behind and stand in the way.
     """

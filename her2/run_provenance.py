@@ -135,7 +135,8 @@ def read_fields(folder) -> dict:
     fields = {"cwd": content.get("cwd", ""), **fields} if isinstance(fields, dict) else {"fields": fields}
     wrong = [name for name, kind in KINDS.items() if type(fields.get(name, kind())) is not kind]
     if wrong:
-        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); restore or remove the file")
+        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); "
+                        "restore or remove the file")
     return fields
 
 
