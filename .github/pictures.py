@@ -1,0 +1,34 @@
+"""The README's pictures, from a finished seed of the study: python .github/pictures.py runs/study/seed10
+
+strip.png is Fig. 4 of that seed; progress.png shows the samples of the generators at their first, a middle and
+their last checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from her2 import draw, lessons  # noqa: E402
+
+
+def progress(seed) -> np.ndarray:
+    """One row per checkpoint: the sample picture that the training wrote."""
+    rows, captions = [], []
+    for folder, title in (("vq", "autoencoder"), ("gan", "GAN"), ("ldm", "diffusion")):
+        pictures = sorted((seed / folder / "samples").glob("step*.png"))
+        for path in dict.fromkeys([pictures[0], pictures[len(pictures) // 2], pictures[-1]]):
+            rows.append([np.array(Image.open(path).convert("RGB"))])
+            captions.append(f"{title}\nstep {int(path.stem[4:])}")
+    return draw.image_grid(rows, captions, cell=700)
+
+
+if __name__ == "__main__":
+    seed = Path(sys.argv[1])
+    strip = np.array(Image.open(seed / "report" / "fig4.png").convert("RGB"))
+    for name, picture in (("strip", draw.fit(strip, 830)), ("progress", progress(seed))):
+        draw.save_png(HERE / f"{name}.png", lessons.thinned(picture))
