@@ -121,7 +121,7 @@ def main(argv):
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
         run_training.refuse_leak(part, dataset, config.model)
-    if content.get("classes", classes.to_json()) != classes.to_json():
+    if content and content.get("classes") != classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
     sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
@@ -230,7 +230,7 @@ class DiffusionPainter:
                  run.build_model(LatentDenoiser, content, config.model))
         self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last)
                                            for part in parts)
-        self.schedule = Schedule(**content["schedule"]).to(device)
+        self.schedule = run.build(Schedule, content["schedule"], config.model).to(device)
         if config.guidance != 1 and content.get("drop_label") == 0:
             raise UserError(f"--guidance: found {config.guidance}; this model was trained with "
                             "--drop-label 0 and never saw an image without a label, give 1")

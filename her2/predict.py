@@ -97,7 +97,8 @@ def main(argv):
     content, model = run.load_model(config.model, "segmenter"), run.model_file(config.model)
     network = run.build_model(UNet, content, config.model).to(device, memory_format=torch.channels_last)
     config.threshold = config.threshold or best_threshold(model, content)
-    out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv], [model])
+    out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv],
+                       {"model": {model.name: file_hash(model)}})
 
     rows = read_rows(out / "predictions.csv")
     for image in tqdm(images, desc="predict", unit="image", disable=None):

@@ -269,10 +269,20 @@ def load_model(path, kind: str, data: str = "") -> dict:
 
 def build_model(cls, content: dict, path):
     """The network of a loaded model.pt, in eval mode. UserError when its tensors do not fit `cls`."""
+    broken = [name for name, value in content.get("state_dict", {}).items()
+              if isinstance(value, torch.Tensor) and not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({broken[0]}); its training "
+                        "diverged or the file was changed, train it again")
+    return build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
+
+
+def build(cls, kwargs: dict, path, state_dict=None):
+    """cls(**kwargs), with these weights, as they stand in the model.pt `path`. UserError when they misfit."""
     try:
-        network = cls(**content["kwargs"])
-        network.load_state_dict(content["state_dict"])
+        made = cls(**kwargs)
+        state_dict is None or made.load_state_dict(state_dict)
+        return made
     except (TypeError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
         raise UserError(f"{path}: the weights do not fit {cls.__name__} ({one_line(error)[:200]}); "
                         "it was made by another version of the code, train it again") from None
-    return network.eval()

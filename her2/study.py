@@ -40,7 +40,6 @@ was interrupted goes on; seeds and arms can be added. A seed leaves seeds/seedN.
 made: seeds may come from several machines (python -m her2.report_study FILES --out DIR).
 """
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -49,8 +48,9 @@ from typing import Literal
 
 from her2 import report_study, run, run_config as configuration, study_seed
 from her2.data_folder import load_dataset
-from her2.data_regions import tile_file
+from her2.data_slides import SPLITS
 from her2.run_errors import UserError, command
+from her2.run_provenance import data_hashes
 from her2.study_jobs import Record, Stage, run_stages
 
 METHODS = ("gan", "ldm", "inpaint")
@@ -121,7 +121,7 @@ def chosen_arms(config) -> list:
     return ["subtype", *(name for name in dict.fromkeys(names) if name != "subtype")]
 
 
-def stages(config, seed: int, data_hash: str = "") -> list:
+def stages(config, seed: int, keys: tuple = ("", "")) -> list:
     """The stages of one seed, each behind those that it needs, and those of the judge."""
     root = Path(config.out) / f"seed{seed}"
     data = config.data or root / "phantom"
@@ -133,7 +133,8 @@ def stages(config, seed: int, data_hash: str = "") -> list:
 
     def add(kind, name, line, folder, *needs):
         line = tuple(map(str, [*line, "--out", folder]))
-        plan.append(Stage(name, kind, line, Path(folder), tuple(n.name for n in needs if n), data_hash))
+        plan.append(Stage(name, kind, line, Path(folder), tuple(n.name for n in needs if n),
+                          keys[kind == "evaluation"]))
         return plan[-1]
 
     def own(kind, name, line, folder, *needs):
@@ -202,12 +203,15 @@ def stages(config, seed: int, data_hash: str = "") -> list:
     return plan
 
 
-def data_fingerprint(config) -> str:
-    """A hash of all that the dataset holds: when it changes, all stages that read it are made again."""
+def data_keys(config) -> tuple:
+    """Hashes of the user's training data, which all stages read, and of all data, which the evaluation reads.
+
+    A phantom is decided by its command: ("", "").
+    """
+    if not config.data:
+        return "", ""
     dataset = load_dataset(config.data, seed=config.split_seed)
-    parts = [[roi.name, roi.slide, roi.split,
-              tile_file(roi, dataset.classes, config.cache).name] for roi in dataset.rois]
-    return hashlib.sha256(json.dumps([parts, dataset.classes.to_json()]).encode("utf-8")).hexdigest()
+    return tuple(json.dumps(data_hashes(dataset, config.cache, splits)) for splits in (("train",), SPLITS))
 
 
 def main(argv):
@@ -215,8 +219,8 @@ def main(argv):
     if config.data and not Path(config.data).is_dir():
         raise UserError(f"{config.data}: no such dataset folder; check --data")
     out, seeds = Path(config.out), range(config.seed, config.seed + config.seeds)
-    data_hash = data_fingerprint(config) if config.data else ""  # a phantom is decided by its command
-    plan = list({stage.name: stage for seed in seeds for stage in stages(config, seed, data_hash)}.values())
+    keys = data_keys(config)
+    plan = list({stage.name: stage for seed in seeds for stage in stages(config, seed, keys)}.values())
     run.open_run("her2.study", config, config.device, ["-m", "her2.study", *argv], free=FREE)
     record = Record(out / "stages.json", plan)
 

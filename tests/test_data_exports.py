@@ -9,10 +9,14 @@ from data_exports import KINDS, SIDE, SLIDES, SUBTYPES, label_of, write_export
 
 import evaluate
 import train_seg
-from her2 import data
+from PIL import Image
+from data_factory import read_annotations
+from her2 import data, predict
+from her2.data_annotations import transform_polygons
 from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset
 from her2.data_regions import read_roi
+from her2.polygons import paint
 from her2.run_errors import command
 
 
@@ -79,3 +83,13 @@ def test_from_the_export_to_an_evaluated_network(tmp_path, capsys, kind):
     [config] = json.loads((tmp_path / "report/results.json").read_text(encoding="utf-8"))["configs"]
     confusion = np.array(config["runs"][0]["confusion"])
     assert confusion.sum() == SIDE * SIDE, "every pixel of the test image"
+
+    # And back, in the coordinates that the program has: the polygons are the mask, pixel for pixel.
+    assert run(predict.main, root, "--model", tmp_path / "seg", "--out", tmp_path / "found", "--min-area", 1,
+               "--device", "cpu", "--tile", 32, "--overlap", 0) == 0
+    for roi in dataset.rois:
+        found, _ = read_annotations(next((tmp_path / "found/polygons").rglob(f"{roi.image.stem}.geojson")))
+        polygons = transform_polygons(found, roi.x, roi.y, roi.downsample)
+        again, _ = paint([one.rings for one in polygons], [1] * len(polygons), SIDE, SIDE)
+        with Image.open(next((tmp_path / "found/masks").rglob(f"{roi.image.stem}.png"))) as mask:
+            assert np.array_equal(again > 0, np.array(mask) > 0), roi.name

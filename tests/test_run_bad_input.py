@@ -343,7 +343,7 @@ for name, words, spoil in (
         ("cut line", ["manifest.jsonl", "line"], manifest(lambda t: t[:-20])),
         ("a list in the manifest", ["manifest.jsonl", "line 1"], manifest(lambda t: "[]\n" + t)),
         ("a number as source", ["manifest.jsonl", "line 1"], manifest(lambda t: t.replace('"s0"', "0"))),
-        ("no slides.csv", ["slides.csv", "no such file"], lambda: Path("synth/slides.csv").unlink()),
+        ("no slides.csv", ["synth", "generate.py again"], lambda: Path("synth/slides.csv").unlink()),
         ("image missing", ["slides.csv", "roi0.png"], lambda: Path("synth/images/roi0.png").unlink()),
         ("mask missing", ["slides.csv", "roi0.png"], lambda: Path("synth/masks/roi0.png").unlink()),
         ("image is cut", ["roi0.png", "damaged"], damage("synth/images/roi0.png", lambda c: c[:-99])),

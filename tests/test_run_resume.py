@@ -182,7 +182,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(root, capsys):
         content["step"] = 5
         atomic_write(other, lambda file: torch.save(content, file))
         assert in_process(command_line("diffusion", root, "diffusion")) == 2
-        assert "another content of" in capsys.readouterr().err
+        assert "is stale" in capsys.readouterr().err
     finally:
         other.write_bytes(before)
 

@@ -118,3 +118,13 @@ def test_files_are_loaded_without_running_code():
                 assert node.type is not None, f"{path.name}: bare except in line {node.lineno}"
                 body = [item for item in node.body if not isinstance(item, ast.Pass)]
                 assert body, f"{path.name}: swallowed error in line {node.lineno}"
+
+
+def test_pictures_of_the_readme_are_there_small_and_referenced():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\((\.github/[^)]+\.png)\)", text))
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / ".github").rglob("*.png")}
+    assert named == there
+    for name in there:
+        assert (ROOT / name).stat().st_size < 300_000, f"{name} is larger than 300 KB"
+    assert len(text.splitlines()) < 300

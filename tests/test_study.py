@@ -94,10 +94,13 @@ def test_an_arm_that_is_added_leaves_the_others_alone(finished):
 
 def test_changed_data_make_again_what_read_them(finished, tmp_path):
     """The key of a stage hashes its data and what it needs; a folder from other data makes room."""
-    plans = [study.stages(study.Config(preset="tiny", arms="subtype,ldm-100", data="data"), 0, text)
+    plans = [study.stages(study.Config(preset="tiny", arms="subtype,ldm-100", data="data"), 0, (text, text))
              for text in ("a", "a", "b")]
     keys = [keys_of(plan) for plan in plans]
     assert keys[0] == keys[1] and not set(keys[0].values()) & set(keys[2].values())
+    other = study.stages(study.Config(preset="tiny", arms="subtype,ldm-100", data="data"), 0, ("a", "new test"))
+    again = keys_of(other)
+    assert [name for name in again if again[name] != keys[0][name]] == ["seed 0: evaluation"]
     one = Stage("a", "x", ("-c", "print()"), tmp_path / "a")
     other = Stage("b", "x", ("-c", "print()"), tmp_path / "b", ("a",))
     changed = Stage("a", "x", ("-c", "pass"), tmp_path / "a")
