@@ -17,19 +17,21 @@ from her2 import draw  # noqa: E402
 
 
 def progress(seed) -> np.ndarray:
-    """One row per checkpoint: the sample picture that the training wrote."""
+    """One row per checkpoint: what the network made, out of the sample picture that the training wrote."""
     rows, captions = [], []
-    for folder, title in (("vq", "autoencoder"), ("gan", "GAN"), ("ldm", "diffusion")):
+    for folder, title, made, of in (("vq", "autoencoder", 1, 2), ("gan", "GAN", 2, 4), ("ldm", "diffusion", 2, 3)):
         pictures = sorted((seed / folder / "samples").glob("step*.png"))
         for path in dict.fromkeys([pictures[0], pictures[len(pictures) // 2], pictures[-1]]):
-            rows.append([np.array(Image.open(path).convert("RGB"))])
+            image = np.array(Image.open(path).convert("RGB"))
+            high = image.shape[0] // of
+            rows.append([image[made * high:(made + 1) * high, 100:]])
             captions.append(f"{title}\nstep {int(path.stem[4:])}")
-    return draw.image_grid(rows, captions, cell=700)
+    return draw.image_grid(rows, captions, cell=450)
 
 
 if __name__ == "__main__":
     seed = Path(sys.argv[1])
     strip = np.array(Image.open(seed / "report" / "fig4.png").convert("RGB"))
-    for name, picture in (("strip", draw.fit(strip, 830)), ("progress", progress(seed))):
+    for name, picture in (("strip", draw.fit(strip, 660)), ("progress", progress(seed))):
         # 64 levels per channel: half the bytes of a picture of tissue, and no eye sees it.
         draw.save_png(HERE / f"{name}.png", np.rint(np.rint(picture / 255 * 63) * (255 / 63)).astype(np.uint8))
