@@ -26,7 +26,7 @@ def progress(seed) -> np.ndarray:
             high = image.shape[0] // of
             rows.append([image[made * high:(made + 1) * high, 100:]])
             captions.append(f"{title}\nstep {int(path.stem[4:])}")
-    return draw.image_grid(rows, captions, cell=450)
+    return draw.image_grid(rows, captions, cell=420)
 
 
 if __name__ == "__main__":
