@@ -142,7 +142,7 @@ def back(name, place=(0, 0, 1)):
 def test_every_file_against_slow_computations(place, smallest):
     assert call("in", "--min-area", smallest, "--threshold", 0.5, "--tile", 512) == 0
     rows = table()
-    assert list(rows) == ["0.png", "1.png", "3.png", "deeper/2.png"] and len(contents("new")) == 17
+    assert list(rows) == ["0.png", "1.png", "3.png", "deeper/2.png"] and len(contents("new")) == 18
     for name, row in rows.items():
         stem, image = name[:-4], np.array(Image.open(f"in/{name}"))
         prob = slow_probability(image)
@@ -305,7 +305,7 @@ BAD = {
                          lambda: Path("data/images/roi0.png").unlink()),
     "no run": (["in", "--model", "runs/none"], ["runs/none", "train_seg.py"], None),
     "a folder that is no run": (["in", "--model", "in"], ["in", "model.pt"], None),
-    "a network that predicts NaN": (["in"], ["runs/seg", "NaN"], nan_weights),
+    "a network that predicts NaN": (["in"], ["runs/seg", "not finite"], nan_weights),
     "tiles": (["in", "--tile", "48"], ["--tile 48", "multiple of 32"], None),
     "overlap": (["in", "--tile", "64", "--overlap", "64"], ["--overlap 64"], None),
     "threshold": (["in", "--threshold", "1.5"], ["--threshold", "1.5"], None),
