@@ -16,10 +16,8 @@ computed again while model, data and settings stay the same. Runs are grouped by
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
-import csv
 import glob
 import hashlib
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from tqdm import tqdm
 
 from her2 import (draw, draw_charts, draw_overlay, report, report_images, report_staining, run,
                   run_distributed, run_training)
-from her2.data_classes import ClassTable, parse_json, read_text
+from her2.data_classes import ClassTable, csv_text, parse_json, read_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
@@ -257,11 +255,7 @@ def table(runs) -> str:
                          "pixels": int(np.sum(found["confusion"])),
                          **{key: found[key] for key, _ in report.MEASURES},
                          **{f"recall {name}": value for name, value in found["recall"].items()}})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def write_metrics(one, key) -> None:

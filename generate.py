@@ -17,8 +17,6 @@ a run was interrupted.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
-import csv
-import io
 import json
 import os
 import sys
@@ -33,7 +31,7 @@ from tqdm import tqdm
 
 from her2 import draw, inpainting, run, run_distributed, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
-from her2.data_classes import IGNORE
+from her2.data_classes import IGNORE, csv_text
 from her2.data_folder import load_dataset, write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
@@ -365,14 +363,10 @@ def relabel_ids(names: str, classes, present) -> list:
 
 def write_slides(folder, records) -> None:
     """slides.csv of the synthetic set; the slide of an image is the slide of its source."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "mask", "instances", "slide", "split"])
-    for record in records:
-        name = Path(record["image"]).name
-        table.writerow([record["image"], f"masks/{name}", f"instances/{name}", record["source_slide"],
-                        "train"])
-    atomic_write(folder / "slides.csv", text.getvalue())
+    rows = [{"image": record["image"], "mask": record["image"].replace("images", "masks"),
+             "instances": record["image"].replace("images", "instances"), "slide": record["source_slide"],
+             "split": "train"} for record in records]
+    atomic_write(folder / "slides.csv", csv_text(rows))
 
 
 def write_classes(folder, dataset) -> None:

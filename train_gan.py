@@ -24,10 +24,10 @@ from typing import Literal
 
 import torch
 
-from her2 import draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.net_blocks import frozen, power_iterations
 from her2.discriminator import discriminate
-from her2.run_errors import Stopped, UserError, command
+from her2.run_errors import command
 from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
                              saturated_share)
 from her2.net_perceptual import VGG19Loss
@@ -65,7 +65,7 @@ def train(config, argv) -> int:
 
     def write_log():
         values = losses.read()
-        log.record(step, **values, **speed.report())
+        log.record(step, **values, **steps.speed())
         if idle >= 200:
             log.say(f"warning: the discriminator's loss has been 0 for {int(idle)} steps, the generator "
                     "learns nothing from it; try a lower --disc-lr")
@@ -73,24 +73,25 @@ def train(config, argv) -> int:
             log.say(f"warning: {values['saturated']:.0%} of the generated pixels are black or white at step "
                     f"{step}, the generator is collapsing; try a lower --lr or a lower --disc-lr")
 
-    def save():
-        losses.read()
-        if not run_distributed.rank():
-            calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
-            run_pictures.spade_gan(folder, step, calibrated, fixed, dataset.classes, config, precision,
-                                   device)
-            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
-            run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step,
-                           **dataset.origin())
-        run.save_checkpoint(folder, saved, losses, step=step, idle=idle)
-        speed.restart()
+    def publish():
+        calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
+        z = torch.randn(8, config.z_dim, generator=generator(config.seed, "sample z")).to(device)
+        onehot = run_training.one_hot(fixed["label"], num_classes, device)
+        with precision.autocast():
+            each = calibrated(onehot, z).float()
+            same = calibrated(onehot[:1].expand(8, -1, -1, -1).contiguous(), z).float()
+        draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
+                         generated=each, first_label_and_8_z=same)
+        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
+        run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step, **dataset.origin())
 
-    speed = run_training.Speed(device)
-    losses = run_losses.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc},
-                                 scaler)
+    def save():
+        run.save_checkpoint(folder, saved, step=step, idle=idle)
+
+    losses = run_log.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc}, scaler)
     run_distributed.same_start(net, encoder, disc)
     run_training.compile_parts(config, net, encoder, disc)
-    steps = run_training.Steps("GAN", config, sampler, step, device)
+    steps = run_training.Steps("GAN", config, sampler, step, device, losses, save)
     for batch in steps:
         optimizer.zero_grad(set_to_none=True)
         disc_optimizer.zero_grad(set_to_none=True)
@@ -145,14 +146,7 @@ def train(config, argv) -> int:
         step += 1
 
         # 6 report
-        speed.add(config.batch)
-        if step % config.log_every == 0 or step == config.steps:
-            write_log()
-        if step % config.save_every == 0 or step == config.steps:
-            save()
-    if steps.signal:
-        run.save_checkpoint(folder, saved, losses, step=step, idle=idle)
-        raise Stopped(steps.signal, step)
+        steps.report(step, write_log, publish)
     configuration.say_done(config, "generate.py", "--method", "gan", "--model", folder)
     return 0
 
@@ -238,12 +232,7 @@ PRESETS = {
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "train_gan.py")
-    if config.patch % 32:
-        raise UserError(f"--patch: found {config.patch}; "
-                        "the generator doubles five times, give a multiple of 32")
-    if config.patch == 32 and config.batch == 1:
-        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; "
-                        "give 2 or more")
+    run_training.check_patch(config, "the generator doubles")
     return train(config, argv)
 
 

@@ -25,17 +25,17 @@ from typing import Literal
 
 import torch
 
-from her2 import (draw, draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup,
-                  run_training)
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.autoencoder import VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, kept_buffers
 from her2.diffusion import denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
-from her2.run_errors import Stopped, command
+from her2.run_errors import command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator, pulls
 from her2.data_latents import latent_std, pooled_latents
 from her2.net_perceptual import LPIPS
 from her2.quantizer import CodeUsage
 from her2.run_seeds import generator
+from her2.samplers import image_noise, sample
 
 
 def train_autoencoder(config, argv) -> None:
@@ -61,22 +61,20 @@ def train_autoencoder(config, argv) -> None:
 
     def write_log():
         log.record(step, **losses.read(), flat_colour_l1=flat, codes_used=usage.used,
-                   lr=optimizer.param_groups[0]["lr"], **speed.report())
+                   lr=optimizer.param_groups[0]["lr"], **steps.speed())
         if usage.used is not None and usage.used < 0.05 * config.codes and step > 2000 / config.batch:
             log.say(f"warning: {usage.used} of {config.codes} codes in use at step {step}, the codebook is "
                     "collapsing; try a lower --lr, a larger --beta or fewer --codes")
 
+    def publish():
+        with torch.no_grad(), precision.autocast():
+            again = model(fixed)[0]
+        draw.samples_png(folder, step, image=fixed, reconstruction=again)
+        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
+        run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step, **dataset.origin())
+
     def save():
-        losses.read()
-        if not run_distributed.rank():
-            with torch.no_grad(), precision.autocast():
-                again = model(fixed)[0]
-            draw.samples_png(folder, step, image=fixed, reconstruction=again)
-            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
-            run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step,
-                           **dataset.origin())
-        run.save_checkpoint(folder, saved, losses, step=step)
-        speed.restart()
+        run.save_checkpoint(folder, saved, step=step)
 
     def reconstruct(image):
         """-> reconstruction (B, 3, H, W), z (B, D, h, w), indices (B, h, w), L1, L1 and more, vq_loss ()"""
@@ -97,11 +95,10 @@ def train_autoencoder(config, argv) -> None:
         with kept_buffers(disc), precision.autocast():
             return run_distributed.total(sum(map(pulls_of, parts)))                     # (2, 3, C, 3, 3)
 
-    speed = run_training.Speed(device)
-    losses = run_losses.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
+    losses = run_log.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
     run_distributed.same_start(model, disc)
     run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
-    steps = run_training.Steps("autoencoder", config, sampler, step, device)
+    steps = run_training.Steps("autoencoder", config, sampler, step, device, losses, save)
     for batch in steps:
         adversarial = config.disc_weight > 0 and step >= config.disc_start
         for opt in (optimizer, disc_optimizer):
@@ -150,14 +147,7 @@ def train_autoencoder(config, argv) -> None:
                    generator(config.seed, "restart", step), optimizer)
 
         # 5 report
-        speed.add(config.batch)
-        if step % config.log_every == 0 or step == config.steps:
-            write_log()
-        if step % config.save_every == 0 or step == config.steps:
-            save()
-    if steps.signal:
-        run.save_checkpoint(folder, saved, losses, step=step)
-        raise Stopped(steps.signal, step)
+        steps.report(step, write_log, publish)
     configuration.say_done(config, "train_ldm.py", "--stage", "diffusion", "--autoencoder", folder)
 
 
@@ -197,30 +187,35 @@ def train_diffusion(config, argv) -> None:
         mean = sum(sums) / sum(counts)
         log.record(step, **losses.read() | {"loss": mean}, zero_output=zero,
                    **{f"loss_q{q + 1}": sums[q] / counts[q] if counts[q] else None for q in range(4)},
-                   lr=optimizer.param_groups[0]["lr"], **speed.report())
+                   lr=optimizer.param_groups[0]["lr"], **steps.speed())
         if mean > 0.95 * zero and step >= max(500, config.warmup):
             log.say(f"warning: at step {step} the loss is still that of a network that outputs zero; "
                     "try another --lr, or look at the autoencoder's samples")
         quarters.zero_()
 
-    def save():
-        losses.read()
-        if not run_distributed.rank():
-            run_pictures.diffusion(folder, step, ema.module, autoencoder, schedule, fixed, dataset, config,
-                                   precision, device)
-            draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
-            run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
-                           schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
-                           **dataset.origin())
-        run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
-        speed.restart()
+    def publish():
+        onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
+        with precision.autocast():
+            x0 = sample(ema.module.predictor(ema.module.label_code(onehot)), schedule,
+                        image_noise(range(len(onehot)), latent, device),
+                        steps=min(config.sample_steps, config.timesteps))
+            image = autoencoder.decode(ema.module.unscale(x0)).float().clamp(-1, 1)
+        draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
+                         sampled=image)
+        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
+        run.save_model(folder, "diffusion", denoiser.config, ema.module.state_dict(), step=step,
+                       schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
+                       **dataset.origin())
 
-    speed, losses = run_training.Speed(device), run_losses.Losses(folder, {"denoiser": denoiser}, scaler)
+    def save():
+        run.save_checkpoint(folder, saved, step=step, quarters=quarters)
+
+    losses = run_log.Losses(folder, {"denoiser": denoiser}, scaler)
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
     batches = config.latent_pool and pooled_latents(config, dataset, encode, step)
     run_distributed.same_start(denoiser, ema.module)
     run_training.compile_parts(config, denoiser.unet)
-    steps = run_training.Steps("diffusion", config, sampler, step, device, batches)
+    steps = run_training.Steps("diffusion", config, sampler, step, device, losses, save, batches)
     for batch in steps:
         optimizer.zero_grad(set_to_none=True)
         # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.
@@ -262,14 +257,7 @@ def train_diffusion(config, argv) -> None:
         step += 1
 
         # 6 report
-        speed.add(config.batch)
-        if step % config.log_every == 0 or step == config.steps:
-            write_log()
-        if step % config.save_every == 0 or step == config.steps:
-            save()
-    if steps.signal:
-        run.save_checkpoint(folder, saved, losses, step=step, quarters=quarters)
-        raise Stopped(steps.signal, step)
+        steps.report(step, write_log, publish)
     configuration.say_done(config, "generate.py", "--method", "ldm", "--model", folder)
 
 

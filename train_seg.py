@@ -22,10 +22,10 @@ from typing import Literal
 
 import torch
 
-from her2 import draw_axes, run, run_distributed, run_log, run_losses, run_pictures, run_setup, run_training
+from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.data_classes import IGNORE
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic
-from her2.run_errors import Stopped, UserError, command
+from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.net_blocks import kept_buffers
 from her2.metrics import ProbabilityHistogram
@@ -60,13 +60,16 @@ def train(config, argv) -> int:
 
     def write_log():
         log.record(step, **losses.read(), predicts_nothing=nothing, lr=optimizer.param_groups[0]["lr"],
-                   **speed.report())
+                   **steps.speed())
 
     def publish():
         val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-        run_pictures.segmenter(folder, step, ema.module, fixed, dataset.classes, precision, device)
+        with precision.autocast():
+            prob = ema.module(run_training.to_device(fixed["image"][:8], device)).float().softmax(1)[:, 1]
+        draw.samples_png(folder, step, dataset.classes, image=fixed["image"][:8], label=fixed["label"][:8],
+                         probability=prob.cpu())
         records = log.records()
         draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
         if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
@@ -76,17 +79,13 @@ def train(config, argv) -> int:
                        **dataset.origin())
 
     def save():
-        losses.read()
-        if not run_distributed.rank():
-            publish()
-        run.save_checkpoint(folder, saved, losses, step=step)
-        speed.restart()
+        run.save_checkpoint(folder, saved, step=step)
 
     network.train()
-    speed, losses = run_training.Speed(device), run_losses.Losses(folder, {"network": network}, scaler)
+    losses = run_log.Losses(folder, {"network": network}, scaler)
     run_distributed.same_start(network)
     run_training.compile_parts(config, network)
-    steps = run_training.Steps("segmentation", config, sampler, step, device)
+    steps = run_training.Steps("segmentation", config, sampler, step, device, losses, save)
     for batch in steps:
         optimizer.zero_grad(set_to_none=True)
         parts = run_distributed.parts(batch, config)            # one, but for --accumulate
@@ -118,14 +117,7 @@ def train(config, argv) -> int:
         step += 1
 
         # 5 report
-        speed.add(config.batch)
-        if step % config.log_every == 0 or step == config.steps:
-            write_log()
-        if step % config.save_every == 0 or step == config.steps:
-            save()
-    if steps.signal:
-        run.save_checkpoint(folder, saved, losses, step=step)
-        raise Stopped(steps.signal, step)
+        steps.report(step, write_log, publish)
     configuration.say_done(config, "evaluate.py", folder)
     return 0
 
@@ -230,12 +222,7 @@ PRESETS = {
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
-    if config.patch % 32:
-        raise UserError(f"--patch: found {config.patch}; "
-                        "the network halves five times, give a multiple of 32")
-    if config.patch == 32 and config.batch == 1:
-        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; "
-                        "give 2 or more")
+    run_training.check_patch(config, "the network halves")
     if config.init and config.encoder_weights != "none":
         raise UserError("--init and --encoder-weights both name initial weights; "
                         "beside --init give --encoder-weights none")

@@ -46,6 +46,7 @@ from her2.data_regions import open_roi
 from her2.report import plain
 from her2.run_config import Parser
 from her2.run_errors import UserError, command
+from her2.run_provenance import read_fields, trained_with
 from her2.run_seeds import numpy_generator
 from her2.run_training import pick_device
 from her2.stains import STAINS, optical_density
@@ -126,8 +127,7 @@ class Tissue:
 
     def ncc(self, template, weight, n, tissue, square, places):
         """The larger NCC of the two stains at every place, (B, *places); all but `n` are spectra."""
-        def over(x, of):
-            """sum_u x(u) R(p + u) for all places p."""
+        def over(x, of):                # sum_u x(u) R(p + u) for all places p
             return torch.fft.irfft2(x * of, s=self.size)[..., :places[0], :places[1]]
 
         spread = over(weight, square) - over(weight, tissue).square() / n
@@ -157,7 +157,6 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
     if not kept:
         raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, "
                         "or make them of a larger --patch")
-
     tissue = Tissue(rois, classes, patch, device, cache)
 
     def compare(windows, numbers):
@@ -192,12 +191,9 @@ def main(argv):
                         "give such numbers")
     folder = Path(args.synthetic)
     synthetic = load_synthetic(folder)
-    content = run.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    fields = (content.get("fields") if isinstance(content, dict) else None) or {}
-    if not (args.data or fields.get("data")):
-        raise UserError(f"{folder}: does not say which data it was made from; give --data DIR")
-    split = read_split(folder / "split.json") if (folder / "split.json").is_file() else None
-    dataset = load_dataset(args.data or fields["data"], seed=args.split_seed, split=split)
+    fields, recorded = read_fields(folder), folder / "split.json"
+    dataset = load_dataset(args.data or trained_with(folder, args)["data"], seed=args.split_seed,
+                           split=read_split(recorded) if recorded.is_file() else None)
     check_synthetic(synthetic, dataset)
     sizes = {(roi.height, roi.width) for roi in synthetic.rois}
     patch = max(map(max, sizes))

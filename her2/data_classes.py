@@ -27,6 +27,7 @@ What nobody can tell (folds, blur; the alias of "ignore") has the label IGNORE a
 pixel around which a patch is drawn, has no one-hot code, and enters neither losses nor metrics.
 """
 
+import csv
 import gzip
 import io
 import json
@@ -223,6 +224,8 @@ DEFAULT_CLASSES = ClassTable([
 
 def read_text(path, remedy: str) -> str:
     """A text file in UTF-8, gzipped or not, with or without a byte-order mark. UserError otherwise."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"{path}: is no ordinary file; {remedy}")       # a pipe would wait for a writer
     try:
         content = Path(path).read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -234,6 +237,15 @@ def read_text(path, remedy: str) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); {remedy}") from error
+
+
+def csv_text(rows: list, columns=None) -> str:
+    """A CSV table with its header; what a row {column: value} lacks is left empty."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns or list(rows[0]), restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def parse_json(text: str, path, remedy: str):

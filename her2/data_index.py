@@ -3,8 +3,6 @@
 A draft is a proposal for a person to check; neither file is ever written over an existing one.
 """
 
-import csv
-import io
 import json
 import re
 import sys
@@ -17,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from her2.data_annotations import likely_class, read_file
-from her2.data_classes import DEFAULT_CLASSES, NO_CLASS, read_text
+from her2.data_classes import DEFAULT_CLASSES, NO_CLASS, csv_text, read_text
 from her2.data_images import ENDINGS, LOSSLESS, read_mask
 from her2.data_slides import read_slides
 from her2.run_errors import UserError, atomic_write, check_line
@@ -91,11 +89,7 @@ def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
     lonely = [path for found, others in pairs for name, paths in found.items() if name not in others
               for path in paths]
     columns = [column for column in ("image", *partners, "slide") if any(column in row for row in rows)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(table_path, text.getvalue())
+    atomic_write(table_path, csv_text(rows, columns))
     slides = sorted({row["slide"] for row in rows})
     for path in lonely:
         print(f"no partner: {path}")

@@ -14,6 +14,7 @@ classes keep the colour of their class table, everywhere.
 Dimension letters: B batch, H height, W width, K classes. A picture is a uint8 array (H, W, 3).
 """
 
+import math
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
@@ -187,14 +188,12 @@ def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
         f"image {image.shape}, label {label.shape}, instance {instance.shape}"
 
     def rim(thickness):
-        padded = np.pad(instance, thickness, mode="edge")
-        height, length = instance.shape
+        windows = np.lib.stride_tricks.sliding_window_view(
+            np.pad(instance, thickness, mode="edge"), instance.shape)       # [dy, dx]: instance, shifted
         edge = np.zeros(instance.shape, bool)
-        for dy in range(-thickness, thickness + 1):
-            for dx in range(-thickness, thickness + 1):
-                if dy * dy + dx * dx <= thickness * thickness:
-                    edge |= padded[thickness + dy:thickness + dy + height,
-                                   thickness + dx:thickness + dx + length] != instance
+        for dy, dx in np.ndindex(*windows.shape[:2]):
+            if math.hypot(dy - thickness, dx - thickness) <= thickness:
+                edge |= windows[dy, dx] != instance
         return edge & (label > 0)
 
     drawn = image.copy()
@@ -221,23 +220,21 @@ def samples_png(folder, step: int, classes=None, **rows) -> None:
     A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) int64 (needs `classes`),
     or prob (B, H, W) in 0..1.
     """
-    pictures = []
-    for batch in rows.values():
+    def pictures(batch):
         if batch.dim() == 4:
-            pictures.append(list(to_uint8(batch)))
-        elif batch.is_floating_point():
-            pictures.append(list(np.repeat((to_array(batch) * 255).round().astype(np.uint8)[..., None], 3,
-                                           axis=-1)))
-        else:
-            pictures.append(list(colorize(batch, classes)))
-    captions = [name.replace("_", " ") for name in rows]
-    save_png(Path(folder) / "samples" / f"step{step:06d}.png", image_grid(pictures, row_captions=captions))
+            return to_uint8(batch)
+        return to_array(batch * 255).round().astype(np.uint8) if batch.is_floating_point() else colorize(
+            batch, classes)
+
+    grid = image_grid([list(pictures(batch)) for batch in rows.values()],
+                      [name.replace("_", " ") for name in rows])
+    save_png(Path(folder) / "samples" / f"step{step:06d}.png", grid)
 
 
 def image_grid(rows, row_captions=None, column_captions=None, title=None, cell=192, legend=()) -> np.ndarray:
     """Images in rows and columns with captions.
 
-    rows             lists of (H, W, 3) uint8 arrays of any size, None for an empty place
+    rows             lists of (H, W, 3) or (H, W) uint8 arrays of any size, None for an empty place
     row_captions     one short text per row, left of it; lines are separated by a line feed
     column_captions  one text per column, above it
     cell             width of a column in pixels: images are scaled to it
@@ -281,11 +278,9 @@ def class_legend(classes, tumor_only=False) -> list:
 
 def side_by_side(rows, classes, cell=256) -> np.ndarray:
     """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8."""
-    columns = {"label": "Label asked for", "original": "Original", "gan": "GAN", "ldm": "Diffusion",
-               "inpaint": "Inpainting", "oracle": "Oracle", "restain": "Restained"}
+    columns = {"original": "Original", "gan": "GAN", "ldm": "Diffusion", "inpaint": "Inpainting",
+               "oracle": "Oracle", "restain": "Restained"}
     present = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    rows = [{**row, "label": colorize(row["label"], classes)} for row in rows]
-    pictures = [[row.get(key) for key in present] for row in rows]
-    captions = [row.get("caption", "") for row in rows]
-    return image_grid(pictures, captions, [columns[key] for key in present], cell=cell,
-                      legend=class_legend(classes))
+    pictures = [[colorize(row["label"], classes), *(row.get(key) for key in present)] for row in rows]
+    return image_grid(pictures, [row.get("caption", "") for row in rows], [
+        "Label asked for", *(columns[key] for key in present)], cell=cell, legend=class_legend(classes))

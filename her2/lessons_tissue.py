@@ -39,23 +39,19 @@ def ink(values) -> np.ndarray:
     return (255 - 255 * np.asarray(values).clip(0, 1)).round().astype(np.uint8)
 
 
-def specimens(kind: str, subtype: int, count: int = 6) -> list:
-    """`count` times image (192, 192, 3) at 0.5 um and inside (192, 192) bool, around a site of this kind."""
+def specimens(kind: str, subtype: int) -> list:
+    """Six times image (192, 192, 3) at 0.5 um and inside (192, 192) bool, with a site of this kind."""
     # One slide for all, with little unspecific brown: the differences are those between the classes.
     style = replace(draw_style(numpy_generator("lesson", "style")), noise=0.004, breath=0.05)
-    size, share = (256, 0.02) if kind == "acinus" else (96, 0.3)        # um; lobules want room
-    found, attempt, axis = [], 0, np.arange(2 * size) / 2
-    while len(found) < count:
+    found, attempt, axis = [], 0, np.arange(192) / 2
+    while len(found) < 6:
         attempt += 1
-        scene = lay_out(style, np.eye(4)[subtype], share, size, numpy_generator(kind, subtype, attempt),
-                        subtype, kind == "dcis")
-        sites = [site for site in scene.sites if site.kind == kind
-                 and max(abs(site.x - size / 2), abs(site.y - size / 2)) < size / 2 - 18]
+        scene = lay_out(style, np.eye(4)[subtype], 0.02 if kind == "acinus" else 0.3, 96,
+                        numpy_generator(kind, subtype, attempt), subtype, kind == "dcis")
+        sites = [s for s in scene.sites if s.kind == kind and max(abs(s.x - 48), abs(s.y - 48)) < 30]
         if sites:
-            left, top = (int(2 * np.clip(c - 48, 0, size - 96)) for c in (sites[0].x, sites[0].y))
-            window = slice(top, top + 192), slice(left, left + 192)
             inside = np.min([s.star.distance(axis[None], axis[:, None]) for s in sites], axis=0) < 0
-            found.append((render(scene, 0.5, 2 * size, (kind, attempt))[window], inside[window]))
+            found.append((render(scene, 0.5, 192, (kind, attempt)), inside))
     return found
 
 
@@ -73,8 +69,7 @@ def phantom():
     dab = {name: [deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one]
            for name, one in found.items()}
     colors = dict(zip(kinds, [*(entry.color for entry in CLASSES.classes[1:]), GREY]))
-    groups = [("six of each", list(dab.items()))]
-    chart = box_plots([("mean DAB density", groups, None)], colors, "", False, 220)
+    chart = box_plots([("mean DAB density", [("six of each", [*dab.items()])], None)], colors, "", False, 220)
     pictures = [(name, one[0][0]) for name, one in found.items()]
     return [pictures[:3], pictures[3:], [chart]], [], {"dab": [np.mean(one) for one in dab.values()]}
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from her2 import draw, run, run_training
 from her2 import run_config as configuration
-from her2.data_classes import ClassTable, TissueClass
+from her2.data_classes import ClassTable, TissueClass, csv_text
 from her2.data_images import ENDINGS, read_image, read_size
 from her2.data_slides import read_slides
 from her2.metrics import ProbabilityHistogram
@@ -108,11 +108,7 @@ def main(argv):
         done = row.items() <= rows.get(image.name, {}).items()
         if not done or not all(path.is_file() for path in paths.values()):
             rows[image.name] = {**row, **predict(image, paths, network, config, precision, device)}
-            text = io.StringIO()
-            table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows[name] for name in sorted(rows))
-            atomic_write(out / "predictions.csv", text.getvalue())
+            atomic_write(out / "predictions.csv", csv_text([rows[name] for name in sorted(rows)], COLUMNS))
     print(f"done: {out / 'predictions.csv'}, {len(images)} images, threshold {config.threshold:g}, "
           f"{sum(int(rows[image.name]['polygons']) for image in images)} polygons in {out / 'polygons'}")
     return 0

@@ -16,6 +16,7 @@ step is the state. The log is cut back to the checkpoint's step on resuming, so 
 had happened.
 """
 
+import errno
 import json
 import math
 import os
@@ -28,28 +29,22 @@ from pathlib import Path
 
 import torch
 
-from her2 import run_distributed, run_lock
+from her2 import run_distributed
 from her2.run_errors import UserError, atomic_write, one_line, script_line
-from her2.run_provenance import differences, git_commit, in_short, read_inputs, versions
+from her2.run_provenance import (differences, git_commit, in_short, model_file, read_inputs, read_json,
+                                 versions)
+
+try:
+    import fcntl
+except ImportError:                         # Windows
+    fcntl = None
+    import msvcrt
 
 FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
 # Fields that may change between two starts of the same run, because the result does not depend on them.
 FREE_FIELDS = ("out", "workers", "cache")
-
-
-def read_json(path):
-    """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():      # a pipe would wait for a writer
-        raise UserError(f"{path}: is no ordinary file; remove it")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:       # no UTF-8, no JSON, a number of thousands of digits
-        raise UserError(f"{path}: not valid JSON ({one_line(error)}); restore or remove the file") from None
+FAR = 1 << 30       # Windows locks bytes against reading too, so a byte is taken that no file has
+_held = {}          # {path: open file}; open until the process ends
 
 
 def write_json(path, value) -> None:
@@ -116,7 +111,7 @@ def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS
                           "device": str(device), "git": git_commit(), "versions": versions()})
     if run_distributed.rank():
         return folder                                   # process 0 holds it
-    run_lock.hold(folder)
+    hold(folder)
     if not (folder / "inputs.json").exists():
         write_json(folder / "inputs.json", inputs)
     for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
@@ -124,18 +119,45 @@ def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS
     return folder
 
 
+def hold(folder) -> None:
+    """Take the lock of a run folder that holds config.json. UserError while another process has it.
+
+    Two processes in one folder (a second start by mistake, a stage that outlives the study that started it)
+    would mix their logs and checkpoints. The lock is one of the operating system, which ends with the process
+    however that ends: none can be left behind and stand in the way.
+    """
+    path = (Path(folder) / "config.json").resolve()
+    if path in _held:
+        return
+    file = open(path, "r+b")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(FAR)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise UserError(f"{folder}: another process is working in this folder; "
+                            "wait until it is done, or stop it and run the same command again") from None
+        print(f"note: {folder}: this file system knows no locks ({error.strerror}); "
+              "do not start a second process in this folder", file=sys.stderr)
+        return
+    _held[path] = file
+
+
 def check_archive(path) -> None:
     """UserError unless `path` is a whole zip archive: the CRC-32 of every member is recomputed."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
+        found = broken and f"damaged ({broken} fails its checksum)"
     except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError,
             RuntimeError, OverflowError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); "
-                        "delete it and run the script that made it again") from None
-    if broken is not None:
-        raise UserError(f"{path}: damaged ({broken} fails its checksum); "
-                        "delete it and run the script that made it again")
+        found = f"damaged or not a file saved by torch ({one_line(error)})"
+    if found:
+        raise UserError(f"{path}: {found}; delete it and run the script that made it again")
 
 
 def load_file(path) -> dict:
@@ -159,15 +181,11 @@ def load_file(path) -> dict:
                         "only files of tensors, lists, dicts and numbers are accepted") from None
 
 
-def save_checkpoint(folder, saved: dict, losses=None, **numbers) -> None:
+def save_checkpoint(folder, saved: dict, **numbers) -> None:
     """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
-
-    losses: a run_losses.Losses, which is read first: weights that are not finite are never saved.
 
     The one before becomes last.prev.pt once the new one is whole on the disk.
     """
-    if losses is not None:
-        losses.read()
     folder = Path(folder)
     last, fresh = folder / "last.pt", folder / "last.new.pt"
     if not run_distributed.rank():
@@ -236,12 +254,6 @@ COMMAND_FOR = {"autoencoder": ["train_ldm.py", "--stage", "autoencoder"], "gan":
                "diffusion": ["train_ldm.py", "--stage", "diffusion"], "segmenter": ["train_seg.py"]}
 
 
-def model_file(path) -> Path:
-    """The model.pt of a run folder, or the file itself."""
-    path = Path(path)
-    return path / "model.pt" if path.is_dir() else path
-
-
 def load_model(path, kind: str, data: str = "") -> dict:
     """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...), or UserError.
 
@@ -249,11 +261,10 @@ def load_model(path, kind: str, data: str = "") -> dict:
     """
     path, file = Path(path), model_file(path)
     remedy = script_line(*COMMAND_FOR[kind], *(["--data", data] if data else []), "--out", path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run; make it with: {remedy}")
     if not file.exists():
-        raise UserError(f"{path}: holds no model.pt (not a run, or not yet trained to its first checkpoint); "
-                        f"make it with: {remedy}")
+        found = ("holds no model.pt (not a run, or not yet trained to its first checkpoint)" if path.exists()
+                 else "no such run")
+        raise UserError(f"{path}: {found}; make it with: {remedy}")
     content = load_file(file)
     check_format(file, content)
     if content.get("kind") != kind:

@@ -1,9 +1,11 @@
-"""How a training run begins, and what it says: log.txt for people, log.jsonl for the curves.
+"""How a training run begins, and what it says: log.txt for people, log.jsonl for the curves; its losses,
+watched at every step, read from the device only when they are needed.
 
 A resumed run cuts log.jsonl back to its checkpoint's step: it reads as if nothing had happened.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,13 +14,8 @@ from tqdm import tqdm
 
 from her2 import run, run_distributed
 from her2.data_folder import write_split
-from her2.run_errors import atomic_write, silence
+from her2.run_errors import UserError, atomic_write, silence
 from her2.run_provenance import input_hashes
-
-
-def number(value) -> float:
-    """A Python float from a number or a tensor of one element, with or without a gradient."""
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
 def size(*networks) -> str:
@@ -98,8 +95,70 @@ class Log:
         """Append {"step": step, ...} to log.jsonl and print it in short."""
         if run_distributed.rank():
             return
-        values = {name: number(value) if value is not None else None for name, value in values.items()}
+        values = {name: None if value is None else float(value) for name, value in values.items()}
         with open(self.json_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
                                                  if value is not None))
+
+
+class Losses:
+    """What each step measured, kept on the device until it is read: asking a GPU for a number makes it wait.
+
+    read() is due at every line of the log and before every checkpoint, so that weights are never saved which
+    are not finite. networks: {name: module}.
+    """
+
+    def __init__(self, folder, networks: dict, scaler):
+        self.folder, self.networks, self.scaler = Path(folder), networks, scaler
+        self.kept, self.sums = [], {}
+
+    def add(self, share: float, **values: torch.Tensor) -> None:
+        """Losses (), means over a part of the step's batch that is `share` of it; several parts add up."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + share * value.detach().float()
+
+    def end(self, step: int, names, **values: torch.Tensor) -> None:
+        """`step` is done, on the images `names`. values: of the whole batch already, as gradient norms."""
+        whole = {name: value.detach() / run_distributed.world() for name, value in values.items()}
+        self.kept.append((step, names, {**self.sums, **whole}))
+        self.sums = {}
+        if len(self.kept) >= 1000:
+            self.read()
+
+    def read(self) -> dict:
+        """The numbers of the last step, with one transfer from the device. Forgets all steps before it.
+
+        UserError when a loss, a norm or a weight is not finite, after writing diagnosis.json. Under fp16 an
+        infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
+        the scale is below 1: then no scale helps, and a run that skips every step would end untrained.
+        """
+        broken = [~p.detach().isfinite().all() for network in self.networks.values()
+                  for p in network.parameters()]
+        tensors = [value for *_, values in self.kept for value in values.values()] + broken
+        numbers = iter(run_distributed.total(torch.stack([value.float() for value in tensors])).tolist())
+        steps = [(step, names, dict(zip(values, numbers))) for step, names, values in self.kept]
+        skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        for step, names, values in steps:
+            broken = [name for name, value in values.items()
+                      if not math.isfinite(value) and not (skips and "norm" in name)]
+            if broken:
+                self.stop(step, names, values, broken)
+        if any(numbers):                    # what is left of them are the weights
+            self.stop(*steps[-1], ["weights"])
+        del self.kept[:-1]
+        return steps[-1][2]
+
+    def stop(self, step, names, values, broken) -> None:
+        largest = {f"{network_name}.{name}": float(parameter.grad.abs().nan_to_num(nan=math.inf).max())
+                   for network_name, network in self.networks.items()
+                   for name, parameter in network.named_parameters() if parameter.grad is not None}
+        worst = max(largest, key=largest.get, default=None)
+        if not run_distributed.rank():
+            run.write_json(self.folder / "diagnosis.json", {
+                "step": step, "not_finite": broken, "batch": list(names),
+                "values": {name: repr(value) for name, value in values.items()},
+                "largest_gradient": {"parameter": worst, "value": repr(largest.get(worst))}})
+        raise UserError(f"{self.folder}: {', '.join(broken)} not finite at step {step} "
+                        f"(see {self.folder / 'diagnosis.json'}); the last checkpoint is intact; "
+                        "try a lower --lr, a longer --warmup, or --amp off, with another --out")

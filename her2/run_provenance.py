@@ -24,9 +24,19 @@ from her2.data_folder import Dataset, load_dataset
 from her2.run_errors import UserError, atomic_write, say
 
 FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
-REMEDY = "restore or remove the file"
 KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthetic", "reconstruct"), str),
          "split_seed": int, "patch": int, "fields": dict}       # what the fields that are read must be
+
+
+def read_json(path):
+    """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
+    remedy = "restore or remove the file"
+    return parse_json(read_text(path, remedy), path, remedy)
+
+
+def model_file(path) -> Path:
+    """The model.pt of a run folder, or the file itself."""
+    return Path(path, "model.pt") if Path(path).is_dir() else Path(path)
 
 
 def file_hash(path) -> str:
@@ -95,8 +105,7 @@ def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
 
 
 def _file_input(path) -> dict:
-    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
-    return {path.name: file_hash(path)}
+    return {model_file(path).name: file_hash(model_file(path))}
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -112,21 +121,22 @@ def in_short(changes) -> str:
 def read_inputs(folder) -> dict:
     """{field: {name: hash}} as the run in `folder` recorded them; {} for one that recorded none."""
     path = Path(folder) / "inputs.json"
-    content = parse_json(read_text(path, REMEDY), path, REMEDY) if path.exists() else {}
+    content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
-        raise UserError(f"{path}: not a table of files and their hashes; {REMEDY}")
+        raise UserError(f"{path}: not a table of files and their hashes; restore or remove the file")
     return content
 
 
 def read_fields(folder) -> dict:
     """The configuration of the run in `folder` and "cwd", where it was started; {} without config.json."""
     path = Path(folder) / "config.json"
-    content = parse_json(read_text(path, REMEDY), path, REMEDY) if path.exists() else {"fields": {}}
+    content = read_json(path) if path.exists() else {"fields": {}}
     fields = content.get("fields") if isinstance(content, dict) else None
     fields = {"cwd": content.get("cwd", ""), **fields} if isinstance(fields, dict) else {"fields": fields}
     wrong = [name for name, kind in KINDS.items() if type(fields.get(name, kind())) is not kind]
     if wrong:
-        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); {REMEDY}")
+        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); "
+                        "restore or remove the file")
     return fields
 
 
@@ -161,7 +171,7 @@ def trained_with(path, config) -> dict:
 
     What nothing tells is left out; a UserError for the data, unless `config` names them.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = model_file(path).parent
     fields = read_fields(folder)
     found = {name: fields[name] for name in ("split_seed", "patch") if name in fields}
     if not config.data and fields.get("data"):
@@ -190,7 +200,7 @@ def stale(folder, cache="cache", **moved) -> list[str]:
 
 def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
     """One line if the run `path` learned from `dataset` and that has another content now, else none."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = model_file(path).parent
     known = read_inputs(folder).get("data")
     if not known or os.path.realpath(dataset.root) not in map(os.path.realpath, places(folder)):
         return []

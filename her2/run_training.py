@@ -16,7 +16,7 @@ from tqdm import tqdm
 from her2 import run, run_distributed
 from her2.data_classes import IGNORE
 from her2.data_patches import loader
-from her2.run_errors import UserError, asked_to_stop, one_line
+from her2.run_errors import Stopped, UserError, asked_to_stop, one_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -96,6 +96,15 @@ class EMA:
     def load_state_dict(self, state: dict) -> None:
         self.module.load_state_dict(state["module"])
         self.updates = state["updates"]
+
+
+def check_patch(config, halves: str) -> None:
+    """UserError where the network cannot take these patches; `halves`: the words for what it does to them."""
+    if config.patch % 32:
+        raise UserError(f"--patch: found {config.patch}; {halves} five times, give a multiple of 32")
+    if config.patch == 32 and config.batch == 1:
+        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; "
+                        "give 2 or more")
 
 
 def set_learning_rate(optimizer, config, step: int) -> None:
@@ -180,41 +189,46 @@ def compile_parts(config, *parts: torch.nn.Module) -> None:
 class Steps:
     """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar.
 
-    After Ctrl-C or SIGTERM they end between two steps, and `signal` is its number: save, and raise Stopped.
+    losses: a run_log.Losses, read before every save(): weights that are not finite are never saved. After
+    Ctrl-C or SIGTERM the steps end between two of them, saved, with the exception Stopped.
     """
 
-    def __init__(self, name: str, config, sampler, first: int, device, batches=None):
+    def __init__(self, name: str, config, sampler, first: int, device, losses, save, batches=None):
         self.batches = batches or loader(sampler, first, config.steps, run_distributed.indices(config),
                                          workers=config.workers, pin_memory=device.type == "cuda")
         self.bar = dict(initial=first, total=config.steps, desc=name, leave=False,
                         disable=bool(run_distributed.rank()) or None)
-        self.signal = 0
+        self.config, self.device, self.losses, self.save, self.step = config, device, losses, save, first
+        self.begun, self.samples = time.perf_counter(), 0
 
     def __iter__(self):
         with asked_to_stop() as asked:
+            self.speed()
             for batch in tqdm(self.batches, **self.bar):
                 yield batch
                 if run_distributed.any_of_all(bool(asked)):
-                    self.signal = asked[0] if asked else signal.SIGTERM
-                    return
+                    self.losses.read()
+                    self.save()
+                    raise Stopped(asked[0] if asked else signal.SIGTERM, self.step)
 
+    def report(self, step: int, write_log, publish) -> None:
+        """`step` steps are done: call write_log, publish (by process 0) and save, each when it is due."""
+        config, self.step = self.config, step
+        self.samples += config.batch
+        if step % config.log_every == 0 or step == config.steps:
+            write_log()
+        if step % config.save_every == 0 or step == config.steps:
+            self.losses.read()
+            if not run_distributed.rank():
+                with torch.no_grad():
+                    publish()
+            self.save()
+            self.speed()                    # the time for that is no training
 
-class Speed:
-    """Samples per second since the last report, and the peak memory, for the log."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self.begun, self.samples = time.perf_counter(), 0
-
-    def add(self, samples: int) -> None:
-        self.samples += samples
-
-    def report(self) -> dict:
+    def speed(self) -> dict:
+        """Samples per second since the last call, and the peak memory, for the log."""
         seconds, samples = time.perf_counter() - self.begun, self.samples
-        self.restart()
+        self.begun, self.samples = time.perf_counter(), 0
         return {"samples_per_s": samples / seconds, "memory_mib": peak_memory(self.device)}
 
 

@@ -88,7 +88,7 @@ def log_snr_timesteps(schedule, S: int) -> list:
     while the guess hardly moves: one step is enough. Levels near 0 lie far apart in lambda; where the spacing
     is finer than that, each of them is visited.
     """
-    T, levels = schedule.T, half_log_snr(schedule)
+    T, levels = schedule.T, half_log_snr(schedule)  # (T,) falling: later levels hold less of x0
     if not 1 <= S <= T:
         raise ValueError(f"the number of steps should be 1 to {T}, found {S}")
     if S == 1:                                                          # from pure noise at once
@@ -111,7 +111,7 @@ def ddim_tables(schedule, timesteps, eta: float, final_alpha_bar: float = 1.0):
     now = alpha_bar[torch.tensor(timesteps)]                            # (S,)
     after = torch.cat([now.new_tensor([final_alpha_bar]), now[:-1]])    # (S,) the level that a step leads to
     sigma = eta * ((1 - after) / (1 - now)).sqrt() * (1 - now / after).clamp(min=0).sqrt()
-    return now, after, sigma
+    return now, after, sigma  # in float64: 1 - after / now loses digits near 0
 
 
 def extrapolation(schedule, timesteps) -> torch.Tensor:
@@ -164,13 +164,13 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
 
     _, after, sigma = (table.tolist() for table in ddim_tables(schedule, timesteps, eta, final_alpha_bar))
     middle = extrapolation(schedule, timesteps).tolist()
-    guess = None
+    guess = None  # of the step before; a line needs two points
     for i, k in enumerate(reversed(range(len(timesteps)))):                  # i: number of the step
         t = torch.full((len(xt),), timesteps[k], dtype=torch.int64, device=xt.device)  # (B,)
         if known is not None and blend == "before":
             xt = keep_known(xt, t, i)
         x0, eps = schedule.x0_and_eps(predict(xt, t), xt, t)                 # (B, C, h, w) each
-        if clip_x0:
+        if clip_x0:  # images end at -1 and 1; latents do not
             x0 = x0.clamp(-1, 1)
             eps = schedule.eps_from_x0(x0, xt, t)                       # so that x0 and eps still make xt
         if multistep:
@@ -178,7 +178,7 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
             if middle[k] > 0:
                 x0 = guess + middle[k] * (guess - guess_before)         # (B, C, h, w) half a step ahead
                 eps = schedule.eps_from_x0(x0, xt, t)    # xt is given: another x0 means another noise in it
-        xt = after[k] ** 0.5 * x0 + max(0.0, 1 - after[k] - sigma[k] ** 2) ** 0.5 * eps
+        xt = after[k] ** 0.5 * x0 + max(0.0, 1 - after[k] - sigma[k] ** 2) ** 0.5 * eps  # guess + direction
         if sigma[k] > 0:                                   # the last step draws none: nothing would remove it
             xt = xt + sigma[k] * noise("step", i)                       # (B, C, h, w)
         if known is not None and blend == "after":
@@ -202,8 +202,8 @@ def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler:
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is one of {', '.join(SAMPLERS)}, found {sampler!r}")
     if (known is None) != (repaint is None):
-        raise ValueError("known and repaint are given together or not at all")
-    eta = {"ddim": eta, "ddpm": 1.0, "dpm": 0.0}[sampler]
+        raise ValueError("known and repaint are given together or not at all")  # an image needs its region
+    eta = {"ddim": eta, "ddpm": 1.0, "dpm": 0.0}[sampler]               # fresh noise: some, all, none
     timesteps = spaced_timesteps(schedule, steps, sampler, spacing)
     states = trajectory(predict, schedule, noise, timesteps, eta, known, repaint, multistep=sampler == "dpm")
     for xt, _ in progress(states, total=len(timesteps)) if progress else states:
@@ -213,7 +213,7 @@ def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler:
 
 def spaced_timesteps(schedule, steps: int, sampler: str, spacing: str) -> list:
     """The timesteps that `sample` visits, ascending; its arguments."""
-    if sampler == "ddpm":
+    if sampler == "ddpm":  # the chain of training, level by level
         steps, spacing = schedule.T, "trailing"
     if spacing == "auto":
         spacing = "log-snr" if sampler == "dpm" else "trailing"

@@ -228,7 +228,7 @@ def test_inpainting_is_audited_where_it_painted(tissue, folder, capsys):
     (["set", "--false-alarm", "0"], None, ["--false-alarm"]),
     (["set", "--count", "-1"], None, ["--count"]),
     (["set"], lambda: Path("set/manifest.jsonl").unlink(), ["manifest.jsonl", "no such file"]),
-    (["set"], lambda: Path("set/config.json").write_text("{}"), ["set", "--data"]),
+    (["set"], lambda: Path("set/config.json").write_text('{"fields": {}}'), ["set", "--data"]),
     (["set"], lambda: [save(f"set/{kind}/0.png", np.zeros(shape, dtype)) for kind, shape, dtype in (
         ("images", (40, 40, 3), np.uint8), ("masks", (40, 40), np.uint8),
         ("instances", (40, 40), np.uint16))], ["set", "2 sizes"]),

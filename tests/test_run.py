@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from her2 import run_config as configuration
-from her2 import run, run_log, run_losses, run_training
+from her2 import run, run_log, run_training
 from her2.run_errors import UserError, atomic_write
 
 
@@ -209,7 +209,7 @@ def losses_of(tmp_path, scaler=None):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return net, run_losses.Losses(tmp_path, {"net": net}, scaler)
+    return net, run_log.Losses(tmp_path, {"net": net}, scaler)
 
 
 def test_divergence_stops_the_run_with_a_diagnosis_of_the_first_bad_step(tmp_path):

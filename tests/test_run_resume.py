@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from her2 import run, run_errors, run_lock
+from her2 import run, run_errors
 from her2.run_errors import UserError, atomic_write, command
 from run_kill_harness import (LOOPS, command_line, differences, half_pictures, interrupt, prepare)
 
@@ -189,7 +189,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(root, capsys):
 
 def test_two_processes_do_not_work_in_one_folder(root, tmp_path):
     """The first one holds the folder until it ends, however it ends."""
-    program = ("import sys, time\nfrom her2 import run_lock\nrun_lock.hold(sys.argv[1])\n"
+    program = ("import sys, time\nfrom her2 import run\nrun.hold(sys.argv[1])\n"
                "print('held', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
@@ -197,12 +197,12 @@ def test_two_processes_do_not_work_in_one_folder(root, tmp_path):
     try:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another process is working in this folder"):
-            run_lock.hold(tmp_path)
+            run.hold(tmp_path)
     finally:
         first.kill()
         first.communicate()
-    run_lock.hold(tmp_path)
-    run_lock.hold(tmp_path)
+    run.hold(tmp_path)
+    run.hold(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == {}
 
 
