@@ -1,7 +1,7 @@
 """How fast is this machine, and which card does a preset need: python -m her2.benchmark --preset tiny
 
-Measured: every training loop through its own script (data, forward, backward, optimiser); `paper` on a GPU
-only.
+Measured: every training loop through its own script (data, forward, backward, optimiser), then patches,
+rasteriser, sampling and whole-region inference in this process. `paper` is measured on a GPU only.
 
 Counted, without GPU or memory: one step of each loop on torch's "meta" device, where tensors have shapes and
 no content, with the batch whole and in parts (whose gradients add up to the batch's):
@@ -15,14 +15,17 @@ What cuDNN or oneDNN take for themselves comes on top.
 
 import os
 import runpy
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -30,16 +33,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from her2 import run, run_setup, run_training
 from her2 import run_config as configuration
-from her2.diffusion import denoising_loss
+from her2.autoencoder import VQAutoencoder
+from her2.data_folder import load_dataset
+from her2.data_patches import PatchSampler, iterate_rois
+from her2.denoiser import LatentDenoiser
+from her2.diffusion import Schedule, denoising_loss
 from her2.discriminator import discriminate
 from her2.gan_losses import feature_matching, hinge_discriminator, hinge_generator, kl_divergence
 from her2.losses import dice_cross_entropy
 from her2.net_blocks import frozen
 from her2.phantom import make_phantom
+from her2.polygons import paint
 from her2.run_errors import UserError, command
 from her2.run_log import Log
 from her2.run_provenance import git_commit, versions
-from her2.spade import reparameterize
+from her2.samplers import image_noise, sample
+from her2.segmenter import UNet, predict_roi
+from her2.spade import SPADEGenerator, reparameterize
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 6                                             # of the default class table
@@ -184,22 +194,72 @@ def count_table(preset: str, batch: int) -> dict:
     return found
 
 
-def measure(loop: str, config, data, folder) -> dict:
+def rate(number: float, call, repeats: int = 5) -> dict:
+    """`number` things per second by the median time of a call, after one that warms up."""
+    times = []
+    for _ in range(1 + repeats):
+        clock = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - clock)
+    return {"samples_per_s": number / statistics.median(times[1:])}
+
+
+def train(loop: str, config, data, folder) -> dict:
     """Runs the script of a loop for `config.steps` steps and reads its log."""
-    half, (words, _) = max(1, config.steps // 2), LOOPS[loop]
-    line = [sys.executable, ROOT / words[0], *words[1:], "--preset", config.preset, "--data", data, "--cache",
-            folder / "cache", "--out", folder / loop, "--device", config.device, "--amp", config.amp,
-            "--steps", 2 * half, "--log-every", half, "--save-every", 2 * half]
-    line += {"diffusion": ["--autoencoder", folder / "autoencoder", "--sample-steps", "2"],
+    half = max(1, config.steps // 2)
+    line = [sys.executable, str(ROOT / LOOPS[loop][0][0]), *LOOPS[loop][0][1:], "--preset", config.preset,
+            "--data", str(data), "--cache", str(folder / "cache"), "--out", str(folder / loop), "--device",
+            config.device, "--amp", config.amp, "--steps", str(2 * half), "--log-every", str(half),
+            "--save-every", str(2 * half)]
+    line += {"diffusion": ["--autoencoder", str(folder / "autoencoder"), "--sample-steps", "2"],
              "autoencoder": ["--disc-start", "0"]}.get(loop, [])        # the dear phase of its training
     # Threads that wait sleep: waiting busily costs a factor of ten where other programs run too.
-    done = subprocess.run([*map(str, line)], capture_output=True, encoding="utf-8", errors="replace",
-                          env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(line, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
-        raise UserError(f"{words[0]}: ended with exit status {done.returncode}: {done.stderr.strip()[-300:]}")
+        raise UserError(f"{LOOPS[loop][0][0]}: ended with exit status {done.returncode}: "
+                        f"{done.stderr.strip()[-300:]}")
     last = Log(folder / loop, 2 * half).records()[-1]
     return {"samples_per_s": last["samples_per_s"], "memory_mib": last["memory_mib"],
             "steps_per_s": last["samples_per_s"] / script_config(loop, config.preset).batch}
+
+
+def measure(config, data, folder, device):
+    """Yields (row, what is counted, figures); figures have samples_per_s and, of loops, steps and memory."""
+    for loop in LOOPS:
+        yield f"{loop} training", "patches", train(loop, config, data, folder)
+    side, dataset = script_config("segmenter", config.preset).patch, load_dataset(data)
+    sampler = PatchSampler(dataset, "train", side, stain=1.0, cache=folder / "cache")
+    numbers = iter(range(99))
+    yield f"{side}-px patches, augmented", "patches", rate(8, lambda: sampler.batch(next(numbers), 8), 20)
+    random, angle = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    unit = np.stack([np.cos(angle), np.sin(angle)], axis=1)                                     # (200, 2)
+    stars = [[random.uniform(0, 2000, 2) + random.uniform(50, 100, (200, 1)) * unit] for _ in range(50)]
+    yield "rasterising", "polygons of 200 points", rate(50, lambda: paint(stars, [1] * 50, 2000, 2000))
+
+    contents = {loop: run.load_model(folder / loop, loop) for loop in LOOPS}
+    autoencoder, denoiser, gan, segmenter = (
+        run.build_model(cls, contents[loop], folder).to(device, memory_format=torch.channels_last)
+        for loop, cls in zip(LOOPS, (VQAutoencoder, LatentDenoiser, SPADEGenerator, UNet)))
+    schedule = Schedule(**contents["diffusion"]["schedule"]).to(device)
+    onehot = run_training.one_hot(sampler.batch(0, 4)["label"], len(dataset.classes), device)   # (4, K, H, W)
+    cells = side // autoencoder.factor
+    noise = image_noise(range(4), (denoiser.config["z_channels"], cells, cells), device)
+
+    def diffuse(**options):
+        x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise, **options)
+        autoencoder.decode(denoiser.unscale(x0))
+
+    _, roi, *_ = next(iterate_rois(dataset, "val", cache=folder / "cache"))                     # (1, 3, H, W)
+    z = torch.zeros(4, contents["gan"]["kwargs"]["z_dim"], device=device)
+    with torch.no_grad(), run_training.Precision(device, config.amp).autocast():
+        yield "DDIM, 50 steps", "images", rate(4, lambda: diffuse(eta=0.0), 3)
+        yield "DPM-Solver++, 15 steps", "images", rate(4, lambda: diffuse(steps=15, sampler="dpm"), 3)
+        yield "GAN", "images", rate(4, lambda: gan(onehot, z))
+        yield "region inference", "megapixels", rate(roi[0, 0].numel() / 1e6, lambda: predict_roi(
+            segmenter, roi[0], tile=max(256, side), overlap=64, device=device), 3)
 
 
 def main(argv):
@@ -219,14 +279,14 @@ def main(argv):
     if config.preset != "paper" or device.type == "cuda":
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:    # mapped files are open
             data = config.data or make_phantom(Path(folder) / "data", config.preset)
-            for name in (f"{loop} training" for loop in LOOPS):
-                one = rows[name] = measure(name.split()[0], config, data, Path(folder))
-                text = f"   {one['memory_mib']:.3g} MiB at most" if one["memory_mib"] else ""
+            for name, unit, figures in measure(config, data, Path(folder), device):
+                rows[name] = figures
+                text = "".join(f"   {figures[key]:.3g} {word}" for key, word in (
+                    ("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")) if figures.get(key))
                 if name in earlier["rows"]:
-                    ratio = one["samples_per_s"] / earlier["rows"][name]["samples_per_s"]
+                    ratio = figures["samples_per_s"] / earlier["rows"][name]["samples_per_s"]
                     text += f"   {ratio:.2f} times the earlier rate"
-                print(f"  {name:20} {one['samples_per_s']:9.4g} patches/s   "
-                      f"{one['steps_per_s']:.3g} steps/s{text}", flush=True)
+                print(f"  {name:26} {figures['samples_per_s']:9.4g} {unit}/s{text}", flush=True)
     counted = count_table(config.preset, config.batch)
     if config.out:
         run.write_json(config.out, {"settings": settings, "rows": rows, "counted": counted})

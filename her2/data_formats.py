@@ -45,12 +45,14 @@ def read_exact_text(text, found, image=None):
     says that an annotator found nothing there. The first column names the slide, there may be several."""
     lines = [(number, [part.strip() for part in line.split("|", 2)])
              for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    slides = {name: name for _, (name, *_) in lines}
+    slides = {name: name for _, (name, *parts) in lines if parts} or {lines[0][1][0]: lines[0][1][0]}
     slide = choose_image(slides, image, found.path) if len(slides) > 1 else next(iter(slides))
     found.about = (slide, None, None)
     for number, (name, *parts) in lines:
         with found.annotation(f"line {number}"):
             last = "|".join(parts).rstrip("|").rpartition("|")[2].strip()
+            if not parts:       # cut off: as the name of another image it would be passed over
+                raise Malformed(f"is {show(name)}, not slide|class|{{\"x1\": 1, \"y1\": 2, ...}}|")
             if name != slide or last.lower() == "not in image":
                 found.leave_out("not in image" if name == slide else "of another image")
                 continue
