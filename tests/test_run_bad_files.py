@@ -1,8 +1,8 @@
 """More that a user can get wrong, a table as in test_run_bad_input: what stands inside of the right files.
 
 model.pt of every kind with wrong shapes, types and values; config.json, inputs.json, split.json,
-manifest.jsonl, slides.csv, classes.json with wrong content; files of the wrong kind in each role; flags that contradict
-each other or the data. Exit status 2, one line that names file and remedy, nothing written.
+manifest.jsonl, slides.csv, classes.json with wrong content; files of the wrong kind in each role; flags that
+contradict each other or the data. Exit status 2, one line that names file and remedy, nothing written.
 """
 
 import csv

@@ -89,7 +89,8 @@ def test_a_set_of_a_slide_that_is_now_held_out_is_made_again(place):
     rows = write_dataset(DATA, slides=8, height=64, width=64)
     succeed(*GAN)
     succeed(*PAINT[:-1], "8")
-    used = json.loads(Path("synth/manifest.jsonl").read_text(encoding="utf-8").splitlines()[0])["source_slide"]
+    lines = Path("synth/manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    used = json.loads(lines[0])["source_slide"]
     write_csv(DATA, [{**row, "split": "test" if row["slide"] == used else row["split"]} for row in rows])
     told = refused(SEG)
     assert used in told and "delete synth" in told
