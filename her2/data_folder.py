@@ -141,7 +141,7 @@ def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True
     remedy = f"delete {synthetic.root} and make the images again: {again}"
     if same_classes and synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
-                        f"something else; {remedy}")
+                        f"something else; restore that table, or train the network again, then {remedy}")
     path = synthetic.root / "manifest.jsonl"
     entries = _read_manifest(path, remedy)
     known, slides = {roi.name: roi.slide for roi in real.rois}, real.slides()
@@ -156,7 +156,7 @@ def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True
                             f"{real.root}; {remedy}")
         if slides[slide] != "train":
             raise UserError(f"{path}: {roi.name} was made from slide {slide}, a {slides[slide]} slide of "
-                            f"{real.root}, which training must never see; {remedy} and the same split")
+                            f"{real.root}, which training must never see; {remedy}")
     path = synthetic.root / "split.json"
     for slide, split in read_split(path).items() if path.exists() else ():
         if split == "train" and slides.get(slide, "train") != "train":
