@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from her2 import (draw, draw_charts, draw_overlay, report, report_images, report_staining, run,
                   run_distributed, run_training)
-from her2.data_classes import ClassTable, csv_text, parse_json, read_text
+from her2.data_classes import ClassTable, csv_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
@@ -100,12 +100,16 @@ def main(argv):
                          "the original is the patch whose label was changed. One row per subtype asked for."))
         sources = {report.REAL: dataset.split("train"),
                    **{report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
-        densities = report_staining.measure(sources, dataset.classes, dataset.split("train"), config.cache)
+        white = report_staining.median_white(dataset.split("train"), dataset.classes, config.cache)
+        found = report_staining.measure(sources, dataset.classes, white, config.cache)
+        densities = {source: report_staining.by_class(found[source], dataset.classes) for source in found}
         results["staining"] = report_staining.summary(densities, dataset.classes)
         draw_staining(out / "staining.png", densities, dataset.classes)
-        found = report_staining.transitions(synthetic, dataset.classes, dataset.split("train"), config.cache)
-        draw.save_png(out / "old_and_new.png", report_staining.heat_maps(found, dataset.classes))
-        results["old and new"] = found
+        results["old and new"] = {
+            method: report_staining.transitions(found[report.TITLES[method]], entries, dataset.classes)
+            for method, (_, entries) in synthetic.items()}
+        draw.save_png(out / "old_and_new.png",
+                      report_staining.heat_maps(results["old and new"], dataset.classes))
         pictures.append(("old_and_new.png", "Mean DAB density of generated instances with its 95 % interval, "
                          "by the subtype asked for and the one before. What sees the label alone (diffusion, "
                          "GAN) cannot tell the rows apart; inpainting may be drawn to its surroundings."))
@@ -323,11 +327,7 @@ def read_synthetic(folders, dataset) -> dict:
             raise UserError(f"{found[method][0].root} and {folder}: both are made by --method {method}; give "
                             "one folder per method")
         synthetic = load_synthetic(folder)
-        check_synthetic(synthetic, dataset)
-        path = synthetic.root / "manifest.jsonl"
-        lines = [parse_json(line, path, "make the images again with generate.py")
-                 for line in read_text(path, "").splitlines() if line.strip()]
-        found[method] = (synthetic, {line["image"]: line for line in lines})
+        found[method] = (synthetic, check_synthetic(synthetic, dataset))
     return {method: found[method] for method in report.TITLES if method in found}
 
 

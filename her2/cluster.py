@@ -29,8 +29,6 @@ Key: n instances, K clusters, D features, N largest instance id of a region.
 """
 
 import colorsys
-import csv
-import io
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,7 +36,7 @@ from tqdm import tqdm
 
 from her2 import draw, report, run
 from her2 import run_config as configuration
-from her2.data_classes import ClassTable, TissueClass
+from her2.data_classes import ClassTable, TissueClass, csv_text
 from her2.data_folder import load_dataset
 from her2.data_regions import open_roi
 from her2.report_staining import SMALLEST
@@ -257,9 +255,7 @@ def examples(found, member, tiles, class_of, table, columns: int = 8, side: int 
 
 def write_dataset(folder, dataset, table, tiles, class_of) -> None:
     """Images as they are, masks by `class_of` (N + 1,) of each region, classes.json, and slides.csv last."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["image", "mask", "instances", "slide", "score", "split"])
+    rows = []
     for roi, tile, new in zip(tqdm(dataset.rois, desc="writing", leave=False, disable=None), tiles, class_of):
         instance = np.array(tile.instance, dtype=np.int32)                              # (H, W)
         if instance.max() > 65535:
@@ -268,9 +264,10 @@ def write_dataset(folder, dataset, table, tiles, class_of) -> None:
         atomic_write(folder / roi.name, roi.image.read_bytes())
         draw.save_png(folder / mask, new[instance], palette=table.palette())
         draw.save_png(folder / numbers, instance)
-        rows.writerow([roi.name, mask, numbers, roi.slide, roi.score, roi.split])
+        rows.append({"image": roi.name, "mask": mask, "instances": numbers, "slide": roi.slide,
+                     "score": roi.score, "split": roi.split})
     run.write_json(folder / "classes.json", table.to_json())
-    atomic_write(folder / "slides.csv", text.getvalue())
+    atomic_write(folder / "slides.csv", csv_text(rows))
 
 
 if __name__ == "__main__":

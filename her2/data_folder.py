@@ -130,8 +130,10 @@ def load_synthetic(folder) -> Dataset:
     return dataset
 
 
-def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> None:
-    """UserError when an image of `synthetic` was made from a slide that is not a training slide of `real`.
+def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> dict:
+    """The manifest of `synthetic`, {image: its line}.
+
+    UserError when an image was made from a slide that is not a training slide of `real`.
 
     If the folder holds the split.json of the generating networks, their training slides are checked as well.
     `same_classes`: whether another class table is refused too.
@@ -148,7 +150,7 @@ def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True
     for roi in synthetic.rois:
         if roi.name not in entries:
             raise UserError(f"{path}: nothing about {roi.name}, so its source is unknown; {remedy}")
-        image, slide = entries[roi.name]
+        image, slide = (entries[roi.name][key] for key in SOURCE)
         if image.startswith(NEW_TISSUE) and (real.root / "phantom.json").exists():
             continue
         if known.get(image) != slide:
@@ -162,15 +164,16 @@ def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True
         if split == "train" and slides.get(slide, "train") != "train":
             raise UserError(f"{path}: the generating network was trained on slide {slide}, a "
                             f"{slides[slide]} slide of {real.root}; train it again with the same split")
+    return entries
 
 
 def _read_manifest(path, remedy) -> dict:
-    """{image: (source image, source slide)}"""
+    """{image: its line, a dict}; "image" and SOURCE are texts in it."""
     entries = {}
     for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
         if line.strip():
             entry, keys = parse_json(line, f"{path}: line {number}", remedy), ("image", *SOURCE)
             if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
                 raise UserError(f"{path}: line {number} has no {', '.join(keys)}; {remedy}")
-            entries[entry["image"]] = tuple(entry[key] for key in SOURCE)
+            entries[entry["image"]] = entry
     return entries

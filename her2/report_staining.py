@@ -43,27 +43,32 @@ def median_white(rois, classes, cache="cache") -> np.ndarray:
     return np.median([white_point(open_roi(roi, classes, cache).image[::8, ::8]) for roi in rois], axis=0)
 
 
-def measure(sources: dict, classes, white_rois, cache="cache") -> dict:
-    """{source: {class id: [density, ...]}} of the tumor instances of {source: [ROI, ...]}.
+def measure(sources: dict, classes, white, cache="cache") -> dict:
+    """{source: [(name of the image, instance id, class id, density), ...]}: tumor in {source: [ROI, ...]}.
 
-    `white_rois` are the regions whose median white point is used for all.
+    `white` serves all of them, see `median_white`.
     """
-    white, densities = median_white(white_rois, classes, cache), {}
+    records = {}
     for source, rois in sources.items():
-        densities[source] = {k: [] for k in classes.tumor_ids}
+        records[source] = []
         for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,
                         disable=None):
             tile = open_roi(roi, classes, cache)
             step = max(1, min(tile.height, tile.width) // GRID)
             found = instance_densities(tile.image[::step, ::step], np.array(tile.instance[::step, ::step]),
                                        len(tile.class_of), white, step ** 2)
-            for k in classes.tumor_ids:
-                densities[source][k] += found[(tile.class_of == k) & ~np.isnan(found)].tolist()
-    return densities
+            here = np.flatnonzero(np.isin(tile.class_of, classes.tumor_ids) & ~np.isnan(found))
+            records[source] += [(roi.name, int(i), int(tile.class_of[i]), float(found[i])) for i in here]
+    return records
+
+
+def by_class(records, classes) -> dict:
+    """{class id: [density, ...]} of the records of one source."""
+    return {k: [density for _, _, class_id, density in records if class_id == k] for k in classes.tumor_ids}
 
 
 def summary(densities: dict, classes) -> dict:
-    """{source: {subtype: {"n", "q25", "median", "q75"}, "ordered": bool or None}} of what `measure` returns.
+    """{source: {subtype: {"n", "q25", "median", "q75"}, "ordered": bool or None}} of {source: `by_class`}.
 
     "ordered" tells whether the medians of the HER2 subtypes rise in their order; None when one is absent.
     """
@@ -90,31 +95,27 @@ def table(result: dict) -> list:
     return rows
 
 
-def transitions(synthetic: dict, classes, white_rois, cache="cache") -> dict:
-    """{method: {old: {new: {"n", "mean", "half"}}}}: density by the subtype before and the one asked for.
+def transitions(records, entries: dict, classes) -> dict:
+    """{old: {new: {"n", "mean", "half"}}}: density by the subtype before and the one asked for.
 
-    synthetic: {method: (Dataset, {image name: line of its manifest})}; `half` the 95 % interval to each side.
+    entries: {name of the image: its line of the manifest}; `half` the 95 % interval to each side.
     """
-    white, result = median_white(white_rois, classes, cache), {}
-    for method, (dataset, entries) in synthetic.items():
-        found = {(old, new): [] for old in classes.tumor_ids for new in classes.tumor_ids}
-        for roi in dataset.rois[:MOST_IMAGES]:
-            tile = open_roi(roi, classes, cache)
-            density = instance_densities(tile.image, np.array(tile.instance), len(tile.class_of), white)
-            for i, pair in entries[roi.name].get("instances", {}).items():
-                if tuple(pair) in found and int(i) < len(density) and not np.isnan(density[int(i)]):
-                    found[tuple(pair)].append(float(density[int(i)]))
-        result[method] = {}
-        for (old, new), values in found.items():
-            n = len(values)
-            half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
-            result[method].setdefault(classes.names[old], {})[classes.names[new]] = {
-                "n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
+    found = {(old, new): [] for old in classes.tumor_ids for new in classes.tumor_ids}
+    for name, i, _, density in records:
+        pair = tuple(entries[name].get("instances", {}).get(str(i), ()))
+        if pair in found:
+            found[pair].append(density)
+    result = {}
+    for (old, new), values in found.items():
+        n = len(values)
+        half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
+        result.setdefault(classes.names[old], {})[classes.names[new]] = {
+            "n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
     return result
 
 
 def heat_maps(found: dict, classes, cell=62) -> np.ndarray:
-    """One map per method of `transitions`: rows the old subtype, columns the new one, brown as they are."""
+    """One map per method of {method: `transitions`}: rows the old subtype, columns the new one."""
     names = [classes.names[k] for k in classes.tumor_ids]
     left, top, side = 90, 52, cell * len(names)
     canvas = Canvas(left + (side + 24) * len(found), top + side + 8)

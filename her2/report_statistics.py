@@ -37,7 +37,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from her2.metrics import THRESHOLDS, ProbabilityHistogram
+from her2.metrics import ProbabilityHistogram
 
 FLOOR = 1e-4    # of a variance: recalls that scatter by one percentage point are as good as equal
 MARGIN = {"dice": 0.005, "log_variance": math.log(0.8)}     # the least that counts; its sign is the paper's
@@ -65,20 +65,14 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
     equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
-    thresholds = {"best": best_threshold(np.sum(val, axis=0), classes), "half": 0.5, "matched": equal or 0.5}
+    best = ProbabilityHistogram(classes, np.sum(val, axis=0)).best_threshold()
+    thresholds = {"best": best or 0.5, "half": 0.5, "matched": equal or 0.5}
     slides, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}
     tables = {point: np.stack([slide.confusion(t) for slide in slides]) for point, t in thresholds.items()}
     for point, table in tables.items():
         figures[point] = {name: float(value) for name, value in rates(table.sum(axis=0), classes).items()}
         figures[point]["average_precision"] = average_precision(whole.counts, classes)
     return Outcome(tuple(scores), thresholds, tables, figures)
-
-
-def best_threshold(counts, classes) -> float:
-    """The threshold with the highest Dice of counts (K, BINS); of equals, the one nearest to 0.5."""
-    called = counts[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:].T                           # (thresholds, K)
-    dice = rates(np.stack([counts.sum(axis=1) - called, called], axis=-1), classes)["dice"]
-    return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), -dice])[0]])
 
 
 def average_precision(counts, classes) -> float:

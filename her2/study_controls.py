@@ -147,9 +147,10 @@ class RestainPainter:
 
     def __init__(self, dataset, cache):
         train = dataset.split("train")
-        found = report_staining.measure({"real": train}, dataset.classes, train, cache)["real"]
         self.white = report_staining.median_white(train, dataset.classes, cache)
-        self.median = {k: float(np.median(values)) for k, values in found.items() if values}
+        found = report_staining.measure({"real": train}, dataset.classes, self.white, cache)["real"]
+        self.median = {k: float(np.median(values))
+                       for k, values in report_staining.by_class(found, dataset.classes).items() if values}
 
     def paint(self, batch):
         rgb = ((batch["image"].permute(0, 2, 3, 1) + 1) * 127.5).numpy().astype(np.float64)     # (B, P, P, 3)

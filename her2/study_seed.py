@@ -11,6 +11,7 @@ import platform
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from her2 import report, report_statistics, run
 from her2.data_folder import load_dataset, read_split
@@ -57,21 +58,13 @@ def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
     for config in results["configs"]:
         config["runs"][0].pop("slides")
         config["runs"][0]["seed"] = seed
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     measured = {key: results.get(key, {}) for key in ("images", "staining", "old and new")}
     run.write_json(Path(out) / "seeds" / f"seed{seed}.json", {
         "format": FORMAT, "seed": seed, "preset": preset, "classes": dataset.classes.to_json(),
         "slides": list(test), "arms": arms, "configs": results["configs"], **measured, "seconds": seconds,
         "commit": git_commit(), "versions": versions(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"})
-
-
-def processor() -> str:
-    """The processor's name where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor}"})
 
 
 def read_seeds(files) -> list:

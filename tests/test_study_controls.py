@@ -134,9 +134,9 @@ def test_densities_by_old_and_new_subtype(folder):
     out, lines, read = make(folder, "restain", "--seed", "2")
     dataset, synthetic = load_dataset(folder / "phantom"), load_synthetic(out)
     entries = {line["image"]: line for line in lines}
-    found = report_staining.transitions({"restained": (synthetic, entries)}, dataset.classes,
-                                        dataset.split("train"), folder / "cache")["restained"]
     white = report_staining.median_white(dataset.split("train"), dataset.classes, folder / "cache")
+    records = report_staining.measure({"restained": synthetic.rois}, dataset.classes, white, folder / "cache")
+    found = report_staining.transitions(records["restained"], entries, dataset.classes)
     expected = {}
     for line, image, instance in zip(lines, read["images"], read["instances"]):
         dab = deconvolve(image, white)[1]
