@@ -34,8 +34,8 @@ Pilot     Seeds 0 to 3 chose the amount of tissue and the steps, by `subtype` an
 Changes   2026-11-25, before a generator of a final seed was trained: 3000 steps of diffusion for 1500 (pilot
           images at 400 steps had the staining, but no cells), and DPM-Solver++ in 15 steps for DDIM in 50 (64
           images of seed 0: obedience .829 against .812, kernel distance 43 against 50, a third of the time).
-          2026-11-25, before a network of a final seed was trained: `--amp bf16` in all arms. A CPU with
-          avx512_bf16 trains 1.4 to 1.5 times as fast; the paper trained in mixed precision, the pilot in fp32.
+          2026-11-25, before a network of a final seed was trained: `--amp bf16` in all arms, with which
+          a CPU with avx512_bf16 trains 1.4 to 1.5 times as fast. The pilot ran in fp32.
 
 Every stage is a command that is printed first and can be run by hand. What is complete is not run again; what
 was interrupted goes on; seeds and arms can be added. A seed leaves seeds/seedN.json, from which the report is
