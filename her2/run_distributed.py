@@ -204,7 +204,6 @@ class _SumOfAll(torch.autograd.Function):
 class BatchNormOfAll(nn.BatchNorm2d):
     """Batch norm with the mean and variance of all processes' samples. (torch's SyncBatchNorm needs GPUs.)"""
 
-    @torch.compiler.disable                 # it cannot look into the exchange of sums
     def forward(self, x: torch.Tensor) -> torch.Tensor:                                 # (B, C, h, w)
         if not self.training or world() == 1:
             return super().forward(x)
