@@ -66,61 +66,40 @@ def main(argv):
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
-    # ---- runs and data -------------------------------------------------------------------------------------
+    # ---- 1 runs and data: may these be compared at all? ----------------------------------------------------
     runs = [read_run(folder) for folder in folders]
-    dataset = shared_dataset(runs, folders, config)
-    notes = report.check_comparable(runs)
+    dataset = shared_dataset(runs, folders, config)         # one split: nobody is tested on what it learned
+    notes = report.check_comparable(runs)                   # other steps or patches: said, not refused
     for folder in folders:
         notes += changed_since(folder, dataset, config.cache)
     synthetic = read_synthetic(synthetic_folders, dataset)
 
-    # ---- predict -------------------------------------------------------------------------------------------
+    # ---- 2 predict: counts per subtype and probability, from which every figure follows --------------------
     key = {"data": fingerprint(dataset, config.cache), "tile": config.tile, "overlap": config.overlap,
-           "precision": str(precision)}
+           "precision": str(precision)}                     # all that the counts depend on, but the network
     for one in runs:
         key["model"] = file_hash(Path(one.folder) / "model.pt")
         if not read_metrics(one, key, dataset):
             predict(one, dataset, config, device, precision)
             run_distributed.rank() or write_metrics(one, key)
-        found = sum(one.test.values()).report()
+        found = sum(one.test.values()).report()             # a failed run among good ones ruins every mean
         for wrong, what in ((found["dice"] < 0.05, "finds hardly any tumor"),
                             ((found["fpr"] or 0) > 0.95, "calls nearly everything tumor")):
             if wrong:
                 notes.append(f"{one.folder} {what}: its training failed or was too short, see its curves.png")
 
-    # ---- report --------------------------------------------------------------------------------------------
+    # ---- 3 report: tables and figures, by one process ------------------------------------------------------
     if run_distributed.rank():
         return 0
     out = Path(config.out)
-    results = report.collect(runs)
+    results = report.collect(runs)                          # seeds of one configuration become one row
     pictures = draw_results(out, results, dataset, config)
     if synthetic:
-        draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
-        pictures.append(("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; "
-                         "the original is the patch whose label was changed. One row per subtype asked for."))
-        sources = {report.REAL: dataset.split("train"),
-                   **{report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}}
-        white = report_staining.median_white(dataset.split("train"), dataset.classes, config.cache)
-        found = report_staining.measure(sources, dataset.classes, white, config.cache)
-        densities = {source: report_staining.by_class(found[source], dataset.classes) for source in found}
-        results["staining"] = report_staining.summary(densities, dataset.classes)
-        draw_staining(out / "staining.png", densities, dataset.classes)
-        results["old and new"] = {
-            method: report_staining.transitions(found[report.TITLES[method]], entries, dataset.classes)
-            for method, (_, entries) in synthetic.items()}
-        draw.save_png(out / "old_and_new.png",
-                      report_staining.heat_maps(results["old and new"], dataset.classes))
-        pictures.append(("old_and_new.png", "Mean DAB density of generated instances with its 95 % interval, "
-                         "by the subtype asked for and the one before. What sees the label alone (diffusion, "
-                         "GAN) cannot tell the rows apart; inpainting may be drawn to its surroundings."))
-        if config.judge:
-            content = run.load_model(config.judge, "segmenter")
-            network = run.build_model(UNet, content, config.judge).to(device)
-            sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
-            results["images"] = report_images.measure(sets, dataset, network, device, config.seed,
-                                                      config.cache)
-        pictures.append(("staining.png", "DAB optical density of single instances by the subtype asked for, "
-                         "beside the real instances of the training slides."))
+        pictures += draw_synthetic(out, results, synthetic, dataset, config)
+    if synthetic and config.judge:                          # do images obey their masks?
+        network = run.build_model(UNet, run.load_model(config.judge, "segmenter"), config.judge).to(device)
+        sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
+        results["images"] = report_images.measure(sets, dataset, network, device, config.seed, config.cache)
     run.write_json(out / "results.json", results)
     atomic_write(out / "results.csv", table(runs))
     atomic_write(out / "report.md", report.page(results, str(dataset.root), notes, pictures))
@@ -129,6 +108,7 @@ def main(argv):
         print(f"warning: {note}", file=sys.stderr)
     print(report.plain(report.result_table(results)))
     if len(results["configs"]) > 1:
+        # Whoever calls more of the tissue tumor finds more of each subtype, at 0.5: so also at one price.
         print(f"\nchange against {report.BASELINE}, at threshold 0.5 and at its false-positive rate")
         print(report.plain(report.change_table(results)))
     print(f"\ndone: {out / 'report.md'}, {out / 'results.json'}")
@@ -171,6 +151,7 @@ def read_run(folder) -> report.Run:
     if missing:
         raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; "
                         "it was made by another version of the code, train again")
+    # The set may have been trained on under any folder name: how it was made is what the arm is called by.
     method = synthetic_method(fields["synthetic"]) if fields["synthetic"] else ""
     return report.Run(str(folder), fields, method, {}, {})
 
@@ -196,11 +177,24 @@ def shared_dataset(runs, folders, config):
     splits = [read_split(folder / "split.json") for folder in folders]
     dataset = load_dataset(places[0], split=splits[0])
     for one, split in zip(runs, splits):
-        for slide, part in dataset.slides().items():
+        for slide, part in dataset.slides().items():        # slides added since the training belong to no one
             if split.get(slide, part) != part:
                 raise UserError(f"{one.folder}: slide {slide} was a {split[slide]} slide in training, and is "
                                 f"a {part} slide of {dataset.root}; evaluate runs of one split only")
     return dataset
+
+
+def read_synthetic(folders, dataset) -> dict:
+    """{method: (synthetic Dataset, {image name: line of its manifest})}, one folder per method."""
+    found = {}
+    for folder in folders:
+        method = synthetic_method(folder).split("-")[0]
+        if method in found:
+            raise UserError(f"{found[method][0].root} and {folder}: both are made by --method {method}; give "
+                            "one folder per method")
+        synthetic = load_synthetic(folder)
+        found[method] = (synthetic, check_synthetic(synthetic, dataset))
+    return {method: found[method] for method in report.TITLES if method in found}
 
 
 def fingerprint(dataset, cache) -> str:
@@ -214,6 +208,7 @@ def predict(one, dataset, config, device, precision) -> None:
     """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois. Under
     torchrun each process predicts some ROIs, and gets the counts of all."""
     content = run.load_model(one.folder, "segmenter")
+    # Arms are compared at equal steps: the last save of an interrupted run would lose for the wrong reason.
     if content.get("step", 0) < one.fields["steps"]:
         raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "
                         "give its command again to finish it (it stands in its config.json), or leave it out")
@@ -223,19 +218,22 @@ def predict(one, dataset, config, device, precision) -> None:
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
-    worse = dict(key=lambda item: (-item[0], item[2]))
+    worse = dict(key=lambda item: (-item[0], item[2]))      # ties by name: the same whatever the processes
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
+        # Tiles overlap and only their centres count: at a border a network with padding sees less.
         with precision.autocast():
             prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
                                config.batch, device)                                # (H, W)
+        # Counts, for one confusion matrix of the whole split: in a mean of Dice values per ROI one with ten
+        # tumor pixels would weigh as much as a full one.
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).to_json()))
         if roi.split == "test":
             share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
             worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
-    for k, part in sorted(counts, key=lambda item: item[0]):
+    for k, part in sorted(counts, key=lambda item: item[0]):        # by slide, the unit of the bootstrap
         roi, part = rois[k], ProbabilityHistogram.from_json(part, dataset.classes)
         slides = one.val if roi.split == "val" else one.test
         slides[roi.slide] = part + slides.get(roi.slide, 0)
@@ -294,7 +292,7 @@ def read_metrics(one, key, dataset) -> bool:
 def draw_results(out, results, dataset, config) -> list:
     """fig2, fig5 and fig6 into `out`; returns [(file name, caption), ...] in the order of the report."""
     baseline = next((c for c in results["configs"] if c["name"] == report.BASELINE), None)
-    panels = []
+    panels = []         # beside Dice the variance, since a method may raise one and not lower the other
     for key, label, digits in (("dice", "tumor Dice", 3), ("subtype_variance", "subtype variance", 4)):
         mean = report.mean_sd(report.figures_of(baseline, key)) if baseline else None
         panels.append((label, report.box_groups(results, key),
@@ -318,26 +316,39 @@ def draw_results(out, results, dataset, config) -> list:
             ("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area.")]
 
 
-def read_synthetic(folders, dataset) -> dict:
-    """{method: (synthetic Dataset, {image name: line of its manifest})}, one folder per method."""
-    found = {}
-    for folder in folders:
-        method = synthetic_method(folder).split("-")[0]
-        if method in found:
-            raise UserError(f"{found[method][0].root} and {folder}: both are made by --method {method}; give "
-                            "one folder per method")
-        synthetic = load_synthetic(folder)
-        found[method] = (synthetic, check_synthetic(synthetic, dataset))
-    return {method: found[method] for method in report.TITLES if method in found}
+def draw_synthetic(out, results, synthetic, dataset, config) -> list:
+    """fig4, staining and old_and_new into `out`, their numbers into `results`; returns their captions.
 
+    synthetic: of `read_synthetic`.
+    """
+    classes, train = dataset.classes, dataset.split("train")
+    draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
 
-def draw_staining(path, densities, classes) -> None:
-    groups = [(classes.names[k], [(source, found[k]) for source, found in densities.items()])
+    # One white for all: a generated patch that is tumor from edge to edge shows no glass to measure it on.
+    white = report_staining.median_white(train, classes, config.cache)
+    sources = {report.REAL: train}
+    sources |= {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
+    found = report_staining.measure(sources, classes, white, config.cache)
+    densities = {source: report_staining.by_class(found[source], classes) for source in found}
+    results["staining"] = report_staining.summary(densities, classes)
+    groups = [(classes.names[k], [(source, some[k]) for source, some in densities.items()])
               for k in classes.tumor_ids]
-    draw.save_png(path, draw_charts.box_plots(
+    draw.save_png(out / "staining.png", draw_charts.box_plots(
         [("DAB optical density", groups, None)], {source: report.COLORS[source] for source in densities},
         note="dots: instances, box: quartiles and median, whiskers: minimum and maximum", with_mean=False,
         height=360))
+
+    results["old and new"] = {
+        method: report_staining.transitions(found[report.TITLES[method]], entries, classes)
+        for method, (_, entries) in synthetic.items()}
+    draw.save_png(out / "old_and_new.png", report_staining.heat_maps(results["old and new"], classes))
+    return [("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; the original "
+             "is the patch whose label was changed. One row per subtype asked for."),
+            ("old_and_new.png", "Mean DAB density of generated instances with its 95 % interval, by the "
+             "subtype asked for and the one before. What sees the label alone (diffusion, GAN) cannot tell "
+             "the rows apart; inpainting may be drawn to its surroundings."),
+            ("staining.png", "DAB optical density of single instances by the subtype asked for, beside the "
+             "real instances of the training slides.")]
 
 
 if __name__ == "__main__":

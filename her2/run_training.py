@@ -182,8 +182,8 @@ def compile_parts(config, *parts: torch.nn.Module) -> None:
         except (RuntimeError, ImportError, OSError) as error:
             raise UserError(f"--compile: torch.compile does not work here ({one_line(error)[:160]}); "
                             "leave it out") from None
-        # It cannot look into the exchange of sums. (A decorator would load the compiler, more than a second, at
-        # the start of every command.)
+        # The compiler cannot look into the exchange of sums. (A decorator would load it, more than a second,
+        # at the start of every command.)
         norm = run_distributed.BatchNormOfAll
         norm.forward = torch.compiler.disable(norm.forward)
         for part in parts:
