@@ -107,11 +107,23 @@ def transitions(records, entries: dict, classes) -> dict:
             found[pair].append(density)
     result = {}
     for (old, new), values in found.items():
-        n = len(values)
-        half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
-        result.setdefault(classes.names[old], {})[classes.names[new]] = {
-            "n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
+        result.setdefault(classes.names[old], {})[classes.names[new]] = cell(values)
     return result
+
+
+def cell(values) -> dict:
+    """{"n", "mean", "half"} of numbers; half: the 95 % t interval to each side. None where too few."""
+    n = len(values)
+    half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
+    return {"n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
+
+
+def over_seeds(tables, classes) -> dict:
+    """{method: `transitions`} of several seeds -> the same, each cell over the seeds' means: n is seeds."""
+    names = [classes.names[k] for k in classes.tumor_ids]
+    return {method: {old: {new: cell([one[method][old][new]["mean"] for one in tables if method in one
+                                      and one[method][old][new]["mean"] is not None]) for new in names}
+                     for old in names} for method in dict.fromkeys(m for one in tables for m in one)}
 
 
 def heat_maps(found: dict, classes, cell=62) -> np.ndarray:

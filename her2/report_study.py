@@ -49,10 +49,11 @@ def merged_configs(seeds) -> list:
 
 
 def averaged(dicts):
-    """Nested dicts of numbers -> the same with the mean over those that have the number."""
+    """Nested dicts of numbers -> the same with the mean over those that have the number; "n" is their sum."""
     dicts = [one for one in dicts if one is not None]
     if dicts and isinstance(dicts[0], dict):
-        return {key: averaged([one.get(key) for one in dicts]) for key in dicts[0]}
+        return {key: sum(one[key] for one in dicts) if key == "n"
+                else averaged([one.get(key) for one in dicts]) for key in dicts[0]}
     numbers = [one for one in dicts if isinstance(one, (int, float)) and not isinstance(one, bool)]
     return float(np.mean(numbers)) if numbers else None
 
@@ -151,15 +152,20 @@ def write_report(files, out) -> dict:
     numbers, preset = [seed["seed"] for seed in seeds], seeds[0]["preset"]
     machines = sorted({seed["machine"] for seed in seeds})
     pictures = figures(out, study, configs, found)
+    moved = report_staining.over_seeds([seed["old and new"] for seed in seeds], study.classes)
+    if moved:
+        draw.save_png(out / "old_and_new.png", report_staining.heat_maps(moved, study.classes))
+        pictures.append(("old_and_new.png", "Mean DAB density of generated instances by the subtype before "
+                         "and the one asked for, 95 % interval over seeds: does the old one shine through?"))
     results = {"baseline": report.BASELINE, "threshold": 0.5, "seeds": numbers, "preset": preset,
                "configs": configs, "verdicts": claims, "comparisons": found, "images": images or {},
-               "machines": machines, "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
+               "staining": staining or {}, "old and new": moved, "machines": machines,
+               "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
     parts = ["# What the paper's method does on this tissue",
-             f"{len(seeds)} seeds ({', '.join(map(str, numbers))}), preset `{preset}`; each is its own "
-             "tissue, generators and segmenters. The plan that was fixed before stands in her2/study.py. "
-             "\u00b1 is the standard deviation over seeds, brackets are 95 % intervals of the paired "
-             "difference.",
+             f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators and "
+             "segmenters. The plan that was fixed before stands in her2/study.py. \u00b1 is the standard "
+             "deviation over seeds, brackets are 95 % intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
              "## Arms", report.markdown(arm_table(study, names)),
              "## Comparisons", report.markdown(difference_table(found, study))]
@@ -170,7 +176,7 @@ def write_report(files, out) -> dict:
         for one in staining.values():
             one["ordered"] = None                       # is said per seed, in its own report
         parts += ["## Is the staining what was asked for?",
-                  "Median DAB density of instances, mean over seeds (and their number).",
+                  "Median DAB density of instances, mean over seeds (and the number of instances).",
                   report.markdown([row[:-1] for row in report_staining.table(staining)])]
     minutes = {}
     for seed in seeds:

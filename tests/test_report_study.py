@@ -13,6 +13,7 @@ from her2.metrics import BINS, ProbabilityHistogram
 from her2.report_statistics import outcome
 from her2.run_errors import UserError
 
+TUMOR = [DEFAULT_CLASSES.names[k] for k in DEFAULT_CLASSES.tumor_ids]
 ARMS = ("subtype", "tumor", "ldm-100", "oracle-100")
 
 
@@ -44,7 +45,10 @@ def seed_file(folder, seed, preset="small"):
                "arms": arms, "configs": configs,
                "images": {"oracle": {"dice": 0.9, "recall": {"0": 0.5 + seed / 100}, "fpr": 0.1,
                                      "sharpness": 1.0, "frechet": 0.1, "kernel": 0.0}},
-               "staining": {}, "seconds": {f"seed {seed}: GAN": 60.0 * seed}}
+               "staining": {"real": {"0": {"n": seed, "median": 0.1 * seed}, "ordered": True}},
+               "old and new": {"gan": {old: {new: {"n": 5, "mean": seed + i + 10.0 * j, "half": 1.0}
+                                             for i, new in enumerate(TUMOR)} for j, old in enumerate(TUMOR)}},
+               "seconds": {f"seed {seed}: GAN": 60.0 * seed}}
     path = folder / f"seed{seed}.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
@@ -69,10 +73,13 @@ def test_seeds_become_one_report(files, tmp_path):
     assert found["high"] - found["mean"] == pytest.approx(half, rel=1e-4)
     assert [claim["claim"] for claim in results["verdicts"]] == ["P1", "P2", "P3", "P4"]
     assert results["images"]["oracle"]["recall"]["0"] == pytest.approx(0.61)
+    assert results["staining"]["real"]["0"] == {"n": 33, "median": pytest.approx(1.1)}
+    moved = results["old and new"]["gan"][TUMOR[2]][TUMOR[1]]           # 10, 11, 12 + 1 + 20, the sd is 1
+    assert moved == {"n": 3, "mean": pytest.approx(32), "half": pytest.approx(4.30265 / math.sqrt(3), rel=1e-4)}
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert all(claim["sentence"] in page for claim in results["verdicts"])
     assert "| GAN | 11.0 |" in page
-    for name in ("fig5.png", "fig6.png", "ladder.png"):
+    for name in ("fig5.png", "fig6.png", "ladder.png", "old_and_new.png"):
         assert (tmp_path / name).stat().st_size < 300_000 and f"({name})" in page
     assert json.loads((tmp_path / "results.json").read_text("utf-8")) == json.loads(json.dumps(results))
 
