@@ -163,8 +163,8 @@ def write_report(files, out) -> dict:
                "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
     parts = ["# What the paper's method does on this tissue",
-             f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators and "
-             "segmenters. The plan that was fixed before stands in her2/study.py. \u00b1 is the standard "
+             f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
+             "and segmenters. The plan that was fixed before stands in her2/study.py. \u00b1 is the standard "
              "deviation over seeds, brackets are 95 % intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
              "## Arms", report.markdown(arm_table(study, names)),
