@@ -12,10 +12,12 @@ maximum; whether its boxes are quartiles or the deviation is not said. Here both
 A single value is a diamond with its number; a missing one is written "n/a", it is never drawn as 0.
 """
 
+import math
+
 import numpy as np
 
 from her2.draw import BLUE, CYCLE, GREY, INK, Canvas, text_width, tint
-from her2.draw_axes import Axes, nice_ticks, tick_texts
+from her2.draw_axes import Axes, log_ticks, nice_ticks, tick_texts
 
 SLOT, GAP = 46, 30          # pixels for one box, and between two groups of boxes
 NOTE = "box: quartiles and median, whiskers: min and max, diamond and bar: mean \u00b1 standard deviation"
@@ -123,7 +125,8 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
 def intervals(panels, names, width=830, row=22) -> np.ndarray:
     """One row per name, one column per panel: a mean with its interval, beside a line at "no difference".
 
-    panels   [(title, [(mean, low, high) or None per name], ticks, text of a tick)]; low and high may be None
+    panels   [(title, [(mean, low, high) or None per name], ratio)]; low and high may be None; ratio: whether
+             these are logarithms of ratios
     """
     left = max(text_width(name, 13) for name in names) + 22
     gap, top = 40, 34
@@ -132,19 +135,25 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
     bottom = top + row * len(names)
     for i, name in enumerate(names):
         canvas.text(left - 12, top + row * (i + 0.5), name, 13, anchor="rm")
-    for k, (title, values, ticks, text) in enumerate(panels):
+    for k, (title, values, ratio) in enumerate(panels):
         start = left + k * (room + gap)
-        ends = [x for one in values if one for x in one if x is not None] + [*ticks, 0.0]
-        low, high = widened(min(ends), max(ends))
+        low, high = widened(*(f([0.0, *(x for one in values if one for x in one if x is not None)])
+                              for f in (min, max)))
 
         def x(value):
             return start + (value - low) / (high - low) * room
 
         canvas.text(start + room / 2, 8, title, 14, anchor="ma")
-        for tick in ticks:
+        ticks, last = nice_ticks(low, high), -math.inf
+        if ratio:
+            ticks = [math.log(tick) for tick in log_ticks(math.exp(low), math.exp(high))]
+        for tick in sorted(tick for tick in {*ticks, 0.0} if low <= tick <= high):
             canvas.line([(x(tick), top), (x(tick), bottom)], INK if tick == 0 else tint(GREY, 0.35),
                         1.4 if tick == 0 else 1)
-            canvas.text(x(tick), bottom + 7, text(tick), 12, anchor="ma")
+            text = f"x {math.exp(tick):.3g}" if ratio else f"{tick:+.2g}" if tick else "0"
+            if x(tick) - last > 44:                     # texts must not touch
+                canvas.text(x(tick), bottom + 7, text, 12, anchor="ma")
+                last = x(tick)
         for i, one in enumerate(values):
             y = top + row * (i + 0.5)
             if one is None:

@@ -251,6 +251,11 @@ class Study:
         return rows
 
 
+def ratio_text(log: float) -> str:
+    """The ratio whose logarithm this is. What two seeds leave open spans more digits than anyone reads."""
+    return f"{math.exp(log):.2f}" if log < math.log(1000) else "over 1000"
+
+
 def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
     """(verdict, sentence); `found` and `oracle` as of `t_interval`, or None. The first that holds:
 
@@ -273,7 +278,7 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
         return not has_zero(one) and sign * one["mean"] >= margin
 
     def amount(value):
-        return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {math.exp(value):.2f}"
+        return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {ratio_text(value)}"
 
     def spoken(one):
         between = " to ".join(map(amount, ends(one))) if one["n"] > 1 else "no interval"

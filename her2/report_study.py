@@ -19,7 +19,7 @@ import numpy as np
 
 from her2 import draw, draw_charts, report, report_images, report_staining, run
 from her2.data_classes import ClassTable
-from her2.report_statistics import ORACLE, Study
+from her2.report_statistics import ORACLE, Study, ratio_text
 from her2.run_config import Parser
 from her2.run_errors import atomic_write, command
 from her2.study_seed import from_json, read_seeds
@@ -70,7 +70,7 @@ def interval_text(found, ratio: bool) -> str:
     """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]"."""
     if found is None:
         return "n/a"
-    show = (lambda x: f"{math.exp(x):.2f}") if ratio else (lambda x: f"{x + 0.0:+.3f}")
+    show = ratio_text if ratio else (lambda x: f"{x + 0.0:+.3f}")
     inside = "" if found["low"] is None else f" [{show(found['low'])}, {show(found['high'])}]"
     return ("x " if ratio else "") + show(found["mean"]) + inside
 
@@ -98,7 +98,7 @@ def difference_table(found: dict, study) -> list:
         if old == report.BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
             share = study.efficiency(new, old, ORACLE, "best", "dice")
         rows.append([name, *(interval_text(part, key.startswith("log")) for key, part in one.items()),
-                     f"[{math.exp(drawn[0]):.2f}, {math.exp(drawn[1]):.2f}]" if drawn else "n/a",
+                     f"[{ratio_text(drawn[0])}, {ratio_text(drawn[1])}]" if drawn else "n/a",
                      f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"])
     return rows
 
@@ -125,10 +125,8 @@ def figures(out, study, configs, found) -> list:
         parts = [found[f"{arm} against {report.BASELINE}"][key] for arm in rows]
         return [one and (one["mean"], one["low"], one["high"]) for one in parts]
 
-    dice = ("Dice, difference at equal FPR", ends("dice matched"), [-0.01, 0, 0.01],
-            lambda x: f"{x:+.2f}" if x else "0")
-    variance = ("subtype variance, ratio at equal FPR", ends("log_variance matched"),
-                [math.log(x) for x in (0.1, 0.3, 1, 3)], lambda x: f"x {math.exp(x):.1f}")
+    dice = ("Dice, difference at equal FPR", ends("dice matched"), False)
+    variance = ("subtype variance, ratio at equal FPR", ends("log_variance matched"), True)
     draw.save_png(out / "ladder.png", draw_charts.intervals([dice, variance], rows))
     return [("ladder.png", "Difference to the subtype-sampled baseline at its own false-positive rate, mean "
              "and 95 % interval over seeds, from what no generator can pass down to the paper's methods: "

@@ -223,13 +223,11 @@ def main(argv):
     record = Record(out / "stages.json", plan)
 
     def finished(stage):
-        if stage.kind == "evaluation":  # at once, so that a finished seed is never lost
+        if stage.kind == "evaluation":                  # at once, so that a finished seed is never lost
             seed = int(stage.name.split(":")[0].split()[1])
-            spent = {
+            study_seed.write_seed(config, seed, {
                 name: one["seconds"] for name, one in record.done.items()
-                if name.startswith(f"seed {seed}:") or name.startswith("judge")
-            }
-            study_seed.write_seed(out, seed, config.preset, spent)
+                if name.startswith((f"seed {seed}:", "judge"))})
 
     failed = run_stages(plan, config.jobs, record, out / "logs", COST, finished)
     files = sorted((out / "seeds").glob("seed*.json"))
@@ -238,9 +236,9 @@ def main(argv):
         print(f"\ndone: {out / 'report.md'}, {out / 'results.json'} and the figures, from {len(files)} seed"
               f"{'s' * (len(files) > 1)}")
     if failed:
-        raise UserError(
-            f"{'; '.join(failed)}; all else is complete or was left out because it needs "
-            f"{'these' if len(failed) > 1 else 'this'}, repair the cause and run the same command again")
+        raise UserError(f"{'; '.join(failed)}; all else is complete or was left out because it needs "
+                        f"{'these' if len(failed) > 1 else 'this'}, repair the cause and run the same "
+                        "command again")
     return 0
 
 

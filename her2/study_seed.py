@@ -38,9 +38,12 @@ def from_json(content: dict) -> Outcome:
     return Outcome(tuple(content["scores"]), content["thresholds"], tables, figures)
 
 
-def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
-    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}."""
-    root = Path(out) / f"seed{seed}"
+def write_seed(config, seed: int, seconds: dict) -> None:
+    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}.
+
+    config: of `study`; what decides the figures is written with them.
+    """
+    root = Path(config.out) / f"seed{seed}"
     results = run.read_json(root / "report" / "results.json")
     folders = {config["name"]: Path(config["runs"][0].pop("folder")) for config in results["configs"]}
     baseline = folders[report.BASELINE]
@@ -60,8 +63,10 @@ def write_seed(out, seed: int, preset: str, seconds: dict) -> None:
         config["runs"][0]["seed"] = seed
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     measured = {key: results.get(key, {}) for key in ("images", "staining", "old and new")}
-    run.write_json(Path(out) / "seeds" / f"seed{seed}.json", {
-        "format": FORMAT, "seed": seed, "preset": preset, "classes": dataset.classes.to_json(),
+    run.write_json(root.parent / "seeds" / f"seed{seed}.json", {
+        "format": FORMAT, "seed": seed, "preset": config.preset,
+        "settings": {key: getattr(config, key) for key in ("data", "split_seed", "device", "amp", "trial")},
+        "classes": dataset.classes.to_json(),
         "slides": list(test), "arms": arms, "configs": results["configs"], **measured, "seconds": seconds,
         "commit": git_commit(), "versions": versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor}"})
