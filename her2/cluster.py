@@ -167,7 +167,11 @@ def log_joint(x, w, m, C) -> np.ndarray:
 
 
 def fit(x, K: int, rng):
-    """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures."""
+    """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures.
+
+    A cluster of D instances or fewer has a likelihood without bound as it shrinks on them, and says nothing of
+    a subtype: a mixture with such a one is taken only where every start led to one.
+    """
     fits = []
     for _ in range(STARTS):
         m = x[[rng.integers(len(x))]]
@@ -186,8 +190,8 @@ def fit(x, K: int, rng):
             evidence = np.logaddexp.reduce(joint, axis=1)                               # (n,) log p(x)
             share = np.exp(joint - evidence[:, None])
             total, gain = evidence.sum(), evidence.sum() - total
-        fits.append((float(total), mixture))
-    return max(fits, key=lambda one: one[0])
+        fits.append((size.min() > x.shape[1], float(total), mixture))
+    return max(fits, key=lambda one: one[:2])[1:]
 
 
 def adjusted_rand(a, b) -> float:

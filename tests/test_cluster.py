@@ -76,6 +76,17 @@ def test_fit_finds_the_mixture_that_made_the_points():
     assert single[2][0] == pytest.approx(np.cov(x.T, bias=True) + 1e-3 * np.eye(2))
 
 
+def test_an_outlier_is_no_cluster():
+    """Two groups and a point far away, which is likeliest as a cluster by itself: log p -513 against -537."""
+    rng = np.random.default_rng(5)
+    x = np.concatenate([rng.normal(size=(60, 2)), rng.normal(size=(60, 2)) + [8, 0], [[4.0, 60.0]]])
+    total, (w, m, C) = cluster.fit(x, 2, np.random.default_rng(0))
+    alone = (np.array([120, 1]) / 121, np.array([x[:-1].mean(axis=0), x[-1]]),
+             np.array([np.cov(x[:-1].T), 1e-3 * np.eye(2)]))
+    assert np.logaddexp.reduce(cluster.log_joint(x, *alone), axis=1).sum() > total + 10
+    assert w.min() > 0.4 and sorted(m[:, 0].round()) == [0, 8]
+
+
 def test_sums_are_those_of_a_loop_over_instances(tmp_path):
     write_dataset(tmp_path, slides=4, height=50)
     dataset = load_dataset(tmp_path)
