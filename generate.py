@@ -17,8 +17,6 @@ a run was interrupted.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
-import json
-import os
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +35,7 @@ from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
+from her2.run_log import Manifest
 from her2.run_provenance import file_hash, input_hashes
 from her2.relabel import relabel, repaint_mask
 from her2.data_patches import PatchSampler, to_tensors
@@ -104,46 +103,18 @@ def main(argv):
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
 
-    # ---- model ---------------------------------------------------------------------------------------------
+    # ---- 1 who paints, and from which tissue ---------------------------------------------------------------
     content = run.load_model(config.model, KIND[config.method], config.data) if config.method in KIND else {}
-    if content:
-        painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
-            config.method, DiffusionPainter)(content, config, device)
-        if config.patch % painter.multiple:
-            raise UserError(f"--patch: found {config.patch}; the model needs multiples of {painter.multiple}")
-
-    # ---- data: training slides only ------------------------------------------------------------------------
-    with run_distributed.in_turn():
-        config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
+    dataset, sampler = source_data(config, content)
     classes = dataset.classes
-    for part in filter(None, (content, content.get("autoencoder"))):
-        run_training.refuse_leak(part, dataset, config.model)
-    if content and content.get("classes") != classes.to_json():
-        raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
-                        "use the dataset that it was trained on")
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                           cache=config.cache, uniform=config.uniform)
-    if not content:
-        painter = (study_controls.RestainPainter(dataset, config.cache) if config.method == "restain"
-                   else study_controls.OraclePainter(dataset))
-    sources = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
-               else lambda seed, i: draw_patch(sampler, seed, i))
+    painter = make_painter(config, content, dataset, device)
+    source = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
+              else lambda seed, i: draw_patch(sampler, seed, i))
+    level = noise_levels(sampler, classes, config.cache)
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
-    count = config.count or round(min(config.ratio, 1001) * sampler.num_patches)
-    if config.ratio > 1000 and not config.count:
-        raise UserError(f"--ratio: found {config.ratio}; give a number of at most 1000")
-    if count < 1:
-        raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
-                        "give a larger one")
+    count = number_of_images(config, sampler)
 
-    @lru_cache(maxsize=None)
-    def level(name):                                # of the sensor's noise in a region, from its middle
-        tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, config.cache)
-        window = [(max(0, side // 2 - 512), min(side, 1024)) for side in (tile.height, tile.width)]
-        (y, height), (x, width) = window
-        return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
-
+    # ---- 2 what an earlier start of this command left ------------------------------------------------------
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
     with run_distributed.in_turn():
         folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
@@ -155,23 +126,26 @@ def main(argv):
         return 0
     run_distributed.rank() or write_split(folder / "split.json", dataset)
 
-    # ---- paint ---------------------------------------------------------------------------------------------
     for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False, disable=None):
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
         if not missing or first // config.batch % run_distributed.world() != run_distributed.rank():
             continue
-        # The whole batch is computed again even when part of it is there: the rounding of a convolution may
-        # depend on the batch it is in, and the same command shall give the same files.
-        patches = [sources(config.seed, i) for i in ids]
+        # ---- 3 draw source patches. The whole batch again even when part of it is there: the rounding of a
+        # convolution may depend on the batch it is in, and the same command shall give the same files.
+        patches = [source(config.seed, i) for i in ids]
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
+
+        # ---- 4 a new subtype for every instance: the step that balances (paper, section 2.2)
         relabelled = [relabel(patch["label"], patch["instance"], classes,
                               generator(config.seed, "relabel", i), allowed)
                       if config.relabel else keep(patch) for i, patch in zip(ids, patches)]
         label = torch.stack([new for new, _ in relabelled])                             # (B, H, W)
         repaint = torch.stack([repaint_mask(inst, mapping)
                                for inst, (_, mapping) in zip(instance, relabelled)])
+
+        # ---- 5 paint. Image i has noise of its own, so it is the same whatever batch or process it is in.
         seeds = [hashed_seed(config.seed, "image", i) for i in ids]
         with torch.no_grad(), precision.autocast():
             painted = painter.paint({
@@ -179,15 +153,18 @@ def main(argv):
                 "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
                 "mappings": [mapping for _, mapping in relabelled]})
         painted = painted.float().cpu()
+        # A decoder gives smooth pixels: without the sensor's noise a segmenter learns who painted, not what.
         if config.grain and content:
             levels = torch.stack([level(one["name"]) for one in patches])               # (B,)
             painted = inpainting.add_grain(painted, image, levels, seeds)
+
+        # ---- 6 write; the line of the manifest last, for it vouches for the three files
         for k, i in enumerate(ids):
             if i in missing:
                 name = f"{i:06d}.png"
                 draw.save_png(folder / "images" / name, draw.to_uint8(painted[k]))
                 draw.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8),
-                                 palette=classes.palette())
+                              palette=classes.palette())
                 draw.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
                 manifest.append({
                     "image": f"images/{name}", "source_image": patches[k]["name"],
@@ -205,6 +182,62 @@ def main(argv):
     write_slides(folder, records)                   # last: a folder with slides.csv is complete
     configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio)
     return 0
+
+
+# ---- what is painted from ----------------------------------------------------------------------------------
+
+def source_data(config, content) -> tuple:
+    """(dataset, sampler of patches of its training slides); `content` of model.pt, or {}.
+
+    UserError where the network of `content` knows a slide that is not for training here, or other classes.
+    """
+    with run_distributed.in_turn():
+        config.data = config.data or str(default_phantom(config.preset))
+    dataset = load_dataset(config.data, seed=config.split_seed)
+    for part in filter(None, (content, content.get("autoencoder"))):
+        run_training.refuse_leak(part, dataset, config.model)       # it would paint what it is tested on
+    if content and content.get("classes") != dataset.classes.to_json():
+        raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
+                        "use the dataset that it was trained on")
+    # Flips are left to the segmenter's training: a source is shown as it lies in its slide.
+    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
+                                 cache=config.cache, uniform=config.uniform)
+
+
+def number_of_images(config, sampler) -> int:
+    """--count, or --ratio of the patches that tile the training ROIs once."""
+    count = config.count or round(min(config.ratio, 1001) * sampler.num_patches)
+    if config.ratio > 1000 and not config.count:
+        raise UserError(f"--ratio: found {config.ratio}; give a number of at most 1000")
+    if count < 1:
+        raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
+                        "give a larger one")
+    return count
+
+
+def noise_levels(sampler, classes, cache):
+    """A function: name of a region -> level of the sensor's noise in it, measured in its middle, once."""
+    @lru_cache(maxsize=None)
+    def level(name):
+        tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, cache)
+        window = [(max(0, side // 2 - 512), min(side, 1024)) for side in (tile.height, tile.width)]
+        (y, height), (x, width) = window
+        return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
+    return level
+
+
+# ---- painters ----------------------------------------------------------------------------------------------
+
+def make_painter(config, content, dataset, device):
+    """What turns a batch of source patches with new labels into images, by --method."""
+    if not content:
+        return (study_controls.RestainPainter(dataset, config.cache) if config.method == "restain"
+                else study_controls.OraclePainter(dataset))
+    painter = {"gan": SpadePainter, "reconstruct": study_controls.ReconstructPainter}.get(
+        config.method, DiffusionPainter)(content, config, device)
+    if config.patch % painter.multiple:
+        raise UserError(f"--patch: found {config.patch}; the model needs multiples of {painter.multiple}")
+    return painter
 
 
 class SpadePainter:
@@ -261,56 +294,6 @@ class DiffusionPainter:
         if config.method == "inpaint":
             painted = inpainting.paste(image, painted, region)
         return painted
-
-
-class Manifest:
-    """manifest.jsonl: one line per image whose files are on the disk; process k > 0 has manifest.k.jsonl."""
-
-    def __init__(self, folder):
-        self.folder, self.path = folder, folder / "manifest.jsonl"
-        self.own = folder / f"manifest.{run_distributed.rank() or ''}.jsonl".replace("..", ".")
-
-    def finished(self, folder, checkpoint) -> set:
-        """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
-
-        A last line cut short by a crash is dropped, so that appending goes on after a whole line.
-        """
-        self.records = {}
-        parts = [path for path in (self.path, *sorted(self.folder.glob("manifest.*.jsonl"))) if path.exists()]
-        for path in parts:
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                    name = Path(record["image"]).name
-                    known = record["image"] == f"images/{name}" and name == f"{int(Path(name).stem):06d}.png"
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    known = False
-                if not known:               # a line cut short; images that no line vouches for are made again
-                    break
-                if record.get("checkpoint") != checkpoint:
-                    raise UserError(f"{folder}: holds images of another checkpoint "
-                                    f"({record.get('checkpoint')}, the model is now {checkpoint}); "
-                                    "delete the folder or choose another --out")
-                if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
-                    self.records[int(Path(name).stem)] = record
-        if parts and not run_distributed.rank():
-            self.write_ordered()
-            for path in parts[1:]:
-                path.unlink()
-        return set(self.records)
-
-    def append(self, record) -> None:
-        self.records[int(Path(record["image"]).stem)] = record
-        with open(self.own, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def write_ordered(self) -> list:
-        """The file again, in the order of the images; returns the records in that order."""
-        ordered = [self.records[i] for i in sorted(self.records)]
-        atomic_write(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered))
-        return ordered
 
 
 def draw_patch(sampler, seed, i) -> dict:

@@ -62,11 +62,11 @@ BATCH = 32
 
 def features(image, instance, patch: int) -> list:
     """image (H, W, 3) uint8, instance (H, W) -> F for both scales, (2 stains, h, w) float32 each."""
-    density = optical_density(np.arange(256)).astype(np.float32)[image]                 # (H, W, 3)
+    density = optical_density(np.arange(256)).astype(np.float32)[image]                 # (H, W, 3), by table
     ids, maps = instance.reshape(-1), []
     count = np.maximum(np.bincount(ids), 1)
     for amount in np.moveaxis(density @ np.linalg.inv(STAINS)[:, :2].astype(np.float32), -1, 0):
-        mean = np.bincount(ids, amount.reshape(-1)) / count
+        mean = np.bincount(ids, amount.reshape(-1)) / count     # per instance: a new subtype is a new mean
         centred = amount.reshape(-1) - mean.astype(np.float32)[ids]
         deviation = np.sqrt(np.bincount(ids, centred ** 2) / count).clip(min=FLAT)
         maps.append((centred / deviation.astype(np.float32)[ids]).reshape(amount.shape))
@@ -84,6 +84,7 @@ class Tissue:
     def __init__(self, rois, classes, patch: int, device, cache="cache"):
         step = patch // GRID
         self.device, self.regions = device, []
+        # One size for all, so that a template is transformed once; multiples of 16 transform fast.
         self.size = [-(-max(sides) // step // 16) * 16 for sides in zip(*((r.height, r.width) for r in rois))]
         for roi in tqdm(rois, desc="training tissue", unit="ROI", leave=False, disable=None):
             tile = open_roi(roi, classes, cache)
@@ -102,6 +103,7 @@ class Tissue:
         region at that place is like dihedral(image, k).
         """
         count = len(templates[0])
+        # Batches outside, regions inside: the spectra of a turned template serve all regions.
         best, where = torch.full((count,), -2.0), torch.zeros(count, 4, dtype=torch.long)
         jobs = [(slice(first, first + BATCH), k) for first in range(0, count, BATCH) for k in range(8)]
         for part, k in tqdm(jobs, desc="nearest patches", leave=False, disable=None):
@@ -109,6 +111,7 @@ class Tissue:
                                    dihedral((weight[part] if len(weight) > 1 else weight).to(self.device), k))
                       for feature, weight in zip(templates, weights)]
             for i, (scales, places) in enumerate(self.regions):
+                # The larger counts: a blurred copy is still alike in coarse boxes.
                 ncc = [self.ncc(*one, *scale, places) for one, scale in zip(turned, scales)]
                 top, at = torch.maximum(*ncc).flatten(1).cpu().max(dim=1)               # (B,) each
                 better = top > best[part]
@@ -122,11 +125,13 @@ class Tissue:
         """(B, 2, t, t), (B or 1, 1, t, t) -> conjugate spectra of T and w, and n (B or 1, 1, 1, 1)."""
         n = weight.sum((2, 3), keepdim=True).clamp(min=1)
         centred = (feature - (weight * feature).sum((2, 3), keepdim=True) / n) * weight
+        # The floor: a template without structure, once divided by its norm, would correlate by its rounding.
         norm = centred.square().sum((2, 3), keepdim=True).clamp(min=FLOOR * n).sqrt()
         return self.spectrum(centred / norm).conj(), self.spectrum(weight).conj(), n
 
     def ncc(self, template, weight, n, tissue, square, places):
         """The larger NCC of the two stains at every place, (B, *places); all but `n` are spectra."""
+        # A product of spectra with one conjugate is a correlation; what wraps around lies behind `places`.
         def over(x, of):                # sum_u x(u) R(p + u) for all places p
             return torch.fft.irfft2(x * of, s=self.size)[..., :places[0], :places[1]]
 
@@ -140,6 +145,7 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
     away = both - np.median(both)
     excess = np.maximum(0, away / max(1.4826 * np.median(np.abs(away)), 1e-9)) ** 3
     rng, n = numpy_generator(seed, "audit", "permutations"), len(synthetic)
+    # + 1: the division as it was found is one of the divisions that chance could have made, so p is never 0.
     chance = [excess[rng.permutation(len(both))[:n]].sum() for _ in range(PERMUTATIONS)]
     return (1 + int((np.array(chance) >= excess[:n].sum() * (1 - 1e-12)).sum())) / (1 + PERMUTATIONS)
 
@@ -152,6 +158,7 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
     """
     tumor = [torch.from_numpy(np.isin(label, classes.tumor_ids) if inpainted else label >= 0)[None].float()
              for _, label, _ in pictures]
+    # Only boxes that lie whole within the region: the rest holds pixels that were copied by design.
     weights = [[(maps > 0.999).float() for maps in pooled(region, patch)] for region in tumor]
     kept = [i for i, scales in enumerate(weights) if scales[0].sum() >= SMALLEST]
     if not kept:
@@ -209,6 +216,7 @@ def main(argv):
     step = max(1, len(synthetic.rois) // args.count) if args.count else 1
     rois = synthetic.rois[::step][:args.count or None]
     pictures = [open_roi(roi, synthetic.classes, args.cache).window(0, 0, patch, patch) for roi in rois]
+    # Both splits held out, for more slides: neither the networks nor their training saw one of them.
     unseen = [replace(roi, split="val") for roi in dataset.rois if roi.split != "train"]
     sampler = PatchSampler(replace(dataset, rois=unseen), "val", patch, fields.get("sampling", "tumor"),
                            cache=args.cache)

@@ -169,7 +169,7 @@ def log_joint(x, w, m, C) -> np.ndarray:
 def fit(x, K: int, rng):
     """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures.
 
-    A cluster of D instances or fewer has a likelihood without bound as it shrinks on them, and says nothing of
+    A cluster of D instances or fewer has a likelihood without bound as it shrinks on them and says nothing of
     a subtype: a mixture with such a one is taken only where every start led to one.
     """
     fits = []

@@ -1,11 +1,12 @@
 """How a training run begins, and what it says: log.txt for people, log.jsonl for the curves; its losses,
-watched at every step, read from the device only when they are needed.
+watched at every step, read from the device only when they are needed; the manifest of painted images.
 
 A resumed run cuts log.jsonl back to its checkpoint's step: it reads as if nothing had happened.
 """
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -162,3 +163,53 @@ class Losses:
         raise UserError(f"{self.folder}: {', '.join(broken)} not finite at step {step} "
                         f"(see {self.folder / 'diagnosis.json'}); the last checkpoint is intact; "
                         "try a lower --lr, a longer --warmup, or --amp off, with another --out")
+
+
+class Manifest:
+    """manifest.jsonl: one line per image whose files are on the disk; process k > 0 has manifest.k.jsonl."""
+
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.own = folder / f"manifest.{run_distributed.rank() or ''}.jsonl".replace("..", ".")
+
+    def finished(self, folder, checkpoint) -> set:
+        """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
+
+        A last line cut short by a crash is dropped, so that appending goes on after a whole line.
+        """
+        self.records = {}
+        parts = [path for path in (self.path, *sorted(self.folder.glob("manifest.*.jsonl"))) if path.exists()]
+        for path in parts:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                    name = Path(record["image"]).name
+                    known = record["image"] == f"images/{name}" and name == f"{int(Path(name).stem):06d}.png"
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    known = False
+                if not known:               # a line cut short; images that no line vouches for are made again
+                    break
+                if record.get("checkpoint") != checkpoint:
+                    raise UserError(f"{folder}: holds images of another checkpoint "
+                                    f"({record.get('checkpoint')}, the model is now {checkpoint}); "
+                                    "delete the folder or choose another --out")
+                if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
+                    self.records[int(Path(name).stem)] = record
+        if parts and not run_distributed.rank():
+            self.write_ordered()
+            for path in parts[1:]:
+                path.unlink()
+        return set(self.records)
+
+    def append(self, record) -> None:
+        self.records[int(Path(record["image"]).stem)] = record
+        with open(self.own, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_ordered(self) -> list:
+        """The file again, in the order of the images; returns the records in that order."""
+        ordered = [self.records[i] for i in sorted(self.records)]
+        atomic_write(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered))
+        return ordered
