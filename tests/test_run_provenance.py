@@ -30,7 +30,8 @@ import train_seg
 from her2 import run_provenance
 from her2.data_folder import load_dataset
 from her2.run_errors import UserError, command
-from her2.run_provenance import data_hashes, differences, file_hashes, stale
+from her2.run_provenance import (data_hashes, differences, file_hash, file_hashes, locate, model_file,
+                                 read_fields, read_inputs)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "Meine Sch\u00e4tze/D'Arcy (2)"
@@ -210,6 +211,23 @@ CHAIN = {
 def chain(*names):
     for name in names or CHAIN:
         succeed(*CHAIN[name], "--out", name)
+
+
+def stale(folder, **moved) -> list[str]:
+    """What the run in `folder` was made from and is another now: ["data: masks/a.png changed"]; [] = nothing.
+
+    `moved` {field: path} says where its inputs lie by now, if not there. Nothing recorded, nothing compared.
+    """
+    found, seed = [], read_fields(folder).get("split_seed", 0)
+    for field, known in read_inputs(folder).items():
+        try:
+            place = moved.get(field) or locate(folder, field)
+            now = (data_hashes(load_dataset(place, seed, require=())) if "slides.csv" in known
+                   else {model_file(place).name: file_hash(model_file(place))})
+            found += [f"{field}: {change}" for change in differences(known, now)]
+        except UserError as error:
+            found.append(f"{field}: {error}")
+    return found
 
 
 def refused(name):
