@@ -6,10 +6,10 @@
     last.pt       all that is needed to go on          last.prev.pt   the checkpoint before it
     model.pt      what others load: weights and the network's keyword arguments
 
-A checkpoint is written to a temporary file, flushed, and only then renamed: last.pt -> last.prev.pt,
-new -> last.pt. Killed at any moment, the folder holds at least one whole checkpoint. The file is a zip
-archive whose members carry a CRC-32: a truncated or bit-flipped one is noticed before anything in it is used.
-All files are read with weights_only=True: nothing from a file is ever executed.
+A checkpoint is written beside the one before and only then renamed: killed at any moment, the folder holds at
+least one whole checkpoint. The file is a zip archive whose members carry a CRC-32: a truncated or bit-flipped
+one is noticed before anything in it is used. All files are read with weights_only=True: nothing from a file
+is ever executed.
 
 No random state is stored: every random number of a loop is a function of (seed, step) (run_seeds.py), so the
 step is the state. The log is cut back to the checkpoint's step on resuming, so that it reads as if nothing
@@ -41,8 +41,6 @@ except ImportError:                         # Windows
     import msvcrt
 
 FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
-# Fields that may change between two starts of the same run, because the result does not depend on them.
-FREE_FIELDS = ("out", "workers", "cache")
 FAR = 1 << 30       # Windows locks bytes against reading too, so a byte is taken that no file has
 _held = {}          # {path: open file}; open until the process ends
 
@@ -52,53 +50,24 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS, longer="") -> Path:
+def open_run(script: str, config, device, command, inputs=None, free=("out", "workers", "cache"),
+             longer="") -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
 
-    Returns its path. `inputs` {field: {name: hash}} is the content that the result depends on
-    (`input_hashes`), by the field of `config` that says where it lies: a run goes on wherever that lies now,
-    and with no other content. `free` fields may change between two starts; more `steps` are welcome
-    where `longer` is "yes", else it says why not. UserError: the folder holds another script's run, another
-    configuration (the message lists the difference), was begun with other inputs, is in use, or holds files
-    that are not a run at all.
+    Returns its path. `inputs` {field: {name: hash}}: the content that the result depends on (`input_hashes`),
+    by the field of `config` that says where it lies; it may move, but not change. `free`: fields that may
+    change between two starts, as the result does not depend on them. More `steps` are welcome where `longer`
+    is "yes", else it says why not. UserError: another script's run, another configuration, other inputs, a
+    folder in use, files that are no run.
     """
+    folder, inputs = Path(config.out), inputs or {}
     # JSON has no infinity (--ratio inf): it is kept as its name.
-    folder, fields = Path(config.out), {name: "inf" if value == math.inf else value
-                                       for name, value in asdict(config).items()}
-    inputs = inputs or {}
+    fields = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}
+    path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
-    path = folder / "config.json"
     if path.exists():
-        old = read_json(path)
-        if not isinstance(old, dict) or not isinstance(old.get("fields"), dict):
-            raise UserError(f"{path}: is not the configuration of a run; choose another --out")
-        if old.get("script") != script:
-            raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
-                            "choose another --out")
-        known = read_inputs(folder)
-        same = [name for name, content in inputs.items() if known.get(name) == content]
-        names = sorted((set(fields) | set(old["fields"])) - {*free, *same})
-        steps = old["fields"].get("steps"), fields.get("steps")
-        if longer and None not in steps and steps[0] < steps[1]:
-            if longer != "yes":
-                raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, "
-                                "choose another --out")
-            old["fields"]["steps"] = fields["steps"]
-        changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
-                   if old["fields"].get(name) != fields.get(name)]
-        if changes:
-            raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
-                            "give the old values, or choose another --out")
-        stale = [f"{name}: {change}" for name in inputs if name in known
-                 for change in differences(known[name], inputs[name])]
-        if stale:
-            raise UserError(f"{folder}: is stale, its input is another than when it was begun "
-                            f"({in_short(stale)}); restore that, or delete the folder to make it again")
-        for name in [name for name in same if old["fields"].get(name) != fields[name]]:
-            print(f"note: {folder}: --{name} {fields[name]} has the content of {old['fields'].get(name)}")
-        if steps[0] != steps[1]:
-            write_json(path, old)
+        check_same_run(path, script, fields, inputs, free, longer)
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:
@@ -109,22 +78,52 @@ def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS
                             "choose another --out") from None
         write_json(path, {"script": script, "fields": fields, "cwd": os.getcwd(), "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
-    if run_distributed.rank():
-        return folder                                   # process 0 holds it
-    hold(folder)
-    if not (folder / "inputs.json").exists():
-        write_json(folder / "inputs.json", inputs)
-    for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
-        rubbish.unlink(missing_ok=True)
+    if not run_distributed.rank():                      # process 0 holds the folder
+        hold(folder)
+        if not (folder / "inputs.json").exists():
+            write_json(folder / "inputs.json", inputs)
+        for rubbish in folder.rglob("*.tmp"):           # of an earlier start that was killed while writing
+            rubbish.unlink(missing_ok=True)
     return folder
 
 
-def hold(folder) -> None:
-    """Take the lock of a run folder that holds config.json. UserError while another process has it.
+def check_same_run(path, script, fields, inputs, free, longer) -> None:
+    """UserError unless the config.json `path` is of the run that `open_run` is asked for."""
+    folder, content = path.parent, read_json(path)
+    old = content.get("fields") if isinstance(content, dict) else None
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: is not the configuration of a run; choose another --out")
+    if content.get("script") != script:
+        raise UserError(f"{folder}: holds a run of {content.get('script')}, not of {script}; "
+                        "choose another --out")
+    known = read_inputs(folder)
+    same = [name for name in inputs if known.get(name) == inputs[name]]
+    steps = old.get("steps"), fields.get("steps")
+    if longer and None not in steps and steps[0] < steps[1]:
+        if longer != "yes":
+            raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, choose another --out")
+        old["steps"] = fields["steps"]
+    differing = [name for name in sorted({*fields, *old}) if old.get(name) != fields.get(name)]
+    changes = [f"{name}: {old.get(name)!r} -> {fields.get(name)!r}" for name in differing
+               if name not in (*free, *same)]
+    if changes:
+        raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
+                        "give the old values, or choose another --out")
+    stale = [f"{name}: {change}" for name in inputs if name in known
+             for change in differences(known[name], inputs[name])]
+    if stale:
+        raise UserError(f"{folder}: is stale, its input is another than when it was begun "
+                        f"({in_short(stale)}); restore that, or delete the folder to make it again")
+    for name in [name for name in same if name in differing]:
+        print(f"note: {folder}: --{name} {fields[name]} has the content of {old.get(name)}")
+    if steps[0] != steps[1]:
+        write_json(path, content)
 
-    Two processes in one folder (a second start by mistake, a stage that outlives the study that started it)
-    would mix their logs and checkpoints. The lock is one of the operating system, which ends with the process
-    however that ends: none can be left behind and stand in the way.
+
+def hold(folder) -> None:
+    """Take the lock of a run folder that holds config.json. UserError while another process has it, for two
+    would mix their logs and checkpoints. The lock is one of the operating system: it ends with the process,
+    however that ends.
     """
     path = (Path(folder) / "config.json").resolve()
     if path in _held:
@@ -163,8 +162,7 @@ def check_archive(path) -> None:
 def load_file(path) -> dict:
     """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else.
 
-    Official weights come in the older tar/pickle format too, which has no checksums; weights_only holds for
-    both.
+    Official weights come in the older tar/pickle format too, which has no checksums.
     """
     path = Path(path)
     if not path.is_file():
@@ -203,10 +201,7 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
     A damaged checkpoint is named, moved aside, and the one before it is used.
     """
     damaged = []
-    for name in ("last.pt", "last.prev.pt"):
-        path = Path(folder) / name
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
         try:
             state = load_file(path)
             check_format(path, state)
@@ -215,8 +210,7 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
                 raise
             print(f"warning: {one_line(error)}; trying the checkpoint before it", file=sys.stderr)
             # Out of the way, or the next save would put it in the place of the whole one.
-            os.replace(path, path.with_suffix(".damaged"))
-            damaged.append(str(path.with_suffix(".damaged")))
+            damaged.append(str(path.replace(path.with_suffix(".damaged"))))
             continue
         try:
             for item_name, item in saved.items():
@@ -241,17 +235,16 @@ def check_format(path, state) -> None:
 
 
 def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> None:
-    """model.pt: {kind, format, kwargs, state_dict, ...}.
-
-    `kwargs` rebuild the network, `extra` is what its users need.
-    """
+    """model.pt: {kind, format, kwargs, state_dict, ...}: `kwargs` rebuild the network, users need `extra`."""
     state_dict = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     content = {"kind": kind, "format": FORMAT, "kwargs": kwargs, "state_dict": state_dict, **extra}
     atomic_write(Path(folder) / "model.pt", lambda file: torch.save(content, file))
 
 
-COMMAND_FOR = {"autoencoder": ["train_ldm.py", "--stage", "autoencoder"], "gan": ["train_gan.py"],
-               "diffusion": ["train_ldm.py", "--stage", "diffusion"], "segmenter": ["train_seg.py"]}
+# The command that makes a model of a kind, and which dicts it holds besides kwargs and state_dict.
+KINDS = {"autoencoder": (["train_ldm.py", "--stage", "autoencoder"], ["split"]),
+         "diffusion": (["train_ldm.py", "--stage", "diffusion"], ["split", "schedule", "autoencoder"]),
+         "gan": (["train_gan.py"], ["split"]), "segmenter": (["train_seg.py"], [])}
 
 
 def load_model(path, kind: str, data: str = "") -> dict:
@@ -259,20 +252,18 @@ def load_model(path, kind: str, data: str = "") -> dict:
 
     `data`, the caller's dataset, enters the command that the error proposes.
     """
-    path, file = Path(path), model_file(path)
-    remedy = script_line(*COMMAND_FOR[kind], *(["--data", data] if data else []), "--out", path)
+    path, file, (words, needed) = Path(path), model_file(path), KINDS[kind]
     if not file.exists():
         found = ("holds no model.pt (not a run, or not yet trained to its first checkpoint)" if path.exists()
                  else "no such run")
+        remedy = script_line(*words, *(["--data", data] if data else []), "--out", path)
         raise UserError(f"{path}: {found}; make it with: {remedy}")
     content = load_file(file)
     check_format(file, content)
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
-                        f"make one with: {script_line(*COMMAND_FOR[kind])}")
-    needed = {"autoencoder": ["split"], "gan": ["split"],
-              "diffusion": ["split", "schedule", "autoencoder"], "segmenter": []}
-    for name in ["kwargs", "state_dict", *needed[kind]]:
+                        f"make one with: {script_line(*words)}")
+    for name in ["kwargs", "state_dict", *needed]:
         if not isinstance(content.get(name), dict):
             raise UserError(f"{file}: lacks {name!r}, another version of the code made it; train it again")
     return content
@@ -280,11 +271,10 @@ def load_model(path, kind: str, data: str = "") -> dict:
 
 def build_model(cls, content: dict, path):
     """The network of a loaded model.pt, in eval mode. UserError when its tensors do not fit `cls`."""
-    broken = [name for name, value in content.get("state_dict", {}).items()
-              if isinstance(value, torch.Tensor) and not value.isfinite().all()]
-    if broken:
-        raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({broken[0]}); its training "
-                        "diverged or the file was changed, train it again")
+    for name, value in content.get("state_dict", {}).items():
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({name}); its training "
+                            "diverged or the file was changed, train it again")
     return build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
 
 

@@ -24,8 +24,8 @@ def size(*networks) -> str:
 
 
 def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=None, **numbers):
-    """Open the run folder and go on from its checkpoint: (folder, log, step, numbers); log: None for a run that
-    is complete. `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset."""
+    """Open the run folder and go on from its checkpoint: (folder, log, step, numbers); log: None for a run
+    that is complete. `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset."""
     longer = "yes"                  # unless an earlier step would have been another one in the longer run
     if getattr(config, "schedule", "constant") != "constant":
         longer = "a cosine schedule has used up its learning rate by then"
@@ -45,8 +45,8 @@ def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=Non
 
 
 def json_lines(path, known) -> list:
-    """The objects in a .jsonl file, up to the first line that is not one which is `known`: a crash may have cut
-    the last one short."""
+    """The objects in a .jsonl file, up to the first line that is none which is `known`: a crash may have cut
+    it short."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:

@@ -181,8 +181,8 @@ def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
     if not known or os.path.realpath(dataset.root) not in map(os.path.realpath, places(folder)):
         return []
     changes = differences(known, data_hashes(dataset, cache))
-    said = f"{path} is stale: {dataset.root} changed since it was trained ({in_short(changes)}); train it again"
-    return [said] if changes else []
+    return [f"{path} is stale: {dataset.root} changed since it was trained ({in_short(changes)}); train it "
+            "again"] if changes else []
 
 
 def git_commit() -> str:
