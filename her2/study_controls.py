@@ -23,6 +23,7 @@ Dimension letters: B batch, P side of the patch, K classes.
 import json
 import re
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from her2.data_folder import NEW_TISSUE
 from her2.phantom_cells import hollow, site_cells
 from her2.phantom_microscope import cell_of, window
 from her2.polygons import paint
+from her2.relabel import renumber
 from her2.run_errors import UserError
 from her2.run_seeds import numpy_generator
 from her2.stains import STAINS, deconvolve
@@ -77,15 +79,8 @@ class Tissue:
         if found["recipe"] != phantom.RECIPE:
             raise UserError(f"{path}: made by another version of the phantom; make it again")
         self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
-        self.seed, self.kept = found["seed"], {}
-
-    def scene(self, slide: int, roi: int):
-        """(scene, polygons) of `phantom.scene_of`; the last few dozen are kept."""
-        if (slide, roi) not in self.kept:
-            if len(self.kept) > 64:
-                self.kept.clear()
-            self.kept[slide, roi] = phantom.scene_of(self.preset, self.seed, slide, roi)
-        return self.kept[slide, roi]
+        # scene(slide, roi) -> (scene, polygons); the last few dozen are kept.
+        self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
 
 
 class OraclePainter:
@@ -132,11 +127,9 @@ class FreshSampler:
         if present and rng.random() >= self.sampler.uniform:                    # or around a subtype
             inside = np.argwhere(label == rng.choice(present))
             y, x = (inside[rng.integers(len(inside))] - patch // 2).clip(0, side - patch)
-        part = np.s_[y:y + patch, x:x + patch]
-        ids, numbered = np.unique(instance[part], return_inverse=True)
-        numbered = numbered.reshape(patch, patch) + (ids[0] > 0)                # from 1, 0 = background
-        return {"image": torch.zeros(3, patch, patch), "label": torch.from_numpy(label[part]).long(),
-                "instance": torch.from_numpy(numbered).int(), "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0",
+        label, instance = (torch.from_numpy(one[y:y + patch, x:x + patch]) for one in (label, instance))
+        return {"image": torch.zeros(3, patch, patch), "label": label.long(),
+                "instance": renumber(instance), "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0",
                 "slide": f"new{FRESH + i}", "x": int(x), "y": int(y)}
 
 

@@ -111,7 +111,7 @@ class Job:
                 environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
             self.log = Path(logs) / (re.sub(r"\W+", "-", stage.name) + ".txt")
             self.log.parent.mkdir(parents=True, exist_ok=True)
-        # A session of its own: Ctrl-C reaches it through `run_stages`, once, and not a second time by the terminal.
+        # A session of its own: Ctrl-C comes from `run_stages`, and not a second time from the terminal.
         with open(self.log, "w", encoding="utf-8") if self.log else nullcontext() as output:
             self.process = subprocess.Popen([sys.executable, *line], env=environment, stdout=output,
                                             stderr=output and subprocess.STDOUT, start_new_session=True)
