@@ -30,8 +30,8 @@ COUNT = (1, 10**9)
 SHARE = (0.0, 1.0)
 RANGES = {
     "steps": COUNT, "batch": COUNT, "accumulate": COUNT, "patch": (16, 8192), "lr": RATE,
-    "seed": (0, 2**31 - 1),
-    "trial": (0, 10**9), "seeds": (0, 1000), "split_seed": (0, 2**31 - 1), "blend": (0, 1024),
+    "seed": (0, 2**31 - 1), "trial": (0, 10**9), "seeds": COUNT, "jobs": COUNT,
+    "split_seed": (0, 2**31 - 1), "blend": (0, 1024),
     "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": RATE, "disc_width": (1, 1024),
     "ratio": (0.0, math.inf), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
     "sample_steps": COUNT, "eta": SHARE, "warmup": (0, 10**9), "clip": POSITIVE, "log_every": COUNT,

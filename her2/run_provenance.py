@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from her2.data_classes import parse_json, read_text
-from her2.data_folder import Dataset, load_dataset
+from her2.data_folder import Dataset
 from her2.run_errors import UserError, atomic_write, say
 
 FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
@@ -178,23 +178,6 @@ def trained_with(path, config) -> dict:
         found["data"] = locate(folder)
     elif not config.data and Path(path).exists():
         raise UserError(f"{path}: no config.json beside it tells which data it was made with; give --data")
-    return found
-
-
-def stale(folder, cache="cache", **moved) -> list[str]:
-    """What the run in `folder` was made from and is another now: ["data: masks/a.png changed"]; [] = nothing.
-
-    `moved` {field: path} says where its inputs lie by now, if not there. Nothing recorded, nothing compared.
-    """
-    found, seed = [], read_fields(folder).get("split_seed", 0)
-    for field, known in read_inputs(folder).items():
-        try:
-            place = moved.get(field) or locate(folder, field)
-            now = (data_hashes(load_dataset(place, seed, require=()), cache) if "slides.csv" in known
-                   else _file_input(place))
-            found += [f"{field}: {change}" for change in differences(known, now)]
-        except UserError as error:
-            found.append(f"{field}: {error}")
     return found
 
 
