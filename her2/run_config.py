@@ -24,19 +24,16 @@ from her2.run_provenance import trained_with
 OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": "runs/ldm"}     # + its source
 SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
-RANGES = {
-    **dict.fromkeys(("steps", "batch", "accumulate", "sample_steps", "log_every", "save_every"), (1, 10**9)),
-    **dict.fromkeys(("trial", "warmup", "count", "disc_start", "min_area"), (0, 10**9)),
-    **dict.fromkeys(("seed", "split_seed"), (0, 2**31 - 1)), **dict.fromkeys(("lr", "disc_lr"), (1e-12, 1e3)),
-    **dict.fromkeys(("clip", "beta"), (1e-12, 1e12)),
-    **dict.fromkeys(("eta", "dice_weight", "jitter", "uniform", "threshold"), (0.0, 1.0)),
-    **dict.fromkeys(("lambda_feat", "lambda_kld", "lambda_vgg", "lambda_lpips", "lambda_edge"), (0.0, 1e6)),
-    "seeds": (1, 1000), "jobs": (1, 1000), "patch": (16, 8192), "workers": (0, 256), "overlap": (0, 4096),
-    "width": (8, 1024), "disc_width": (1, 1024), "hidden": (1, 4096), "z_dim": (1, 4096), "blocks": (1, 16),
-    "codes": (2, 2**20), "timesteps": (2, 100000), "latent_pool": (0, 10**7), "blend": (0, 1024),
-    "dilate": (0, 64), "ratio": (0.0, math.inf), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9),
-    "guidance": (0.0, 100.0), "disc_weight": (0.0, 100.0), "t_spread": (0.0, 10.0), "simplify": (0.0, 1000.0),
-}
+RANGES = {name: ends for ends, names in {
+    (1, 10**9): "steps batch accumulate sample_steps log_every save_every seeds jobs",
+    (0, 10**9): "trial warmup count disc_start min_area", (0, 10**7): "latent_pool",
+    (0, 2**31 - 1): "seed split_seed", (1e-12, 1e3): "lr disc_lr", (1e-12, 1e12): "clip beta",
+    (0.0, 1.0): "eta dice_weight jitter uniform threshold", (0.0, 0.9): "drop_label", (0.0, 0.999999): "ema",
+    (0.0, 1e6): "lambda_feat lambda_kld lambda_vgg lambda_lpips lambda_edge", (0.0, math.inf): "ratio",
+    (0.0, 100.0): "guidance disc_weight", (0.0, 10.0): "t_spread", (0.0, 1000.0): "simplify",
+    (16, 8192): "patch", (8, 1024): "width", (1, 1024): "disc_width", (1, 4096): "hidden z_dim",
+    (1, 16): "blocks", (2, 2**20): "codes", (2, 100000): "timesteps", (0, 256): "workers",
+    (0, 4096): "overlap", (0, 1024): "blend", (0, 64): "dilate"}.items() for name in names.split()}
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,8 +30,7 @@ import train_seg
 from her2 import run_provenance
 from her2.data_folder import load_dataset
 from her2.run_errors import UserError, command
-from her2.run_provenance import (data_hashes, differences, file_hash, file_hashes, locate, model_file,
-                                 read_fields, read_inputs)
+from her2.run_provenance import data_hashes, differences, file_hash, file_hashes
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "Meine Sch\u00e4tze/D'Arcy (2)"
@@ -52,6 +51,24 @@ def quick():
             monkeypatch.setitem(presets, "tiny", small)
         yield
     torch.set_num_threads(before)
+
+
+def stale(folder, cache="cache", **moved) -> list[str]:
+    """What the run in `folder` was made from and is another now: ["data: masks/a.png changed"]; [] = nothing.
+
+    `moved` {field: path} says where its inputs lie by now, if not there."""
+    found, seed = [], run_provenance.read_fields(folder).get("split_seed", 0)
+    for field, known in run_provenance.read_inputs(folder).items():
+        try:
+            path = moved.get(field) or run_provenance.locate(folder, field)
+            if "slides.csv" in known:
+                now = data_hashes(load_dataset(path, seed, require=()), cache)
+            else:
+                now = {run_provenance.model_file(path).name: file_hash(run_provenance.model_file(path))}
+            found += [f"{field}: {change}" for change in differences(known, now)]
+        except UserError as error:
+            found.append(f"{field}: {error}")
+    return found
 
 
 @pytest.fixture
@@ -211,23 +228,6 @@ CHAIN = {
 def chain(*names):
     for name in names or CHAIN:
         succeed(*CHAIN[name], "--out", name)
-
-
-def stale(folder, **moved) -> list[str]:
-    """What the run in `folder` was made from and is another now: ["data: masks/a.png changed"]; [] = nothing.
-
-    `moved` {field: path} says where its inputs lie by now, if not there. Nothing recorded, nothing compared.
-    """
-    found, seed = [], read_fields(folder).get("split_seed", 0)
-    for field, known in read_inputs(folder).items():
-        try:
-            place = moved.get(field) or locate(folder, field)
-            now = (data_hashes(load_dataset(place, seed, require=())) if "slides.csv" in known
-                   else {model_file(place).name: file_hash(model_file(place))})
-            found += [f"{field}: {change}" for change in differences(known, now)]
-        except UserError as error:
-            found.append(f"{field}: {error}")
-    return found
 
 
 def refused(name):
