@@ -11,9 +11,8 @@ least one whole checkpoint. The file is a zip archive whose members carry a CRC-
 one is noticed before anything in it is used. All files are read with weights_only=True: nothing from a file
 is ever executed.
 
-No random state is stored: every random number of a loop is a function of (seed, step) (run_seeds.py), so the
-step is the state. The log is cut back to the checkpoint's step on resuming, so that it reads as if nothing
-had happened.
+No random state is stored: every random number of a loop is a function of (seed, step), so the step is the
+state (run_seeds.py).
 """
 
 import errno
@@ -152,31 +151,38 @@ def check_archive(path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         found = broken and f"damaged ({broken} fails its checksum)"
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError,
-            RuntimeError, OverflowError, UnicodeDecodeError, zlib.error) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError,
+            RuntimeError, OverflowError) as error:
         found = f"damaged or not a file saved by torch ({one_line(error)})"
     if found:
         raise UserError(f"{path}: {found}; delete it and run the script that made it again")
 
 
 def load_file(path) -> dict:
-    """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else.
-
-    Official weights come in the older tar/pickle format too, which has no checksums.
-    """
+    """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    with open(path, "rb") as file:
-        archive = file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt")
-    if archive:
-        check_archive(path)
+    with open(path, "rb") as file:      # official weights come in the older tar format too, without checksums
+        if file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt"):
+            check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError,
-            AssertionError, IndexError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
+            TypeError, AssertionError) as error:
         raise UserError(f"{path}: cannot be loaded as plain tensors ({one_line(error)[:200]}); "
                         "only files of tensors, lists, dicts and numbers are accepted") from None
+
+
+def load_own(path) -> dict:
+    """`load_file` of what this project wrote, in a version that this code knows; else UserError."""
+    content = load_file(path)
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise UserError(f"{path}: was not written by this project; give a run folder or its model.pt")
+    if content["format"] > FORMAT:
+        raise UserError(f"{path}: written by a newer version (format {content['format']}, "
+                        f"this code knows {FORMAT}); update the code")
+    return content
 
 
 def save_checkpoint(folder, saved: dict, **numbers) -> None:
@@ -184,14 +190,13 @@ def save_checkpoint(folder, saved: dict, **numbers) -> None:
 
     The one before becomes last.prev.pt once the new one is whole on the disk.
     """
-    folder = Path(folder)
-    last, fresh = folder / "last.pt", folder / "last.new.pt"
+    last, fresh = Path(folder, "last.pt"), Path(folder, "last.new.pt")
     if not run_distributed.rank():
         state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
         atomic_write(fresh, lambda file: torch.save(state, file))
         if last.exists():
-            os.replace(last, folder / "last.prev.pt")
-        os.replace(fresh, last)
+            last.replace(last.with_name("last.prev.pt"))
+        fresh.replace(last)
     run_distributed.barrier()           # a process that has ended would take process 0 with it
 
 
@@ -203,8 +208,7 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
     damaged = []
     for path in filter(Path.exists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
         try:
-            state = load_file(path)
-            check_format(path, state)
+            state = load_own(path)
         except UserError as error:
             if "newer version" in str(error):
                 raise
@@ -213,9 +217,9 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
             damaged.append(str(path.replace(path.with_suffix(".damaged"))))
             continue
         try:
-            for item_name, item in saved.items():
-                item.load_state_dict(state[item_name])
-            return {number: state[number] for number in numbers}
+            for name, item in saved.items():
+                item.load_state_dict(state[name])
+            return {name: state[name] for name in numbers}
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: is no checkpoint of this run and this version of the code "
                             f"({one_line(error)[:200]}); choose another --out") from None
@@ -223,15 +227,6 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
         raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; "
                         f"delete the run folder {folder} to start again")
     return numbers
-
-
-def check_format(path, state) -> None:
-    """UserError unless `state` is one of this project's files, of a version that this code knows."""
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise UserError(f"{path}: was not written by this project; give a run folder or its model.pt")
-    if state["format"] > FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {state['format']}, "
-                        f"this code knows {FORMAT}); update the code")
 
 
 def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> None:
@@ -248,18 +243,15 @@ KINDS = {"autoencoder": (["train_ldm.py", "--stage", "autoencoder"], ["split"]),
 
 
 def load_model(path, kind: str, data: str = "") -> dict:
-    """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...), or UserError.
-
-    `data`, the caller's dataset, enters the command that the error proposes.
-    """
+    """model.pt of a run folder (or the file itself), or a UserError with the command that makes it, from the
+    caller's dataset `data`."""
     path, file, (words, needed) = Path(path), model_file(path), KINDS[kind]
     if not file.exists():
         found = ("holds no model.pt (not a run, or not yet trained to its first checkpoint)" if path.exists()
                  else "no such run")
         remedy = script_line(*words, *(["--data", data] if data else []), "--out", path)
         raise UserError(f"{path}: {found}; make it with: {remedy}")
-    content = load_file(file)
-    check_format(file, content)
+    content = load_own(file)
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
                         f"make one with: {script_line(*words)}")

@@ -49,18 +49,10 @@ class Parser(argparse.ArgumentParser):
 
 def field_help(cls) -> dict:
     """{field: its trailing comment}, read from the source of the dataclass, and the comment lines below."""
-    texts, name = {}, None
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    for line in "\n".join(inspect.getsource(base) for base in bases).splitlines():
-        match = re.match(r"\s+(\w+)\s*:[^#]*=[^#]*#\s*(.*)", line)
-        more = re.match(r"\s+# (?!----)\s*(.*)", line)          # "# ----" begins a group of fields
-        if match:
-            name, texts[match[1]] = match[1], match[2].strip()
-        elif more and name:
-            texts[name] += " " + more[1].strip()
-        else:
-            name = None
-    return texts
+    found = re.findall(r"^ +(\w+)\s*:[^#\n]*=[^#\n]*#(.*(?:\n +# (?!----).*)*)",     # "# ----" begins a group
+                       "\n".join(map(inspect.getsource, bases)), re.MULTILINE)
+    return {name: re.sub(r"\s*\n +#\s*", " ", text).strip() for name, text in found}
 
 
 def add_fields(parser, cls, presets: dict) -> None:

@@ -20,7 +20,7 @@ from her2.run_errors import Stopped, UserError, asked_to_stop, one_line
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the GPU when there is one, under torchrun this process's own. UserError for 'cuda' without."""
+    """'auto': the GPU when there is one, under torchrun this process's own. UserError for 'cuda' without."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; "
                         "use --device cpu, or install a CUDA build of torch")
@@ -115,7 +115,7 @@ def set_learning_rate(optimizer, config, step: int) -> None:
 
 
 def load_official(network, path) -> None:
-    """The official weights in the file `path`, if there is one, into `network`. UserError when they misfit."""
+    """The official weights in `path`, a file or "", into `network`. UserError when they misfit."""
     if not path:
         return
     content = run.load_file(path)                   # a state_dict, or a checkpoint with one inside
