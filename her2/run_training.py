@@ -31,12 +31,10 @@ def pick_device(name: str) -> torch.device:
 class Precision:
     """Mixed precision: the forward pass in half precision where that is fast, weights and losses in float32.
 
-    autocast()  context for the forward pass. `amp` = auto: bf16 where the hardware is built for it, else fp16
-                on a GPU and nothing on a CPU. CPUs with matrix tiles (AMX) are: a training step is 1.8 to 2.4
-                times as fast. A CPU without any bf16 instruction is 14 to 60 times slower; one that has the
-                instruction without the tiles (avx512_bf16) gains 1.1 to 1.5, for which "bf16" must be said.
-                UserError for fp16 on a CPU.
-    scaler()    a GradScaler, enabled for fp16 only: bf16 has the exponent range of fp32 and needs none.
+    `amp` = auto: bf16 where the hardware is built for it, else fp16 on a GPU and nothing on a CPU. CPUs with
+    matrix tiles (AMX) are: a training step is 1.8 to 2.4 times as fast. A CPU without any bf16 instruction is
+    14 to 60 times slower; one that has the instruction without the tiles (avx512_bf16) gains 1.1 to 1.5, for
+    which "bf16" must be said. fp16 alone needs a scaler: bf16 has the exponent range of fp32.
     """
 
     def __init__(self, device: torch.device, amp: str):
@@ -196,15 +194,15 @@ class Steps:
     def __init__(self, name: str, config, sampler, first: int, device, losses, save, batches=None):
         self.batches = batches or loader(sampler, first, config.steps, run_distributed.indices(config),
                                          workers=config.workers, pin_memory=device.type == "cuda")
-        self.bar = dict(initial=first, total=config.steps, desc=name, leave=False,
-                        disable=bool(run_distributed.rank()) or None)
-        self.config, self.device, self.losses, self.save, self.step = config, device, losses, save, first
-        self.begun, self.samples = time.perf_counter(), 0
+        self.name, self.config, self.device, self.step = name, config, device, first
+        self.losses, self.save, self.begun, self.samples = losses, save, 0.0, 0
 
     def __iter__(self):
+        bar = tqdm(self.batches, self.name, initial=self.step, total=self.config.steps, leave=False,
+                   disable=bool(run_distributed.rank()) or None)
         with asked_to_stop() as asked:
             self.speed()
-            for batch in tqdm(self.batches, **self.bar):
+            for batch in bar:
                 yield batch
                 if run_distributed.any_of_all(bool(asked)):
                     self.losses.read()
