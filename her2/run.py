@@ -52,13 +52,11 @@ def write_json(path, value) -> None:
 def open_run(script: str, config, device, command, inputs=None, free=("out", "workers", "cache"),
              longer="") -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
-
     Returns its path. `inputs` {field: {name: hash}}: the content that the result depends on (`input_hashes`),
     by the field of `config` that says where it lies; it may move, but not change. `free`: fields that may
     change between two starts, as the result does not depend on them. More `steps` are welcome where `longer`
     is "yes", else it says why not. UserError: another script's run, another configuration, other inputs, a
-    folder in use, files that are no run.
-    """
+    folder in use, files that are no run."""
     folder, inputs = Path(config.out), inputs or {}
     # JSON has no infinity (--ratio inf): it is kept as its name.
     fields = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}
@@ -122,8 +120,7 @@ def check_same_run(path, script, fields, inputs, free, longer) -> None:
 def hold(folder) -> None:
     """Take the lock of a run folder that holds config.json. UserError while another process has it, for two
     would mix their logs and checkpoints. The lock is one of the operating system: it ends with the process,
-    however that ends.
-    """
+    however that ends."""
     path = (Path(folder) / "config.json").resolve()
     if path in _held:
         return
@@ -187,9 +184,7 @@ def load_own(path) -> dict:
 
 def save_checkpoint(folder, saved: dict, **numbers) -> None:
     """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
-
-    The one before becomes last.prev.pt once the new one is whole on the disk.
-    """
+    The one before becomes last.prev.pt once the new one is whole on the disk."""
     last, fresh = Path(folder, "last.pt"), Path(folder, "last.new.pt")
     if not run_distributed.rank():
         state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
@@ -201,10 +196,8 @@ def save_checkpoint(folder, saved: dict, **numbers) -> None:
 
 
 def load_checkpoint(folder, saved: dict, **numbers) -> dict:
-    """The newest whole checkpoint into all in `saved`; returns its numbers, or `numbers` for a new run.
-
-    A damaged checkpoint is named, moved aside, and the one before it is used.
-    """
+    """The newest whole checkpoint into all in `saved`; returns its numbers, or `numbers` for a new run. A
+    damaged checkpoint is named, moved aside, and the one before it is used."""
     damaged = []
     for path in filter(Path.exists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
         try:

@@ -82,11 +82,9 @@ def check_ranges(config) -> None:
 
 
 def build(cls, presets: dict, given: dict):
-    """The configuration: the dataclass's defaults, then the preset, then the flags that were given.
-
-    What a trained network or a synthetic set that it names was made with stands above the preset: a network
-    is used on its own data, with their split, and at its own size.
-    """
+    """The configuration: the dataclass's defaults, then the preset, then the flags that were given. What a
+    trained network or a synthetic set that it names was made with stands above the preset: a network is used
+    on its own data, with their split, and at its own size."""
     preset = given.get("preset") or cls.preset          # a dataclass keeps its defaults as attributes
     unknown = presets[preset].keys() - cls.__dataclass_fields__
     assert not unknown, f"preset {preset!r} of {cls.__name__} sets unknown fields {sorted(unknown)}"

@@ -170,10 +170,8 @@ class _Output:
 
 def atomic_write(path, write) -> None:
     """Create or replace the file `path` so that a crash at any moment leaves the old or the new content.
-
     `write` is bytes, a str (UTF-8), or a function that is given the open binary file. A temporary file in the
-    same folder is flushed to the disk and then renamed over `path`; on any failure it is removed.
-    """
+    same folder is flushed to the disk and then renamed over `path`; on any failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -101,10 +101,8 @@ class Log:
 
 class Losses:
     """What each step measured, kept on the device until it is read: asking a GPU for a number makes it wait.
-
     read() is due at every line of the log and before every checkpoint, so that weights are never saved which
-    are not finite. networks: {name: module}.
-    """
+    are not finite. networks: {name: module}."""
 
     def __init__(self, folder, networks: dict, scaler):
         self.folder, self.networks, self.scaler = Path(folder), networks, scaler
@@ -125,11 +123,9 @@ class Losses:
 
     def read(self) -> dict:
         """The numbers of the last step, with one transfer from the device. Forgets all steps before it.
-
         UserError when a loss, a norm or a weight is not finite, after writing diagnosis.json. Under fp16 an
         infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
-        the scale is below 1: then no scale helps.
-        """
+        the scale is below 1: then no scale helps."""
         tensors = [value for *_, values in self.kept for value in values.values()]
         tensors += [~p.detach().isfinite().all() for network in self.networks.values()
                     for p in network.parameters()]
@@ -173,11 +169,9 @@ class Manifest:
         return int(Path(record["image"]).stem)
 
     def finished(self, folder, checkpoint) -> set:
-        """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
-
-        A last line cut short by a crash is dropped, so that appending goes on after a whole line; images that
-        no line vouches for are made again.
-        """
+        """Numbers of the images that are whole. UserError when they were painted by another checkpoint. A
+        last line cut short by a crash is dropped, so that appending goes on after a whole line; images that
+        no line vouches for are made again."""
         self.records = {}
         parts = [path for path in (self.path, *sorted(folder.glob("manifest.*.jsonl"))) if path.exists()]
         for path in parts:

@@ -70,11 +70,9 @@ def file_hashes(paths, cache="cache") -> list[str]:
 
 
 def data_hashes(dataset: Dataset, cache="cache", splits=("train",)) -> dict:
-    """{path relative to the dataset: SHA-256} of all that the regions of `splits` consist of.
-
-    "slides.csv" and "classes.json" stand for what they say about these regions: saved again by a spreadsheet,
-    or with another row for a test slide, they mean the same.
-    """
+    """{path relative to the dataset: SHA-256} of all that the regions of `splits` consist of. "slides.csv"
+    and "classes.json" stand for what they say about these regions: saved again by a spreadsheet, or with
+    another row for a test slide, they mean the same."""
     root, rows, files = dataset.root, [], {}            # files: {path relative to the dataset: path}
     if (root / "manifest.jsonl").exists():
         files["manifest.jsonl"] = root / "manifest.jsonl"
@@ -90,10 +88,8 @@ def data_hashes(dataset: Dataset, cache="cache", splits=("train",)) -> dict:
 
 
 def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
-    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name.
-
-    What was made from the same data before they changed gets a warning on stderr.
-    """
+    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. What was
+    made from the same data before they changed gets a warning on stderr."""
     named = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
     files = {name: model_file(path) for name, path in named.items()}
     for source in [*named.values(), *([synthetic.root] if synthetic else [])]:
@@ -160,10 +156,8 @@ def locate(folder, field: str = "data") -> str:
 
 
 def trained_with(path, config) -> dict:
-    """{"data", "split_seed", "patch"} of the run that made the network or the synthetic set in `path`.
-
-    What nothing tells is left out; a UserError for the data, unless `config` names them.
-    """
+    """{"data", "split_seed", "patch"} of the run that made the network or the synthetic set in `path`. What
+    nothing tells is left out; a UserError for the data, unless `config` names them."""
     folder = model_file(path).parent
     fields = read_fields(folder)
     found = {name: fields[name] for name in ("split_seed", "patch") if name in fields}

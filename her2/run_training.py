@@ -30,12 +30,10 @@ def pick_device(name: str) -> torch.device:
 
 class Precision:
     """Mixed precision: the forward pass in half precision where that is fast, weights and losses in float32.
-
     `amp` = auto: bf16 where the hardware is built for it, else fp16 on a GPU and nothing on a CPU. CPUs with
     matrix tiles (AMX) are: a training step is 1.8 to 2.4 times as fast. A CPU without any bf16 instruction is
     14 to 60 times slower; one that has the instruction without the tiles (avx512_bf16) gains 1.1 to 1.5, for
-    which "bf16" must be said. fp16 alone needs a scaler: bf16 has the exponent range of fp32.
-    """
+    which "bf16" must be said. fp16 alone needs a scaler: bf16 has the exponent range of fp32."""
 
     def __init__(self, device: torch.device, amp: str):
         assert amp in ("auto", "off", "bf16", "fp16"), f"amp is auto, off, bf16 or fp16, found {amp!r}"
@@ -100,10 +98,8 @@ def check_patch(config, halves: str) -> None:
 
 
 def set_learning_rate(optimizer, config, step: int) -> None:
-    """Linear warm-up over the first `warmup` steps, then constant or half a cosine that is 0 at `steps`.
-
-    step counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch or devices.
-    """
+    """Linear warm-up over the first `warmup` steps, then constant or half a cosine that is 0 at `steps`. step
+    counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch or devices."""
     factor = min(1.0, (step + 1) / max(config.warmup, 1))
     if config.schedule == "cosine" and step >= config.warmup:
         past = (step - config.warmup) / max(config.steps - config.warmup, 1)
@@ -166,10 +162,8 @@ BACKEND = "inductor"        # torch's own; the tests take one that needs no comp
 
 def compile_parts(config, *parts: torch.nn.Module) -> None:
     """--compile: let torch.compile fuse the forward and backward of these modules, from their next call on.
-
     UserError where it does not work. What is compiled can be differentiated once per step only: the part
-    between two losses whose gradients are compared is left as it is.
-    """
+    between two losses whose gradients are compared is left as it is."""
     if config.compile:
         try:
             torch.compile(lambda x: x.relu() + 1, backend=BACKEND)(torch.ones(8))
@@ -185,11 +179,9 @@ def compile_parts(config, *parts: torch.nn.Module) -> None:
 
 
 class Steps:
-    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar.
-
-    losses: a run_log.Losses, read before every save(): weights that are not finite are never saved. After
-    Ctrl-C or SIGTERM the steps end between two of them, saved, with the exception Stopped.
-    """
+    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar. losses: a
+    run_log.Losses, read before every save(): weights that are not finite are never saved. After Ctrl-C or
+    SIGTERM the steps end between two of them, saved, with the exception Stopped."""
 
     def __init__(self, name: str, config, sampler, first: int, device, losses, save, batches=None):
         self.batches = batches or loader(sampler, first, config.steps, run_distributed.indices(config),

@@ -196,9 +196,7 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
 
 def data_keys(config) -> tuple:
     """Hashes of the user's training data, which all stages read, and of all data, which the evaluation reads.
-
-    A phantom is decided by its command: ("", "").
-    """
+    A phantom is decided by its command: ("", "")."""
     if not config.data:
         return "", ""
     dataset = load_dataset(config.data, seed=config.split_seed)

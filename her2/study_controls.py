@@ -45,11 +45,9 @@ FAINTEST = 0.02         # DAB below which a factor would only blow up noise
 
 
 def with_classes(scene, wanted: dict, key: tuple):
-    """The scene with the nests `wanted` {index of the site: class id} filled anew in their new class.
-
-    Their outlines stay, and so does all else, to the bit: the table of cells only grows at its end, because
-    the coins of `phantom_microscope` are thrown by the number of a cell.
-    """
+    """The scene with the nests `wanted` {index of the site: class id} filled anew in their new class. Their
+    outlines stay, and so does all else, to the bit: the table of cells only grows at its end, because the
+    coins of `phantom_microscope` are thrown by the number of a cell."""
     sites, cells, nuclei = list(scene.sites), [scene.cells.copy()], [scene.nuclei.copy()]
     for k, class_id in sorted(wanted.items()):
         rng = numpy_generator(*key, "site", k)

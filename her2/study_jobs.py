@@ -80,9 +80,7 @@ class Record:
 
 def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
     """Expected seconds until all is finished: `cost` {kind: seconds}, scaled by what finished stages took.
-
-    running: {stage: seconds so far}; done: {kind: [seconds]} of this run.
-    """
+    running: {stage: seconds so far}; done: {kind: [seconds]} of this run."""
     expected = sum(cost.get(kind, 60) * len(times) for kind, times in done.items())
     pace = sum(map(sum, done.values())) / expected if expected else 1.0
 
@@ -147,11 +145,9 @@ class Board:
 
 def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lambda stage: None) -> list:
     """Run what is not complete, up to `jobs` at a time. Returns one line per stage that failed.
-
     `finished(stage)` is called for every stage that is complete, also for those that were before. What needs
     a failed stage is left out; what does not goes on. Ctrl-C stops all jobs, each of which saves a checkpoint
-    of its own, and is raised again.
-    """
+    of its own, and is raised again."""
     waiting, failed, running, times = [], {}, {}, {}
     for stage in stages:
         (finished if record.complete(stage) else waiting.append)(stage)

@@ -39,10 +39,8 @@ def from_json(content: dict) -> Outcome:
 
 
 def write_seed(config, seed: int, seconds: dict) -> None:
-    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}.
-
-    config: of `study`; what decides the figures is written with them.
-    """
+    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}. config: of
+    `study`; what decides the figures is written with them."""
     root = Path(config.out) / f"seed{seed}"
     results = run.read_json(root / "report" / "results.json")
     folders = {arm["name"]: Path(arm["runs"][0].pop("folder")) for arm in results["configs"]}
