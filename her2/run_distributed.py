@@ -37,8 +37,6 @@ from her2 import run_errors
 from her2.run_errors import UserError
 
 
-# ---- processes ---------------------------------------------------------------------------------------------
-
 def start(device: torch.device) -> torch.device:
     """Join the processes that torchrun has started, if it has; returns this one's own device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -77,11 +75,9 @@ def barrier() -> None:
 @contextmanager
 def in_turn():
     """Process 0 first, then the others, which find what it has made."""
-    if rank():
-        barrier()
+    rank() and barrier()
     yield
-    if not rank():
-        barrier()
+    rank() or barrier()
 
 
 def any_of_all(flag: bool) -> bool:
@@ -100,8 +96,6 @@ def gather_objects(value) -> list:
         dist.all_gather_object(found, value)
     return found
 
-
-# ---- the batch ---------------------------------------------------------------------------------------------
 
 class Part(NamedTuple):
     batch: dict         # some samples of the step's batch
@@ -147,8 +141,6 @@ def gather(pieces: list, config) -> torch.Tensor:
     return total(whole)
 
 
-# ---- sums --------------------------------------------------------------------------------------------------
-
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, without gradient."""
     tensor = tensor.detach()
@@ -179,8 +171,6 @@ class WholeSums:
         whole = next(self.known) if self.known else total(sums)
         return whole + (sums - sums.detach()) / self.share
 
-
-# ---- batch norm --------------------------------------------------------------------------------------------
 
 class _SumOfAll(torch.autograd.Function):
     """y = sum over processes of x_r. Each process's loss depends on y: so dx_r = sum over processes of dy."""

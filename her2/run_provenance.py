@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,13 +92,12 @@ def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
     """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. What was
     made from the same data before they changed gets a warning on stderr."""
     named = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
-    files = {name: model_file(path) for name, path in named.items()}
     for source in [*named.values(), *([synthetic.root] if synthetic else [])]:
         for line in changed_since(source, data, config.cache):
             say(f"warning: {line}")
     sets = {"data": data, "synthetic": synthetic} if synthetic else {"data": data}
-    found = {name: data_hashes(one, config.cache) for name, one in sets.items()}
-    return found | {name: {path.name: file_hash(path)} for name, path in files.items()}
+    return {**{name: data_hashes(one, config.cache) for name, one in sets.items()},
+            **{name: {model_file(path).name: file_hash(model_file(path))} for name, path in named.items()}}
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -136,15 +136,12 @@ def places(folder, field: str = "data") -> list[str]:
     run, for both may have moved together, then where it was. A path is given as it was named where that still
     means the same."""
     fields = read_fields(folder)
-    named, before = fields.get(field, ""), fields["cwd"]
-    there = [os.path.join(before, named)] if named else []
-    try:
-        moved = [os.path.relpath(path, os.path.join(before, fields.get("out", ""))) for path in there]
-    except ValueError:                      # on two drives of Windows
-        moved = []
-    found = filter(os.path.exists, [*(os.path.join(folder, path) for path in moved), *there])
+    named, run = fields.get(field, ""), os.path.join(fields["cwd"], fields.get("out", ""))
+    found = [os.path.join(fields["cwd"], named)] if named else []
+    with suppress(ValueError):              # on two drives of Windows
+        found = [*(os.path.join(folder, os.path.relpath(path, run)) for path in found), *found]
     return [named if os.path.realpath(path) == os.path.realpath(named) else os.path.normpath(path)
-            for path in found]
+            for path in filter(os.path.exists, found)]
 
 
 def locate(folder, field: str = "data") -> str:
