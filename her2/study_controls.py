@@ -65,8 +65,11 @@ def with_classes(scene, wanted: dict, key: tuple):
     return replace(scene, sites=sites, cells=np.concatenate(cells), nuclei=np.concatenate(nuclei))
 
 
-class Tissue:
-    """The scenes behind a phantom's folder. UserError where `dataset` is no phantom."""
+class OraclePainter:
+    """paint(batch) by the phantom that made the folder of `dataset`; UserError where none did. `fresh_patch`
+    draws from slides that it would make next."""
+
+    multiple = 1
 
     def __init__(self, dataset):
         path = dataset.root / "phantom.json"
@@ -80,25 +83,16 @@ class Tissue:
         # scene(slide, roi) -> (scene, polygons); the last few dozen are kept.
         self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
 
-
-class OraclePainter:
-    """paint(batch) by the phantom itself. `batch["sources"]` say which slide, ROI and position."""
-
-    multiple = 1
-
-    def __init__(self, dataset):
-        self.tissue = Tissue(dataset)
-
     def paint(self, batch):
         images = [self.render(source, instance.numpy(), mapping, seed) for source, instance, mapping, seed
                   in zip(batch["sources"], batch["instance"], batch["mappings"], batch["seeds"])]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def render(self, source, instance, mapping, seed) -> np.ndarray:
-        """(P, P, 3) uint8 of one patch."""
+        """(P, P, 3) uint8 of the patch at the slide, ROI and position of `source`."""
         slide, roi = map(int, re.findall(r"\d+", source["name"])[:2])           # images/slide03_roi0.png
-        scene, _ = self.tissue.scene(slide, roi)
-        um, wanted = self.tissue.preset.um_per_px, {}
+        scene, _ = self.scene(slide, roi)
+        um, wanted = self.preset.um_per_px, {}
         for i, (_, new) in mapping.items():
             # An annotated outline is drawn by a shaky hand: its nest is the one that owns most of its pixels.
             y, x = np.nonzero(instance == i)
@@ -109,20 +103,14 @@ class OraclePainter:
         scene = with_classes(scene, wanted, (seed,))
         return window(scene, um, source["y"], source["x"], *instance.shape, numpy_generator(seed, "sensor"))
 
-
-class FreshSampler:
-    """Source patches of new slides: `source(seed, i)` in place of generate.py's `draw_patch`."""
-
-    def __init__(self, tissue: Tissue, sampler):
-        self.tissue, self.sampler = tissue, sampler
-
-    def source(self, seed: int, i: int) -> dict:
-        rng, side, patch = numpy_generator(seed, "fresh", i), self.tissue.preset.size, self.sampler.patch
-        scene, polygons = self.tissue.scene(FRESH + i, 0)
+    def fresh_patch(self, sampler, seed: int, i: int) -> dict:
+        """Source patch i of new slides, in place of generate.py's `draw_patch`."""
+        rng, side, patch = numpy_generator(seed, "fresh", i), self.preset.size, sampler.patch
+        _, polygons = self.scene(FRESH + i, 0)
         label, instance = paint([[ring] for _, ring in polygons], [k for k, _ in polygons], side, side)
         present = [k for k in np.unique(label) if k]
         y, x = rng.integers(side - patch + 1, size=2)                           # anywhere
-        if present and rng.random() >= self.sampler.uniform:                    # or around a subtype
+        if present and rng.random() >= sampler.uniform:                         # or around a subtype
             inside = np.argwhere(label == rng.choice(present))
             y, x = (inside[rng.integers(len(inside))] - patch // 2).clip(0, side - patch)
         label, instance = (torch.from_numpy(one[y:y + patch, x:x + patch]) for one in (label, instance))
