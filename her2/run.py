@@ -35,12 +35,10 @@ from her2.run_provenance import (differences, git_commit, in_short, model_file, 
 
 try:
     import fcntl
-except ImportError:                         # Windows
-    fcntl = None
-    import msvcrt
+except ImportError:
+    import msvcrt                           # Windows
 
-FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
-FAR = 1 << 30       # Windows locks bytes against reading too, so a byte is taken that no file has
+FORMAT = 1          # version of model.pt and last.pt; a newer one is refused
 _held = {}          # {path: open file}; open until the process ends
 
 
@@ -126,10 +124,10 @@ def hold(folder) -> None:
         return
     file = open(path, "r+b")
     try:
-        if fcntl is not None:
+        if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(FAR)
+            file.seek(1 << 30)      # Windows locks against reading too, so a byte is taken that no file has
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         file.close()

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 # What the machine or a wrong path can cause; every other OSError is a defect of this code.
@@ -32,20 +32,16 @@ class Stopped(KeyboardInterrupt):
     """The signal `number` has ended the run; `step`: the last finished one, when that is saved."""
 
     def __init__(self, number: int = signal.SIGINT, step=None):
-        super().__init__()
         self.number, self.step = int(number), step
 
 
 @contextmanager
 def handling(handler, *numbers):
     """`handler` for these signals inside the block. Only the main thread may set one; elsewhere: nothing."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if main_thread}
-    try:
+    with ExitStack() as stack:
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
+            stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @contextmanager

@@ -194,21 +194,15 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
     return plan
 
 
-def data_keys(config) -> tuple:
-    """Hashes of the user's training data, which all stages read, and of all data, which the evaluation reads.
-    A phantom is decided by its command: ("", "")."""
-    if not config.data:
-        return "", ""
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    return tuple(json.dumps(data_hashes(dataset, config.cache, splits)) for splits in (("train",), SPLITS))
-
-
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "python -m her2.study")
-    if config.data and not Path(config.data).is_dir():
-        raise UserError(f"{config.data}: no such dataset folder; check --data")
-    out, seeds = Path(config.out), range(config.seed, config.seed + config.seeds)
-    keys = data_keys(config)
+    out, seeds, keys = Path(config.out), range(config.seed, config.seed + config.seeds), ("", "")
+    if config.data:
+        if not Path(config.data).is_dir():
+            raise UserError(f"{config.data}: no such dataset folder; check --data")
+        # All stages read the training data, the evaluation all data. (A phantom is decided by its command.)
+        dataset = load_dataset(config.data, seed=config.split_seed)
+        keys = [json.dumps(data_hashes(dataset, config.cache, splits)) for splits in (("train",), SPLITS)]
     plan = list({stage.name: stage for seed in seeds for stage in stages(config, seed, keys)}.values())
     run.open_run("her2.study", config, config.device, ["-m", "her2.study", *argv], free=FREE)
     record = Record(out / "stages.json", plan)
