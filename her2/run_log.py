@@ -105,8 +105,8 @@ class Losses:
     are not finite. networks: {name: module}."""
 
     def __init__(self, folder, networks: dict, scaler):
-        self.folder, self.networks, self.scaler = Path(folder), networks, scaler
-        self.kept, self.sums = [], {}
+        self.parameters = dict(torch.nn.ModuleDict(networks).named_parameters())    # "network.its.weight"
+        self.folder, self.scaler, self.kept, self.sums = Path(folder), scaler, [], {}
 
     def add(self, share: float, **values: torch.Tensor) -> None:
         """Losses (), means over a part of the step's batch that is `share` of it; several parts add up."""
@@ -127,8 +127,7 @@ class Losses:
         infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
         the scale is below 1: then no scale helps."""
         tensors = [value for *_, values in self.kept for value in values.values()]
-        tensors += [~p.detach().isfinite().all() for network in self.networks.values()
-                    for p in network.parameters()]
+        tensors += [~p.detach().isfinite().all() for p in self.parameters.values()]
         numbers = iter(run_distributed.total(torch.stack([value.float() for value in tensors])).tolist())
         steps = [(step, names, dict(zip(values, numbers))) for step, names, values in self.kept]
         skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
@@ -143,9 +142,8 @@ class Losses:
         return steps[-1][2]
 
     def stop(self, step, names, values, broken) -> None:
-        largest = {f"{network_name}.{name}": float(parameter.grad.abs().nan_to_num(nan=math.inf).max())
-                   for network_name, network in self.networks.items()
-                   for name, parameter in network.named_parameters() if parameter.grad is not None}
+        largest = {name: float(p.grad.abs().nan_to_num(nan=math.inf).max())
+                   for name, p in self.parameters.items() if p.grad is not None}
         worst = max(largest, key=largest.get, default=None)
         if not run_distributed.rank():
             run.write_json(self.folder / "diagnosis.json", {
