@@ -111,6 +111,6 @@ def say_done(config, script: str, *flags) -> None:
 
 def parse(cls, presets: dict, argv, description: str, prog: str):
     """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it."""
-    parser = Parser(prog=prog, description=inspect.cleandoc(description))
+    parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))  # None under -OO
     add_fields(parser, cls, presets)
     return build(cls, presets, vars(parser.parse_args(argv)))
