@@ -27,7 +27,6 @@ from golden_reader import HERE, disagreements, expectation, folders, load
 from her2 import autoencoder, denoiser, quantizer, spade
 from her2.discriminator import MultiscaleDiscriminator, discriminate
 from her2.gan_losses import feature_matching, kl_divergence
-from her2.losses import generalised_dice_loss
 from her2.net_blocks import SpectralConv2d
 from her2.polygons import rasterize
 from her2.quantizer import vq_loss
@@ -143,7 +142,7 @@ MISTAKES = {                # what: (file, outputs, object, attribute, the wrong
                                                            [t - 1 for t in o["timesteps"]]})),
     "an absent class weighs nothing (MONAI)": (
         "seg_losses", "monai_gdl", parity_segmentation, "generalised_dice_loss",
-        with_options(generalised_dice_loss, absent="zero")),
+        with_options(parity_segmentation.generalised_dice_loss, absent="zero")),
     "pixel centres on integers": ("polygons", "mask", parity_polygons, "rasterize", lambda rings, *size:
                                   rasterize([ring - 0.5 for ring in rings], *size)),
 }
