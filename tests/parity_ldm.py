@@ -209,18 +209,28 @@ def run_schedule(meta, sd, inp, out):
     return ours
 
 
+def posterior(s, x0, xt, t):
+    """Eq. 3 of her2/diffusion.py: mean (B, C, h, w), variance and its logarithm (B, 1, 1, 1).
+
+    At t = 0 the variance is 0; its logarithm is cut off at 1e-20, as official.
+    """
+    mean = s.at(s.posterior_x0, t, xt) * x0 + s.at(s.posterior_xt, t, xt) * xt
+    log_variance = s.posterior_variance.clamp(min=1e-20).log()
+    return mean, s.at(s.posterior_variance, t, xt), s.at(log_variance, t, xt)
+
+
 def run_diffusion_math(meta, sd, inp, out):
     s, t, x0, xt, noise = schedule_of(meta["config"]), *(inp[name] for name in ("t", "x0", "xt", "noise"))
     ours = {"q_sample": s.q_sample(x0, t, noise), "predict_start_from_noise": s.x0_and_eps(noise, xt, t)[0]}
     for name, value in zip(("mean", "variance", "log_variance"), q_mean_variance(s, x0, t)):
         ours[f"q_mean_variance/{name}"] = value
     names = ("mean", "variance", "log_variance_clipped")
-    ours.update({f"q_posterior/{name}": value for name, value in zip(names, s.posterior(x0, xt, t))})
+    ours.update({f"q_posterior/{name}": value for name, value in zip(names, posterior(s, x0, xt, t))})
     guess = s.x0_and_eps(toy_network(xt, t), xt, t)[0]
     for clip in (0, 1):
-        posterior = s.posterior(guess.clamp(-1, 1) if clip else guess, xt, t)
-        ours.update({f"p_mean_variance/clip{clip}/{name}": value for name, value in zip(names, posterior)})
-        mean, _, log_variance = posterior
+        q = posterior(s, guess.clamp(-1, 1) if clip else guess, xt, t)
+        ours.update({f"p_mean_variance/clip{clip}/{name}": value for name, value in zip(names, q)})
+        mean, _, log_variance = q
         ours[f"p_sample/clip{clip}"] = mean + (t > 0).view(-1, 1, 1, 1) * (0.5 * log_variance).exp() * noise
     output = toy_network(s.q_sample(x0, t, noise), t)
     for kind in ("l1", "l2"):
