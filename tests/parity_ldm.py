@@ -4,10 +4,12 @@ Where ours differs on purpose, the official variant is an argument: Codebook(leg
 final_alpha_bar, blend "after", clip_x0. See test_parity.py for the protocol.
 """
 
+import math
 import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from golden_reader import gradient_outputs, module_outputs, probes
 from her2.autoencoder import VQAutoencoder
 from her2.denoiser import Denoiser, LabelCode, LatentDenoiser, time_embedding
@@ -95,9 +97,17 @@ def code_statistics(counts):
     return perplexity.item(), int((counts > 0).sum())
 
 
+def ddpm_embedding(t, dim):
+    """The convention of Ho et al. 2020: [sin, cos], and frequency i is 10000^(-i/(half-1))."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1))
+    angles = t[:, None].float() * torch.exp(exponents)[None]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
 def run_time_embedding(meta, sd, inp, out):
-    return {f"{name}/{dim}": time_embedding(inp["t"], dim, ddpm=ddpm) for dim in meta["config"]["dims"]
-            for name, ddpm in (("openai", False), ("ddpm_vq_model_py", True))}
+    return {f"{name}/{dim}": embedding(inp["t"], dim) for dim in meta["config"]["dims"]
+            for name, embedding in (("openai", time_embedding), ("ddpm_vq_model_py", ddpm_embedding))}
 
 
 def run_quantizer(meta, sd, inp, out):
