@@ -89,7 +89,7 @@ def smp_unet(meta, sd, inp, out):
     logits = model.forward_normalised(inp["x"])
     loss = dice_cross_entropy(logits, inp["target"], dice_weight=0.0, ce_weight=1.0)[0]
     loss.backward()
-    buffers = [(name, b) for name, b in model.named_buffers() if name in sd]  # without scale and shift
+    buffers = [(name, b) for name, b in model.named_buffers() if name in sd]  # without factor and shift
     names, rows = probes(dict(buffers))
     return {**ours, "train/y": logits.detach(), "train/ce": loss.detach(),
             "train/buf_names": np.array(names), "train/buf_probes": rows,
