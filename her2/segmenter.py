@@ -238,8 +238,8 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
 
     The kept parts are disjoint and cover [0, length). The last tile may reach beyond `length`.
     """
-    # Tiles start at multiples of 32: a network with five halvings then sees every pixel on the same grid as in
-    # one pass over the whole image. Neighbours are cut in the middle of what they share, where both see far.
+    # Tiles start at multiples of 32: a network with five halvings then sees every pixel on the same grid as
+    # in one pass over the image. Neighbours are cut in the middle of what they share: both see far there.
     padded = math.ceil(length / STRIDE) * STRIDE
     tile = min(tile, padded)                                            # a small image is one tile
     step = (tile - overlap) // STRIDE * STRIDE           # down: the overlap is at least what was asked for
@@ -271,8 +271,8 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     _, height, width = image.shape
     tile_h, spans_y = tile_spans(height, tile, overlap)
     tile_w, spans_x = tile_spans(width, tile, overlap)
-    # Beyond right and bottom, up to a multiple of 32, a mirror: mirrored tissue is tissue, while zeros would be
-    # an even grey, which no slide has.
+    # Beyond right and bottom, up to a multiple of 32, a mirror: mirrored tissue is tissue, zeros would be an
+    # even grey, which no slide has.
     rows = reflected(height, spans_y[-1][0] + tile_h)
     columns = reflected(width, spans_x[-1][0] + tile_w)
 
