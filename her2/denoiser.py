@@ -228,17 +228,15 @@ class LatentDenoiser(nn.Module):
         if not 0 < value < math.inf:
             raise ValueError(f"latent_scale is {value}, should be a positive number: it was never set")
 
-    def set_latent_scale(self, std: float) -> None:
-        """std: standard deviation of the autoencoder's latents over many batches."""
+    def set_latent_scale(self, std: float) -> None:          # std: of the latents, over many batches
         self.latent_scale.fill_(1.0 / float(std))
         self.check_latent_scale()
 
-    def scale(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents of the autoencoder -> x0 of about unit variance."""
-        return z * self.latent_scale                                    # (B, D, h, w)
+    def scale(self, z: torch.Tensor) -> torch.Tensor:        # latents of the autoencoder -> x0 of variance 1
+        return z * self.latent_scale                                         # (B, D, h, w)
 
     def unscale(self, x0: torch.Tensor) -> torch.Tensor:     # the way back, to what the autoencoder decodes
-        return x0 / self.latent_scale
+        return x0 / self.latent_scale                                        # (B, D, h, w)
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor, code: torch.Tensor = None) -> torch.Tensor:
         """xt (B, D, h, w), t (B,), code (B, code_channels, h, w) or None (no label) -> (B, D, h, w)."""
@@ -250,19 +248,18 @@ class LatentDenoiser(nn.Module):
     @staticmethod
     def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
         """`code` with the images where `dropped` (B,) is True set to the code of no label."""
-        return code.masked_fill(dropped[:, None, None, None], 0.0)      # (B, code, h, w)
+        return code.masked_fill(dropped[:, None, None, None], 0.0)           # (B, code, h, w)
 
     def predictor(self, code: torch.Tensor, guidance: float = 1.0):
         """-> function(xt, t) for the samplers. guidance 1: plain conditional; else two answers per image."""
-        def conditional(xt, t):
-            return self(xt, t, code)
-
-        def with_guidance(xt, t):
+        def predict(xt, t):
+            if guidance == 1.0:
+                return self(xt, t, code)
             both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w) one forward
             cond, uncond = self(xt.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             return guided(cond, uncond, guidance)
 
-        return conditional if guidance == 1.0 else with_guidance
+        return predict
 
     def load_official_state_dict(self, state_dict: dict, ema: bool = True) -> None:
         """U-Net, label conv and scale out of a latent-diffusion checkpoint; its other parts are left out.

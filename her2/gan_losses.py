@@ -33,7 +33,7 @@ HINGE = {"real": lambda x: F.relu(1 - x), "fake": lambda x: F.relu(1 + x), "gene
 
 
 def adversarial_loss(logits, role: str, cost=HINGE) -> torch.Tensor:
-    """The loss () of `role`: the discriminator on "real" or "fake" images, or the "generator" on fake ones."""
+    """The loss () of `role`: the discriminator on "real" or "fake" images, the "generator" on fake ones."""
     maps = [logits] if torch.is_tensor(logits) else [level[-1] for level in logits]    # (B, 1, h, w) each
     # A mean per level, then over levels: the coarse one has a quarter of the logits and the same say.
     return torch.stack([cost[role](x.float()).mean() for x in maps]).mean()
@@ -85,8 +85,8 @@ def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor
                     loss_scale: float = 1.0, pool=None) -> torch.Tensor:
     """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4.
 
-    Where the scaled gradients overflow (GradScaler then skips the step and lowers itself) it is 0. pool: turns
-    the gradients of a part of the batch into those of all of it, where the rest is elsewhere.
+    Where the scaled gradients overflow (GradScaler then skips the step and lowers itself) it is 0. pool:
+    turns the gradients of a part of the batch into those of all of it, where the rest is elsewhere.
     """
     # The last layer stands for all others: every path of both losses goes through it, so the ratio there is
     # about the ratio everywhere, and its gradient costs one layer's backward instead of the whole network's.

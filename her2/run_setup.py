@@ -25,7 +25,7 @@ from her2.spade import SPADEGenerator, VAEEncoder
 
 
 def training_data(config, stain: float = 0.0):
-    """Dataset and sampler of the training split. stain: jitter; a painter has to learn the true colours: 0."""
+    """Dataset and sampler of the training split. stain: jitter; painters learn the true colours: 0."""
     with run_distributed.in_turn():         # process 0 makes the phantom and the cache, the others find them
         config.data = config.data or str(default_phantom(config.preset))
         dataset = load_dataset(config.data, seed=config.split_seed)
