@@ -83,20 +83,16 @@ class Attention(nn.Module):
         return x + self.proj_out(y)                                          # (B, C, h, w)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                             # (B, C, h/2, w/2)
+def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
+    # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),        # OrderedDict: the official names
+                                     conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
 def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
     # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
-                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))     # official name
+                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -108,7 +104,7 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(in_channels if i == 0 else out_channels, out_channels, groups)
                                    for i in range(blocks))
         self.attn = nn.ModuleList(Attention(out_channels, groups) for _ in range(blocks if attention else 0))
-        self.downsample = Downsample(out_channels) if coarser else nn.Identity()
+        self.downsample = downsample(out_channels) if coarser else nn.Identity()
         self.upsample = upsample(out_channels) if finer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,15 +115,11 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))                             # one of them, or none, changes x
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, groups)
-        self.attn_1 = Attention(channels, groups)      # where it is cheapest: the fewest places
-        self.block_2 = ResBlock(channels, channels, groups)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))                    # (B, C, h, w)
+def middle(channels: int, groups: int) -> nn.Sequential:                    # (B, C, h, w) -> the same
+    # Attention is here, at the coarsest level, because it is cheapest there: fewest places.
+    return nn.Sequential(OrderedDict(block_1=ResBlock(channels, channels, groups),
+                                     attn_1=Attention(channels, groups),
+                                     block_2=ResBlock(channels, channels, groups)))
 
 
 class Encoder(nn.Module):
@@ -138,7 +130,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(
             Level(*width, num_res_blocks, i in attention_levels, groups, coarser=i < len(widths) - 1)
             for i, width in enumerate(widths))
-        self.mid = Middle(coarsest, groups)
+        self.mid = middle(coarsest, groups)
         self.norm_out = group_norm(coarsest, groups)
         self.conv_out = nn.Conv2d(coarsest, z_channels, 3, padding=1)
 
@@ -157,7 +149,7 @@ class Decoder(nn.Module):
         super().__init__()
         outs = [out for _, out in widths]                          # channels that leave each level
         self.conv_in = nn.Conv2d(z_channels, outs[-1], 3, padding=1)
-        self.mid = Middle(outs[-1], groups)
+        self.mid = middle(outs[-1], groups)
         arriving = [*outs[1:], outs[-1]]                           # from the coarser level, or the middle
         self.up = nn.ModuleList(
             Level(arriving[i], out, num_res_blocks + 1, i in attention_levels, groups, finer=i > 0)
