@@ -37,7 +37,7 @@ from her2.run_errors import UserError, one_line
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: what every torchvision ResNet was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"  # ends in the start of its SHA-256
-STRIDE = 32                            # five halvings: sizes and tile positions are multiples of it
+STRIDE = 32                            # five halvings: sizes and places of tiles are multiples of it
 BLOCKS = (3, 4, 6, 3)                  # residual blocks of f_2 .. f_5: He et al., CVPR 2016, table 1
 
 
@@ -109,7 +109,7 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, channels, decoder_channels):
         super().__init__()
-        inputs = [channels[5], *decoder_channels[:-1]]                  # what arrives from below
+        inputs = [channels[5], *decoder_channels[:-1]]                  # what arrives from the coarser level
         skips = [*channels[4:0:-1], 0]                               # f_4 .. f_1; the image itself is no skip
         self.blocks = nn.ModuleList(map(DecoderBlock, inputs, skips, decoder_channels))
 
@@ -207,16 +207,16 @@ def encoder_weights(choice: str) -> Path | None:
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rsplit("/", 1)[1]
     expected = path.stem.split("-")[1]
     if not path.is_file():
-        patience = socket.getdefaulttimeout()                           # put back below
+        patience = socket.getdefaulttimeout()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(20)  # torch.hub itself would wait for minutes where packets are dropped
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=expected)
         except (OSError, RuntimeError, ValueError) as error:  # no network, wrong hash, broken proxy
-            raise UserError(f"{path}: not there, and the download failed ({one_line(error)}); get "
-                            f"{IMAGENET_URL} on a machine with a network and put it there, or give the file "
-                            "itself as --encoder-weights FILE, or do without: --encoder-weights none"
-                            ) from error
+            raise UserError(
+                f"{path}: not there, and the download failed ({one_line(error)}); get {IMAGENET_URL} on a "
+                "machine with a network and put it there, or give the file itself as --encoder-weights FILE, "
+                "or do without: --encoder-weights none") from error
         finally:
             socket.setdefaulttimeout(patience)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:len(expected)]
@@ -251,7 +251,7 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
 def reflected(length: int, stop: int) -> torch.Tensor:
     """Indices 0..stop-1 folded into [0, length) as in a mirror: 0 1 2 2 1 0 0 1 ... for length 3."""
     index = torch.arange(stop) % (2 * length)                          # a mirror repeats after there and back
-    return torch.where(index < length, index, 2 * length - 1 - index)
+    return index.minimum(2 * length - 1 - index)
 
 
 @torch.no_grad()
@@ -268,9 +268,8 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is (3, H, W), found {tuple(image.shape)}")
     check_tiles(tile, overlap)
-    _, height, width = image.shape
-    tile_h, spans_y = tile_spans(height, tile, overlap)
-    tile_w, spans_x = tile_spans(width, tile, overlap)
+    height, width = image.shape[1:]
+    (tile_h, spans_y), (tile_w, spans_x) = (tile_spans(length, tile, overlap) for length in (height, width))
     # Beyond right and bottom, up to a multiple of 32, a mirror: mirrored tissue is tissue, zeros would be an
     # even grey, which no slide has.
     rows = reflected(height, spans_y[-1][0] + tile_h)
