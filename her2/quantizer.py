@@ -14,7 +14,7 @@ Differs from the official code (taming-transformers, VectorQuantizer2, as latent
   comparison with the reference only, reproduces it.
 - distances are computed in chunks (16 images of 512 px at factor 4 and K = 8192 make an 8 GiB matrix) and in
   float32 also under autocast (bfloat16 mistakes neighbouring codes for each other).
-- codes that stay unused can be restarted at latents of the data.
+- codes that stay unused are restarted at latents of the data, as in Jukebox (Dhariwal et al. 2020, app. A.1).
 
 Key: B batch, D width of a code, K number of codes, h w latent height and width, N = B h w.
 """
@@ -50,7 +50,7 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)       # official; all near 0
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:                                                # (K, D)
         return self.embedding.weight
 
     @torch.no_grad()
@@ -125,7 +125,6 @@ def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z_sample: torch.
 
     z_sample: latents (B, D, h, w), or vectors (N, D). `generator` is a CPU generator: the same restart on
     every device. Adam's moments of the moved rows in `optimizer` are cleared: they belong to the old place.
-    (Not in the official code. Jukebox, Dhariwal et al. 2020, appendix A.1, does the same.)
     """
     weight = codebook.weight
     assert usage.shape == weight.shape[:1], f"usage {tuple(usage.shape)} should be ({len(weight)},)"

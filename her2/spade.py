@@ -7,8 +7,8 @@ label out of the input and lets it set factor and shift after every normalisatio
     h = relu(conv(onehot, resized to x))     gamma = conv(h)     beta = conv(h)
     SPADE(x) = norm(x) * (1 + gamma) + beta                                        (eq. 1, 2 of Park et al.)
 
-norm has no parameters of its own: batch or instance normalisation. The generator starts from a linear map of
-a latent vector z and doubles the size five times; each residual block in between is normalised in this way.
+norm, batch or instance normalisation, has no parameters of its own. The generator starts from a linear map of
+a latent vector z and doubles the size five times; the residual blocks in between are normalised in this way.
 z comes from an encoder of a real image (a variational autoencoder: mean mu, log-variance logvar), so that it
 carries what the mask does not say, such as the stain:
 
@@ -24,14 +24,13 @@ Differs from the official code (NVlabs/SPADE):
   of smaller crops lacks a layer: it fails) and has z_dim outputs (officially 256 whatever z_dim is).
 - Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
   num_batches_tracked, which the official one never advances.
-- PAPER: batch norm at test time is left open. Training images were normalised with the statistics of their
-  own batch; synthesised ones are with running averages, as officially: by statistics of the batch, the other
-  images in it would change the picture that a mask and a z give. But those averages belong to the last
-  steps, not to averaged (EMA) weights, and to z from the encoder, not from N(0, I). `recalibrate_norm`
-  measures them anew, with the weights that are saved and z as in synthesis. In one run of 800 steps on the
-  phantom it brought the images of averaged weights from a mean distance of 0.136 to 0.041 from what training
-  mode gives (values in [-1, 1]), and their contrast from 80 % to 98 %.
 - `hidden`, the width of h above, is an argument (officially 128): with a small ngf it dominates the cost.
+- PAPER: batch norm at test time is left open. Training images were normalised with the statistics of their
+  own batch; synthesised ones are with running averages, as officially, so that an image does not depend on
+  the others of its batch. But those averages belong to the weights of the last steps, not to averaged (EMA)
+  ones, and to z from the encoder, not from N(0, I). `recalibrate_norm` measures them anew for what is saved.
+  In one run of 800 steps on the phantom it brought the images of averaged weights from a mean distance of
+  0.136 to 0.041 from what training mode gives (values in [-1, 1]), and their contrast from 80 % to 98 %.
 
 Key: B batch, K classes, C channels, h w size of a feature map, H W of the image, g = 2^5 (stride), n = ngf.
 """
@@ -137,10 +136,9 @@ class SPADEGenerator(nn.Module):
         grid = [s // self.stride for s in onehot.shape[2:]]
         if not self.config["use_vae"]:
             return self.fc(F.interpolate(onehot, size=grid, mode="nearest"))          # (B, 16n, H/g, W/g)
-        if z is None or z.shape != (len(onehot), self.config["z_dim"]):
-            found = None if z is None else tuple(z.shape)
-            raise ValueError(f"z must be ({len(onehot)}, {self.config['z_dim']}), found {found}: "
-                             "draw it from N(0, I), or encode an image")
+        wanted, found = (len(onehot), self.config["z_dim"]), None if z is None else tuple(z.shape)
+        if found != wanted:
+            raise ValueError(f"z must be {wanted}, found {found}: draw it from N(0, I), or encode an image")
         x = self.fc(z).unflatten(1, (-1, *self.grid))                                 # (B, 16n, grid)
         return x if grid == self.grid else F.interpolate(x, size=grid, mode="nearest")  # (B, 16n, H/g, W/g)
 
@@ -197,9 +195,9 @@ class VAEEncoder(nn.Module):
     def forward(self, image: torch.Tensor):
         assert image.dim() == 4 and image.shape[1] == 3, \
             f"image must be (B, 3, H, W), found {tuple(image.shape)}"
-        x = image
-        if image.shape[2:] != (self.side, self.side):
-            x = F.interpolate(image, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        x, size = image, (self.side, self.side)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)     # (B, 3, side, side)
         for name in self.layers:
             x = F.leaky_relu(getattr(self, name)(x), SLOPE)                           # (B, C, h/2, w/2)
         x = x.flatten(1)                                                              # (B, 8n*4*4)
