@@ -291,29 +291,11 @@ def read_metrics(one, key, dataset) -> bool:
 
 def draw_results(out, results, dataset, config) -> list:
     """fig2, fig5 and fig6 into `out`; returns [(file name, caption), ...] in the order of the report."""
-    baseline = next((c for c in results["configs"] if c["name"] == report.BASELINE), None)
-    panels = []         # beside Dice the variance, since a method may raise one and not lower the other
-    for key, label, digits in (("dice", "tumor Dice", 3), ("subtype_variance", "subtype variance", 4)):
-        mean = report.mean_sd(report.figures_of(baseline, key)) if baseline else None
-        panels.append((label, report.box_groups(results, key),
-                       (mean[0], f"{report.BASELINE} {mean[0]:.{digits}f}") if mean else None))
-    series = {name for _, boxes in panels[0][1] for name, _ in boxes}
-    colors = {name: color for name, color in report.COLORS.items() if name in series}
-    draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
-
-    matrices = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *report.row_normalised(c))
-                for c in report.figure_pair(results)]
-    draw.save_png(out / "fig6.png", draw_charts.confusion_matrices(matrices, dataset.classes))
-
     parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
     areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
     draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
-    return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split. "
-             f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean "
-             "of the baseline."),
-            ("fig6.png", "Fig. 6 of the paper: confusion matrices on the test split at threshold 0.5, rows "
-             "divided by their sum, mean over the runs."),
-            ("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area.")]
+    return report.figures(out, results["configs"], dataset.classes) + [
+        ("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area.")]
 
 
 def draw_synthetic(out, results, synthetic, dataset, config) -> list:

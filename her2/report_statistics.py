@@ -11,7 +11,7 @@ paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
     Holm          the i-th smallest of m p-values against .05 / (m + 1 - i), until the first that is larger
     efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
 
-Variances are compared by their ratio, as log(max(variance, FLOOR)). Decisions rest on the t interval; the
+Variances are compared by their ratio, as log(max(variance, 1e-4)). Decisions rest on the t interval; the
 bootstrap has only n seeds to draw from, and is shown beside.
 
     base = outcome(val, test, scores, classes)                  of `subtype`; counts (S, K, BINS), S scores
@@ -37,9 +37,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from her2.metrics import ProbabilityHistogram
+from her2.metrics import ProbabilityHistogram, rates
 
-FLOOR = 1e-4    # of a variance: recalls that scatter by one percentage point are as good as equal
 MARGIN = {"dice": 0.005, "log_variance": math.log(0.8)}     # the least that counts; its sign is the paper's
 ALPHA = 0.05
 ORACLE = "oracle-100"
@@ -83,21 +82,6 @@ def average_precision(counts, classes) -> float:
     tumor = counts[classes.tumor_ids].sum(axis=0)[::-1].cumsum()                        # (BINS,)
     called = np.maximum(counts.sum(axis=0)[::-1].cumsum(), 1)
     return float((np.diff(tumor, prepend=0) * tumor / called).sum() / tumor[-1]) if tumor[-1] else math.nan
-
-
-def rates(confusion, classes) -> dict:
-    """Counts (..., K, 2) -> {figure: (...)}: `metrics.report` for many tables at once, NaN for its None."""
-    confusion, tumor = np.asarray(confusion, dtype=np.float64), classes.tumor_ids
-    tp, fn = confusion[..., tumor, 1].sum(axis=-1), confusion[..., tumor, 0].sum(axis=-1)
-    fp, tn = confusion[..., 1].sum(axis=-1) - tp, confusion[..., 0].sum(axis=-1) - fn
-    with np.errstate(invalid="ignore", divide="ignore"):
-        recall = confusion[..., 1] / confusion.sum(axis=-1)                             # (..., K)
-        found = np.ma.masked_invalid(recall[..., classes.variance_ids])
-        variance = np.where(found.count(axis=-1) > 1, np.ma.filled(found.var(axis=-1), np.nan), np.nan)
-        return {"dice": np.where(tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn), 1.0),
-                "precision": tp / (tp + fp), "fpr": fp / (fp + tn),
-                "variance": variance, "log_variance": np.log(np.maximum(variance, FLOOR)),
-                **{f"recall {classes.names[k]}": recall[..., k] for k in tumor}}
 
 
 def t_within(t: float, freedom: int) -> float:
