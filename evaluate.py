@@ -75,7 +75,8 @@ def main(argv):
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- 2 predict: counts per subtype and probability, from which every figure follows --------------------
-    key = {"data": fingerprint(dataset, config.cache), "tile": config.tile, "overlap": config.overlap,
+    hashes = json.dumps(data_hashes(dataset, config.cache, ("val", "test"))).encode()
+    key = {"data": hashlib.sha256(hashes).hexdigest(), "tile": config.tile, "overlap": config.overlap,
            "precision": str(precision)}                     # all that the counts depend on, but the network
     for one in runs:
         key["model"] = file_hash(Path(one.folder) / "model.pt")
@@ -93,7 +94,11 @@ def main(argv):
         return 0
     out = Path(config.out)
     results = report.collect(runs)                          # seeds of one configuration become one row
-    pictures = draw_results(out, results, dataset, config)
+    pictures = report.figures(out, results["configs"], dataset.classes)
+    parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
+    areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
+    draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
+    pictures.append(("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area."))
     if synthetic:
         pictures += draw_synthetic(out, results, synthetic, dataset, config)
     if synthetic and config.judge:                          # do images obey their masks?
@@ -136,15 +141,22 @@ def parse(argv):
 
 # ---- runs and data -----------------------------------------------------------------------------------------
 
+def read_config(folder) -> tuple:
+    """(name of the script, fields) of the config.json in `folder`; (None, {}) of one that has neither."""
+    content = run.read_json(Path(folder) / "config.json")
+    content = content if isinstance(content, dict) else {}
+    fields = content.get("fields")
+    return content.get("script"), fields if isinstance(fields, dict) else {}
+
+
 def read_run(folder) -> report.Run:
     """A finished run of train_seg.py, not yet evaluated."""
     if not (folder / "model.pt").exists():
         run.load_model(folder, "segmenter")         # says what is missing and which command makes it
-    content = run.read_json(folder / "config.json")
-    fields = content.get("fields") if isinstance(content, dict) else None
-    if not isinstance(fields, dict) or content.get("script") != "train_seg.py":
-        found = content.get("script") if isinstance(content, dict) else "no known script"
-        raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
+    script, fields = read_config(folder)
+    if script != "train_seg.py":
+        raise UserError(f"{folder}: holds a run of {script or 'no known script'}, not of train_seg.py; leave "
+                        "it out")
     if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
         fields["ratio"] = float("inf")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
@@ -158,9 +170,8 @@ def read_run(folder) -> report.Run:
 
 def synthetic_method(folder) -> str:
     """How generate.py made the images in `folder`: 'gan', 'ldm', ...; '-same' when it kept the labels."""
-    content = run.read_json(Path(folder) / "config.json")
-    fields = content.get("fields") if isinstance(content, dict) else None
-    method = fields.get("method") if isinstance(fields, dict) else None
+    _, fields = read_config(folder)
+    method = fields.get("method")
     if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
     return method if fields.get("relabel", True) or method == "reconstruct" else f"{method}-same"
@@ -168,12 +179,11 @@ def synthetic_method(folder) -> str:
 
 def shared_dataset(runs, folders, config):
     """The dataset of all runs. UserError when they were trained on different data or splits of them."""
-    first = runs[0]
     places = [config.data or locate(folder) for folder in folders]
-    for other, place in zip(runs, places):
+    for other, place in zip(folders, places):
         if Path(place).resolve() != Path(places[0]).resolve():
-            raise UserError(f"{first.folder} and {other.folder}: trained on different data ({places[0]} and "
-                            f"{place}); evaluate them apart, or give --data")
+            raise UserError(f"{folders[0]} and {other}: trained on different data ({places[0]} and {place}); "
+                            "evaluate them apart, or give --data")
     splits = [read_split(folder / "split.json") for folder in folders]
     dataset = load_dataset(places[0], split=splits[0])
     for one, split in zip(runs, splits):
@@ -195,11 +205,6 @@ def read_synthetic(folders, dataset) -> dict:
         synthetic = load_synthetic(folder)
         found[method] = (synthetic, check_synthetic(synthetic, dataset))
     return {method: found[method] for method in report.TITLES if method in found}
-
-
-def fingerprint(dataset, cache) -> str:
-    """A hash of all that the val and test ROIs consist of, wherever they lie."""
-    return hashlib.sha256(json.dumps(data_hashes(dataset, cache, ("val", "test"))).encode()).hexdigest()
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
@@ -263,8 +268,8 @@ def table(runs) -> str:
 def write_metrics(one, key) -> None:
     """metrics.json: the figures on test, then what they were computed from; one line per entry."""
     content = {"figures": sum(one.test.values()).report(), "key": key, "rois": one.rois,
-               "val": {slide: part.to_json() for slide, part in one.val.items()},
-               "test": {slide: part.to_json() for slide, part in one.test.items()}}
+               **{split: {slide: part.to_json() for slide, part in slides.items()}
+                  for split, slides in (("val", one.val), ("test", one.test))}}
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
     atomic_write(Path(one.folder) / "metrics.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -272,10 +277,8 @@ def write_metrics(one, key) -> None:
 def read_metrics(one, key, dataset) -> bool:
     """Take val and test from metrics.json when it was computed from the same model, data and settings."""
     path = Path(one.folder) / "metrics.json"
-    if not path.exists():
-        return False
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"key": None}
         if content["key"] != key:
             return False
         one.rois = content["rois"]
@@ -288,15 +291,6 @@ def read_metrics(one, key, dataset) -> bool:
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
-
-def draw_results(out, results, dataset, config) -> list:
-    """fig2, fig5 and fig6 into `out`; returns [(file name, caption), ...] in the order of the report."""
-    parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
-    areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
-    draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
-    return report.figures(out, results["configs"], dataset.classes) + [
-        ("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area.")]
-
 
 def draw_synthetic(out, results, synthetic, dataset, config) -> list:
     """fig4, staining and old_and_new into `out`, their numbers into `results`; returns their captions.

@@ -36,18 +36,18 @@ def draw_box(axes, x, values, color, with_mean=True):
         canvas.text(x, y + 6, text, 11, anchor="mm")
         return
     middle, half = (x - 6, 9) if with_mean else (x, 12)
-    low, first, median, third, high = np.percentile(values, [0, 25, 50, 75, 100])
-    canvas.rectangle(middle - half, axes.y(third), middle + half, axes.y(first), tint(color, 0.25))
+    low, first, median, third, high = map(axes.y, np.percentile(values, [0, 25, 50, 75, 100]))
+    canvas.rectangle(middle - half, third, middle + half, first, tint(color, 0.25))
     if len(values) > 12:
         shown = values[np.linspace(0, len(values) - 1, min(len(values), 150)).round().astype(int)]
         for i, value in enumerate(shown):       # golden-ratio spread: even, and the same in every run
             offset = ((i * 0.618034) % 1 - 0.5) * 1.7 * half
             canvas.dot(middle + offset, axes.y(value), 1.2, tint(color, 0.6))
     for end, side in ((low, first), (high, third)):
-        canvas.line([(middle, axes.y(side)), (middle, axes.y(end))], INK, 1)
-        canvas.line([(middle - half / 2, axes.y(end)), (middle + half / 2, axes.y(end))], INK, 1)
-    canvas.rectangle(middle - half, axes.y(third), middle + half, axes.y(first), None, color, 1.6)
-    canvas.line([(middle - half, axes.y(median)), (middle + half, axes.y(median))], INK, 2)
+        canvas.line([(middle, side), (middle, end)], INK, 1)
+        canvas.line([(middle - half / 2, end), (middle + half / 2, end)], INK, 1)
+    canvas.rectangle(middle - half, third, middle + half, first, None, color, 1.6)
+    canvas.line([(middle - half, median), (middle + half, median)], INK, 2)
     if len(values) <= 12:
         for value in values:
             canvas.dot(middle, axes.y(value), 2.2, color, INK)
@@ -68,8 +68,7 @@ def grouped(panels, colors, draw, note="", height=270) -> np.ndarray:
 
     panels   [(label of the y axis, groups, ticks, reference), ...], all with the same groups
              groups = [(name, [(series, values), ...]), ...]; further lines of a name are small and grey
-             reference = (value, name) of a dashed line, or (value, name, low, high, color) with a band, or
-             None
+             reference = (value, name) of a dashed line, (value, name, low, high, color) with a band, or None
     colors   {series: color}, the legend
     draw     draw(axes, x, values, color) of one slot; no values are written "n/a"
     """
@@ -170,21 +169,19 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
     return canvas.array()
 
 
-def draw_bar(axes, x, values, color):
-    """The only one of `values`, a share in per cent, as a bar around pixel `x`."""
-    share, half = values[0], SLOT / 2 - 6
-    if share > 0:
-        axes.canvas.rectangle(x - half, axes.y(share), x + half, axes.bottom, tint(color, 0.75))
-    text = f"{share:.0f}" if share >= 9.5 or share == 0 else f"{share:.1f}"
-    axes.canvas.text(x, axes.y(share) - 3, text, 12, anchor="md")
-
-
 def distribution(areas, classes, instances=None) -> np.ndarray:
     """Fig. 2: how the annotated tumor area of each split is made up of the subtypes.
 
     areas      {split: (K,) pixels per class id}; shares are of the split's tumor area
     instances  {split: (K,) counts}, optional: written under the shares
     """
+    def draw_bar(axes, x, values, color):
+        share, half = values[0], SLOT / 2 - 6
+        if share > 0:
+            axes.canvas.rectangle(x - half, axes.y(share), x + half, axes.bottom, tint(color, 0.75))
+        text = f"{share:.0f}" if share >= 9.5 or share == 0 else f"{share:.1f}"
+        axes.canvas.text(x, axes.y(share) - 3, text, 12, anchor="md")
+
     tumor = classes.tumor_ids
     total = {split: sum(area[k] for k in tumor) for split, area in areas.items()}
     splits = [split for split in areas if total[split] > 0]
@@ -224,10 +221,10 @@ def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(
             ink = GREY if not there else INK if amount < 0.66 else (255, 255, 255)
             x, y = x0 + j * wide, 80 + i * high
             canvas.rectangle(x, y, x + wide, y + high, tint(color, amount), GREY, 0.8)
-            canvas.text(x + wide / 2, y + high / 2 - 7 * with_spread, f"{value:.2f}" if there else "n/a", 17, ink,
-                        "mm")
+            text, middle = f"{value:.2f}" if there else "n/a", x + wide / 2
+            canvas.text(middle, y + high / 2 - 7 * with_spread, text, 17, ink, "mm")
             if with_spread:
-                canvas.text(x + wide / 2, y + high / 2 + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
+                canvas.text(middle, y + high / 2 + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
     return canvas.array()
 
 

@@ -28,9 +28,7 @@ GRID = 1024             # larger images are sampled on a grid of at least this m
 
 def instance_densities(image, instance, count: int, white, pixel_area: int = 1) -> np.ndarray:
     """Mean DAB density of each instance 0..count-1 of one image; NaN where it has fewer than SMALLEST pixels.
-
-    image (H, W, 3) uint8, instance (H, W) ids; each of their pixels stands for `pixel_area` pixels.
-    """
+    image (H, W, 3) uint8, instance (H, W) ids; each of their pixels stands for `pixel_area` pixels."""
     assert image.shape == (*instance.shape, 3), f"image {image.shape} does not fit instance {instance.shape}"
     dab = deconvolve(image, white)[1]                                                   # (H, W)
     pixels = np.bincount(instance.reshape(-1), minlength=count)                         # (count,)
@@ -45,12 +43,9 @@ def median_white(rois, classes, cache="cache") -> np.ndarray:
 
 def measure(sources: dict, classes, white, cache="cache") -> dict:
     """{source: [(name of the image, instance id, class id, density), ...]}: tumor in {source: [ROI, ...]}.
-
-    `white` serves all of them, see `median_white`.
-    """
-    records = {}
+    `white` serves all of them, see `median_white`."""
+    records = {source: [] for source in sources}
     for source, rois in sources.items():
-        records[source] = []
         for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,
                         disable=None):
             tile = open_roi(roi, classes, cache)
@@ -74,21 +69,19 @@ def summary(densities: dict, classes) -> dict:
     """
     result = {}
     for source, found in densities.items():
-        result[source] = {}
-        for k in classes.tumor_ids:
-            low, median, high = np.percentile(found[k], [25, 50, 75]).tolist() if found[k] else [None] * 3
-            result[source][classes.names[k]] = {"n": len(found[k]), "q25": low, "median": median,
-                                                "q75": high}
-        medians = [result[source][classes.names[k]]["median"] for k in classes.variance_ids]
-        result[source]["ordered"] = None if None in medians else sorted(set(medians)) == medians
+        rows = {k: np.percentile(found[k], [25, 50, 75]).tolist() if found[k] else [None] * 3
+                for k in classes.tumor_ids}
+        medians = [rows[k][1] for k in classes.variance_ids]
+        result[source] = {
+            **{classes.names[k]: {"n": len(found[k]), **dict(zip(("q25", "median", "q75"), row))}
+               for k, row in rows.items()},
+            "ordered": None if None in medians else sorted(set(medians)) == medians}
     return result
 
 
 def table(result: dict) -> list:
-    """Rows of texts, header first: median density (and number of instances) per source and subtype.
-
-    Whether medians rise is left out where no source has all of them.
-    """
+    """Rows of texts, header first: median density (and number of instances) per source and subtype. Whether
+    medians rise is left out where no source has all of them."""
     subtypes = [name for name in next(iter(result.values())) if name != "ordered"]
     rows = [["images", *subtypes, "rises with the subtype"]]
     for source, found in result.items():
@@ -100,10 +93,8 @@ def table(result: dict) -> list:
 
 
 def transitions(records, entries: dict, classes) -> dict:
-    """{old: {new: {"n", "mean", "half"}}}: density by the subtype before and the one asked for.
-
-    entries: {name of the image: its line of the manifest}; `half` the 95 % interval to each side.
-    """
+    """{old: {new: {"n", "mean", "half"}}}: density by the subtype before and the one asked for; `half` the
+    95 % interval to each side. entries: {name of the image: its line of the manifest}."""
     found = {(old, new): [] for old in classes.tumor_ids for new in classes.tumor_ids}
     for name, i, _, density in records:
         pair = tuple(entries[name].get("instances", {}).get(str(i), ()))

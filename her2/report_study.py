@@ -2,8 +2,7 @@
 
     python -m her2.report_study runs/study/seeds/*.json --out runs/report
 
-Seeds (`study_seed`) from several machines and days become one report, and an added seed costs nothing but its
-own run.
+Seeds (`study_seed`) from several machines and days become one report.
 
     results.json    all figures of every seed and arm, all intervals, the verdicts
     report.md       the verdicts in words, one table of arms, comparisons, images, costs
