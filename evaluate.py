@@ -80,7 +80,7 @@ def main(argv):
            "precision": str(precision)}                     # all that the counts depend on, but the network
     for one in runs:
         key["model"] = file_hash(Path(one.folder) / "model.pt")
-        if not read_metrics(one, key, dataset):
+        if not read_metrics(one, key, dataset):             # prediction is what takes the time
             predict(one, dataset, config, device, precision)
             run_distributed.rank() or write_metrics(one, key)
         found = sum(one.test.values()).report()             # a failed run among good ones ruins every mean
@@ -174,12 +174,13 @@ def synthetic_method(folder) -> str:
     method = fields.get("method")
     if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
+    # With the labels kept, any gain is one of the images; with new ones it may be one of the balance.
     return method if fields.get("relabel", True) or method == "reconstruct" else f"{method}-same"
 
 
 def shared_dataset(runs, folders, config):
     """The dataset of all runs. UserError when they were trained on different data or splits of them."""
-    places = [config.data or locate(folder) for folder in folders]
+    places = [config.data or locate(folder) for folder in folders]      # data may have moved with the run
     for other, place in zip(folders, places):
         if Path(place).resolve() != Path(places[0]).resolve():
             raise UserError(f"{folders[0]} and {other}: trained on different data ({places[0]} and {place}); "
@@ -204,7 +205,7 @@ def read_synthetic(folders, dataset) -> dict:
                             "one folder per method")
         synthetic = load_synthetic(folder)
         found[method] = (synthetic, check_synthetic(synthetic, dataset))
-    return {method: found[method] for method in report.TITLES if method in found}
+    return {method: found[method] for method in report.TITLES if method in found}      # the paper's order
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
@@ -223,7 +224,6 @@ def predict(one, dataset, config, device, precision) -> None:
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
-    worse = dict(key=lambda item: (-item[0], item[2]))      # ties by name: the same whatever the processes
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
@@ -233,17 +233,16 @@ def predict(one, dataset, config, device, precision) -> None:
                                config.batch, device)                                # (H, W)
         # Counts, for one confusion matrix of the whole split: in a mean of Dice values per ROI one with ten
         # tumor pixels would weigh as much as a full one.
-        counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).to_json()))
+        counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":
-            share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
-            worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]
+            worst.append((*draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL), roi.name))
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
     for k, part in sorted(counts, key=lambda item: item[0]):        # by slide, the unit of the bootstrap
-        roi, part = rois[k], ProbabilityHistogram.from_json(part, dataset.classes)
+        roi, part = rois[k], ProbabilityHistogram(dataset.classes, part)
         slides = one.val if roi.split == "val" else one.test
         slides[roi.slide] = part + slides.get(roi.slide, 0)
         one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
-    worst = sorted(worst, **worse)[:WORST]
+    worst = sorted(worst, key=lambda item: (-item[0], item[2]))[:WORST]     # ties by name: in any order
     run_distributed.rank() or draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
         [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[
@@ -256,7 +255,7 @@ def table(runs) -> str:
     for one in runs:
         whole = [{"split": split, **sum(parts.values()).report()}
                  for split, parts in (("val", one.val), ("test", one.test))]
-        for found in whole + one.rois:
+        for found in whole + one.rois:      # where a method fails is seen per ROI, whether it does per split
             rows.append({"configuration": one.name, "seed": one.seed, "run": one.folder,
                          **{key: found.get(key) for key in ("split", "slide", "roi")},
                          "pixels": int(np.sum(found["confusion"])),
@@ -269,7 +268,7 @@ def write_metrics(one, key) -> None:
     """metrics.json: the figures on test, then what they were computed from; one line per entry."""
     content = {"figures": sum(one.test.values()).report(), "key": key, "rois": one.rois,
                **{split: {slide: part.to_json() for slide, part in slides.items()}
-                  for split, slides in (("val", one.val), ("test", one.test))}}
+                  for split, slides in (("val", one.val), ("test", one.test))}}    # val: thresholds are its
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
     atomic_write(Path(one.folder) / "metrics.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -279,7 +278,7 @@ def read_metrics(one, key, dataset) -> bool:
     path = Path(one.folder) / "metrics.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"key": None}
-        if content["key"] != key:
+        if content["key"] != key:           # another model, dataset or tile size: other counts
             return False
         one.rois = content["rois"]
         one.val, one.test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes)
@@ -302,7 +301,7 @@ def draw_synthetic(out, results, synthetic, dataset, config) -> list:
 
     # One white for all: a generated patch that is tumor from edge to edge shows no glass to measure it on.
     white = report_staining.median_white(train, classes, config.cache)
-    sources = {report.REAL: train}
+    sources = {report.REAL: train}          # what generators learned from is what they can be held against
     sources |= {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
     found = report_staining.measure(sources, classes, white, config.cache)
     densities = {source: report_staining.by_class(found[source], classes) for source in found}

@@ -16,7 +16,7 @@ from her2.denoiser import LabelCode, LatentDenoiser, ResBlock, guided, time_embe
 from her2.diffusion import Schedule
 from her2.draw import CYCLE, GREY, INK, colorize, to_uint8
 from her2.draw_axes import plot
-from her2.lessons_tissue import ink, region, tensor
+from her2.lessons_tissue import ink, region
 from her2.quantizer import Codebook, count_codes, restart_dead_codes, vq_loss
 from her2.run_seeds import generator
 from her2.samplers import ddim_timesteps, sample, trajectory
@@ -61,7 +61,8 @@ def diffusion():
     of the variance gone, here and there?
     Answer: at {half[0]} in the linear schedule, {half[1]} with zero terminal SNR, {half[2]} of 1000 with the
     cosine: it spends more levels where a picture can still be seen."""
-    official, t, image = Schedule(), np.arange(1000), tensor(region(3)[0][60:160, 100:200]).float()
+    official, t = Schedule(), np.arange(1000)
+    image = torch.from_numpy(region(3)[0][60:160, 100:200] / 127.5 - 1).permute(2, 0, 1)[None].float()
     eps = torch.randn(image.shape, generator=generator("lesson", "eps"))
     noisy = [(f"t = {level}", to_uint8(SCHEDULE.q_sample(image, torch.tensor([level]), eps))[0])
              for level in (0, 150, 300, 450, 600, 999)]
@@ -119,7 +120,8 @@ def inpainting():
     Answer: {after:.3f}: xt still holds the noise of the last level visited, t = {last}, sqrt(1 - alpha_bar) =
     {predicted:.3f}. Put back before the step, they are what the network makes of them: off by
     {before:.3f}."""
-    image, instance = tensor(region(3)[0]), region(3)[2]                                # (1, 3, 256, 256)
+    image, _, instance = region(3)
+    image = torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None]                  # (1, 3, 256, 256)
     repaint = torch.from_numpy(instance == np.bincount(instance.ravel())[1:].argmax() + 1)[None]
     touched, cells = (inpaint.repaint_to_latent(repaint, 4, rim) for rim in (0, 1))     # (1, 1, 64, 64)
     z = F.avg_pool2d(image, 4)                      # "encoder": mean colours, (1, 3, 64, 64)

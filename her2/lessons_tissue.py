@@ -35,11 +35,6 @@ def region(score: int):
     return render(scene, 1.0, 256, (score,)), *paint(rings, ids, 256, 256)
 
 
-def tensor(image) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) float64 in [-1, 1]."""
-    return torch.from_numpy(image / 127.5 - 1).permute(2, 0, 1)[None]
-
-
 def ink(values) -> np.ndarray:
     """(H, W) from 0, white, to 1, black -> uint8."""
     return (255 - 255 * np.asarray(values).clip(0, 1)).round().astype(np.uint8)
@@ -137,7 +132,7 @@ def stains():
         return abs((optical_density(picture, white) @ np.linalg.inv(STAINS))[..., 2])
 
     def jitter(picture, seed, white=255.0):     # three times the usual strength, no shift
-        batch = tensor((picture / white).clip(0, 1) * 255).float()
+        batch = torch.tensor((picture / white).clip(0, 1) * 2 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
         changed = to_uint8(stain_jitter(batch, generator("jitter", seed), 0.3, 0.0))[0]
         return np.rint(changed * (white / 255)).astype(np.uint8)
 

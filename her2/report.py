@@ -178,25 +178,21 @@ MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3)) 
 def result_table(results: dict, *prefix) -> list:
     """Rows of texts, header first: mean +- sd per configuration; prefix "matched" for the matched figures."""
     subtypes = list(results["configs"][0]["runs"][0]["recall"])
-    rows = [["configuration", "runs", "Dice", "subtype variance", "precision", "FPR",
-             *(f"recall {name}" for name in subtypes)]]
-    for config in results["configs"]:
-        rows.append([config["name"], str(len(config["runs"])),
-                     *(spread(figures_of(config, *prefix, key), digits) for key, digits in MEASURES),
-                     *(spread(figures_of(config, *prefix, "recall", name)) for name in subtypes)])
-    return rows
+    columns = [((key,), digits) for key, digits in MEASURES] + [(("recall", name), 3) for name in subtypes]
+    return [["configuration", "runs", "Dice", "subtype variance", "precision", "FPR",
+             *(f"recall {name}" for name in subtypes)],
+            *([config["name"], str(len(config["runs"])),
+               *(spread(figures_of(config, *prefix, *path), digits) for path, digits in columns)]
+              for config in results["configs"])]
 
 
 def change_table(results: dict) -> list:
     """Rows of texts, header first: change of Dice and variance against the baseline, at 0.5 and matched."""
     baseline = next((config for config in results["configs"] if config["name"] == BASELINE), None)
-    rows = [["configuration", "Dice", "subtype variance", "Dice, matched", "subtype variance, matched"]]
-    for config in results["configs"]:
-        if config is not baseline:
-            rows.append([config["name"], *(
-                change_text(baseline and change(config, baseline, (*prefix, key)), digits)
-                for prefix in ((), ("matched",)) for key, digits in MEASURES[:2])])
-    return rows
+    return [["configuration", "Dice", "subtype variance", "Dice, matched", "subtype variance, matched"],
+            *([config["name"], *(change_text(baseline and change(config, baseline, (*prefix, key)), digits)
+                                 for prefix in ((), ("matched",)) for key, digits in MEASURES[:2])]
+              for config in results["configs"] if config is not baseline)]
 
 
 def plain(rows) -> str:
