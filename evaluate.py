@@ -268,7 +268,7 @@ def write_metrics(one, key) -> None:
     """metrics.json: the figures on test, then what they were computed from; one line per entry."""
     content = {"figures": sum(one.test.values()).report(), "key": key, "rois": one.rois,
                **{split: {slide: part.to_json() for slide, part in slides.items()}
-                  for split, slides in (("val", one.val), ("test", one.test))}}    # val: thresholds are its
+                  for split, slides in (("val", one.val), ("test", one.test))}}    # thresholds come from val
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
     atomic_write(Path(one.folder) / "metrics.json", "{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -216,7 +216,8 @@ def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(
             canvas.text(x0 - 10, 80 + (i + 0.5) * high, name, 14, anchor="rm")
         for i, j in np.ndindex(len(row_names), len(column_names)):
             value, spread = numbers[i][j], np.nan if deviation is None else deviation[i][j]
-            there, with_spread = np.isfinite(value), np.isfinite(spread)
+            there = np.isfinite(value)
+            with_spread = there and np.isfinite(spread)
             amount = 0.03 + 0.9 * value / most if there else 0
             ink = GREY if not there else INK if amount < 0.66 else (255, 255, 255)
             x, y = x0 + j * wide, 80 + i * high
