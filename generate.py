@@ -19,7 +19,7 @@ a run was interrupted.
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -108,8 +108,7 @@ def main(argv):
     dataset, sampler = source_data(config, content)
     classes = dataset.classes
     painter = make_painter(config, content, dataset, device)
-    source = (study_controls.FreshSampler(painter.tissue, sampler).source if config.method == "fresh"
-              else lambda seed, i: draw_patch(sampler, seed, i))
+    source = partial(painter.fresh_patch if config.method == "fresh" else draw_patch, sampler)
     level = noise_levels(sampler, classes, config.cache)
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
     count = number_of_images(config, sampler)

@@ -47,6 +47,12 @@ def relabel(label: torch.Tensor, instance: torch.Tensor, classes, generator: tor
     return new_label, mapping
 
 
+def renumber(instance: torch.Tensor) -> torch.Tensor:
+    """Instance ids (H, W) of a patch -> 1, 2, .. in the same order, 0 = background; int32 (H, W)."""
+    ids = instance.unique()
+    return torch.searchsorted(ids[ids > 0], instance.contiguous()).add(1).where(instance > 0, 0).int()
+
+
 def repaint_mask(instance: torch.Tensor, mapping: dict) -> torch.Tensor:
     """The pixels that inpainting regenerates: bool (H, W), True on every instance of `mapping`."""
     # PAPER: inpainting "modifies the tumor tissue instances". An instance that drew its old subtype is

@@ -6,14 +6,13 @@
     last.pt       all that is needed to go on          last.prev.pt   the checkpoint before it
     model.pt      what others load: weights and the network's keyword arguments
 
-A checkpoint is written to a temporary file, flushed, and only then renamed: last.pt -> last.prev.pt,
-new -> last.pt. Killed at any moment, the folder holds at least one whole checkpoint. The file is a zip
-archive whose members carry a CRC-32: a truncated or bit-flipped one is noticed before anything in it is used.
-All files are read with weights_only=True: nothing from a file is ever executed.
+A checkpoint is written beside the one before and only then renamed: killed at any moment, the folder holds at
+least one whole checkpoint. The file is a zip archive whose members carry a CRC-32: a truncated or bit-flipped
+one is noticed before anything in it is used. All files are read with weights_only=True: nothing from a file
+is ever executed.
 
-No random state is stored: every random number of a loop is a function of (seed, step) (run_seeds.py), so the
-step is the state. The log is cut back to the checkpoint's step on resuming, so that it reads as if nothing
-had happened.
+No random state is stored: every random number of a loop is a function of (seed, step), so the step is the
+state (run_seeds.py).
 """
 
 import errno
@@ -36,14 +35,10 @@ from her2.run_provenance import (differences, git_commit, in_short, model_file, 
 
 try:
     import fcntl
-except ImportError:                         # Windows
-    fcntl = None
-    import msvcrt
+except ImportError:
+    import msvcrt                           # Windows
 
-FORMAT = 1                                  # version of model.pt and last.pt; a newer one is refused
-# Fields that may change between two starts of the same run, because the result does not depend on them.
-FREE_FIELDS = ("out", "workers", "cache")
-FAR = 1 << 30       # Windows locks bytes against reading too, so a byte is taken that no file has
+FORMAT = 1          # version of model.pt and last.pt; a newer one is refused
 _held = {}          # {path: open file}; open until the process ends
 
 
@@ -52,53 +47,22 @@ def write_json(path, value) -> None:
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS, longer="") -> Path:
+def open_run(script: str, config, device, command, inputs=None, free=("out", "workers", "cache"),
+             longer="") -> Path:
     """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
-
-    Returns its path. `inputs` {field: {name: hash}} is the content that the result depends on
-    (`input_hashes`), by the field of `config` that says where it lies: a run goes on wherever that lies now,
-    and with no other content. `free` fields may change between two starts; more `steps` are welcome
-    where `longer` is "yes", else it says why not. UserError: the folder holds another script's run, another
-    configuration (the message lists the difference), was begun with other inputs, is in use, or holds files
-    that are not a run at all.
-    """
+    Returns its path. `inputs` {field: {name: hash}}: the content that the result depends on (`input_hashes`),
+    by the field of `config` that says where it lies; it may move, but not change. `free`: fields that may
+    change between two starts, as the result does not depend on them. More `steps` are welcome where `longer`
+    is "yes", else it says why not. UserError: another script's run, another configuration, other inputs, a
+    folder in use, files that are no run."""
+    folder, inputs = Path(config.out), inputs or {}
     # JSON has no infinity (--ratio inf): it is kept as its name.
-    folder, fields = Path(config.out), {name: "inf" if value == math.inf else value
-                                       for name, value in asdict(config).items()}
-    inputs = inputs or {}
+    fields = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}
+    path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
-    path = folder / "config.json"
     if path.exists():
-        old = read_json(path)
-        if not isinstance(old, dict) or not isinstance(old.get("fields"), dict):
-            raise UserError(f"{path}: is not the configuration of a run; choose another --out")
-        if old.get("script") != script:
-            raise UserError(f"{folder}: holds a run of {old.get('script')}, not of {script}; "
-                            "choose another --out")
-        known = read_inputs(folder)
-        same = [name for name, content in inputs.items() if known.get(name) == content]
-        names = sorted((set(fields) | set(old["fields"])) - {*free, *same})
-        steps = old["fields"].get("steps"), fields.get("steps")
-        if longer and None not in steps and steps[0] < steps[1]:
-            if longer != "yes":
-                raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, "
-                                "choose another --out")
-            old["fields"]["steps"] = fields["steps"]
-        changes = [f"{name}: {old['fields'].get(name)!r} -> {fields.get(name)!r}" for name in names
-                   if old["fields"].get(name) != fields.get(name)]
-        if changes:
-            raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
-                            "give the old values, or choose another --out")
-        stale = [f"{name}: {change}" for name in inputs if name in known
-                 for change in differences(known[name], inputs[name])]
-        if stale:
-            raise UserError(f"{folder}: is stale, its input is another than when it was begun "
-                            f"({in_short(stale)}); restore that, or delete the folder to make it again")
-        for name in [name for name in same if old["fields"].get(name) != fields[name]]:
-            print(f"note: {folder}: --{name} {fields[name]} has the content of {old['fields'].get(name)}")
-        if steps[0] != steps[1]:
-            write_json(path, old)
+        check_same_run(path, script, fields, inputs, free, longer)
     elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:
@@ -109,32 +73,61 @@ def open_run(script: str, config, device, command, inputs=None, free=FREE_FIELDS
                             "choose another --out") from None
         write_json(path, {"script": script, "fields": fields, "cwd": os.getcwd(), "command": list(command),
                           "device": str(device), "git": git_commit(), "versions": versions()})
-    if run_distributed.rank():
-        return folder                                   # process 0 holds it
-    hold(folder)
-    if not (folder / "inputs.json").exists():
-        write_json(folder / "inputs.json", inputs)
-    for rubbish in folder.rglob("*.tmp"):               # of an earlier start that was killed while writing
-        rubbish.unlink(missing_ok=True)
+    if not run_distributed.rank():                      # process 0 holds the folder
+        hold(folder)
+        if not (folder / "inputs.json").exists():
+            write_json(folder / "inputs.json", inputs)
+        for rubbish in folder.rglob("*.tmp"):           # of an earlier start that was killed while writing
+            rubbish.unlink(missing_ok=True)
     return folder
 
 
-def hold(folder) -> None:
-    """Take the lock of a run folder that holds config.json. UserError while another process has it.
+def check_same_run(path, script, fields, inputs, free, longer) -> None:
+    """UserError unless the config.json `path` is of the run that `open_run` is asked for."""
+    folder, content = path.parent, read_json(path)
+    old = content.get("fields") if isinstance(content, dict) else None
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: is not the configuration of a run; choose another --out")
+    if content.get("script") != script:
+        raise UserError(f"{folder}: holds a run of {content.get('script')}, not of {script}; "
+                        "choose another --out")
+    known = read_inputs(folder)
+    same = [name for name in inputs if known.get(name) == inputs[name]]
+    steps = old.get("steps"), fields.get("steps")
+    if longer and None not in steps and steps[0] < steps[1]:
+        if longer != "yes":
+            raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, choose another --out")
+        old["steps"] = fields["steps"]
+    differing = [name for name in sorted({*fields, *old}) if old.get(name) != fields.get(name)]
+    changes = [f"{name}: {old.get(name)!r} -> {fields.get(name)!r}" for name in differing
+               if name not in (*free, *same)]
+    if changes:
+        raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
+                        "give the old values, or choose another --out")
+    stale = [f"{name}: {change}" for name in inputs if name in known
+             for change in differences(known[name], inputs[name])]
+    if stale:
+        raise UserError(f"{folder}: is stale, its input is another than when it was begun "
+                        f"({in_short(stale)}); restore that, or delete the folder to make it again")
+    for name in [name for name in same if name in differing]:
+        print(f"note: {folder}: --{name} {fields[name]} has the content of {old.get(name)}")
+    if steps[0] != steps[1]:
+        write_json(path, content)
 
-    Two processes in one folder (a second start by mistake, a stage that outlives the study that started it)
-    would mix their logs and checkpoints. The lock is one of the operating system, which ends with the process
-    however that ends: none can be left behind and stand in the way.
-    """
+
+def hold(folder) -> None:
+    """Take the lock of a run folder that holds config.json. UserError while another process has it, for two
+    would mix their logs and checkpoints. The lock is one of the operating system: it ends with the process,
+    however that ends."""
     path = (Path(folder) / "config.json").resolve()
     if path in _held:
         return
     file = open(path, "r+b")
     try:
-        if fcntl is not None:
+        if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(FAR)
+            file.seek(1 << 30)      # Windows locks against reading too, so a byte is taken that no file has
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         file.close()
@@ -153,75 +146,71 @@ def check_archive(path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         found = broken and f"damaged ({broken} fails its checksum)"
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, ValueError, NotImplementedError,
-            RuntimeError, OverflowError, UnicodeDecodeError, zlib.error) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError,
+            RuntimeError, OverflowError) as error:
         found = f"damaged or not a file saved by torch ({one_line(error)})"
     if found:
         raise UserError(f"{path}: {found}; delete it and run the script that made it again")
 
 
 def load_file(path) -> dict:
-    """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else.
-
-    Official weights come in the older tar/pickle format too, which has no checksums; weights_only holds for
-    both.
-    """
+    """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
-    with open(path, "rb") as file:
-        archive = file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt")
-    if archive:
-        check_archive(path)
+    with open(path, "rb") as file:      # official weights come in the older tar format too, without checksums
+        if file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt"):
+            check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError,
-            AssertionError, IndexError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
+            TypeError, AssertionError) as error:
         raise UserError(f"{path}: cannot be loaded as plain tensors ({one_line(error)[:200]}); "
                         "only files of tensors, lists, dicts and numbers are accepted") from None
 
 
+def load_own(path) -> dict:
+    """`load_file` of what this project wrote, in a version that this code knows; else UserError."""
+    content = load_file(path)
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise UserError(f"{path}: was not written by this project; give a run folder or its model.pt")
+    if content["format"] > FORMAT:
+        raise UserError(f"{path}: written by a newer version (format {content['format']}, "
+                        f"this code knows {FORMAT}); update the code")
+    return content
+
+
 def save_checkpoint(folder, saved: dict, **numbers) -> None:
     """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
-
-    The one before becomes last.prev.pt once the new one is whole on the disk.
-    """
-    folder = Path(folder)
-    last, fresh = folder / "last.pt", folder / "last.new.pt"
+    The one before becomes last.prev.pt once the new one is whole on the disk."""
+    last, fresh = Path(folder, "last.pt"), Path(folder, "last.new.pt")
     if not run_distributed.rank():
         state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
         atomic_write(fresh, lambda file: torch.save(state, file))
         if last.exists():
-            os.replace(last, folder / "last.prev.pt")
-        os.replace(fresh, last)
+            last.replace(last.with_name("last.prev.pt"))
+        fresh.replace(last)
     run_distributed.barrier()           # a process that has ended would take process 0 with it
 
 
 def load_checkpoint(folder, saved: dict, **numbers) -> dict:
-    """The newest whole checkpoint into all in `saved`; returns its numbers, or `numbers` for a new run.
-
-    A damaged checkpoint is named, moved aside, and the one before it is used.
-    """
+    """The newest whole checkpoint into all in `saved`; returns its numbers, or `numbers` for a new run. A
+    damaged checkpoint is named, moved aside, and the one before it is used."""
     damaged = []
-    for name in ("last.pt", "last.prev.pt"):
-        path = Path(folder) / name
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
         try:
-            state = load_file(path)
-            check_format(path, state)
+            state = load_own(path)
         except UserError as error:
             if "newer version" in str(error):
                 raise
             print(f"warning: {one_line(error)}; trying the checkpoint before it", file=sys.stderr)
             # Out of the way, or the next save would put it in the place of the whole one.
-            os.replace(path, path.with_suffix(".damaged"))
-            damaged.append(str(path.with_suffix(".damaged")))
+            damaged.append(str(path.replace(path.with_suffix(".damaged"))))
             continue
         try:
-            for item_name, item in saved.items():
-                item.load_state_dict(state[item_name])
-            return {number: state[number] for number in numbers}
+            for name, item in saved.items():
+                item.load_state_dict(state[name])
+            return {name: state[name] for name in numbers}
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: is no checkpoint of this run and this version of the code "
                             f"({one_line(error)[:200]}); choose another --out") from None
@@ -231,48 +220,33 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
     return numbers
 
 
-def check_format(path, state) -> None:
-    """UserError unless `state` is one of this project's files, of a version that this code knows."""
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise UserError(f"{path}: was not written by this project; give a run folder or its model.pt")
-    if state["format"] > FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {state['format']}, "
-                        f"this code knows {FORMAT}); update the code")
-
-
 def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> None:
-    """model.pt: {kind, format, kwargs, state_dict, ...}.
-
-    `kwargs` rebuild the network, `extra` is what its users need.
-    """
+    """model.pt: {kind, format, kwargs, state_dict, ...}: `kwargs` rebuild the network, users need `extra`."""
     state_dict = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     content = {"kind": kind, "format": FORMAT, "kwargs": kwargs, "state_dict": state_dict, **extra}
     atomic_write(Path(folder) / "model.pt", lambda file: torch.save(content, file))
 
 
-COMMAND_FOR = {"autoencoder": ["train_ldm.py", "--stage", "autoencoder"], "gan": ["train_gan.py"],
-               "diffusion": ["train_ldm.py", "--stage", "diffusion"], "segmenter": ["train_seg.py"]}
+# The command that makes a model of a kind, and which dicts it holds besides kwargs and state_dict.
+KINDS = {"autoencoder": (["train_ldm.py", "--stage", "autoencoder"], ["split"]),
+         "diffusion": (["train_ldm.py", "--stage", "diffusion"], ["split", "schedule", "autoencoder"]),
+         "gan": (["train_gan.py"], ["split"]), "segmenter": (["train_seg.py"], [])}
 
 
 def load_model(path, kind: str, data: str = "") -> dict:
-    """model.pt of a run folder (or the file itself): dict(kind, kwargs, state_dict, ...), or UserError.
-
-    `data`, the caller's dataset, enters the command that the error proposes.
-    """
-    path, file = Path(path), model_file(path)
-    remedy = script_line(*COMMAND_FOR[kind], *(["--data", data] if data else []), "--out", path)
+    """model.pt of a run folder (or the file itself), or a UserError with the command that makes it, from the
+    caller's dataset `data`."""
+    path, file, (words, needed) = Path(path), model_file(path), KINDS[kind]
     if not file.exists():
         found = ("holds no model.pt (not a run, or not yet trained to its first checkpoint)" if path.exists()
                  else "no such run")
+        remedy = script_line(*words, *(["--data", data] if data else []), "--out", path)
         raise UserError(f"{path}: {found}; make it with: {remedy}")
-    content = load_file(file)
-    check_format(file, content)
+    content = load_own(file)
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
-                        f"make one with: {script_line(*COMMAND_FOR[kind])}")
-    needed = {"autoencoder": ["split"], "gan": ["split"],
-              "diffusion": ["split", "schedule", "autoencoder"], "segmenter": []}
-    for name in ["kwargs", "state_dict", *needed[kind]]:
+                        f"make one with: {script_line(*words)}")
+    for name in ["kwargs", "state_dict", *needed]:
         if not isinstance(content.get(name), dict):
             raise UserError(f"{file}: lacks {name!r}, another version of the code made it; train it again")
     return content
@@ -280,11 +254,10 @@ def load_model(path, kind: str, data: str = "") -> dict:
 
 def build_model(cls, content: dict, path):
     """The network of a loaded model.pt, in eval mode. UserError when its tensors do not fit `cls`."""
-    broken = [name for name, value in content.get("state_dict", {}).items()
-              if isinstance(value, torch.Tensor) and not value.isfinite().all()]
-    if broken:
-        raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({broken[0]}); its training "
-                        "diverged or the file was changed, train it again")
+    for name, value in content.get("state_dict", {}).items():
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({name}); its training "
+                            "diverged or the file was changed, train it again")
     return build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
 
 

@@ -24,25 +24,16 @@ from her2.run_provenance import trained_with
 OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": "runs/ldm"}     # + its source
 SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
-POSITIVE = (1e-12, 1e12)
-RATE = (1e-12, 1e3)
-COUNT = (1, 10**9)
-SHARE = (0.0, 1.0)
-RANGES = {
-    "steps": COUNT, "batch": COUNT, "accumulate": COUNT, "patch": (16, 8192), "lr": RATE,
-    "seed": (0, 2**31 - 1), "trial": (0, 10**9), "seeds": COUNT, "jobs": COUNT,
-    "split_seed": (0, 2**31 - 1), "blend": (0, 1024),
-    "blocks": (1, 16), "hidden": (1, 4096), "disc_lr": RATE, "disc_width": (1, 1024),
-    "ratio": (0.0, math.inf), "ema": (0.0, 0.999999), "drop_label": (0.0, 0.9), "guidance": (0.0, 100.0),
-    "sample_steps": COUNT, "eta": SHARE, "warmup": (0, 10**9), "clip": POSITIVE, "log_every": COUNT,
-    "save_every": COUNT, "workers": (0, 256), "dice_weight": SHARE, "jitter": (0.0, 1.0), "uniform": SHARE,
-    "codes": (2, 2**20), "width": (8, 1024), "z_dim": (1, 4096), "count": (0, 10**9), "overlap": (0, 4096),
-    "timesteps": (2, 100000), "disc_start": (0, 10**9), "disc_weight": (0.0, 100.0), "dilate": (0, 64),
-    "latent_pool": (0, 10**7), "lambda_feat": (0.0, 1e6), "lambda_kld": (0.0, 1e6), "lambda_vgg": (0.0, 1e6),
-    "lambda_lpips": (0.0, 1e6), "lambda_edge": (0.0, 1e6), "t_spread": (0.0, 10.0),
-    "beta": POSITIVE, "threshold": SHARE, "min_area": (0, 10**9),
-    "simplify": (0.0, 1000.0),
-}
+RANGES = {name: ends for ends, names in {
+    (1, 10**9): "steps batch accumulate sample_steps log_every save_every seeds jobs",
+    (0, 10**9): "trial warmup count disc_start min_area", (0, 10**7): "latent_pool",
+    (0, 2**31 - 1): "seed split_seed", (1e-12, 1e3): "lr disc_lr", (1e-12, 1e12): "clip beta",
+    (0.0, 1.0): "eta dice_weight jitter uniform threshold", (0.0, 0.9): "drop_label", (0.0, 0.999999): "ema",
+    (0.0, 1e6): "lambda_feat lambda_kld lambda_vgg lambda_lpips lambda_edge", (0.0, math.inf): "ratio",
+    (0.0, 100.0): "guidance disc_weight", (0.0, 10.0): "t_spread", (0.0, 1000.0): "simplify",
+    (16, 8192): "patch", (8, 1024): "width", (1, 1024): "disc_width", (1, 4096): "hidden z_dim",
+    (1, 16): "blocks", (2, 2**20): "codes", (2, 100000): "timesteps", (0, 256): "workers",
+    (0, 4096): "overlap", (0, 1024): "blend", (0, 64): "dilate"}.items() for name in names.split()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,19 +49,10 @@ class Parser(argparse.ArgumentParser):
 
 def field_help(cls) -> dict:
     """{field: its trailing comment}, read from the source of the dataclass, and the comment lines below."""
-    texts, name = {}, None
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    for line in "\n".join(inspect.getsource(base) for base in bases).splitlines():
-        match = re.match(r"\s+(\w+)\s*:[^#]*=[^#]*#\s*(.*)", line)
-        more = re.match(r"\s+# (?!----)\s*(.*)", line)          # "# ----" begins a group of fields
-        if match:
-            name = match[1]
-            texts[name] = match[2].strip()
-        elif more and name:
-            texts[name] += " " + more[1].strip()
-        else:
-            name = None
-    return texts
+    found = re.findall(r"^ +(\w+)\s*:[^#\n]*=[^#\n]*#(.*(?:\n +# (?!----).*)*)",     # "# ----" begins a group
+                       "\n".join(map(inspect.getsource, bases)), re.MULTILINE)
+    return {name: re.sub(r"\s*\n +#\s*", " ", text).strip() for name, text in found}
 
 
 def add_fields(parser, cls, presets: dict) -> None:
@@ -82,39 +64,34 @@ def add_fields(parser, cls, presets: dict) -> None:
         default = "; ".join([repr(field.default), *(f"{name}: {value}" for name, value in values.items())])
         text = f"{texts[field.name]} [{default}]".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            form = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
-            parser.add_argument(flag, choices=get_args(kind), type=type(get_args(kind)[0]), default=None,
-                                help=text)
+            form = {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         else:
-            parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+            form = {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(flag, default=None, help=text, **form)
 
 
 def check_ranges(config) -> None:
     """A number outside its range (or NaN) is a UserError that names the flag and the range."""
     for name, value in vars(config).items():
-        if name in RANGES and isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = RANGES[name]
-            if not low <= value <= high:
-                allowed = (f"greater than 0 and at most {high:g}" if low == POSITIVE[0]
-                           else f"between {low} and {high}")
-                raise UserError(f"--{name.replace('_', '-')}: found {value}; give a number {allowed}")
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        if type(value) in (int, float) and not low <= value <= high:
+            allowed = f"greater than 0 and at most {high:g}" if low == 1e-12 else f"between {low} and {high}"
+            raise UserError(f"--{name.replace('_', '-')}: found {value}; give a number {allowed}")
 
 
 def build(cls, presets: dict, given: dict):
-    """The configuration: the dataclass's defaults, then the preset, then the flags that were given.
-
-    What a trained network or a synthetic set that it names was made with stands above the preset: a network
-    is used on its own data, with their split, and at its own size.
-    """
-    names = {field.name for field in dataclasses.fields(cls)}
-    preset = given.get("preset") or next(f.default for f in dataclasses.fields(cls) if f.name == "preset")
-    unknown = set(presets[preset]) - names
+    """The configuration: the dataclass's defaults, then the preset, then the flags that were given. What a
+    trained network or a synthetic set that it names was made with stands above the preset: a network is used
+    on its own data, with their split, and at its own size."""
+    preset = given.get("preset") or cls.preset          # a dataclass keeps its defaults as attributes
+    unknown = presets[preset].keys() - cls.__dataclass_fields__
     assert not unknown, f"preset {preset!r} of {cls.__name__} sets unknown fields {sorted(unknown)}"
     given = {name: value for name, value in given.items() if value is not None}
     config = cls(**{**presets[preset], **given})
     source = next(filter(None, (getattr(config, name, "") for name in SOURCES)), None)
-    if source and "split_seed" in names:
+    if source and hasattr(config, "split_seed"):
         config = cls(**{**presets[preset], **trained_with(source, config), **given})
     check_ranges(config)
     return config
@@ -134,6 +111,6 @@ def say_done(config, script: str, *flags) -> None:
 
 def parse(cls, presets: dict, argv, description: str, prog: str):
     """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it."""
-    parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))
+    parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))  # None under -OO
     add_fields(parser, cls, presets)
     return build(cls, presets, vars(parser.parse_args(argv)))

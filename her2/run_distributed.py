@@ -5,11 +5,11 @@ samples rows_r, a share s_r = |rows_r| / b of them, and computes its part of the
 
     loss = sum_r s_r mean over rows_r          gradient = sum_r gradient of (s_r mean over rows_r)
 
-so one `all_reduce` of all gradients, laid end to end, gives every process the gradient of the whole batch.
-Every process then makes the same step, and the weights stay the same without being sent. Random numbers (t,
-noise, z) are drawn for the whole batch from the step's key and cut. What is no mean over samples needs sums
-over the whole batch before it is formed: Dice (WholeSums), the ratio of gradients that weighs the
-autoencoder's adversarial loss, batch norm (BatchNormOfAll), the codebook's restarts (`gather`).
+so one `all_reduce` of all gradients, laid end to end, gives every process the gradient of the whole batch,
+and the weights stay the same without being sent. Random numbers (t, noise, z) are drawn for the whole batch
+from the step's key and cut. What is no mean over samples needs sums over the whole batch before it is formed:
+Dice (WholeSums), the ratio of gradients that weighs the autoencoder's adversarial loss, batch norm
+(BatchNormOfAll), the codebook's restarts (`gather`).
 
 `--accumulate A` cuts the batch into A pieces first, one after the other through the network: memory of a
 piece, gradient of the whole, with the same sums. Batch norm sees each piece by itself (over all processes).
@@ -17,12 +17,11 @@ piece, gradient of the whole, with the same sums. Batch norm sees each piece by 
 Process 0 alone writes files; what it finds or makes first (phantom, cache, checkpoint) stands in a file
 system that all nodes share. Backend: NCCL between GPUs, gloo between CPUs.
 
-Cost, on paper. A ring all_reduce sends 8 (N - 1) / N bytes per parameter through each link, whatever N is,
-after the backward pass. `paper` has 24 M parameters in the segmenter, 58 M in the autoencoder, 175 M in the
-GAN, 215 M in the diffusion: at N = 64 that is 0.19, 0.46, 1.4 and 1.7 GB a step, so 1 to 8 ms at 200 GB/s
-(inside a node) and 15 to 136 ms at 12.5 GB/s (100 Gbit/s between nodes). With t_1 the time of one process for
-its share of the batch, the efficiency is t_1 / (t_1 + that). The batch is divided, not multiplied: 16 patches
-occupy 16 processes at most, 64 processes need --batch 64 or more.
+Cost, on paper. A ring all_reduce sends 8 (N - 1) / N bytes per parameter through each link, after the
+backward pass. `paper` has 24 M parameters in the segmenter, 58 M in the autoencoder, 175 M in the GAN, 215 M
+in the diffusion: at N = 64, 0.19 to 1.7 GB a step, so 1 to 8 ms at 200 GB/s (inside a node) and 15 to 136 ms
+at 12.5 GB/s (100 Gbit/s between nodes). The batch is divided, not multiplied: 16 patches occupy 16 processes
+at most.
 """
 
 import os
@@ -37,8 +36,6 @@ from torch import nn
 from her2 import run_errors
 from her2.run_errors import UserError
 
-
-# ---- processes ---------------------------------------------------------------------------------------------
 
 def start(device: torch.device) -> torch.device:
     """Join the processes that torchrun has started, if it has; returns this one's own device."""
@@ -72,18 +69,15 @@ def world() -> int:
 
 def barrier() -> None:
     """Wait until all processes are here."""
-    if world() > 1:
-        any_of_all(False)
+    any_of_all(False)
 
 
 @contextmanager
 def in_turn():
     """Process 0 first, then the others, which find what it has made."""
-    if rank():
-        barrier()
+    rank() and barrier()
     yield
-    if not rank():
-        barrier()
+    rank() or barrier()
 
 
 def any_of_all(flag: bool) -> bool:
@@ -103,8 +97,6 @@ def gather_objects(value) -> list:
     return found
 
 
-# ---- the batch ---------------------------------------------------------------------------------------------
-
 class Part(NamedTuple):
     batch: dict         # some samples of the step's batch
     rows: slice         # where they stand in it
@@ -118,12 +110,9 @@ def divide(config) -> list:
     if config.batch // pieces < world():
         raise UserError(f"--batch: found {config.batch}; {pieces} piece(s) for {world()} process(es) need at "
                         f"least {pieces * world()} patches")
-    slices = []
-    for k in range(pieces):
-        low, high = config.batch * k // pieces, config.batch * (k + 1) // pieces
-        slices.append(slice(low + (high - low) * rank() // world(),
-                            low + (high - low) * (rank() + 1) // world()))
-    return slices
+    ends = [config.batch * k // pieces for k in range(pieces + 1)]
+    return [slice(*(low + (high - low) * r // world() for r in (rank(), rank() + 1)))
+            for low, high in zip(ends, ends[1:])]
 
 
 def indices(config) -> list:
@@ -152,8 +141,6 @@ def gather(pieces: list, config) -> torch.Tensor:
     return total(whole)
 
 
-# ---- sums --------------------------------------------------------------------------------------------------
-
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, without gradient."""
     tensor = tensor.detach()
@@ -165,29 +152,25 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 def sum_gradients(parameters) -> None:
     """Replace every gradient by its sum over all processes, all in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
     if world() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
         whole = total(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         for gradient, summed in zip(gradients, whole.split([g.numel() for g in gradients])):
             gradient.copy_(summed.view(gradient.shape))
 
 
 class WholeSums:
-    """Sums over a part -> sums over the whole batch, for a loss that is no mean over samples.
-
-    The value is the whole one; the gradient is that of the part, over its share, which the part's loss will
-    be multiplied by. known: the whole sums, one after the other, where parts come one by one (--accumulate).
-    """
+    """Sums over a part -> sums over the whole batch, for a loss that is no mean over samples. The gradient is
+    that of the part, over its share, which the part's loss will be multiplied by. known: the whole sums, one
+    after the other, where parts come one by one (--accumulate)."""
 
     def __init__(self, share: float, known=None):
-        self.share, self.known = share, None if known is None else iter(known)
+        self.share, self.known = share, known and iter(known)
 
     def __call__(self, sums: torch.Tensor) -> torch.Tensor:
-        whole = total(sums) if self.known is None else next(self.known)
+        whole = next(self.known) if self.known else total(sums)
         return whole + (sums - sums.detach()) / self.share
 
-
-# ---- batch norm --------------------------------------------------------------------------------------------
 
 class _SumOfAll(torch.autograd.Function):
     """y = sum over processes of x_r. Each process's loss depends on y: so dx_r = sum over processes of dy."""
@@ -225,12 +208,9 @@ class BatchNormOfAll(nn.BatchNorm2d):
 
 def same_start(*networks) -> None:
     """Weights and buffers of process 0 everywhere; from here on batch norm is of all processes."""
-    if world() == 1:
-        return
-    for network in networks:
+    for network in networks if world() > 1 else ():
         for tensor in (*network.parameters(), *network.buffers()):
-            whole = tensor.detach() if not rank() else torch.zeros_like(tensor)
-            tensor.data.copy_(total(whole))
+            tensor.data.copy_(total(torch.zeros_like(tensor) if rank() else tensor))
         for layer in network.modules():
             if type(layer) is nn.BatchNorm2d:
                 layer.__class__ = BatchNormOfAll        # the same tensors, another forward

@@ -1,11 +1,6 @@
 """What a user can get wrong ends in one clear line and exit status 2; what a crash leaves behind is whole.
 
-Four ideas used by everything else, with no import from the rest of the project:
-
-    UserError     an input problem: the message says which file, what was found, what to do
-    command       turns a `main(argv)` into an entry point that keeps that promise
-    asked_to_stop Ctrl-C and SIGTERM wait until a step is done, so that it can be saved
-    atomic_write  a file is either the old one or the new one, never half of it
+Used by everything else, with no import from the rest of the project.
 """
 
 import errno
@@ -16,19 +11,16 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-# What the machine or a wrong path can cause, by errno; every other OSError is a defect of this code.
-FULL = "the disk is full"
-DENIED = "no permission"
-IN_THE_WAY = "a file stands where a folder is needed, or a folder where a file is"
-MACHINE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "the file is too large for this disk",
-           errno.EIO: "the disk does not answer", errno.EACCES: DENIED, errno.EPERM: DENIED,
-           errno.EROFS: DENIED, errno.ENOTDIR: IN_THE_WAY, errno.EEXIST: IN_THE_WAY, errno.EISDIR: IN_THE_WAY,
-           errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files"}
-
-
+# What the machine or a wrong path can cause; every other OSError is a defect of this code.
+MACHINE = {errno.EFBIG: "the file is too large for this disk", errno.EIO: "the disk does not answer",
+           errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files",
+           **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full"),
+           **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no permission"),
+           **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+                           "a file stands where a folder is needed, or a folder where a file is")}
 ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 
 
@@ -40,20 +32,16 @@ class Stopped(KeyboardInterrupt):
     """The signal `number` has ended the run; `step`: the last finished one, when that is saved."""
 
     def __init__(self, number: int = signal.SIGINT, step=None):
-        super().__init__()
         self.number, self.step = int(number), step
 
 
 @contextmanager
 def handling(handler, *numbers):
     """`handler` for these signals inside the block. Only the main thread may set one; elsewhere: nothing."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers if main_thread}
-    try:
+    with ExitStack() as stack:
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
+            stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @contextmanager
@@ -111,12 +99,9 @@ def say(text) -> None:
 
 
 def command(main, argv=None):
-    """Run `main(argv)` as a program: exit status 0, or 2 with one line on stderr, 130 after Ctrl-C, 143 after
-    SIGTERM.
-
-    Only what a user or the machine can cause is caught (UserError, a full disk, no permission, no memory,
-    signals). Everything else is a defect of this code and keeps its traceback.
-    """
+    """Run `main(argv)` as a program. Exit status: 0; 2 with one line on stderr for what a user or the machine
+    can cause; 130 after Ctrl-C, 143 after SIGTERM. Any other error is a defect of this code and keeps its
+    traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if hasattr(sys.stdout, "reconfigure"):      # a console that knows no umlauts shows them as \xfc
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -128,31 +113,29 @@ def command(main, argv=None):
         with handling(end, signal.SIGTERM):
             status = main(argv) or 0
         sys.stdout.flush()
+        sys.exit(status)
     except UserError as error:
         say(f"error: {error}")
-        status = 2
     except KeyboardInterrupt as error:
         spec = sys.modules["__main__"].__spec__     # python -m her2.study: argv[0] would be the module's file
         program = ["-m", spec.name] if spec is not None and spec.name.startswith("her2.") else [sys.argv[0]]
         step = getattr(error, "step", None)
-        said = "interrupted: nothing that was saved is lost"
-        if step is not None:
-            said = f"stopped at step {step}, all of it is saved"
+        said = ("interrupted: nothing that was saved is lost" if step is None
+                else f"stopped at step {step}, all of it is saved")
         if "WORLD_SIZE" in os.environ:
             say(f"{said}, the same command goes on")
         else:
             # not folded to one line: a name in it may have two blanks
             print(f"{said}, this command goes on: {shell(['python', *program, *argv])}", file=sys.stderr)
-        status = 128 + getattr(error, "number", signal.SIGINT)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:
         silence(sys.stdout)
-        status = 0
+        sys.exit(0)
     except OSError as error:
         if error.errno not in MACHINE:
             raise
         say(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); nothing that "
             "was complete is lost, mend that or choose another folder, then run the same command again")
-        status = 2
     except (MemoryError, RuntimeError) as error:
         # torch has no classes of its own for memory on the CPU, and for a process that no longer answers.
         if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
@@ -163,8 +146,7 @@ def command(main, argv=None):
                 "command goes on")
         else:
             raise
-        status = 2
-    sys.exit(status)
+    sys.exit(2)
 
 
 class _Output:
@@ -172,7 +154,7 @@ class _Output:
     RuntimeError about positions in an archive, so the original is kept."""
 
     def __init__(self, file):
-        self.file, self.error = file, None
+        self.file, self.flush, self.error = file, file.flush, None
 
     def write(self, data):
         try:
@@ -181,17 +163,11 @@ class _Output:
             self.error = error
             raise
 
-    def flush(self):
-        self.file.flush()
-
 
 def atomic_write(path, write) -> None:
     """Create or replace the file `path` so that a crash at any moment leaves the old or the new content.
-
-    `write` is bytes, a str (UTF-8), or a function that is given the open binary file. The temporary
-    file lies in the same folder, is flushed to the disk and then renamed over `path` (os.replace is
-    atomic on every platform); on any failure it is removed.
-    """
+    `write` is bytes, a str (UTF-8), or a function that is given the open binary file. A temporary file in the
+    same folder is flushed to the disk and then renamed over `path`; on any failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

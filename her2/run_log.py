@@ -24,11 +24,8 @@ def size(*networks) -> str:
 
 
 def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=None, **numbers):
-    """Open the run folder and go on from its checkpoint: (folder, log, step, numbers).
-
-    `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset. Says
-    so when the run is complete; the log is None then.
-    """
+    """Open the run folder and go on from its checkpoint: (folder, log, step, numbers); log: None for a run
+    that is complete. `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset."""
     longer = "yes"                  # unless an earlier step would have been another one in the longer run
     if getattr(config, "schedule", "constant") != "constant":
         longer = "a cosine schedule has used up its learning rate by then"
@@ -38,44 +35,44 @@ def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=Non
         folder = run.open_run(script, config, device, [script.split()[0], *argv],
                               input_hashes(config, dataset, synthetic), longer=longer)
         numbers = run.load_checkpoint(folder, saved, step=0, **numbers)
-    if numbers["step"] >= config.steps:
-        print(f"{folder}: complete ({numbers['step']} steps); nothing to do")
-        return folder, None, numbers["step"], numbers
-    log = Log(folder, numbers["step"])
-    if not run_distributed.rank():
-        write_split(folder / "split.json", dataset)
-    return folder, log, numbers["step"], numbers
+    step, log = numbers["step"], None
+    if step >= config.steps:
+        print(f"{folder}: complete ({step} steps); nothing to do")
+    else:
+        log = Log(folder, step)
+        run_distributed.rank() or write_split(folder / "split.json", dataset)
+    return folder, log, step, numbers
+
+
+def json_lines(path, known) -> list:
+    """The objects in a .jsonl file, up to the first line that is none which is `known`: a crash may have cut
+    it short."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            one = json.loads(line)
+            if not known(one):
+                break
+        except (ValueError, KeyError, TypeError, RecursionError):
+            break
+        found.append(one)
+    return found
 
 
 class Log:
-    """log.txt and log.jsonl of one run; a resumed run cuts the latter back to its checkpoint's step.
-
-    `step` is the number of finished optimiser steps that the checkpoint holds (0: a new run).
-    """
+    """log.txt and log.jsonl of one run, of which `step` steps are done (0: a new run)."""
 
     def __init__(self, folder, step: int):
         self.text_path, self.json_path = Path(folder) / "log.txt", Path(folder) / "log.jsonl"
-        if run_distributed.rank():
-            return                          # nothing that it says is printed or kept
-        kept = [record for record in self.records() if record["step"] <= step]
-        atomic_write(self.json_path, "".join(json.dumps(record) + "\n" for record in kept))
-        if step == 0:
-            atomic_write(self.text_path, "")
+        if not run_distributed.rank():      # of the others nothing that they say is printed or kept
+            kept = [record for record in self.records() if record["step"] <= step]
+            atomic_write(self.json_path, "".join(json.dumps(record) + "\n" for record in kept))
+            if step == 0:
+                atomic_write(self.text_path, "")
 
     def records(self) -> list:
-        """All records so far; a last line that a crash cut short is left out."""
-        if not self.json_path.exists():
-            return []
-        records = []
-        for line in self.json_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break                       # half a line: the process died while writing it
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                break
-            records.append(record)
-        return records
+        """All records so far, as `record` wrote them."""
+        return json_lines(self.json_path, lambda record: isinstance(record["step"], int))
 
     def begin(self, step: int, text: str) -> None:
         """Say `text` when a run begins, and that it goes on when it does."""
@@ -94,25 +91,22 @@ class Log:
 
     def record(self, step: int, **values) -> None:
         """Append {"step": step, ...} to log.jsonl and print it in short."""
-        if run_distributed.rank():
-            return
         values = {name: None if value is None else float(value) for name, value in values.items()}
-        with open(self.json_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
-                                                 if value is not None))
+        if not run_distributed.rank():
+            with open(self.json_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
+                                                     if value is not None))
 
 
 class Losses:
     """What each step measured, kept on the device until it is read: asking a GPU for a number makes it wait.
-
     read() is due at every line of the log and before every checkpoint, so that weights are never saved which
-    are not finite. networks: {name: module}.
-    """
+    are not finite. networks: {name: module}."""
 
     def __init__(self, folder, networks: dict, scaler):
-        self.folder, self.networks, self.scaler = Path(folder), networks, scaler
-        self.kept, self.sums = [], {}
+        self.parameters = dict(torch.nn.ModuleDict(networks).named_parameters())    # "network.its.weight"
+        self.folder, self.scaler, self.kept, self.sums = Path(folder), scaler, [], {}
 
     def add(self, share: float, **values: torch.Tensor) -> None:
         """Losses (), means over a part of the step's batch that is `share` of it; several parts add up."""
@@ -129,14 +123,11 @@ class Losses:
 
     def read(self) -> dict:
         """The numbers of the last step, with one transfer from the device. Forgets all steps before it.
-
         UserError when a loss, a norm or a weight is not finite, after writing diagnosis.json. Under fp16 an
         infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
-        the scale is below 1: then no scale helps, and a run that skips every step would end untrained.
-        """
-        broken = [~p.detach().isfinite().all() for network in self.networks.values()
-                  for p in network.parameters()]
-        tensors = [value for *_, values in self.kept for value in values.values()] + broken
+        the scale is below 1: then no scale helps."""
+        tensors = [value for *_, values in self.kept for value in values.values()]
+        tensors += [~p.detach().isfinite().all() for p in self.parameters.values()]
         numbers = iter(run_distributed.total(torch.stack([value.float() for value in tensors])).tolist())
         steps = [(step, names, dict(zip(values, numbers))) for step, names, values in self.kept]
         skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
@@ -151,9 +142,8 @@ class Losses:
         return steps[-1][2]
 
     def stop(self, step, names, values, broken) -> None:
-        largest = {f"{network_name}.{name}": float(parameter.grad.abs().nan_to_num(nan=math.inf).max())
-                   for network_name, network in self.networks.items()
-                   for name, parameter in network.named_parameters() if parameter.grad is not None}
+        largest = {name: float(p.grad.abs().nan_to_num(nan=math.inf).max())
+                   for name, p in self.parameters.items() if p.grad is not None}
         worst = max(largest, key=largest.get, default=None)
         if not run_distributed.rank():
             run.write_json(self.folder / "diagnosis.json", {
@@ -169,32 +159,28 @@ class Manifest:
     """manifest.jsonl: one line per image whose files are on the disk; process k > 0 has manifest.k.jsonl."""
 
     def __init__(self, folder):
-        self.folder, self.path = folder, folder / "manifest.jsonl"
+        self.path = folder / "manifest.jsonl"
         self.own = folder / f"manifest.{run_distributed.rank() or ''}.jsonl".replace("..", ".")
 
-    def finished(self, folder, checkpoint) -> set:
-        """Numbers of the images that are whole. UserError when they were painted by another checkpoint.
+    @staticmethod
+    def number(record) -> int:
+        return int(Path(record["image"]).stem)
 
-        A last line cut short by a crash is dropped, so that appending goes on after a whole line.
-        """
+    def finished(self, folder, checkpoint) -> set:
+        """Numbers of the images that are whole. UserError when they were painted by another checkpoint. A
+        last line cut short by a crash is dropped, so that appending goes on after a whole line; images that
+        no line vouches for are made again."""
         self.records = {}
-        parts = [path for path in (self.path, *sorted(self.folder.glob("manifest.*.jsonl"))) if path.exists()]
+        parts = [path for path in (self.path, *sorted(folder.glob("manifest.*.jsonl"))) if path.exists()]
         for path in parts:
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                    name = Path(record["image"]).name
-                    known = record["image"] == f"images/{name}" and name == f"{int(Path(name).stem):06d}.png"
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    known = False
-                if not known:               # a line cut short; images that no line vouches for are made again
-                    break
+            for record in json_lines(path, lambda one: one["image"] == f"images/{self.number(one):06d}.png"):
                 if record.get("checkpoint") != checkpoint:
                     raise UserError(f"{folder}: holds images of another checkpoint "
                                     f"({record.get('checkpoint')}, the model is now {checkpoint}); "
                                     "delete the folder or choose another --out")
+                name = Path(record["image"]).name
                 if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
-                    self.records[int(Path(name).stem)] = record
+                    self.records[self.number(record)] = record
         if parts and not run_distributed.rank():
             self.write_ordered()
             for path in parts[1:]:
@@ -202,11 +188,11 @@ class Manifest:
         return set(self.records)
 
     def append(self, record) -> None:
-        self.records[int(Path(record["image"]).stem)] = record
+        self.records[self.number(record)] = record
         with open(self.own, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())         # it vouches for the images, also after a power cut
 
     def write_ordered(self) -> list:
         """The file again, in the order of the images; returns the records in that order."""

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from her2.data_classes import parse_json, read_text
 from her2.data_folder import Dataset
 from her2.run_errors import UserError, atomic_write, say
 
+REMEDY = "restore or remove the file"
 FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
 KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthetic", "reconstruct"), str),
          "split_seed": int, "patch": int, "fields": dict}       # what the fields that are read must be
@@ -30,8 +32,7 @@ KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthet
 
 def read_json(path):
     """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
-    remedy = "restore or remove the file"
-    return parse_json(read_text(path, remedy), path, remedy)
+    return parse_json(read_text(path, REMEDY), path, REMEDY)
 
 
 def model_file(path) -> Path:
@@ -70,42 +71,33 @@ def file_hashes(paths, cache="cache") -> list[str]:
 
 
 def data_hashes(dataset: Dataset, cache="cache", splits=("train",)) -> dict:
-    """{path relative to the dataset: SHA-256} of all that the regions of `splits` consist of.
-
-    "slides.csv" and "classes.json" stand for what they say about these regions: saved again by a spreadsheet,
-    or with another row for a test slide, they mean the same.
-    """
-    rows, files = [], [path for path in [dataset.root / "manifest.jsonl"] if path.exists()]
-    for roi in dataset.rois:
-        if roi.split in splits:
-            paths = {name: value for name, value in asdict(roi).items() if isinstance(value, Path)}
-            files += paths.values()
-            rows.append({**asdict(roi), **{name: _relative(path, dataset) for name, path in paths.items()}})
+    """{path relative to the dataset: SHA-256} of all that the regions of `splits` consist of. "slides.csv"
+    and "classes.json" stand for what they say about these regions: saved again by a spreadsheet, or with
+    another row for a test slide, they mean the same."""
+    root, rows, files = dataset.root, [], {}            # files: {path relative to the dataset: path}
+    if (root / "manifest.jsonl").exists():
+        files["manifest.jsonl"] = root / "manifest.jsonl"
+    for row in [asdict(roi) for roi in dataset.rois if roi.split in splits]:
+        for column, path in row.items():
+            if isinstance(path, Path):
+                row[column] = path.relative_to(root).as_posix()
+                files[row[column]] = path
+        rows.append(row)
     said = {"slides.csv": rows, "classes.json": dataset.classes.to_json()}
     return {**{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in said.items()},
-            **dict(zip([_relative(path, dataset) for path in files], file_hashes(files, cache)))}
-
-
-def _relative(path, dataset) -> str:
-    return path.relative_to(dataset.root).as_posix()
+            **dict(zip(files, file_hashes(files.values(), cache)))}
 
 
 def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
-    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name.
-
-    What was made from the same data before they changed gets a warning on stderr.
-    """
-    files = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
-    for source in [*files.values(), *([synthetic.root] if synthetic else [])]:
+    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. What was
+    made from the same data before they changed gets a warning on stderr."""
+    named = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
+    for source in [*named.values(), *([synthetic.root] if synthetic else [])]:
         for line in changed_since(source, data, config.cache):
             say(f"warning: {line}")
-    found = {"data": data_hashes(data, config.cache)}
-    found |= {"synthetic": data_hashes(synthetic, config.cache)} if synthetic else {}
-    return found | {name: _file_input(path) for name, path in files.items()}
-
-
-def _file_input(path) -> dict:
-    return {model_file(path).name: file_hash(model_file(path))}
+    sets = {"data": data, "synthetic": synthetic} if synthetic else {"data": data}
+    return {**{name: data_hashes(one, config.cache) for name, one in sets.items()},
+            **{name: {model_file(path).name: file_hash(model_file(path))} for name, path in named.items()}}
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -123,7 +115,7 @@ def read_inputs(folder) -> dict:
     path = Path(folder) / "inputs.json"
     content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
-        raise UserError(f"{path}: not a table of files and their hashes; restore or remove the file")
+        raise UserError(f"{path}: not a table of files and their hashes; {REMEDY}")
     return content
 
 
@@ -135,27 +127,21 @@ def read_fields(folder) -> dict:
     fields = {"cwd": content.get("cwd", ""), **fields} if isinstance(fields, dict) else {"fields": fields}
     wrong = [name for name, kind in KINDS.items() if type(fields.get(name, kind())) is not kind]
     if wrong:
-        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); "
-                        "restore or remove the file")
+        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); {REMEDY}")
     return fields
 
 
 def places(folder, field: str = "data") -> list[str]:
-    """Where the folder or file that `field` of a run named is found by now; none, or most likely first.
-
-    At the same place relative to the run, for both may have moved together, and where it was. A path is given
-    as it was named where that still means the same.
-    """
+    """Where the folder or file that `field` of a run named is found by now: at the same place relative to the
+    run, for both may have moved together, then where it was. A path is given as it was named where that still
+    means the same."""
     fields = read_fields(folder)
-    named, before = fields.get(field, ""), fields["cwd"]
-    there = [os.path.join(before, named)] if named else []
-    try:
-        moved = [os.path.relpath(path, os.path.join(before, fields.get("out", ""))) for path in there]
-    except ValueError:                      # on two drives of Windows
-        moved = []
-    found = filter(os.path.exists, [*(os.path.join(folder, path) for path in moved), *there])
+    named, run = fields.get(field, ""), os.path.join(fields["cwd"], fields.get("out", ""))
+    found = [os.path.join(fields["cwd"], named)] if named else []
+    with suppress(ValueError):              # on two drives of Windows
+        found = [*(os.path.join(folder, os.path.relpath(path, run)) for path in found), *found]
     return [named if os.path.realpath(path) == os.path.realpath(named) else os.path.normpath(path)
-            for path in found]
+            for path in filter(os.path.exists, found)]
 
 
 def locate(folder, field: str = "data") -> str:
@@ -167,10 +153,8 @@ def locate(folder, field: str = "data") -> str:
 
 
 def trained_with(path, config) -> dict:
-    """{"data", "split_seed", "patch"} of the run that made the network or the synthetic set in `path`.
-
-    What nothing tells is left out; a UserError for the data, unless `config` names them.
-    """
+    """{"data", "split_seed", "patch"} of the run that made the network or the synthetic set in `path`. What
+    nothing tells is left out; a UserError for the data, unless `config` names them."""
     folder = model_file(path).parent
     fields = read_fields(folder)
     found = {name: fields[name] for name in ("split_seed", "patch") if name in fields}
@@ -194,15 +178,12 @@ def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
 
 def git_commit() -> str:
     """The commit of this code, '+' when the working tree differs from it; 'unknown' outside a repository."""
-    here = Path(__file__).resolve().parent
+    line = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True,
-                                check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True,
-                               text=True)
+        return subprocess.run(line, cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def versions() -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from her2 import run, run_distributed, run_training
+from her2 import run_distributed, run_training
 from her2.autoencoder import VQ_F2, VQ_F4, VQ_F8, VQAutoencoder
 from her2.data_folder import load_dataset
 from her2.data_patches import PatchSampler
@@ -37,9 +37,7 @@ def segmenter(config, device):
     """The network with its initial weights."""
     torch.manual_seed(config.seed)                  # initial weights only: batches have their own generators
     network = UNet(num_classes=2, width=config.width)
-    initial = config.init or encoder_weights(config.encoder_weights)    # a file, or None
-    if initial:
-        run_training.load_official(network, run.load_file(initial), initial)
+    run_training.load_official(network, config.init or encoder_weights(config.encoder_weights))
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -55,7 +53,7 @@ def spade_gan(config, num_classes, device):
         path = Path(config.init)
         path = path.with_name(path.name.replace("_G", f"_{letter}"))
         if module is net or (path != Path(config.init) and path.exists()):
-            run_training.load_official(module, run.load_file(path), path)
+            run_training.load_official(module, path)
     return [module.to(device, memory_format=torch.channels_last).train() for module in (net, encoder, disc)]
 
 
@@ -68,8 +66,7 @@ def autoencoder_gan(config, device):
     model = VQAutoencoder(**{**official, "ch": config.width, "num_res_blocks": config.blocks,
                              "num_codes": config.codes, "beta": config.beta,
                              "groups": max(1, config.width // 4)})      # 4 channels each, as in the official
-    if config.init:
-        run_training.load_official(model, run.load_file(config.init), config.init)
+    run_training.load_official(model, config.init)
     disc = PatchGAN(3, config.disc_width, num_layers=2 if config.factor == 8 else 3)
     init_weights(disc, generator(config.seed, "discriminator"), kind="normal")
     return [module.to(device, memory_format=torch.channels_last) for module in (model, disc)]
@@ -95,8 +92,7 @@ def diffusion(config, autoencoder, num_classes, device):
     denoiser = LatentDenoiser(num_classes=num_classes, z_channels=autoencoder.config["z_channels"],
                               model_channels=config.width, channel_mult=levels, num_res_blocks=config.blocks,
                               stages=int(math.log2(autoencoder.factor)), groups=max(1, config.width // 4))
-    if config.init:
-        run_training.load_official(denoiser, run.load_file(config.init), config.init)
+    run_training.load_official(denoiser, config.init)
     schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
                         parametrisation=config.parametrisation)
     return schedule.to(device), denoiser.to(device, memory_format=torch.channels_last)

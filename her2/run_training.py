@@ -20,27 +20,20 @@ from her2.run_errors import Stopped, UserError, asked_to_stop, one_line
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the GPU when there is one, under torchrun this process's own.
-
-    UserError when 'cuda' is asked for and there is none.
-    """
+    """'auto': the GPU when there is one, under torchrun this process's own. UserError for 'cuda' without."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; "
                         "use --device cpu, or install a CUDA build of torch")
-    return run_distributed.start(
-        torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"))
+    gpu = name != "cpu" and torch.cuda.is_available()
+    return run_distributed.start(torch.device("cuda" if gpu else "cpu"))
 
 
 class Precision:
     """Mixed precision: the forward pass in half precision where that is fast, weights and losses in float32.
-
-    autocast()  context for the forward pass. `amp` = auto: bf16 where the hardware is built for it, else fp16
-                on a GPU and nothing on a CPU. CPUs with matrix tiles (AMX) are: a training step is 1.8 to 2.4
-                times as fast. A CPU without any bf16 instruction is 14 to 60 times slower; one that has the
-                instruction without the tiles (avx512_bf16) gains 1.1 to 1.5, for which "bf16" must be said.
-                UserError for fp16 on a CPU.
-    scaler()    a GradScaler, enabled for fp16 only: bf16 has the exponent range of fp32 and needs none.
-    """
+    `amp` = auto: bf16 where the hardware is built for it, else fp16 on a GPU and nothing on a CPU. CPUs with
+    matrix tiles (AMX) are: a training step is 1.8 to 2.4 times as fast. A CPU without any bf16 instruction is
+    14 to 60 times slower; one that has the instruction without the tiles (avx512_bf16) gains 1.1 to 1.5, for
+    which "bf16" must be said. fp16 alone needs a scaler: bf16 has the exponent range of fp32."""
 
     def __init__(self, device: torch.device, amp: str):
         assert amp in ("auto", "off", "bf16", "fp16"), f"amp is auto, off, bf16 or fp16, found {amp!r}"
@@ -49,12 +42,10 @@ class Precision:
             raise UserError("--amp fp16: is for GPUs; on the CPU give --amp bf16, or --amp off")
         # Older GPUs emulate bf16 and report it as supported; fp16 is many times faster there.
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu
-                  else bool(torch.cpu.get_capabilities().get("amx_bf16")))
-        self.device, self.dtype = device, torch.float16 if on_gpu else None
-        if amp == "off":
-            self.dtype = None
-        elif amp == "bf16" or (amp == "auto" and native):
-            self.dtype = torch.bfloat16
+                  else torch.cpu.get_capabilities().get("amx_bf16"))
+        auto = torch.bfloat16 if native else torch.float16 if on_gpu else None
+        self.device = device
+        self.dtype = {"auto": auto, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16,
@@ -72,9 +63,8 @@ class EMA:
 
         m <- d m + (1 - d) p,  with d = min(decay, (1 + n) / (10 + n))
 
-    n counts the updates: early on the average forgets the initial weights fast (as in latent-diffusion's
-    LitEma, where n is incremented before its first use). Buffers are copied. `module` is the averaged copy,
-    in eval mode.
+    n counts the updates, from 1: early on the average forgets the initial weights fast (as in
+    latent-diffusion's LitEma). Buffers are copied. `module` is the averaged copy, in eval mode.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float):
@@ -108,11 +98,8 @@ def check_patch(config, halves: str) -> None:
 
 
 def set_learning_rate(optimizer, config, step: int) -> None:
-    """Linear warm-up over the first `warmup` steps, then constant or half a cosine that is 0 at `steps`.
-
-    config: lr, warmup, steps, schedule; step counts from 0. `lr` is what Adam sees after the warm-up: nothing
-    multiplies it by batch size or devices.
-    """
+    """Linear warm-up over the first `warmup` steps, then constant or half a cosine that is 0 at `steps`. step
+    counts from 0. `lr` is what Adam sees after the warm-up: nothing multiplies it by batch or devices."""
     factor = min(1.0, (step + 1) / max(config.warmup, 1))
     if config.schedule == "cosine" and step >= config.warmup:
         past = (step - config.warmup) / max(config.steps - config.warmup, 1)
@@ -121,8 +108,11 @@ def set_learning_rate(optimizer, config, step: int) -> None:
         group["lr"] = config.lr * factor
 
 
-def load_official(network, content, path) -> None:
-    """Official weights into `network`, also from a checkpoint's "state_dict". UserError when they misfit."""
+def load_official(network, path) -> None:
+    """The official weights in `path`, a file or "", into `network`. UserError when they misfit."""
+    if not path:
+        return
+    content = run.load_file(path)                   # a state_dict, or a checkpoint with one inside
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
     if (not isinstance(state_dict, dict)
             or not any(isinstance(value, torch.Tensor) for value in state_dict.values())):
@@ -150,7 +140,7 @@ def frozen_loss(cls, path: str, device):
     if not path:
         return None
     network = cls()
-    load_official(network, run.load_file(path), path)
+    load_official(network, path)
     return network.to(device)
 
 
@@ -172,10 +162,8 @@ BACKEND = "inductor"        # torch's own; the tests take one that needs no comp
 
 def compile_parts(config, *parts: torch.nn.Module) -> None:
     """--compile: let torch.compile fuse the forward and backward of these modules, from their next call on.
-
-    UserError where it does not work. Names in state_dicts stay. What is compiled is differentiated once per
-    step: the part between two losses whose gradients are compared is left as it is.
-    """
+    UserError where it does not work. What is compiled can be differentiated once per step only: the part
+    between two losses whose gradients are compared is left as it is."""
     if config.compile:
         try:
             torch.compile(lambda x: x.relu() + 1, backend=BACKEND)(torch.ones(8))
@@ -191,24 +179,22 @@ def compile_parts(config, *parts: torch.nn.Module) -> None:
 
 
 class Steps:
-    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar.
-
-    losses: a run_log.Losses, read before every save(): weights that are not finite are never saved. After
-    Ctrl-C or SIGTERM the steps end between two of them, saved, with the exception Stopped.
-    """
+    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar. losses: a
+    run_log.Losses, read before every save(): weights that are not finite are never saved. After Ctrl-C or
+    SIGTERM the steps end between two of them, saved, with the exception Stopped."""
 
     def __init__(self, name: str, config, sampler, first: int, device, losses, save, batches=None):
         self.batches = batches or loader(sampler, first, config.steps, run_distributed.indices(config),
                                          workers=config.workers, pin_memory=device.type == "cuda")
-        self.bar = dict(initial=first, total=config.steps, desc=name, leave=False,
-                        disable=bool(run_distributed.rank()) or None)
-        self.config, self.device, self.losses, self.save, self.step = config, device, losses, save, first
-        self.begun, self.samples = time.perf_counter(), 0
+        self.name, self.config, self.device, self.step = name, config, device, first
+        self.losses, self.save, self.begun, self.samples = losses, save, 0.0, 0
 
     def __iter__(self):
+        bar = tqdm(self.batches, self.name, initial=self.step, total=self.config.steps, leave=False,
+                   disable=bool(run_distributed.rank()) or None)
         with asked_to_stop() as asked:
             self.speed()
-            for batch in tqdm(self.batches, **self.bar):
+            for batch in bar:
                 yield batch
                 if run_distributed.any_of_all(bool(asked)):
                     self.losses.read()
@@ -244,13 +230,11 @@ def peak_memory(device: torch.device):
         import resource                     # not on Windows
     except ImportError:
         return None
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(20 if sys.platform == "darwin" else 10)
 
 
 def update(optimizer, scaler, clip: float) -> torch.Tensor:
-    """One step of `optimizer`, with the gradients of all processes together and of L2 norm `clip` at most;
-    returns their norm before, ()."""
+    """One step with the gradients of all processes, cut to an L2 norm of `clip`; their norm before, ()."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     run_distributed.sum_gradients(parameters)
     scaler.unscale_(optimizer)              # fp16: the gradients were taken of a larger loss

@@ -98,17 +98,14 @@ PRESETS = {"tiny": dict(arms="tumor,subtype,gan-100,ldm-100,inpaint-100,oracle-1
 
 
 def arm_parts(arm: str) -> tuple:
-    """(synthetic set or "", ratio, flags of train_seg.py). UserError for a name that is no arm."""
+    """(synthetic set or "", its ratio). UserError for a name that is no arm."""
     known = PAPER_ARMS + CONTROLS + EXPLORATORY
     if arm not in known:
         raise UserError(f"--arms: {arm!r} is unknown; known are {', '.join(known)}, and all")
-    if arm in ("tumor", "subtype"):
-        return "", 0.0, ["--sampling", arm]
-    if arm == "subtype-2x":
-        return "", 0.0, ["--sampling", "subtype"]
-    method, percent, *same = arm.split("-")
-    ratio = math.inf if percent == "only" else int(percent) / 100
-    return "-".join([method, *same]), ratio, ["--sampling", "subtype"]
+    if arm in ("tumor", "subtype", "subtype-2x"):
+        return "", 0.0
+    method, percent, *variant = arm.split("-")
+    return "-".join([method, *variant]), math.inf if percent == "only" else int(percent) / 100
 
 
 def chosen_arms(config) -> list:
@@ -129,95 +126,83 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
     short = ["--steps", config.trial] if config.trial else []
     plan = []
 
-    def add(kind, name, line, folder, *needs):
-        line = tuple(map(str, [*line, "--out", folder]))
-        plan.append(Stage(name, kind, line, Path(folder), tuple(n.name for n in needs if n),
+    def add(kind, name, line, folder, *needs, root=root, owner=f"seed {seed}: "):
+        line = tuple(map(str, [*line, "--out", root / folder]))
+        plan.append(Stage(owner + name, kind, line, root / folder, tuple(n.name for n in needs if n),
                           keys[kind == "evaluation"]))
         return plan[-1]
 
-    def own(kind, name, line, folder, *needs):
-        return add(kind, f"seed {seed}: {name}", line, root / folder, *needs)
+    def train_ldm(name, flags, folder, *needs):
+        stage = name.split()[0]
+        return add(stage, name, ["train_ldm.py", "--stage", stage, *flags, *UNIFORM, *short], folder, *needs)
 
     tissue = None
     if not config.data:
-        tissue = own("phantom", "phantom", ["-m", "her2.phantom", *sizes, "--seed", seed], "phantom")
+        tissue = add("phantom", "phantom", ["-m", "her2.phantom", *sizes, "--seed", seed], "phantom")
     parts = {arm: arm_parts(arm) for arm in chosen_arms(config)}
     # One set per method, of the largest size at once: arms that are added later take more of its images, and
     # smaller ones keep theirs.
     amount = {}
-    for name, ratio, _ in parts.values():
+    for name, ratio in parts.values():
         least = max(RATIOS) if name in METHODS and config.preset != "tiny" else 1.0
         amount[name] = max(0.0 if ratio == math.inf else ratio, least, amount.get(name, 0.0))
-    network = {}                                        # what paints a set
-    latent = {"ldm", "inpaint", "ldm-same", *(f"ldm-{variant}" for variant in REGROUPED)}
-    if amount.keys() & {*latent, "reconstruct"}:
-        network["reconstruct"] = own("autoencoder", "autoencoder", [
-            "train_ldm.py", "--stage", "autoencoder", *common, *UNIFORM, *short], "vq", tissue)
-    if amount.keys() & {"ldm", "inpaint", "ldm-same"}:
-        diffusion = own("diffusion", "diffusion", [
-            "train_ldm.py", "--stage", "diffusion", "--autoencoder", root / "vq", *common, *UNIFORM, *short],
-            "ldm", tissue, network["reconstruct"])
-        network.update(dict.fromkeys(("ldm", "inpaint", "ldm-same"), diffusion))
+    network, images = {}, {}                            # {set: stage}: what paints it, what makes it
+    latent = [name for name in amount if name.startswith(("ldm", "inpaint"))]
+    by_subtype = [name for name in latent if name.split("-")[-1] not in REGROUPED]
+    if latent or "reconstruct" in amount:
+        network["reconstruct"] = vq = train_ldm("autoencoder", common, "vq", tissue)
+    if by_subtype:
+        diffusion = train_ldm("diffusion", ["--autoencoder", vq.folder, *common], "ldm", tissue, vq)
+        network.update(dict.fromkeys(by_subtype, diffusion))
     if "gan" in amount:
-        network["gan"] = own("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
-    images = {}
+        network["gan"] = add("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
     for name in filter(None, amount):
-        method, *variant = name.split("-")
+        method, kind = name.partition("-")[::2]
         flags, source = common, tissue
-        kind = "".join(variant)
         if kind in REGROUPED:                           # the same tissue in other classes, its own diffusion
-            source = own("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind]], kind,
+            source = add("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind]], kind,
                          tissue)
             flags = [source.folder if one is data else one for one in common]
-            network[name] = own("diffusion", f"diffusion {kind}", [
-                "train_ldm.py", "--stage", "diffusion", "--autoencoder", root / "vq", *flags, *UNIFORM,
-                *short], f"ldm-{kind}", source, network["reconstruct"])
+            network[name] = train_ldm(f"diffusion {kind}", ["--autoencoder", vq.folder, *flags],
+                                      f"ldm-{kind}", source, vq)
         model = ["--model", network[name].folder] if name in network else []
-        images[name] = own("images", f"images {name}", [
+        images[name] = add("images", f"images {name}", [
             "generate.py", "--method", method, *model, *(["--no-relabel"] if kind == "same" else []),
             *flags, "--sampling", "subtype", *UNIFORM, "--ratio", amount[name]],
             f"synth-{name}", source, network.get(name))
     runs = []
-    for arm, (name, ratio, flags) in parts.items():
+    for arm, (name, ratio) in parts.items():
         steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short
         synthetic = ["--synthetic", images[name].folder, "--ratio", ratio] if name else []
-        runs.append(own("segmentation", f"segmentation {arm}", [
-            "train_seg.py", *common, *flags, *UNIFORM, *steps, *synthetic, "--name", arm],
-            f"seg-{arm}", tissue, images.get(name)))
+        runs.append(add("segmentation", f"segmentation {arm}", [
+            "train_seg.py", *common, "--sampling", "tumor" if arm == "tumor" else "subtype", *UNIFORM, *steps,
+            *synthetic, "--name", arm], f"seg-{arm}", tissue, images.get(name)))
     # The judge of images: a segmenter of other tissue, which never saw a slide of this seed, real or
     # generated, so it likes neither. Real data have no other tissue: their own baseline has to do.
     judge = runs[0]
     if not config.data:
-        place = Path(config.out) / "judge"
+        place = dict(root=Path(config.out) / "judge", owner="")
         other = add("phantom", "judge's phantom", ["-m", "her2.phantom", *sizes, "--seed", JUDGE_SEED],
-                    place / "phantom")
-        judge = add("segmentation", "judge", ["train_seg.py", *sizes, "--data", place / "phantom", *machine,
-                                              "--seed", JUDGE_SEED, *UNIFORM, *short], place / "seg", other)
+                    "phantom", **place)
+        judge = add("segmentation", "judge", ["train_seg.py", *sizes, "--data", other.folder, *machine,
+                                              "--seed", JUDGE_SEED, *UNIFORM, *short], "seg", other, **place)
     shown = [stage.folder for name, stage in images.items() if "-" not in name]
-    own("evaluation", "evaluation", [
+    add("evaluation", "evaluation", [
         "evaluate.py", *(one.folder for one in runs),
         *(["--synthetic", *shown, "--judge", judge.folder] if shown else []), *sizes, *machine,
         "--seed", seed], "report", *runs, *images.values(), judge)
     return plan
 
 
-def data_keys(config) -> tuple:
-    """Hashes of the user's training data, which all stages read, and of all data, which the evaluation reads.
-
-    A phantom is decided by its command: ("", "").
-    """
-    if not config.data:
-        return "", ""
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    return tuple(json.dumps(data_hashes(dataset, config.cache, splits)) for splits in (("train",), SPLITS))
-
-
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "python -m her2.study")
-    if config.data and not Path(config.data).is_dir():
-        raise UserError(f"{config.data}: no such dataset folder; check --data")
-    out, seeds = Path(config.out), range(config.seed, config.seed + config.seeds)
-    keys = data_keys(config)
+    out, seeds, keys = Path(config.out), range(config.seed, config.seed + config.seeds), ("", "")
+    if config.data:
+        if not Path(config.data).is_dir():
+            raise UserError(f"{config.data}: no such dataset folder; check --data")
+        # All stages read the training data, the evaluation all data. (A phantom is decided by its command.)
+        dataset = load_dataset(config.data, seed=config.split_seed)
+        keys = [json.dumps(data_hashes(dataset, config.cache, splits)) for splits in (("train",), SPLITS)]
     plan = list({stage.name: stage for seed in seeds for stage in stages(config, seed, keys)}.values())
     run.open_run("her2.study", config, config.device, ["-m", "her2.study", *argv], free=FREE)
     record = Record(out / "stages.json", plan)

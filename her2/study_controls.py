@@ -23,6 +23,7 @@ Dimension letters: B batch, P side of the patch, K classes.
 import json
 import re
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from her2.data_folder import NEW_TISSUE
 from her2.phantom_cells import hollow, site_cells
 from her2.phantom_microscope import cell_of, window
 from her2.polygons import paint
+from her2.relabel import renumber
 from her2.run_errors import UserError
 from her2.run_seeds import numpy_generator
 from her2.stains import STAINS, deconvolve
@@ -43,11 +45,9 @@ FAINTEST = 0.02         # DAB below which a factor would only blow up noise
 
 
 def with_classes(scene, wanted: dict, key: tuple):
-    """The scene with the nests `wanted` {index of the site: class id} filled anew in their new class.
-
-    Their outlines stay, and so does all else, to the bit: the table of cells only grows at its end, because
-    the coins of `phantom_microscope` are thrown by the number of a cell.
-    """
+    """The scene with the nests `wanted` {index of the site: class id} filled anew in their new class. Their
+    outlines stay, and so does all else, to the bit: the table of cells only grows at its end, because the
+    coins of `phantom_microscope` are thrown by the number of a cell."""
     sites, cells, nuclei = list(scene.sites), [scene.cells.copy()], [scene.nuclei.copy()]
     for k, class_id in sorted(wanted.items()):
         rng = numpy_generator(*key, "site", k)
@@ -65,8 +65,11 @@ def with_classes(scene, wanted: dict, key: tuple):
     return replace(scene, sites=sites, cells=np.concatenate(cells), nuclei=np.concatenate(nuclei))
 
 
-class Tissue:
-    """The scenes behind a phantom's folder. UserError where `dataset` is no phantom."""
+class OraclePainter:
+    """paint(batch) by the phantom that made the folder of `dataset`; UserError where none did. `fresh_patch`
+    draws from slides that it would make next."""
+
+    multiple = 1
 
     def __init__(self, dataset):
         path = dataset.root / "phantom.json"
@@ -77,24 +80,8 @@ class Tissue:
         if found["recipe"] != phantom.RECIPE:
             raise UserError(f"{path}: made by another version of the phantom; make it again")
         self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
-        self.seed, self.kept = found["seed"], {}
-
-    def scene(self, slide: int, roi: int):
-        """(scene, polygons) of `phantom.scene_of`; the last few dozen are kept."""
-        if (slide, roi) not in self.kept:
-            if len(self.kept) > 64:
-                self.kept.clear()
-            self.kept[slide, roi] = phantom.scene_of(self.preset, self.seed, slide, roi)
-        return self.kept[slide, roi]
-
-
-class OraclePainter:
-    """paint(batch) by the phantom itself. `batch["sources"]` say which slide, ROI and position."""
-
-    multiple = 1
-
-    def __init__(self, dataset):
-        self.tissue = Tissue(dataset)
+        # scene(slide, roi) -> (scene, polygons); the last few dozen are kept.
+        self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
 
     def paint(self, batch):
         images = [self.render(source, instance.numpy(), mapping, seed) for source, instance, mapping, seed
@@ -102,10 +89,10 @@ class OraclePainter:
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def render(self, source, instance, mapping, seed) -> np.ndarray:
-        """(P, P, 3) uint8 of one patch."""
+        """(P, P, 3) uint8 of the patch at the slide, ROI and position of `source`."""
         slide, roi = map(int, re.findall(r"\d+", source["name"])[:2])           # images/slide03_roi0.png
-        scene, _ = self.tissue.scene(slide, roi)
-        um, wanted = self.tissue.preset.um_per_px, {}
+        scene, _ = self.scene(slide, roi)
+        um, wanted = self.preset.um_per_px, {}
         for i, (_, new) in mapping.items():
             # An annotated outline is drawn by a shaky hand: its nest is the one that owns most of its pixels.
             y, x = np.nonzero(instance == i)
@@ -116,27 +103,19 @@ class OraclePainter:
         scene = with_classes(scene, wanted, (seed,))
         return window(scene, um, source["y"], source["x"], *instance.shape, numpy_generator(seed, "sensor"))
 
-
-class FreshSampler:
-    """Source patches of new slides: `source(seed, i)` in place of generate.py's `draw_patch`."""
-
-    def __init__(self, tissue: Tissue, sampler):
-        self.tissue, self.sampler = tissue, sampler
-
-    def source(self, seed: int, i: int) -> dict:
-        rng, side, patch = numpy_generator(seed, "fresh", i), self.tissue.preset.size, self.sampler.patch
-        scene, polygons = self.tissue.scene(FRESH + i, 0)
+    def fresh_patch(self, sampler, seed: int, i: int) -> dict:
+        """Source patch i of new slides, in place of generate.py's `draw_patch`."""
+        rng, side, patch = numpy_generator(seed, "fresh", i), self.preset.size, sampler.patch
+        _, polygons = self.scene(FRESH + i, 0)
         label, instance = paint([[ring] for _, ring in polygons], [k for k, _ in polygons], side, side)
         present = [k for k in np.unique(label) if k]
         y, x = rng.integers(side - patch + 1, size=2)                           # anywhere
-        if present and rng.random() >= self.sampler.uniform:                    # or around a subtype
+        if present and rng.random() >= sampler.uniform:                         # or around a subtype
             inside = np.argwhere(label == rng.choice(present))
             y, x = (inside[rng.integers(len(inside))] - patch // 2).clip(0, side - patch)
-        part = np.s_[y:y + patch, x:x + patch]
-        ids, numbered = np.unique(instance[part], return_inverse=True)
-        numbered = numbered.reshape(patch, patch) + (ids[0] > 0)                # from 1, 0 = background
-        return {"image": torch.zeros(3, patch, patch), "label": torch.from_numpy(label[part]).long(),
-                "instance": torch.from_numpy(numbered).int(), "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0",
+        label, instance = (torch.from_numpy(one[y:y + patch, x:x + patch]) for one in (label, instance))
+        return {"image": torch.zeros(3, patch, patch), "label": label.long(),
+                "instance": renumber(instance), "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0",
                 "slide": f"new{FRESH + i}", "x": int(x), "y": int(y)}
 
 

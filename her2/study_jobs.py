@@ -1,8 +1,7 @@
 """Many commands that wait for each other, side by side: what is ready runs, what fails names itself.
 
-A stage is one command line with the folder that it fills and the stages that it needs. A stage is complete
-when it is recorded with the same key; the key hashes its command, the keys of what it needs and the hash of
-the data, so that changing one input makes exactly what depends on it again.
+A stage is complete when it is recorded with the same key; the key hashes its command, the keys of what it
+needs and the hash of the data, so that changing one input makes exactly what depends on it again.
 
 Independent runs side by side use a machine better than one run with many threads (two processes of one thread
 each do about 1.6 times the work of one with two): so with `jobs` > 1 each gets one thread, and one GPU each
@@ -18,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +25,17 @@ import torch
 from tqdm import tqdm
 
 from her2 import run
-
-ROOT = Path(__file__).resolve().parents[1]  # where the five scripts lie
+from her2.run_errors import ROOT
 
 
 @dataclass(frozen=True)
 class Stage:
-    name: str  # unique, such as "seed 10: diffusion"
-    kind: str  # stages of one kind cost about the same: "diffusion"
-    line: tuple  # command line after `python`: a script and its flags, or -m and a module
-    folder: Path  # what it fills
-    needs: tuple = ()  # names of other stages
-    data: str = ""  # hash of the user's data that it reads
+    name: str               # unique, such as "seed 10: diffusion"
+    kind: str               # stages of one kind cost about the same: "diffusion"
+    line: tuple             # command line after `python`: a script and its flags, or -m and a module
+    folder: Path            # what it fills
+    needs: tuple = ()       # names of other stages
+    data: str = ""          # hash of the user's data that it reads
 
     @property
     def command(self) -> str:
@@ -60,7 +59,7 @@ class Record:
         self.done = run.read_json(path) if self.path.exists() else {}
 
     def complete(self, stage) -> bool:
-        return (self.done.get(stage.name, {}).get("key") == self.keys[stage.name]) and stage.folder.exists()
+        return self.done.get(stage.name, {}).get("key") == self.keys[stage.name] and stage.folder.exists()
 
     def add(self, stage, seconds: float) -> None:
         # A stage that went on from a checkpoint took the time of both starts; the first one was not recorded.
@@ -81,9 +80,7 @@ class Record:
 
 def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
     """Expected seconds until all is finished: `cost` {kind: seconds}, scaled by what finished stages took.
-
-    running: {stage: seconds so far}; done: {kind: [seconds]} of this run.
-    """
+    running: {stage: seconds so far}; done: {kind: [seconds]} of this run."""
     expected = sum(cost.get(kind, 60) * len(times) for kind, times in done.items())
     pace = sum(map(sum, done.values())) / expected if expected else 1.0
 
@@ -95,37 +92,27 @@ def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
     return work / max(jobs, 1)
 
 
-def environment(jobs: int = 1, slot: int = 0) -> dict:
-    """For a stage: `her2` is found wherever the study is started from, and what `jobs` > 1 share is divided.
-
-    Threads that wait should sleep: busy waiting costs a factor of ten when something else runs on the
-    same cores.
-    """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    extra = {}
-    if jobs > 1:
-        extra = {"OMP_NUM_THREADS": "1"}
-        if torch.cuda.device_count() > 1:
-            extra["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path, **extra}
-
-
 class Job:
-    """A running stage. Alone it writes to the terminal, beside others into a file of its own."""
+    """A running stage. Alone it writes to the terminal; beside others (`jobs` > 1) into a file of its own, on
+    one thread and, where there are several GPUs, on the one of its `slot`."""
 
     def __init__(self, stage, jobs: int, slot: int, logs):
-        self.stage, self.clock = stage, time.perf_counter()
-        self.log = Path(logs) / (re.sub(r"\W+", "-", stage.name) + ".txt") if jobs > 1 else None
+        self.stage, self.clock, self.log = stage, time.perf_counter(), None
         line = stage.line if stage.line[0] == "-m" else (str(ROOT / stage.line[0]), *stage.line[1:])
-        output = None
-        if self.log:
+        # `her2` is found wherever the study is started from. Threads that wait should sleep: busy waiting
+        # costs a factor of ten when something else runs on the same cores.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
+        if jobs > 1:
+            environment["OMP_NUM_THREADS"] = "1"
+            if torch.cuda.device_count() > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+            self.log = Path(logs) / (re.sub(r"\W+", "-", stage.name) + ".txt")
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            output = open(self.log, "w", encoding="utf-8")
-        # A session of its own: Ctrl-C reaches it through `stop`, once, and not a second time by the terminal.
-        self.process = subprocess.Popen([sys.executable, *line], env=environment(jobs, slot), stdout=output,
-                                        stderr=output and subprocess.STDOUT, start_new_session=True)
-        if output:
-            output.close()
+        # A session of its own: Ctrl-C comes from `run_stages`, and not a second time from the terminal.
+        with open(self.log, "w", encoding="utf-8") if self.log else nullcontext() as output:
+            self.process = subprocess.Popen([sys.executable, *line], env=environment, stdout=output,
+                                            stderr=output and subprocess.STDOUT, start_new_session=True)
 
     @property
     def seconds(self) -> float:
@@ -137,49 +124,38 @@ class Job:
         lines = [line.split("\r")[-1].strip() for line in lines if line.strip()]
         return next((line for line in reversed(lines) if line.startswith(start)), lines[-1] if lines else "")
 
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-
 
 class Board:
     """One line per job and one for the whole on a terminal; elsewhere a line when a stage begins and ends."""
 
-    def __init__(self, jobs: int, total: int):
-        self.live, self.total = jobs > 1 and sys.stderr.isatty(), total
-        lines = jobs + 1 if self.live else 0
+    def __init__(self, jobs: int):
+        lines = jobs + 1 if jobs > 1 and sys.stderr.isatty() else 0
         self.bars = [tqdm(position=k, bar_format="{desc}", leave=False) for k in range(lines)]
 
     def say(self, text: str) -> None:
-        tqdm.write(text) if self.live else print(text, flush=True)
+        tqdm.write(text) if self.bars else print(text, flush=True)
 
-    def show(self, running: dict, finished: int, left: float) -> None:
-        """running: {slot: Job}."""
+    def show(self, running: dict, text: str) -> None:
+        """running: {slot: Job}; text: on the whole."""
         texts = [f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}" if job else "-"
                  for job in map(running.get, range(len(self.bars) - 1))]
-        texts.append(f"{finished}/{self.total} stages, about {left / 60:.0f} min left")
-        for bar, text in zip(self.bars, texts):
-            bar.set_description_str(text[:shutil.get_terminal_size()[0] - 1])
-
-    def close(self) -> None:
-        for bar in self.bars:
-            bar.close()
+        for bar, line in zip(self.bars, [*texts, text]):
+            bar.set_description_str(line[:shutil.get_terminal_size()[0] - 1])
 
 
 def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lambda stage: None) -> list:
     """Run what is not complete, up to `jobs` at a time. Returns one line per stage that failed.
-
     `finished(stage)` is called for every stage that is complete, also for those that were before. What needs
     a failed stage is left out; what does not goes on. Ctrl-C stops all jobs, each of which saves a checkpoint
-    of its own, and is raised again.
-    """
+    of its own, and is raised again."""
     waiting, failed, running, times = [], {}, {}, {}
     for stage in stages:
         (finished if record.complete(stage) else waiting.append)(stage)
-    board, ready = Board(jobs, len(stages)), {stage.name for stage in stages} - {s.name for s in waiting}
+    board, ready = Board(jobs), {stage.name for stage in stages} - {stage.name for stage in waiting}
 
     def left():
-        return seconds_left(waiting, {job.stage: job.seconds for job in running.values()}, times, cost, jobs)
+        spent = {job.stage: job.seconds for job in running.values()}
+        return f"about {seconds_left(waiting, spent, times, cost, jobs) / 60:.0f} min left"
 
     if ready:
         board.say(f"{len(ready)} of {len(stages)} stages are complete")
@@ -187,7 +163,7 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lam
         while waiting or running:
             for stage in [s for s in waiting if set(s.needs) & set(failed)]:
                 waiting.remove(stage)
-                failed[stage.name] = None  # named by what it needs
+                failed[stage.name] = None           # named by what it needs
             for slot in set(range(jobs)) - set(running):
                 stage = next((s for s in waiting if set(s.needs) <= ready), None)
                 if stage is None:
@@ -213,12 +189,13 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lam
                 ready.add(job.stage.name)
                 finished(job.stage)
                 board.say(f"{job.stage.name}: {job.seconds / 60:.1f} min; {len(ready)} of {len(stages)} "
-                          f"stages are complete, about {left() / 60:.0f} min left")
-            board.show(running, len(ready), left())
+                          f"stages are complete, {left()}")
+            board.show(running, f"{len(ready)}/{len(stages)} stages, {left()}")
     finally:
-        for job in running.values():
-            job.stop()
+        for job in running.values():        # send_signal does nothing to a process that has ended
+            job.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         for job in running.values():
             job.process.wait()
-        board.close()
+        for bar in board.bars:
+            bar.close()
     return [line for line in failed.values() if line]

@@ -39,13 +39,11 @@ def from_json(content: dict) -> Outcome:
 
 
 def write_seed(config, seed: int, seconds: dict) -> None:
-    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}.
-
-    config: of `study`; what decides the figures is written with them.
-    """
+    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `seconds` {stage: seconds}. config: of
+    `study`; what decides the figures is written with them."""
     root = Path(config.out) / f"seed{seed}"
     results = run.read_json(root / "report" / "results.json")
-    folders = {config["name"]: Path(config["runs"][0].pop("folder")) for config in results["configs"]}
+    folders = {arm["name"]: Path(arm["runs"][0].pop("folder")) for arm in results["configs"]}
     baseline = folders[report.BASELINE]
     dataset = load_dataset(run.read_json(baseline / "config.json")["fields"]["data"],
                            split=read_split(baseline / "split.json"))
@@ -58,9 +56,9 @@ def write_seed(config, seed: int, seconds: dict) -> None:
                                         [scores[slide] for slide in test], dataset.classes, fpr)
         fpr = one.figures["half"]["fpr"] if fpr is None else fpr
         arms[name] = to_json(one)
-    for config in results["configs"]:
-        config["runs"][0].pop("slides")
-        config["runs"][0]["seed"] = seed
+    for arm in results["configs"]:
+        arm["runs"][0].pop("slides")
+        arm["runs"][0]["seed"] = seed
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     measured = {key: results.get(key, {}) for key in ("images", "staining", "old and new")}
     run.write_json(root.parent / "seeds" / f"seed{seed}.json", {
