@@ -113,7 +113,7 @@ class ProbabilityHistogram:
         return least(-dice)
 
     def threshold_at_fpr(self, target_fpr: float) -> float | None:
-        """The threshold whose false-positive rate is nearest to `target_fpr`; None without background pixels."""
+        """The threshold whose false-positive rate is nearest to `target_fpr`; None without background."""
         background = np.delete(self.counts, self.classes.tumor_ids, axis=0).sum(0)        # (BINS,)
         if not background.sum():
             return None
