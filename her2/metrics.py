@@ -132,7 +132,7 @@ def least(cost) -> float:
 
 
 def rates(confusion, classes) -> dict:
-    """Counts (..., K, 2) -> {figure: (...)} for many tables at once; NaN: there is nothing to form it from."""
+    """Counts (..., K, 2) -> {figure: (...)} for many tables at once; NaN: nothing to form it from."""
     # The network answers tumor or not. Of which subtype the found pixels were, only the rows know.
     confusion, tumor = np.asarray(confusion, dtype=np.float64), classes.tumor_ids
     tp, fn = confusion[..., tumor, 1].sum(axis=-1), confusion[..., tumor, 0].sum(axis=-1)
