@@ -293,9 +293,7 @@ def read_metrics(one, key, dataset) -> bool:
 
 def draw_synthetic(out, results, synthetic, dataset, config) -> list:
     """fig4, staining and old_and_new into `out`, their numbers into `results`; returns their captions.
-
-    synthetic: of `read_synthetic`.
-    """
+    synthetic: of `read_synthetic`."""
     classes, train = dataset.classes, dataset.split("train")
     draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
 

@@ -28,8 +28,7 @@ class Mixture:
     """Equal parts of N(mean_k, std^2 I), means (K, D), as data; `predict(xt, t)` is the perfect network.
 
         xt given k   N(sqrt(ab) mean_k, var I),  var = ab std^2 + 1 - ab          ab = alpha_bar at t
-        x0 given xt  sum over k of p(k | xt) (mean_k + sqrt(ab) std^2 / var (xt - sqrt(ab) mean_k))
-    """
+        x0 given xt  sum over k of p(k | xt) (mean_k + sqrt(ab) std^2 / var (xt - sqrt(ab) mean_k))"""
 
     def __init__(self, means, std: float, schedule=SCHEDULE):
         self.means, self.std, self.schedule = torch.as_tensor(means, dtype=torch.float64), std, schedule

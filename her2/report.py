@@ -41,11 +41,9 @@ FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cac
 
 
 def configuration_name(fields: dict, method: str = "") -> str:
-    """`tumor`, `subtype`, `uniform`, `gan-100`, `ldm-100-same`, ...: the configuration of a run.
-
-    `--name` where it was given. `method` is that of the synthetic folder ('' without one). Synthetic images
-    go with subtype sampling; with another one its name is appended: different things never share a name.
-    """
+    """`tumor`, `subtype`, `uniform`, `gan-100`, `ldm-100-same`, ...: the configuration of a run. `--name`
+    where it was given. `method` is that of the synthetic folder ('' without one). Synthetic images go with
+    subtype sampling; with another one its name is appended: different things never share a name."""
     if fields.get("name") or not fields.get("synthetic"):
         return fields.get("name") or fields["sampling"]
     method, *same = method.split("-")
@@ -111,13 +109,10 @@ def collect(runs) -> dict:
             "name": run.name, "method": run.method.split("-")[0] or REAL,
             "ratio": None if math.isinf(ratio) else float(ratio),   # None: synthetic images alone
             "sampling": run.fields["sampling"], "runs": []})
-        val, test, fpr = sum(run.val.values()), sum(run.test.values()), baselines.get(run.seed)
-        equal = matched(val, test, fpr)                             # None without a baseline of this seed
-        if equal is not None:
-            threshold = val.threshold_at_fpr(fpr)
-            equal.update(threshold=threshold, precision=test.report(threshold)["precision"])
+        val, test = sum(run.val.values()), sum(run.test.values())
         config["runs"].append({
-            "seed": run.seed, **test.report(), "matched": equal, "folder": run.folder, "val": val.report(),
+            "seed": run.seed, **test.report(), "matched": matched(val, test, baselines.get(run.seed)),
+            "folder": run.folder, "val": val.report(),
             "slides": {slide: part.report() for slide, part in run.test.items()}})
     return {"baseline": BASELINE, "threshold": 0.5, "configs": list(configs.values())}
 
@@ -142,10 +137,8 @@ def mean_sd(numbers):
 
 def change(config: dict, baseline: dict, path):
     """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline).
-
     The baseline's figure is that at 0.5, where it is matched to itself. None without a common seed that has
-    both; the sd of a single seed and the percentage of a baseline of 0 are None.
-    """
+    both; the sd of a single seed and the percentage of a baseline of 0 are None."""
     base = {record["seed"]: record[path[-1]] for record in baseline["runs"]}
     pairs = [(figure_of(record, *path), base.get(record["seed"])) for record in config["runs"]]
     pairs = [(new, old) for new, old in pairs if new is not None and old is not None]
@@ -230,9 +223,7 @@ def page(results: dict, data: str, notes, figures) -> str:
 
 def gallery(results: dict, pictures, over: str = "") -> list:
     """Paragraphs of report.md: what was measured of the images, and pictures [(file name, caption), ...].
-
-    `over`: a sentence that says over what the numbers are means.
-    """
+    `over`: a sentence that says over what the numbers are means."""
     parts = []
     if results.get("staining"):
         parts += ["## Is the staining what was asked for?",

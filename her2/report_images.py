@@ -51,10 +51,8 @@ def sharpness(image, label, classes):
 
 
 def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") -> dict:
-    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]}.
-
-    The sources "real, train" and "real, val" are added; the first is what all distances are measured to.
-    """
+    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]}. The
+    sources "real, train" and "real, val" are added; the first is what all distances are measured to."""
     patch, pairs = min(roi.height for rois in sets.values() for roi in rois), {}
     for split in ("train", "val"):          # drawn as the sources of synthetic images are
         sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
@@ -96,11 +94,9 @@ def table(result: dict) -> list:
 
 
 def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
-    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it.
-
-    Of 100 patches that one is taken that comes nearest to being half of this subtype and a third background:
-    where all is tumor, nobody sees whether the outlines of the label are obeyed.
-    """
+    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it. Of 100 patches that
+    one is taken that comes nearest to being half of this subtype and a third background: where all is tumor,
+    nobody sees whether the outlines of the label are obeyed."""
     def content(roi):
         tile = open_roi(roi, dataset.classes, cache)
         return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
