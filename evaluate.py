@@ -100,11 +100,7 @@ def main(argv):
     draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
     pictures.append(("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area."))
     if synthetic:
-        pictures += draw_synthetic(out, results, synthetic, dataset, config)
-    if synthetic and config.judge:                          # do images obey their masks?
-        network = run.build_model(UNet, run.load_model(config.judge, "segmenter"), config.judge).to(device)
-        sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
-        results["images"] = report_images.measure(sets, dataset, network, device, config.seed, config.cache)
+        pictures += draw_synthetic(out, results, synthetic, dataset, config, device)
     run.write_json(out / "results.json", results)
     atomic_write(out / "results.csv", table(runs))
     atomic_write(out / "report.md", report.page(results, str(dataset.root), notes, pictures))
@@ -291,17 +287,17 @@ def read_metrics(one, key, dataset) -> bool:
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
-def draw_synthetic(out, results, synthetic, dataset, config) -> list:
-    """fig4, staining and old_and_new into `out`, their numbers into `results`; returns their captions.
-    synthetic: of `read_synthetic`."""
+def draw_synthetic(out, results, synthetic, dataset, config, device) -> list:
+    """fig4, staining and old_and_new of `read_synthetic` into `out`, their numbers and those of --judge into
+    `results`; returns captions."""
     classes, train = dataset.classes, dataset.split("train")
+    sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
     draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
 
     # One white for all: a generated patch that is tumor from edge to edge shows no glass to measure it on.
     white = report_staining.median_white(train, classes, config.cache)
-    sources = {report.REAL: train}          # what generators learned from is what they can be held against
-    sources |= {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
-    found = report_staining.measure(sources, classes, white, config.cache)
+    # What generators learned from is what they can be held against.
+    found = report_staining.measure({report.REAL: train, **sets}, classes, white, config.cache)
     densities = {source: report_staining.by_class(found[source], classes) for source in found}
     results["staining"] = report_staining.summary(densities, classes)
     groups = [(classes.names[k], [(source, some[k]) for source, some in densities.items()])
@@ -315,6 +311,9 @@ def draw_synthetic(out, results, synthetic, dataset, config) -> list:
         method: report_staining.transitions(found[report.TITLES[method]], entries, classes)
         for method, (_, entries) in synthetic.items()}
     draw.save_png(out / "old_and_new.png", report_staining.heat_maps(results["old and new"], classes))
+    if config.judge:                                        # do images obey their masks?
+        network = run.build_model(UNet, run.load_model(config.judge, "segmenter"), config.judge).to(device)
+        results["images"] = report_images.measure(sets, dataset, network, device, config.seed, config.cache)
     return [("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; the original "
              "is the patch whose label was changed. One row per subtype asked for."),
             ("old_and_new.png", "Mean DAB density of generated instances with its 95 % interval, by the "
