@@ -55,7 +55,6 @@ def configuration_name(fields: dict, method: str = "") -> str:
 @dataclasses.dataclass
 class Run:
     """One evaluated segmentation run; `val` and `test` are {slide: ProbabilityHistogram}."""
-
     folder: str
     fields: dict            # of its config.json
     method: str             # 'gan', 'ldm', 'ldm-same' (labels kept), 'oracle', ...; '' without any
@@ -201,8 +200,8 @@ def markdown(rows) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def page(results: dict, data: str, notes, figures) -> str:
-    """report.md. `notes` are warnings, one line each; `figures` are for `gallery`."""
+def page(results: dict, data: str, notes, pictures) -> str:
+    """report.md. `notes` are warnings, one line each; `pictures` are for `gallery`."""
     configs = results["configs"]
     return "\n\n".join([
         "# Segmentation with and without synthetic images",
@@ -218,7 +217,7 @@ def page(results: dict, data: str, notes, figures) -> str:
         "## Results at the baseline's false-positive rate",
         "The threshold of each run is the one at which its false-positive rate on val equals that of the "
         "baseline with the same seed. A gain that is not here was a shift of the operating point.",
-        markdown(result_table(results, "matched")), *gallery(results, figures)]) + "\n"
+        markdown(result_table(results, "matched")), *gallery(results, pictures)]) + "\n"
 
 
 def gallery(results: dict, pictures, over: str = "") -> list:
