@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from parity_segmentation import class_scores, confusion_matrix, normalise
 
 from her2.data_classes import DEFAULT_CLASSES
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
-from her2.metrics import (BINS, THRESHOLDS, ProbabilityHistogram, class_scores, confusion_matrix, matched,
-                          normalise)
+from her2.metrics import BINS, THRESHOLDS, ProbabilityHistogram, matched
 
 FIELDS = {"dice", "recall", "subtype_variance", "precision", "fpr", "confusion"}  # of results.json
 
@@ -160,8 +160,8 @@ def test_threshold_at_fpr_is_the_nearest():
 def test_matching_the_baseline_to_itself_changes_nothing():
     val, test = histogram(*example(6)), histogram(*example(7))
     own = test.report()
-    assert matched(val, test, val.report()["fpr"]) == {
-        key: own[key] for key in ("fpr", "dice", "recall", "subtype_variance")}
+    assert matched(val, test, val.report()["fpr"]) == {"threshold": 0.5, **{
+        key: own[key] for key in ("fpr", "dice", "recall", "subtype_variance", "precision")}}
 
 
 def test_matching_undoes_a_shift_of_the_operating_point():
