@@ -18,7 +18,6 @@ The networks are built in her2/run_setup.py.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,7 @@ from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_genera
                              saturated_share)
 from her2.net_perceptual import VGG19Loss
 from her2.run_seeds import generator
-from her2.spade import recalibrate_norm, reparameterize
+from her2.spade import recalibrated, reparameterize
 
 
 def train(config, argv) -> int:
@@ -82,13 +81,11 @@ def train(config, argv) -> int:
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
         run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step, **dataset.origin())
 
-    def save():
-        run.save_checkpoint(folder, saved, step=step, idle=idle)
-
     losses = run_log.Losses(folder, networks, scaler)
     run_distributed.same_start(*networks.values())
     run_training.compile_parts(config, *networks.values())
-    steps = run_training.Steps("GAN", config, sampler, step, device, losses, save)
+    steps = run_training.Steps("GAN", config, sampler, step, device, losses,
+                               save=lambda: run.save_checkpoint(folder, saved, step=step, idle=idle))
     for batch in steps:
         optimizer.zero_grad()
         disc_optimizer.zero_grad()
@@ -159,9 +156,7 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
             z = torch.randn(len(label), config.z_dim, generator=generator(config.seed, "calibrate", step, k))
             yield run_training.one_hot(label, num_classes, device), z.to(device)
 
-    network = copy.deepcopy(averaged)               # in eval mode, as it was
-    recalibrate_norm(network, conditions())
-    return network
+    return recalibrated(averaged, conditions())
 
 
 # ---- configuration -----------------------------------------------------------------------------------------

@@ -74,9 +74,6 @@ def train_autoencoder(config, argv) -> None:
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
         run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step, **dataset.origin())
 
-    def save():
-        run.save_checkpoint(folder, saved, step=step)
-
     def reconstruct(image):
         """-> reconstruction (B, 3, H, W), z (B, D, h, w), indices (B, h, w), L1, L1 and more, vq_loss ()"""
         reconstruction, z, _, indices, vq_loss = model(image)
@@ -100,7 +97,8 @@ def train_autoencoder(config, argv) -> None:
     losses = run_log.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
     run_distributed.same_start(model, disc)
     run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
-    steps = run_training.Steps("autoencoder", config, sampler, step, device, losses, save)
+    steps = run_training.Steps("autoencoder", config, sampler, step, device, losses,
+                               save=lambda: run.save_checkpoint(folder, saved, step=step))
     for batch in steps:
         adversarial = config.disc_weight > 0 and step >= config.disc_start
         for opt in (optimizer, disc_optimizer):
@@ -144,8 +142,8 @@ def train_autoencoder(config, argv) -> None:
         losses.end(step, batch["names"], **norms)
         step += 1
 
-        # 4 wake dead codes: a code that no latent is nearest to gets no gradient, ever. It restarts at a
-        #   latent of this batch; in the second half of the training the codebook should stay.
+        # 4 wake dead codes: a code that is nearest to no latent gets no gradient, ever. It restarts at a
+        #   latent of this batch, but not in the second half of the training: the others should settle.
         usage.step(step, model.quantize, *(run_distributed.gather(p, config) for p in (indices, latents)),
                    generator(config.seed, "restart", step), optimizer)
 
@@ -210,15 +208,13 @@ def train_diffusion(config, argv) -> None:
                        schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
                        **dataset.origin())
 
-    def save():
-        run.save_checkpoint(folder, saved, step=step, quarters=quarters)
-
     losses = run_log.Losses(folder, {"denoiser": denoiser}, scaler)
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
     batches = config.latent_pool and pooled_latents(config, dataset, encode, step)
     run_distributed.same_start(denoiser, ema.module)
     run_training.compile_parts(config, denoiser.unet)
-    steps = run_training.Steps("diffusion", config, sampler, step, device, losses, save, batches)
+    steps = run_training.Steps("diffusion", config, sampler, step, device, losses, batches=batches,
+                               save=lambda: run.save_checkpoint(folder, saved, step=step, quarters=quarters))
     for batch in steps:
         optimizer.zero_grad()
         # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.
@@ -285,7 +281,7 @@ class AutoencoderConfig(Common):
     # ---- networks
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
     factor: Literal[2, 4, 8] = 4    # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
-    width: int = 16                 # channels of the finest level: 8, 16 or a multiple of 32; official: 128
+    width: int = 16                 # channels of the finest level; 128 is the official number
     blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one

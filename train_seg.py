@@ -76,16 +76,14 @@ def train(config, argv) -> int:
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                        **dataset.origin())
 
-    def save():
-        run.save_checkpoint(folder, saved, step=step)
-
     network.train()
     losses = run_log.Losses(folder, {"network": network}, scaler)
     run_distributed.same_start(network)
     run_training.compile_parts(config, network)
-    steps = run_training.Steps("segmentation", config, sampler, step, device, losses, save)
+    steps = run_training.Steps("segmentation", config, sampler, step, device, losses,
+                               save=lambda: run.save_checkpoint(folder, saved, step=step))
     for batch in steps:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         parts = run_distributed.parts(batch, config)            # one, but for --accumulate
         known = sums_of_all(network, parts, is_tumor, config, precision, device) if len(parts) > 1 else None
         for part in parts:

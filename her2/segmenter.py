@@ -14,8 +14,8 @@ layout is that of segmentation-models-pytorch's Unet("resnet34"), whose files lo
 resnet34 files (encoder). Names of parameters are the official ones.
 
 Differs from the official code: images come in [-1, 1] and the ImageNet normalisation is part of the network
-(the official one leaves it to the data pipeline, where it is easily forgotten; `forward_normalised` skips
-it); the width is free; the initialisation follows one rule for encoder and decoder (see `he_init`).
+(the official one leaves it to the data pipeline, where it is easily forgotten); the width is free; the
+initialisation follows one rule for encoder and decoder (see `he_init`).
 
 Key: B batch, K classes, H W image size, h w size of a feature map, c channels, w width.
 """
@@ -149,14 +149,11 @@ class UNet(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         assert image.ndim == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
-        return self.forward_normalised(self.normalised(image))          # (B, K, H, W)
-
-    def forward_normalised(self, x: torch.Tensor) -> torch.Tensor:
-        """The same from an image that is normalised already: what the official network takes."""
-        if x.shape[2] % STRIDE or x.shape[3] % STRIDE:
-            raise ValueError(f"height and width must be divisible by {STRIDE}, found {tuple(x.shape[2:])}; "
-                             "predict_roi takes any size")
-        return self.segmentation_head(self.decoder(self.encoder(x)))    # (B, K, H, W)
+        if image.shape[2] % STRIDE or image.shape[3] % STRIDE:
+            raise ValueError(f"height and width must be divisible by {STRIDE}, found "
+                             f"{tuple(image.shape[2:])}; predict_roi takes any size")
+        features = self.encoder(self.normalised(image))                 # f_0 .. f_5
+        return self.segmentation_head(self.decoder(features))           # (B, K, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc).

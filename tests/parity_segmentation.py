@@ -77,7 +77,7 @@ def smp_unet(meta, sd, inp, out):
     with torch.no_grad():
         features = model.encoder(inp["x"])
         decoded = model.decoder(features)
-        ours = {"eval/y": model.forward_normalised(inp["x"]),
+        ours = {"eval/y": model.segmentation_head(model.decoder(model.encoder(inp["x"]))),
                 "eval/feature_probes": np.stack([probe(f, i) for i, f in enumerate(features)]),
                 "eval/decoder_probes": probe(decoded, 0)[None]}
     for i, feature in enumerate(features):  # of large maps only the first channels are recorded
@@ -85,7 +85,7 @@ def smp_unet(meta, sd, inp, out):
         ours[f"eval/f{i}"] = feature if recorded is None else feature[:, :recorded.shape[1]]
 
     model.train()
-    logits = model.forward_normalised(inp["x"])
+    logits = model.segmentation_head(model.decoder(model.encoder(inp["x"])))
     loss = dice_cross_entropy(logits, inp["target"], dice_weight=0.0, ce_weight=1.0)[0]
     loss.backward()
     buffers = [(name, b) for name, b in model.named_buffers() if name in sd]  # without factor and shift

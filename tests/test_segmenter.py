@@ -65,7 +65,8 @@ def test_normalisation_is_imagenets():
     rgb = (image + 1) / 2
     x = torch.stack([(rgb[:, c] - mean) / std for c, (mean, std) in
                      enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)])], 1)
-    torch.testing.assert_close(model(image), model.forward_normalised(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(image), model.segmentation_head(model.decoder(model.encoder(x))),
+                               rtol=1e-5, atol=1e-5)
 
 
 def test_prediction_does_not_depend_on_the_rest_of_the_batch():

@@ -9,7 +9,7 @@ from torch import nn
 from her2.net_blocks import SpectralConv2d, frozen, init_weights, load_strict
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN
 from her2.run_seeds import generator as random
-from her2.spade import SPADEGenerator, SPADENorm, SPADEResBlock, VAEEncoder, recalibrate_norm, reparameterize
+from her2.spade import SPADEGenerator, SPADENorm, SPADEResBlock, VAEEncoder, recalibrated, reparameterize
 
 
 @pytest.fixture(autouse=True)
@@ -300,11 +300,13 @@ def test_recalibrated_statistics_are_plain_averages_over_the_batches():
         network.fc.weight.mul_(7).add_(0.3)
     parameters = [p.clone() for p in network.parameters()]
     batches = [(masks(4, 64, 64)[i:], torch.randn(4 - i, 8, generator=random("z", i))) for i in range(3)]
-    recalibrate_norm(network, batches)
+    twin = recalibrated(network, batches)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, twin.parameters()))
     assert network.training and all(torch.equal(a, b) for a, b in zip(parameters, network.parameters()))
     first = network.head_0.norm_0.param_free_norm
     assert first.momentum == 0.1 and first.training
-    recalibrate_norm(network.eval(), batches)
+    network = recalibrated(network.eval(), batches)
+    first = network.head_0.norm_0.param_free_norm
     assert not any(module.training for module in network.modules())
     starts = [network.start(onehot, z).detach() for onehot, z in batches]
     mean = torch.stack([x.mean((0, 2, 3)) for x in starts]).mean(0)
@@ -318,9 +320,8 @@ def test_recalibration_fits_the_spectral_norm_to_the_weights():
     fitted = []
     for count in (1, 3):
         network = small_generator()
-        convolution = network.head_0.conv_0
-        convolution.weight_u.copy_(F.normalize(noise(64), dim=0))
-        recalibrate_norm(network, [(masks(2, 64, 64), noise(2, 8))] * count)
+        network.head_0.conv_0.weight_u.copy_(F.normalize(noise(64), dim=0))
+        convolution = recalibrated(network, [(masks(2, 64, 64), noise(2, 8))] * count).head_0.conv_0
         weight = convolution.eval().weight().detach()
         assert 1 - 1e-4 < torch.linalg.svdvals(weight.flatten(1))[0] < 1.1
         fitted.append(convolution.weight_u)
@@ -331,8 +332,8 @@ def test_after_recalibration_eval_reproduces_training_statistics():
     """With one batch the running statistics are that batch's own, so both modes agree (up to n / (n - 1))."""
     network = small_generator(size=128)
     batch = masks(6, 128, 128), noise(6, 8)
-    recalibrate_norm(network, [batch])
-    evaluated = network.eval()(*batch)
+    network = recalibrated(network, [batch])
+    evaluated = network(*batch)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.train()
