@@ -167,8 +167,7 @@ class Decoder(nn.Module):
 class VQAutoencoder(nn.Module):
     """Encoder, codebook and decoder. Images are (B, 3, H, W) in [-1, 1], H and W multiples of `factor`.
 
-    factor            2 ** (levels - 1): follows from ch_mult, given to be checked against it
-    ch, ch_mult       the width of level i is ch * ch_mult[i]
+    ch, ch_mult       the width of level i is ch * ch_mult[i]; factor = 2 ** (levels - 1), to be checked
     z_channels        latent channels of encoder and decoder; embed_dim: width D of a code (default: the same)
     attention_levels  levels (0 = finest) with attention after every residual block
     groups            of every GroupNorm; fewer where they do not divide the channels

@@ -22,6 +22,7 @@ Key: B batch, K classes, C channels, D latent channels, H W image size, h w late
 
 import math
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -129,10 +130,9 @@ class Layers(nn.ModuleList):
 
 
 class Denoiser(nn.Module):
-    """U-Net: x (B, in_channels, h, w), t (B,) -> (B, out_channels, h, w).
+    """U-Net: x (B, in_channels, h, w), t (B,) -> (B, out_channels, h, w); 2 ** (levels - 1) divides h and w.
 
-    h and w must be multiples of 2 ** (levels - 1). attention_factors: downsampling factors at which the
-    residual blocks are followed by attention; the official ones match no level of the official U-Net.
+    attention_factors: downsampling factors at which attention follows the residual blocks.
     """
 
     def __init__(self, in_channels: int = 6, out_channels: int = 3, model_channels: int = 128,
@@ -144,9 +144,11 @@ class Denoiser(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(),
                                         nn.Linear(emb_dim, emb_dim))
 
+        block = partial(ResBlock, emb_dim=emb_dim, groups=groups)
+        attention = partial(Attention, num_heads=num_heads, groups=groups)
+
         def blocks(channels, out, level):
-            attention = [Attention(out, num_heads, groups)] if 2 ** level in attention_factors else []
-            return [ResBlock(channels, out, emb_dim, groups), *attention]
+            return [block(channels, out), *([attention(out)] if 2 ** level in attention_factors else [])]
 
         widths = [multiple * model_channels for multiple in channel_mult]  # per level
         channels = model_channels
@@ -161,9 +163,8 @@ class Denoiser(nn.Module):
                 self.input_blocks.append(Layers([downsample(channels)]))
                 skips.append(channels)
         # At the coarsest level every place sees every other: the stain agrees across a patch.
-        self.middle_block = Layers([ResBlock(channels, channels, emb_dim, groups),
-                                    Attention(channels, num_heads, groups),
-                                    ResBlock(channels, channels, emb_dim, groups)])
+        middle = [block(channels, channels), attention(channels), block(channels, channels)]
+        self.middle_block = Layers(middle)
         self.output_blocks = nn.ModuleList()               # the way up: a block more per level, for the skips
         for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
@@ -183,11 +184,11 @@ class Denoiser(nn.Module):
         emb = self.time_embed(time_embedding(t, self.model_channels))        # (B, E)
         skips = []                       # from the way down: where exactly things are, lost by halving
         for layers in self.input_blocks:
-            x = layers(x, emb)                                                # (B, C, h, w)
+            x = layers(x, emb)                                               # (B, C, h, w)
             skips.append(x)
         x = self.middle_block(x, emb)                                        # (B, C, h/4, w/4)
         for layers in self.output_blocks:
-            x = layers(torch.cat([x, skips.pop()], dim=1), emb)               # (B, C, h, w)
+            x = layers(torch.cat([x, skips.pop()], dim=1), emb)              # (B, C, h, w)
         return self.out(x)                                                   # (B, out, h, w)
 
 

@@ -39,7 +39,7 @@ class Schedule:
     """Tables over t = 0 .. T-1 (float64) and what follows from them. Latents (B, C, h, w), t (B,) int64.
 
     parametrisation    what the network puts out: "eps" or "v"
-    zero_terminal_snr  the last level is pure noise; needs "v", because eq. 2 divides by 0 there (ValueError)
+    zero_terminal_snr  the last level is pure noise; needs "v", because eq. 2 divides by 0 there
     """
 
     def __init__(self, T: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0205,
@@ -111,9 +111,8 @@ class Schedule:
         output = output.to(xt.dtype)                         # half precision ends with the network
         if self.parametrisation == "eps":
             # Errors of the output grow with 1 / sqrt(alpha_bar), a hundredfold at the last level.
-            to_x0 = self.at((1 / self.alpha_bar).sqrt(), t, xt)
-            to_eps = self.at((1 / self.alpha_bar - 1).sqrt(), t, xt)
-            return to_x0 * xt - to_eps * output, output
+            of_xt, of_eps = (1 / self.alpha_bar).sqrt(), (1 / self.alpha_bar - 1).sqrt()        # (T,) each
+            return self.at(of_xt, t, xt) * xt - self.at(of_eps, t, xt) * output, output
         signal, noise = self.roots(t, xt)
         # (xt, v) is (x0, eps) turned by an angle, so turning back has no division and no such growth.
         return signal * xt - noise * output, signal * output + noise * xt    # (B, C, h, w) each

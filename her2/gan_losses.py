@@ -15,9 +15,9 @@ Taming's autoencoder weighs its adversarial loss so that both losses pull equall
 
 PAPER: the HER2 paper gives no weights; 10 and 0.05 are the numbers of the official code.
 Differs from the official code in one point: NVlabs/SPADE sums the KL divergence over the batch, so that its
-weight grows with the batch size. Here the default is the mean over the batch, and so 0.05 pulls B times
-less than officially at batch B; at the paper's batch of 16, `--lambda-kld 0.8` pulls as hard.
-reduction="sum", for comparison with the reference only, gives the official number.
+weight grows with the batch. Here it is the mean, so 0.05 pulls B times less than officially at batch B; at
+the paper's batch of 16, `--lambda-kld 0.8` pulls as hard. reduction="sum" is for comparison with the
+reference only.
 
 "logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns: then the last entry of every level
 counts, and the levels are averaged. Everything is summed up in float32, under autocast too.

@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet34Encoder(nn.Module):
-    """ResNet-34 without pooling and classifier; parameters named as torchvision's. Official `width`: 64."""
+    """ResNet-34 without classifier; parameters named as torchvision's. Official `width`: 64."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -159,9 +159,9 @@ class UNet(nn.Module):
         """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc).
 
         Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded then.
-        Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
-        and the counters have no effect at a fixed momentum.
         """
+        # Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
+        # and the counters have no effect at a fixed momentum.
         whole = any(name.startswith("encoder.") for name in state_dict)
         target, unused = (self, ()) if whole else (self.encoder, ("fc.weight", "fc.bias"))  # no decoder there
         given = {name: tensor for name, tensor in state_dict.items() if name not in unused}
@@ -189,11 +189,8 @@ def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
 
 
 def encoder_weights(choice: str) -> Path | None:
-    """The file that `--encoder-weights CHOICE` asks for; its tensors go to `UNet.load_official_state_dict`.
-
-    "none": None. "imagenet": torchvision's resnet34 in torch hub's cache, downloaded if it is not there, and
-    checked against the hash in its name. Anything else is the path of a file. Raises UserError.
-    """
+    """The file that `--encoder-weights CHOICE` asks for: none (None), imagenet (torchvision's resnet34 in
+    torch hub's cache, downloaded if it is not there, checked against the hash in its name), or a path."""
     if choice == "none":
         return None                                                     # he_init's weights stay
     if choice != "imagenet":
