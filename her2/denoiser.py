@@ -268,17 +268,14 @@ class LatentDenoiser(nn.Module):
         ema: take the averaged U-Net (model_ema.*, names without dots) where there is one; the official one
         does not cover the label conv. ValueError lists every missing, unexpected and misshapen tensor.
         """
-        flat = {"diffusion_model" + name.replace(".", ""): "unet." + name for name in self.unet.state_dict()}
         averaged = ema and any(name.startswith("model_ema.diffusion_model") for name in state_dict)
-        given = {"latent_scale": state_dict.get("scale_factor", torch.tensor(1.0)).reshape(())}
-        for name, tensor in state_dict.items():
-            part, _, rest = name.partition(".")
-            if part == "cond_stage_model":
-                given["label_code." + rest] = tensor
-            elif part == "model" and not averaged:
-                given["unet." + rest.removeprefix("diffusion_model.")] = tensor
-            elif part == "model_ema" and averaged and rest not in ("decay", "num_updates"):
-                given[flat.get(rest, name)] = tensor
-            elif rest and part not in ("model", "model_ema", "first_stage_model"):
-                given[name] = tensor             # belongs to nothing (the schedule has no dots): an error
-        load_strict(self, given)
+        flat = {"model_ema.diffusion_model" + name.replace(".", ""): "unet." + name
+                for name in self.unet.state_dict()}
+        unused = ("first_stage_model.", "model_ema.decay", "model_ema.num_updates",
+                  "model." if averaged else "model_ema.")
+        # Names without a dot are the tables of the schedule, and the factor of the latents.
+        given = {flat.get(name, name): tensor for name, tensor in state_dict.items()
+                 if "." in name and not name.startswith(unused)}
+        given["latent_scale"] = state_dict.get("scale_factor", torch.tensor(1.0)).reshape(())
+        load_strict(self, given, rename=[(r"^cond_stage_model\.", "label_code."),
+                                         (r"^model\.(diffusion_model\.)?", "unet.")])

@@ -138,7 +138,7 @@ class UNet(nn.Module):
         self.decoder = Decoder(self.encoder.channels, decoder_channels)
         self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], num_classes, 3, padding=1))
         # Not in the state_dict: constants, and the official files do not have them.
-        mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("factor", 0.5 / std, persistent=False)
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
         he_init(self)                                              # the file of --encoder-weights comes after
