@@ -98,10 +98,8 @@ class Tissue:
 
     def search(self, templates, weights):
         """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k.
-
         templates, weights: per scale (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1. The part of the
-        region at that place is like dihedral(image, k).
-        """
+        region at that place is like dihedral(image, k)."""
         count = len(templates[0])
         # Batches outside, regions inside: the spectra of a turned template serve all regions.
         best, where = torch.full((count,), -2.0), torch.zeros(count, 4, dtype=torch.long)
@@ -152,10 +150,8 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
 
 def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False, cache="cache"):
     """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
-
     pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
-    the synthetic images counts, and those are left out in which it is too small.
-    """
+    the synthetic images counts, and those are left out in which it is too small."""
     tumor = [torch.from_numpy(np.isin(label, classes.tumor_ids) if inpainted else label >= 0)[None].float()
              for _, label, _ in pictures]
     # Only boxes that lie whole within the region: the rest holds pixels that were copied by design.

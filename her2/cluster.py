@@ -167,11 +167,9 @@ def log_joint(x, w, m, C) -> np.ndarray:
 
 
 def fit(x, K: int, rng):
-    """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures.
-
-    A cluster of D instances or fewer has a likelihood without bound as it shrinks on them and says nothing of
-    a subtype: a mixture with such a one is taken only where every start led to one.
-    """
+    """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures. A cluster of D instances or fewer
+    has a likelihood without bound as it shrinks on them and says nothing of a subtype: a mixture with such a
+    one is taken only where every start led to one."""
     fits = []
     for _ in range(STARTS):
         m = x[[rng.integers(len(x))]]
@@ -195,10 +193,8 @@ def fit(x, K: int, rng):
 
 
 def adjusted_rand(a, b) -> float:
-    """Agreement of two groupings (n,) of the same things: 1 = the same groups, 0 = what chance gives.
-
-    Counted are pairs that are together in both, against those expected of groups of the same sizes.
-    """
+    """Agreement of two groupings (n,) of the same things: 1 = the same groups, 0 = what chance gives. Counted
+    are pairs that are together in both, against those expected of groups of the same sizes."""
     counts = np.zeros((max(a) + 1, max(b) + 1))
     np.add.at(counts, (a, b), 1)
     both, first, second, every = ((c * (c - 1) / 2).sum()

@@ -53,11 +53,9 @@ def paste(image: torch.Tensor, generated: torch.Tensor, repaint: torch.Tensor) -
 
 def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     """`image` (B, 3, H, W) with the region `repaint` (B, H, W) filled smoothly from the pixels around it.
-
     Pyramid filling (push-pull: Gortler et al., The Lumigraph, SIGGRAPH 1996): halve the image, averaging
     known pixels only, until all are known; on the way back an unknown pixel takes the coarser level's value.
-    Known pixels stay as they are. An image without any known pixel becomes white: glass.
-    """
+    Known pixels stay as they are. An image without any known pixel becomes white: glass."""
     known = ~repaint[:, None]                                                # (B, 1, H, W)
     if bool(known.all()) or max(image.shape[-2:]) == 1:
         return torch.where(known, image, torch.ones_like(image))
@@ -71,12 +69,10 @@ def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
 
 
 def noise_level(image: torch.Tensor) -> torch.Tensor:
-    """(B,) standard deviation of the noise in images (B, 3, H, W), where they are smoothest.
-
-    A second difference along both axes removes what is locally a plane, and leaves white noise 6 times as
-    strong (Immerkaer, Comput Vis Image Underst 64, 1996). Texture passes too, so only the smoothest tenth of
-    all squares of 8 x 8 pixels is asked.
-    """
+    """(B,) standard deviation of the noise in images (B, 3, H, W), where they are smoothest. A second
+    difference along both axes removes what is locally a plane, and leaves white noise 6 times as strong
+    (Immerkaer, Comput Vis Image Underst 64, 1996). Texture passes too, so only the smoothest tenth of all
+    squares of 8 x 8 pixels is asked."""
     line = torch.tensor([1.0, -2.0, 1.0])
     kernel = (torch.outer(line, line) / 6).expand(3, 1, 3, 3)
     fine = F.conv2d(image.float(), kernel, groups=3)                         # (B, 3, H - 2, W - 2)

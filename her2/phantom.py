@@ -130,10 +130,8 @@ def _row(preset: Preset, slide: int, roi: int) -> dict:
 
 
 def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True) -> Path:
-    """Write the phantom to the folder `out`, or finish it, or find it complete. Returns the folder.
-
-    Raises UserError when `out` holds another phantom, or a dataset that is none.
-    """
+    """Write the phantom to the folder `out`, or finish it, or find it complete. Returns the folder. Raises
+    UserError when `out` holds another phantom, or a dataset that is none."""
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     out, size = Path(out), PRESETS[preset]
@@ -187,11 +185,9 @@ def _found(out: Path, settings: dict) -> bool:
 
 
 def measure(out: Path, preset: Preset, seed: int, rows, at_most: int = 1024) -> str:
-    """Write preview.png and return a table: area share per split and DAB density per class.
-
-    Images are read at every n-th pixel where they are larger than `at_most`; white is the 99th percentile
-    per channel of each image. "10-90 %" is the spread of the means of single instances.
-    """
+    """Write preview.png and return a table: area share per split and DAB density per class. Images are read
+    at every n-th pixel where they are larger than `at_most`; white is the 99th percentile per channel of each
+    image. "10-90 %" is the spread of the means of single instances."""
     names, thumbnails = DEFAULT_CLASSES.names, []
     splits = ("train", "val", "test")
     area = np.zeros((len(names), len(splits)))

@@ -229,12 +229,10 @@ def site_cells(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarray:
-    """Fibroblasts and single lymphocytes wherever no site lies.
-
-    distance, angle, tissue: coarse maps (n, n) of the distance to the next site, the direction of the fibres
-    and how much of them there is (nuclei do not float in glass); axis: (n,) their coordinates;
-    patchy: (n, n) field that makes the stroma cellular in places.
-    """
+    """Fibroblasts and single lymphocytes wherever no site lies. distance, angle, tissue: coarse maps (n, n)
+    of the distance to the next site, the direction of the fibres and how much of them there is (nuclei do not
+    float in glass); axis: (n,) their coordinates; patchy: (n, n) field that makes the stroma cellular in
+    places."""
     middle, half = (axis[0] + axis[-1]) / 2, (axis[-1] - axis[0]) / 2
     points = hexagons(middle, middle, 1.45 * half, 13.0, 0.62, rng)
     points = points[(np.abs(points - middle) < half).all(axis=1)]       # within the maps

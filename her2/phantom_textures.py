@@ -114,11 +114,9 @@ def wobbly_radii(radius: float, wobble: float, aspect: float, angle: float, rng)
 
 
 def squeeze(radii, site: int, x, y, weight, gap: float) -> np.ndarray:
-    """Cut the outline of one site where its neighbours begin, leaving `gap` between them (a septum).
-
-    The border to site j is the line of equal power distance (a Voronoi cell with weights): along the
-    direction u it lies at ((d^2 + w^2 - w_j^2) / (2 d)) / cos(angle between u and the neighbour).
-    """
+    """Cut the outline of one site where its neighbours begin, leaving `gap` between them (a septum). The
+    border to site j is the line of equal power distance (a Voronoi cell with weights): along the direction u
+    it lies at ((d^2 + w^2 - w_j^2) / (2 d)) / cos(angle between u and the neighbour)."""
     theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
     dx, dy = np.delete(x, site) - x[site], np.delete(y, site) - y[site]
     d = np.maximum(np.hypot(dx, dy), 1e-6)

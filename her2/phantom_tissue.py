@@ -123,11 +123,8 @@ class Scene:
 
 
 def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, duct: bool = False) -> Scene:
-    """One ROI of `size` x `size` um.
-
-    mix: (4,) shares of the subtypes; tumor_share: of the area; first: subtype of the first nest, so that
-    a slide shows its own score; duct: whether an LCIS/DCIS is certain.
-    """
+    """One ROI of `size` x `size` um. mix: (4,) shares of the subtypes; tumor_share: of the area; first:
+    subtype of the first nest, so that a slide shows its own score; duct: whether an LCIS/DCIS is certain."""
     assert len(mix) == 4 and size > 0, f"four shares and a positive size, found {mix}, {size}"
     noise = {name: Noise(rng) for name in FIELDS}                       # one law of texture for the whole ROI
     edge = None
@@ -266,10 +263,8 @@ def fibre_angle(noise, style, distance, axis) -> np.ndarray:
 
 def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray]:
     """(streaks, tissue) on the grid ys x xs: texture of the fibres (mean 0), and where there are any (0..1).
-
     Streaks are noise stretched along the flow, and around a site along its outline; where they and slower
-    noise are low, or beyond the edge of the section, glass shows.
-    """
+    noise are low, or beyond the edge of the section, glass shows."""
     along, across = flow_coordinates(noise, style, ys, xs)
     free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0)
             + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)

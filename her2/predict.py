@@ -162,11 +162,9 @@ def read_rows(path) -> dict:
 
 
 def predict(image, paths, network, config, precision, device) -> dict:
-    """Predict one image and write its four files; returns its figures for predictions.csv.
-
-    dab_density is the mean amount of DAB (optical density) of the predicted tumor's pixels against the
-    image's own white point: where an image shows no glass, it is too low. area is in pixels of the slide.
-    """
+    """Predict one image and write its four files; returns its figures for predictions.csv. dab_density is the
+    mean amount of DAB (optical density) of the predicted tumor's pixels against the image's own white point:
+    where an image shows no glass, it is too low. area is in pixels of the slide."""
     pixels = read_image(image.path)                                                     # (H, W, 3) uint8
     height, width, _ = pixels.shape
     with precision.autocast():
@@ -205,21 +203,17 @@ def predict(image, paths, network, config, precision, device) -> dict:
 
 def tumor_polygons(mask, smallest: int) -> list:
     """Polygons (lists of rings, outer first) of a mask (H, W), without holes and specks below `smallest`.
-
-    Holes are filled first: what lies in a hole that is too small is itself too small.
-    """
+    Holes are filled first: what lies in a hole that is too small is itself too small."""
     polygons = [[outer, *(hole for hole in holes if polygon_area([hole]) >= smallest)]
                 for outer, *holes in outlines(mask, corners=False)]
     return [rings for rings in polygons if polygon_area(rings) >= smallest]
 
 
 def simplify(ring, tolerance: float) -> np.ndarray:
-    """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays.
-
-    A pixel changes sides only where its centre is within `tolerance` of the ring, so below half a pixel none
+    """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays. A
+    pixel changes sides only where its centre is within `tolerance` of the ring, so below half a pixel none
     does on a ring of pixel borders. A ring that would lose its area stays as it is. Source: Douglas and
-    Peucker, Cartographica 10 (1973), with the distance to the segment, not to its line.
-    """
+    Peucker, Cartographica 10 (1973), with the distance to the segment, not to its line."""
     points = np.vstack([ring, ring[:1]]).astype(np.float64)                   # closed: (n + 1, 2)
     far = int(np.hypot(*(points - points[0]).T).argmax())
     keep = np.isin(np.arange(len(points)), [0, far])

@@ -82,12 +82,10 @@ def half_log_snr(schedule) -> torch.Tensor:
 
 
 def log_snr_timesteps(schedule, S: int) -> list:
-    """S levels evenly spaced in lambda, ascending, T-1 and (from two on) 0 among them.
-
-    Where alpha_bar is below LOWEST, lambda falls far (with a terminal signal-to-noise ratio of 0 without end)
-    while the guess hardly moves: one step is enough. Levels near 0 lie far apart in lambda; where the spacing
-    is finer than that, each of them is visited.
-    """
+    """S levels evenly spaced in lambda, ascending, T-1 and (from two on) 0 among them. Where alpha_bar is
+    below LOWEST, lambda falls far (with a terminal signal-to-noise ratio of 0 without end) while the guess
+    hardly moves: one step is enough. Levels near 0 lie far apart in lambda; where the spacing is finer than
+    that, each of them is visited."""
     T, levels = schedule.T, half_log_snr(schedule)  # (T,) falling: later levels hold less of x0
     if not 1 <= S <= T:
         raise ValueError(f"the number of steps should be 1 to {T}, found {S}")
@@ -124,9 +122,7 @@ def extrapolation(schedule, timesteps) -> torch.Tensor:
 
 def image_noise(seeds, shape, device="cpu"):
     """-> noise(purpose, i), standard normal (B, *shape): one independent stream per image seed (int or str).
-
-    Drawn on the CPU, so that every device gets the same numbers.
-    """
+    Drawn on the CPU, so that every device gets the same numbers."""
     seeds = list(seeds)                                                 # one per image
 
     def noise(purpose: str, i: int) -> torch.Tensor:
@@ -140,12 +136,10 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
                final_alpha_bar: float = 1.0, blend: str = "before", clip_x0: bool = False,
                multistep: bool = False):
     """Yields (xt, x0) after every step: the new latent and the guess that led to it, (B, C, h, w) each.
-
     predict(xt, t) -> the network's output, t (B,). noise(purpose, i) with purpose "start" (i = 0), "step" and
-    "known" (i = number of the step). timesteps ascending. multistep: DPM-Solver++(2M), with eta 0.
-    Official samplers: final_alpha_bar = schedule.alpha_bar[0]; blend "after" the step, at its level; clip_x0
-    to [-1, 1] (for images, not for latents).
-    """
+    "known" (i = number of the step). timesteps ascending. multistep: DPM-Solver++(2M), with eta 0. Official
+    samplers: final_alpha_bar = schedule.alpha_bar[0]; blend "after" the step, at its level; clip_x0 to [-1,
+    1] (for images, not for latents)."""
     if blend not in ("before", "after"):
         raise ValueError(f"blend is 'before' or 'after', found {blend!r}")
     if multistep and eta:
@@ -197,8 +191,7 @@ def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler:
                DPM-Solver++(2M) with `steps`, without fresh noise
     spacing    of the timesteps; "auto" is "log-snr" for "dpm" and "trailing" for the others
     known      clean latent (B, C, h, w) to keep where `repaint` (B, 1, h, w) bool is False
-    progress   function(iterable, total) -> iterable, such as tqdm
-    """
+    progress   function(iterable, total) -> iterable, such as tqdm"""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is one of {', '.join(SAMPLERS)}, found {sampler!r}")
     if (known is None) != (repaint is None):
