@@ -308,10 +308,9 @@ class DiffusionPainter:
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
     def paint(self, batch):
-        config, factor, image = self.config, self.autoencoder.factor, batch["image"]
-        known, cells = None, None
+        config, factor, known, cells = self.config, self.autoencoder.factor, None, None
         if config.method == "inpaint":
-            region = inpainting.grow(batch["repaint"], config.blend)                    # (B, H, W)
+            image, region = batch["image"], inpainting.grow(batch["repaint"], config.blend)     # (B, H, W)
             # The encoder sees the whole patch: what it shall not carry on is taken out before.
             source = inpainting.erase(image, region) if config.erase else image
             known = self.denoiser.scale(self.autoencoder.encode(
