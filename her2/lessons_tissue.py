@@ -1,7 +1,6 @@
 """Lessons of Saturday morning: tissue, dyes, labels, and what of them a network sees (see `lessons`)."""
 
 import tempfile
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,7 +41,8 @@ def ink(values) -> np.ndarray:
 def specimens(kind: str, subtype: int) -> list:
     """Six times image (192, 192, 3) at 0.5 um and inside (192, 192) bool, with a site of this kind."""
     # One slide for all, with little unspecific brown: the differences are those between the classes.
-    style = replace(draw_style(numpy_generator("lesson", "style")), noise=0.004, breath=0.05)
+    style = draw_style(numpy_generator("lesson", "style"))
+    style.noise, style.breath = 0.004, 0.05
     found, attempt, axis = [], 0, np.arange(192) / 2
     while len(found) < 6:
         attempt += 1
