@@ -15,7 +15,6 @@ those at which subtype sampling is known to help (0 .07, 1+ .16, 2+ .24, 3+ .43,
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -229,9 +228,9 @@ def _thumbnail(picture, polygons, side: int = 320) -> np.ndarray:
 
 def main(argv=None) -> int:
     parser = Parser(prog="python -m her2.phantom", description=(__doc__ or "").split("\n\n")[0])
-    sizes = ", ".join(f"{name}: {'-'.join(map(str, one.slides))} slides x {one.rois} ROIs of {one.size} px at "
-                      f"{one.um_per_px} um" for name, one in PRESETS.items())
-    parser.add_argument("--out", default=os.path.join("data", "phantom"), help="the dataset folder [%(default)s]")
+    sizes = ", ".join(f"{name}: {'-'.join(map(str, one.slides))} slides x {one.rois} ROIs of {one.size} px "
+                      f"at {one.um_per_px} um" for name, one in PRESETS.items())
+    parser.add_argument("--out", default=str(Path("data", "phantom")), help="dataset folder [%(default)s]")
     parser.add_argument("--preset", default="tiny", help=f"{sizes} [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other slides [%(default)s]")
     args = parser.parse_args(argv)
