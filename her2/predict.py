@@ -49,7 +49,7 @@ OVERLAY = 2048      # longest side of an overlay picture
 GRID = 1024         # the white point is measured on a grid of at least this many points per side
 STRIP = 256         # rows measured at a time: bounds the memory of float64 copies
 TISSUE = ClassTable([TissueClass(0, "Background", False, False, (255, 255, 255)),
-                     TissueClass(1, "Tumor", True, False, (200, 0, 0))])        # its name and colour in QuPath
+                     TissueClass(1, "Tumor", True, False, (200, 0, 0))])   # as in QuPath
 KINDS = {"probability": ".png", "masks": ".png", "overlays": ".png", "polygons": ".geojson"}
 COLUMNS = ["image", "x", "y", "downsample", "width", "height", "tumor_share", "mean_probability",
            "dab_density", "polygons", "area", "sha256"]
@@ -189,8 +189,9 @@ def predict(image, paths, network, config, precision, device) -> dict:
     draw.save_png(paths["overlays"], draw.outline(small, label, TISSUE, width=2))
 
     area, tumor = count[1:] * image.downsample ** 2, count[1:].sum()
-    features = [feature(rings, image, config.simplify, {"Area px^2": a, "Mean tumor probability": round(p, 6)})
-                for rings, a, p in zip(polygons, area, total[1:] / count[1:])]
+    features = [feature(rings, image, config.simplify,
+                        {"Area px^2": a, "Mean tumor probability": round(mean, 6)})
+                for rings, a, mean in zip(polygons, area, total[1:] / count[1:])]
     atomic_write(paths["polygons"], json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
     return {"width": width, "height": height, "polygons": len(polygons), "area": f"{area.sum():.12g}",
             "tumor_share": f"{tumor / count.sum():.6f}", "dab_density": f"{dab / tumor:.6f}" if tumor else "",
