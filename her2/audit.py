@@ -2,9 +2,8 @@
 
     python -m her2.audit data/synth-ldm [--data D] [--out runs/audit]
 
-The paper (section 5) hopes that synthetic images cannot be traced to a patient. A generator that copies is
-found by its nearest neighbour: for a synthetic image S, over all training regions R, positions p and the 8
-flips and turns g,
+The paper (section 5) hopes that synthetic images cannot be traced to a patient. A copy is found by its nearest
+neighbour: for a synthetic image S, over all training regions R, positions p and the 8 flips and turns g,
 
     similarity(S) = sqrt(f) arctanh(max over R, p, g, scale k, stain c of NCC(g F_kc(S), F_kc(R) at p))
 

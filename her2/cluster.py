@@ -3,15 +3,14 @@
     python -m her2.cluster DIR --classes 4                                  0: as many as BIC says
     python -m her2.cluster DIR --merge "non-stained=0; stained=1+,2+,3+"    LCIS/DCIS stays
 
-The result, OUT, is a dataset with the same images, slides and splits, new masks and a new classes.json, so
-every script balances the new classes. To see whether that helps, generate with OUT and segment with DIR,
-whose subtypes remain those of the evaluation (of a set with other classes only tumor or not is used):
+The result, OUT, is a dataset with the same images, slides and splits, new masks and a new classes.json (of a
+merge with the old names as aliases: where labels are polygons, that file alone does it). To see whether the
+new classes help, generate with OUT and segment with DIR, whose subtypes remain those of the evaluation (of a
+set with other classes only tumor or not is used):
 
     python train_ldm.py --stage autoencoder --data OUT --out runs/vq          the diffusion likewise
     python generate.py --data OUT --model runs/ldm --relabel-classes "non-stained,stained" --out data/synth
     python train_seg.py --data DIR --synthetic data/synth --name ldm-100-stained
-
-The classes.json of a merge has the old names as aliases: where labels are polygons, the file alone does it.
 
 An instance is three numbers, x = log of (mean, standard deviation, mean gradient) of its DAB density: how
 much stain, how uneven, how much of it in edges such as membranes. To those of the training slides, scaled to
@@ -20,8 +19,8 @@ mean 0 and standard deviation 1, a mixture of K Gaussians is fitted:
     p(x) = sum_k w_k N(x; m_k, C_k)         expectation and maximisation from k-means++ centres
     BIC(K) = -2 log likelihood + (K - 1 + K D + K D (D + 1) / 2) log n        the least one chooses K
 
-Every instance of every split goes to its most probable cluster. The annotated subtypes are used for nothing
-but the adjusted Rand index, which says how much the clusters agree with them.
+Every instance of every split goes to its most probable cluster. The annotated subtypes serve the adjusted
+Rand index alone, which says how much the clusters agree with them.
 
 PAPER: section 5 suggests subtypes without annotation, section 4 stained against non-stained, untried.
 Sources: k-means++, Arthur & Vassilvitskii (2007); BIC, Schwarz (1978); Hubert & Arabie (1985).

@@ -3,10 +3,10 @@
     python -m her2.phantom --out data/phantom --preset tiny
 
 writes a dataset folder: images/*.png, annotations/* (EXACT JSON for half of the slides, QuPath GeoJSON for
-the other half, the latter in the coordinates of the whole slide at LEVEL0), slides.csv, preview.png (polygons
-in the colours of their classes) and, last, phantom.json with the settings. The physical model is the same at
-every preset, in micrometres; presets differ in resolution and amount. A ROI is a function of (seed, slide,
-roi) alone, so an interrupted run goes on where it stopped and ends in the same bytes.
+the other half, in the coordinates of the whole slide at LEVEL0), slides.csv, preview.png and, last,
+phantom.json with the settings. The physical model is the same at every preset, in micrometres; presets differ
+in resolution and amount. A ROI is a function of (seed, slide, roi) alone, so an interrupted run goes on where
+it stopped and ends in the same bytes.
 
 `slides.csv` comes with a split in which the four scores are equally frequent. Subtypes are not: slides of a
 higher score hold more tumor, and a slide mixes subtypes around its score (paper, section 2.1 and Fig. 2:
@@ -171,9 +171,9 @@ def _found(out: Path, settings: dict) -> bool:
         complete = found.pop("complete")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not readable ({error}); remove the folder {out} and run again") from error
-    if found != settings:
-        differences = ", ".join(f"{key} is {found.get(key)}, asked for {settings.get(key)}"
-                                for key in {**settings, **found} if found.get(key) != settings.get(key))
+    differences = ", ".join(f"{key} is {found.get(key)}, asked for {settings.get(key)}"
+                            for key in {**settings, **found} if found.get(key) != settings.get(key))
+    if differences:
         raise UserError(f"{out}: holds another phantom ({differences}); choose another --out or remove it")
     return complete
 

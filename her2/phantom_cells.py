@@ -2,15 +2,14 @@
 
 A cell is one record of the table CELL. Its body is the region nearer to it than to any other cell, at most
 `reach` away (a Voronoi cell with a cap: free borders come out scalloped, as of real nests), and within the
-outline of its site; `microscope` draws it. Nests are filled by a jittered hexagonal lattice, walls of ducts
-by layers along the outline.
+outline of its site. Nests are filled by a jittered hexagonal lattice, walls of ducts by layers along the
+outline.
 
-HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of the
-membrane that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they
-were tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07,
-.18, .25, .65 for 0, 1+, 2+, 3+, and single nests of neighbouring subtypes overlap. Eight photographs of
-stained tissue gave .19, .21, .29, 1.1 inside polygons and less over whole images; there, too, neighbours
-overlap, and the pattern tells more than the amount.
+HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of it
+that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they were
+tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07, .18,
+.25, .65 for 0, 1+, 2+, 3+. Eight photographs of stained tissue gave .19, .21, .29, 1.1. In both, nests of
+neighbouring subtypes overlap, and the pattern tells more than the amount.
 
 All lengths are micrometres; dyes are amounts as in `stains`.
 """

@@ -1,12 +1,10 @@
 """What lies where in one region of interest (ROI): nests, ducts, fat, stroma.
 
-    style = draw_style(rng)                               one per slide: stain, scanner, habit of the tissue
-    scene = lay_out(style, mix, tumor_share, size, rng)   one per ROI; `microscope` makes the picture
-
 Order of events. (1) Sites (tumor nests, ducts, lobules, fat, ...) are placed with a size each, nests close
 to each other, so that they squeeze one another into sheets with septa between them. (2) Each site gets an
-outline: a wobbly ellipse, cut where its neighbours begin. (3) `cells` fills them. (4) Two coarse maps
-(signed distance to the next site, direction of the fibres) carry the stroma.
+outline: a wobbly ellipse, cut where its neighbours begin. (3) `phantom_cells` fills them. (4) Two coarse maps
+(signed distance to the next site, direction of the fibres) carry the stroma. `phantom_microscope` makes the
+picture of the scene.
 
 Only a tumor site has a HER2 subtype, 0 to 3 (for 0, 1+, 2+, 3+). LCIS/DCIS has one as well, since it is
 stained like the tumor beside it, but its label does not tell. Everything else is background, however much
