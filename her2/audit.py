@@ -2,8 +2,8 @@
 
     python -m her2.audit data/synth-ldm [--data D] [--out runs/audit]
 
-The paper (section 5) hopes that synthetic images cannot be traced to a patient. A copy is found by its nearest
-neighbour: for a synthetic image S, over all training regions R, positions p and the 8 flips and turns g,
+The paper (section 5) hopes that synthetic images cannot be traced to a patient. A copy has a near neighbour:
+for a synthetic image S, over all training regions R, positions p and the 8 flips and turns g,
 
     similarity(S) = sqrt(f) arctanh(max over R, p, g, scale k, stain c of NCC(g F_kc(S), F_kc(R) at p))
 
@@ -232,15 +232,14 @@ def main(argv):
         here = [one["similarity"] for one in nearest if one["slide"] == slide]
         rows.append([slide, str(sum(one["source_slide"] == slide for one in nearest)), str(len(here)),
                      str(sum(s > threshold for s in here)), f"{max(here):.3f}" if here else "n/a"])
-    out = Path(args.out)
+    out, quantiles = Path(args.out), [0, 0.25, 0.5, 0.75, 1]
     run.write_json(out / "audit.json", {
         "images": len(found), "left_out": len(rois) - len(found), "held_out": len(normal), "p": p,
         "region": "regenerated tumor" if inpainted else "whole image", "false_alarm": args.false_alarm,
         "threshold": threshold, "share_above": share, "slides": [dict(zip(rows[0], row)) for row in rows[1:]],
-        "quantiles": {name: np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
-                      for name, values in (("synthetic", found), ("held_out", normal))}, "nearest": nearest})
-    pairs = [[], []]
-    shown = np.argsort(-found)[:8]
+        "quantiles": {"synthetic": np.quantile(found, quantiles).tolist(),
+                      "held_out": np.quantile(normal, quantiles).tolist()}, "nearest": nearest})
+    pairs, shown = [[], []], np.argsort(-found)[:8]
     for i in shown:                         # the image as it would have to be turned, above what it is like
         image = torch.from_numpy(pictures[kept[i]][0]).movedim(-1, 0)
         pairs[0].append(dihedral(image, nearest[i]["turn"]).movedim(0, -1).numpy())

@@ -93,17 +93,20 @@ def main(argv):
     out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv],
                        {"model": {model.name: file_hash(model)}})
 
-    rows = read_rows(out / "predictions.csv")
+    path = out / "predictions.csv"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows = {row["image"]: row for row in csv.DictReader(io.StringIO(text))
+            if list(row) == COLUMNS and None not in row.values()}       # whole ones
     for image in tqdm(images, desc="predict", unit="image", disable=None):
-        paths = {kind: out / kind / Path(image.name).with_suffix(end) for kind, end in KINDS.items()}
+        files = {kind: out / kind / Path(image.name).with_suffix(end) for kind, end in KINDS.items()}
         row = {"image": image.name, "sha256": file_hash(image.path),
                **{key: f"{getattr(image, key):.12g}" for key in ("x", "y", "downsample")}}
         # Done: the same content at the same place has its row, and the row is written after all files.
         done = row.items() <= rows.get(image.name, {}).items()
-        if not done or not all(path.is_file() for path in paths.values()):
-            rows[image.name] = {**row, **predict(image, paths, network, config, precision, device)}
-            atomic_write(out / "predictions.csv", csv_text([rows[name] for name in sorted(rows)], COLUMNS))
-    print(f"done: {out / 'predictions.csv'}, {len(images)} images, threshold {config.threshold:g}, "
+        if not done or not all(map(Path.is_file, files.values())):
+            rows[image.name] = {**row, **predict(image, files, network, config, precision, device)}
+            atomic_write(path, csv_text([rows[name] for name in sorted(rows)], COLUMNS))
+    print(f"done: {path}, {len(images)} images, threshold {config.threshold:g}, "
           f"{sum(int(rows[image.name]['polygons']) for image in images)} polygons in {out / 'polygons'}")
     return 0
 
@@ -148,13 +151,6 @@ def best_threshold(model, content) -> float:
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"note: {path}: damaged ({error}), the threshold is 0.5", file=sys.stderr)
     return 0.5
-
-
-def read_rows(path) -> dict:
-    """{image: row} of a predictions.csv; {} where there is none."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return {row["image"]: row for row in csv.DictReader(io.StringIO(text))
-            if list(row) == COLUMNS and None not in row.values()}
 
 
 def predict(image, paths, network, config, precision, device) -> dict:
