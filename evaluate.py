@@ -75,11 +75,12 @@ def main(argv):
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- 2 predict: counts per subtype and probability, from which every figure follows --------------------
-    key = {"data": fingerprint(dataset, config.cache), "tile": config.tile, "overlap": config.overlap,
+    hashes = json.dumps(data_hashes(dataset, config.cache, ("val", "test"))).encode()
+    key = {"data": hashlib.sha256(hashes).hexdigest(), "tile": config.tile, "overlap": config.overlap,
            "precision": str(precision)}                     # all that the counts depend on, but the network
     for one in runs:
         key["model"] = file_hash(Path(one.folder) / "model.pt")
-        if not read_metrics(one, key, dataset):
+        if not read_metrics(one, key, dataset):             # prediction is what takes the time
             predict(one, dataset, config, device, precision)
             run_distributed.rank() or write_metrics(one, key)
         found = sum(one.test.values()).report()             # a failed run among good ones ruins every mean
@@ -93,7 +94,11 @@ def main(argv):
         return 0
     out = Path(config.out)
     results = report.collect(runs)                          # seeds of one configuration become one row
-    pictures = draw_results(out, results, dataset, config)
+    pictures = report.figures(out, results["configs"], dataset.classes)
+    parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
+    areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
+    draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
+    pictures.append(("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area."))
     if synthetic:
         pictures += draw_synthetic(out, results, synthetic, dataset, config)
     if synthetic and config.judge:                          # do images obey their masks?
@@ -136,15 +141,22 @@ def parse(argv):
 
 # ---- runs and data -----------------------------------------------------------------------------------------
 
+def read_config(folder) -> tuple:
+    """(name of the script, fields) of the config.json in `folder`; (None, {}) of one that has neither."""
+    content = run.read_json(Path(folder) / "config.json")
+    content = content if isinstance(content, dict) else {}
+    fields = content.get("fields")
+    return content.get("script"), fields if isinstance(fields, dict) else {}
+
+
 def read_run(folder) -> report.Run:
     """A finished run of train_seg.py, not yet evaluated."""
     if not (folder / "model.pt").exists():
         run.load_model(folder, "segmenter")         # says what is missing and which command makes it
-    content = run.read_json(folder / "config.json")
-    fields = content.get("fields") if isinstance(content, dict) else None
-    if not isinstance(fields, dict) or content.get("script") != "train_seg.py":
-        found = content.get("script") if isinstance(content, dict) else "no known script"
-        raise UserError(f"{folder}: holds a run of {found}, not of train_seg.py; leave it out")
+    script, fields = read_config(folder)
+    if script != "train_seg.py":
+        raise UserError(f"{folder}: holds a run of {script or 'no known script'}, not of train_seg.py; leave "
+                        "it out")
     if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
         fields["ratio"] = float("inf")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
@@ -158,22 +170,21 @@ def read_run(folder) -> report.Run:
 
 def synthetic_method(folder) -> str:
     """How generate.py made the images in `folder`: 'gan', 'ldm', ...; '-same' when it kept the labels."""
-    content = run.read_json(Path(folder) / "config.json")
-    fields = content.get("fields") if isinstance(content, dict) else None
-    method = fields.get("method") if isinstance(fields, dict) else None
+    _, fields = read_config(folder)
+    method = fields.get("method")
     if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
+    # With the labels kept, any gain is one of the images; with new ones it may be one of the balance.
     return method if fields.get("relabel", True) or method == "reconstruct" else f"{method}-same"
 
 
 def shared_dataset(runs, folders, config):
     """The dataset of all runs. UserError when they were trained on different data or splits of them."""
-    first = runs[0]
-    places = [config.data or locate(folder) for folder in folders]
-    for other, place in zip(runs, places):
+    places = [config.data or locate(folder) for folder in folders]      # data may have moved with the run
+    for other, place in zip(folders, places):
         if Path(place).resolve() != Path(places[0]).resolve():
-            raise UserError(f"{first.folder} and {other.folder}: trained on different data ({places[0]} and "
-                            f"{place}); evaluate them apart, or give --data")
+            raise UserError(f"{folders[0]} and {other}: trained on different data ({places[0]} and {place}); "
+                            "evaluate them apart, or give --data")
     splits = [read_split(folder / "split.json") for folder in folders]
     dataset = load_dataset(places[0], split=splits[0])
     for one, split in zip(runs, splits):
@@ -194,12 +205,7 @@ def read_synthetic(folders, dataset) -> dict:
                             "one folder per method")
         synthetic = load_synthetic(folder)
         found[method] = (synthetic, check_synthetic(synthetic, dataset))
-    return {method: found[method] for method in report.TITLES if method in found}
-
-
-def fingerprint(dataset, cache) -> str:
-    """A hash of all that the val and test ROIs consist of, wherever they lie."""
-    return hashlib.sha256(json.dumps(data_hashes(dataset, cache, ("val", "test"))).encode()).hexdigest()
+    return {method: found[method] for method in report.TITLES if method in found}      # the paper's order
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
@@ -218,7 +224,6 @@ def predict(one, dataset, config, device, precision) -> None:
     network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
-    worse = dict(key=lambda item: (-item[0], item[2]))      # ties by name: the same whatever the processes
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
@@ -228,17 +233,16 @@ def predict(one, dataset, config, device, precision) -> None:
                                config.batch, device)                                # (H, W)
         # Counts, for one confusion matrix of the whole split: in a mean of Dice values per ROI one with ten
         # tumor pixels would weigh as much as a full one.
-        counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).to_json()))
+        counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":
-            share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
-            worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]
+            worst.append((*draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL), roi.name))
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
     for k, part in sorted(counts, key=lambda item: item[0]):        # by slide, the unit of the bootstrap
-        roi, part = rois[k], ProbabilityHistogram.from_json(part, dataset.classes)
+        roi, part = rois[k], ProbabilityHistogram(dataset.classes, part)
         slides = one.val if roi.split == "val" else one.test
         slides[roi.slide] = part + slides.get(roi.slide, 0)
         one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
-    worst = sorted(worst, **worse)[:WORST]
+    worst = sorted(worst, key=lambda item: (-item[0], item[2]))[:WORST]     # ties by name: in any order
     run_distributed.rank() or draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
         [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[
@@ -251,7 +255,7 @@ def table(runs) -> str:
     for one in runs:
         whole = [{"split": split, **sum(parts.values()).report()}
                  for split, parts in (("val", one.val), ("test", one.test))]
-        for found in whole + one.rois:
+        for found in whole + one.rois:      # where a method fails is seen per ROI, whether it does per split
             rows.append({"configuration": one.name, "seed": one.seed, "run": one.folder,
                          **{key: found.get(key) for key in ("split", "slide", "roi")},
                          "pixels": int(np.sum(found["confusion"])),
@@ -263,8 +267,8 @@ def table(runs) -> str:
 def write_metrics(one, key) -> None:
     """metrics.json: the figures on test, then what they were computed from; one line per entry."""
     content = {"figures": sum(one.test.values()).report(), "key": key, "rois": one.rois,
-               "val": {slide: part.to_json() for slide, part in one.val.items()},
-               "test": {slide: part.to_json() for slide, part in one.test.items()}}
+               **{split: {slide: part.to_json() for slide, part in slides.items()}
+                  for split, slides in (("val", one.val), ("test", one.test))}}    # thresholds come from val
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
     atomic_write(Path(one.folder) / "metrics.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -272,11 +276,9 @@ def write_metrics(one, key) -> None:
 def read_metrics(one, key, dataset) -> bool:
     """Take val and test from metrics.json when it was computed from the same model, data and settings."""
     path = Path(one.folder) / "metrics.json"
-    if not path.exists():
-        return False
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["key"] != key:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"key": None}
+        if content["key"] != key:           # another model, dataset or tile size: other counts
             return False
         one.rois = content["rois"]
         one.val, one.test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes)
@@ -289,33 +291,6 @@ def read_metrics(one, key, dataset) -> bool:
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
-def draw_results(out, results, dataset, config) -> list:
-    """fig2, fig5 and fig6 into `out`; returns [(file name, caption), ...] in the order of the report."""
-    baseline = next((c for c in results["configs"] if c["name"] == report.BASELINE), None)
-    panels = []         # beside Dice the variance, since a method may raise one and not lower the other
-    for key, label, digits in (("dice", "tumor Dice", 3), ("subtype_variance", "subtype variance", 4)):
-        mean = report.mean_sd(report.figures_of(baseline, key)) if baseline else None
-        panels.append((label, report.box_groups(results, key),
-                       (mean[0], f"{report.BASELINE} {mean[0]:.{digits}f}") if mean else None))
-    series = {name for _, boxes in panels[0][1] for name, _ in boxes}
-    colors = {name: color for name, color in report.COLORS.items() if name in series}
-    draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
-
-    matrices = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *report.row_normalised(c))
-                for c in report.figure_pair(results)]
-    draw.save_png(out / "fig6.png", draw_charts.confusion_matrices(matrices, dataset.classes))
-
-    parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
-    areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
-    draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
-    return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split. "
-             f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean "
-             "of the baseline."),
-            ("fig6.png", "Fig. 6 of the paper: confusion matrices on the test split at threshold 0.5, rows "
-             "divided by their sum, mean over the runs."),
-            ("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area.")]
-
-
 def draw_synthetic(out, results, synthetic, dataset, config) -> list:
     """fig4, staining and old_and_new into `out`, their numbers into `results`; returns their captions.
 
@@ -326,7 +301,7 @@ def draw_synthetic(out, results, synthetic, dataset, config) -> list:
 
     # One white for all: a generated patch that is tumor from edge to edge shows no glass to measure it on.
     white = report_staining.median_white(train, classes, config.cache)
-    sources = {report.REAL: train}
+    sources = {report.REAL: train}          # what generators learned from is what they can be held against
     sources |= {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
     found = report_staining.measure(sources, classes, white, config.cache)
     densities = {source: report_staining.by_class(found[source], classes) for source in found}

@@ -1,9 +1,4 @@
-"""Pictures with Pillow and numpy alone: a canvas for drawing, and arrays of pixels shown side by side.
-
-Two kinds of picture are made here and in `draw_axes`:
-
-    images     tissue, label maps and their outlines, put in a grid with captions (the paper's Fig. 4)
-    drawings   lines, boxes and text (`Canvas`); `draw_axes`, `draw_charts` build Figs. 2, 5, 6 on it
+"""Pictures with Pillow and numpy alone: a canvas for lines, boxes and text, and grids of images (Fig. 4).
 
 Antialiasing is supersampling: everything is drawn `SCALE` times too large and averaged down once, so a
 line of width 1.5 looks like one. Images pasted on a canvas skip that step: their pixels stay what they are.
@@ -75,22 +70,19 @@ class Canvas:
         for (x0, y0), (x1, y1) in zip(points, points[1:]):
             length = np.hypot(x1 - x0, y1 - y0)
             for start in np.arange(0, length, sum(dash) * SCALE):
-                a, b = start / length, min(start + dash[0] * SCALE, length) / length
-                self.draw.line([(x0 + a * (x1 - x0), y0 + a * (y1 - y0)),
-                                (x0 + b * (x1 - x0), y0 + b * (y1 - y0))], fill=color, width=width)
+                ends = start / length, min(start + dash[0] * SCALE, length) / length
+                self.draw.line([(x0 + a * (x1 - x0), y0 + a * (y1 - y0)) for a in ends], color, width)
 
     def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, width=1.0):
-        corners = [min(x0, x1) * SCALE, min(y0, y1) * SCALE, max(x0, x1) * SCALE, max(y0, y1) * SCALE]
+        corners = [v * SCALE for v in (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))]
         self.draw.rectangle(corners, fill=fill, outline=outline, width=max(1, int(round(width * SCALE))))
 
     def dot(self, x, y, radius=3.0, fill=INK, outline=None):
-        x, y, radius = x * SCALE, y * SCALE, radius * SCALE
-        box = [x - radius, y - radius, x + radius, y + radius]
+        box = [v * SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
         self.draw.ellipse(box, fill=fill, outline=outline, width=SCALE)
 
     def diamond(self, x, y, radius=4.5, fill=INK, outline=INK):
-        corners = [(x - radius, y), (x, y - radius), (x + radius, y), (x, y + radius)]
-        corners = [(a * SCALE, b * SCALE) for a, b in corners]
+        corners = [v * SCALE for v in (x - radius, y, x, y - radius, x + radius, y, x, y + radius)]
         self.draw.polygon(corners, fill=fill, outline=outline, width=SCALE)
 
     def text(self, x, y, text, size=14, color=INK, anchor="la", turned=False):
@@ -103,10 +95,10 @@ class Canvas:
             return
         width, height = int(text_width(text, size) * SCALE) + 4, int(size * SCALE * 1.5)
         strip = Image.new("L", (width, height), 0)
-        ImageDraw.Draw(strip).text((width // 2, height // 2), text, font=font(size), fill=255, anchor="mm")
+        ImageDraw.Draw(strip).text((width // 2, height // 2), text, 255, font(size), "mm")
         strip = strip.transpose(Image.Transpose.ROTATE_90)
-        corner = (int(x * SCALE) - strip.width // 2, int(y * SCALE) - strip.height // 2)
-        self.sheet.paste(color, (*corner, corner[0] + strip.width, corner[1] + strip.height), strip)
+        left, top = int(x * SCALE) - height // 2, int(y * SCALE) - width // 2
+        self.sheet.paste(color, (left, top, left + height, top + width), strip)
 
     def paste(self, image, x, y):
         """An image (H, W, 3) uint8 with its upper left corner at (x, y), pixel for pixel."""
@@ -116,14 +108,14 @@ class Canvas:
         """(name, color) pairs in rows from (x, y) that end before `right`; returns the y below them."""
         row, left = size * 1.6, x
         for name, color in entries:
-            width = text_width(name, size) + 44
+            width, middle = text_width(name, size) + 44, y + row / 2
             if x > left and x + width > right:
-                x, y = left, y + row
+                x, y, middle = left, y + row, middle + row
             if marker == "line":
-                self.line([(x, y + row / 2), (x + 18, y + row / 2)], color, 2.5)
+                self.line([(x, middle), (x + 18, middle)], color, 2.5)
             else:
-                self.rectangle(x + 3, y + row / 2 - 6, x + 15, y + row / 2 + 6, color, INK, 0.5)
-            self.text(x + 23, y + row / 2, name, size, anchor="lm")
+                self.rectangle(x + 3, middle - 6, x + 15, middle + 6, color, INK, 0.5)
+            self.text(x + 23, middle, name, size, anchor="lm")
             x += width
         return y + row
 
@@ -138,14 +130,13 @@ class Canvas:
 def save_png(path, image, palette=None) -> None:
     """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W), as PNG: whole or not at all.
 
-    `palette`, a flat list r, g, b, r, g, b, ..., makes a (H, W) uint8 label map one that any viewer shows in
-    colour while its stored values stay the class ids. Instance ids go to 16 bit; above 65535 is an error.
+    `palette`, a flat list r, g, b, r, g, b, ..., shows a uint8 label map in colour while the stored values
+    stay the class ids. Instance ids go to 16 bit; above 65535 is an error.
     """
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         if image.dtype in (np.int32, np.int64, np.uint32) and image.ndim == 2:
-            low, high = image.min(), image.max()
-            assert low >= 0 and high <= 65535, f"ids {low}..{high} do not fit 16 bit"
+            assert 0 <= image.min() and image.max() <= 65535, f"ids {image.min()}..{image.max()}: not 16 bit"
             image = image.astype(np.uint16)
         assert image.dtype in (np.uint8, np.uint16), f"a PNG holds uint8 or uint16, found {image.dtype}"
         assert image.ndim == 2 or image.shape[2:] == (3,), f"no picture of shape {image.shape}"
@@ -170,17 +161,16 @@ def to_array(values) -> np.ndarray:
 def colorize(label, classes) -> np.ndarray:
     """Class ids (..., H, W), tensor or array -> their colours in the class table, (..., H, W, 3) uint8."""
     label = to_array(label)
-    low, high = label.min(), label.max()
-    assert low >= 0 and (label[label != IGNORE] < len(classes)).all(), (
-        f"class ids {low}..{high} of {len(classes)} classes")
+    known = (label >= 0) & (label < len(classes)) | (label == IGNORE)
+    assert known.all(), f"class ids {label.min()}..{label.max()} of {len(classes)} classes"
     return classes.colors[label]
 
 
 def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
     """`image` (H, W, 3) uint8 with the rim of every tissue instance in the colour of its class.
 
-    The rim lies inside the instance, so that touching instances both keep theirs; a thin dark line
-    around it separates light class colours from light tissue. Background has no rim.
+    The rim lies inside, so that touching instances both keep theirs; a thin dark line within it separates
+    light class colours from light tissue. Background has no rim.
     """
     label = to_array(label)
     instance = label if instance is None else to_array(instance)
@@ -196,9 +186,8 @@ def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
                 edge |= windows[dy, dx] != instance
         return edge & (label > 0)
 
-    drawn = image.copy()
+    drawn, inner = image.copy(), rim(width)
     drawn[rim(width + 1)] = (40, 40, 40)
-    inner = rim(width)
     drawn[inner] = classes.colors[label[inner]]
     return drawn
 
@@ -206,68 +195,57 @@ def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
 def fit(image, cell) -> np.ndarray:
     """`image` (H, W, 3) or (H, W) with its longer side at `cell` pixels: whole steps up, smooth down."""
     image = Image.fromarray(to_array(image)).convert("RGB")
-    longer = max(image.size)
-    if longer <= cell:
-        factor = max(1, cell // longer)
-        return np.array(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
-    size = [max(1, round(side * cell / longer)) for side in image.size]
-    return np.array(image.resize(size, Image.Resampling.LANCZOS))
+    longer, kind = max(image.size), Image.Resampling
+    size = [side * (cell // longer) or max(1, round(side * cell / longer)) for side in image.size]
+    return np.array(image.resize(size, kind.NEAREST if cell >= longer else kind.LANCZOS))
 
 
 def samples_png(folder, step: int, classes=None, **rows) -> None:
     """samples/stepNNNNNN.png of a run folder: one row per keyword, its name is the caption.
 
-    A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) int64 (needs `classes`),
-    or prob (B, H, W) in 0..1.
+    A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) of `classes`, or prob (B, H, W) in 0..1.
     """
-    def pictures(batch):
-        if batch.dim() == 4:
-            return to_uint8(batch)
-        return to_array(batch * 255).round().astype(np.uint8) if batch.is_floating_point() else colorize(
-            batch, classes)
-
-    grid = image_grid([list(pictures(batch)) for batch in rows.values()],
-                      [name.replace("_", " ") for name in rows])
+    pictures = [to_uint8(batch) if batch.dim() == 4 else
+                to_array(batch * 255).round().astype(np.uint8) if batch.is_floating_point() else
+                colorize(batch, classes) for batch in rows.values()]
+    grid = image_grid([list(row) for row in pictures], [name.replace("_", " ") for name in rows])
     save_png(Path(folder) / "samples" / f"step{step:06d}.png", grid)
 
 
 def image_grid(rows, row_captions=None, column_captions=None, title=None, cell=192, legend=()) -> np.ndarray:
     """Images in rows and columns with captions.
 
-    rows             lists of (H, W, 3) or (H, W) uint8 arrays of any size, None for an empty place
-    row_captions     one short text per row, left of it; lines are separated by a line feed
-    column_captions  one text per column, above it
-    cell             width of a column in pixels: images are scaled to it
-    legend           (name, color) pairs below the images, see `class_legend`
+    rows      lists of (H, W, 3) or (H, W) uint8 arrays of any size, None for an empty place
+    captions  one short text per row, left of it, and per column, above it
+    cell      width of a column in pixels: images are scaled to it
+    legend    (name, color) pairs below the images, see `class_legend`
     """
     assert rows and any(len(row) for row in rows), "a grid needs at least one image"
     columns, gap, small = max(len(row) for row in rows), 6, 13
     fitted = [[None if image is None else fit(image, cell) for image in row] for row in rows]
     heights = [max((image.shape[0] for image in row if image is not None), default=20) for row in fitted]
-    column_width = max(image.shape[1] for row in fitted for image in row if image is not None)
-    if column_captions:
-        column_width = max(column_width, int(max(text_width(text, small) for text in column_captions)) + 1)
-    left = gap + (int(max(text_width(text, small) for text in row_captions)) + 10 if row_captions else 0)
-    lines = max((str(text).count("\n") + 1 for text in column_captions or []), default=0)
+    wide = max(image.shape[1] for row in fitted for image in row if image is not None)
+    wide = max([wide, *(int(text_width(text, small)) + 1 for text in column_captions or ())])
+    left = gap + max((int(text_width(text, small)) + 10 for text in row_captions or ()), default=0)
+    lines = max((str(text).count("\n") + 1 for text in column_captions or ()), default=0)
     top = int(gap + (26 if title else 0) + (small * 1.4 * lines + 4 if lines else 0))
-    width = max(left + columns * (column_width + gap), gap * 2 + (int(text_width(title, 16)) if title else 0))
-    below = Canvas(width, 1).legend(legend, left, 4, width - gap, small, "box") if legend else 0
-    canvas = Canvas(width, top + sum(heights) + gap * len(rows) + below + (4 if legend else 0))
+    width = max(left + columns * (wide + gap), gap * 2 + (int(text_width(title, 16)) if title else 0))
+    below = Canvas(width, 1).legend(legend, left, 4, width - gap, small, "box") + 4 if legend else 0
+    canvas = Canvas(width, top + sum(heights) + gap * len(rows) + below)
     if title:
         canvas.text(gap, gap, title, 16)
-    for i, text in enumerate(column_captions or []):
-        canvas.text(left + i * (column_width + gap) + column_width / 2, top - 5, text, small, anchor="md")
-    y = top
+    for j, text in enumerate(column_captions or ()):
+        canvas.text(left + j * (wide + gap) + wide / 2, top - 5, text, small, anchor="md")
     for i, row in enumerate(fitted):
         if row_captions:
-            canvas.text(left - 9, y + heights[i] / 2, row_captions[i], small, anchor="rm")
+            canvas.text(left - 9, top + heights[i] / 2, row_captions[i], small, anchor="rm")
         for j, image in enumerate(row):
             if image is not None:
-                x = int(left + j * (column_width + gap) + (column_width - image.shape[1]) // 2)
-                canvas.rectangle(x - 0.5, y - 0.5, x + image.shape[1], y + image.shape[0], outline=GREY)
-                canvas.paste(image, x, y)
-        y += heights[i] + gap
-    canvas.legend(legend, left, y + 2, width - gap, small, "box")
+                x = int(left + j * (wide + gap) + (wide - image.shape[1]) // 2)
+                canvas.rectangle(x - 0.5, top - 0.5, x + image.shape[1], top + image.shape[0], outline=GREY)
+                canvas.paste(image, x, top)
+        top += heights[i] + gap
+    canvas.legend(legend, left, top + 2, width - gap, small, "box")
     return canvas.array()
 
 
@@ -280,7 +258,7 @@ def side_by_side(rows, classes, cell=256) -> np.ndarray:
     """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8."""
     columns = {"original": "Original", "gan": "GAN", "ldm": "Diffusion", "inpaint": "Inpainting",
                "oracle": "Oracle", "restain": "Restained"}
-    present = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    pictures = [[colorize(row["label"], classes), *(row.get(key) for key in present)] for row in rows]
-    return image_grid(pictures, [row.get("caption", "") for row in rows], [
-        "Label asked for", *(columns[key] for key in present)], cell=cell, legend=class_legend(classes))
+    columns = {key: name for key, name in columns.items() if any(key in row for row in rows)}
+    pictures = [[colorize(row["label"], classes), *(row.get(key) for key in columns)] for row in rows]
+    return image_grid(pictures, [row.get("caption", "") for row in rows],
+                      ["Label asked for", *columns.values()], cell=cell, legend=class_legend(classes))

@@ -1,6 +1,6 @@
 """Axes with round ticks, diagrams of curves and points, and the curves of a training run.
 
-A log holds thousands of noisy losses. `draw_curves` shows each series twice: as recorded, in a light tint,
+A log holds thousands of noisy losses. `curves_png` shows each series twice: as recorded, in a light tint,
 and as a moving median, in full colour. Numbers alone say little, so a panel takes reference values, drawn as
 dashed lines with their names in the right margin ("predicts nothing 0.69"): a curve that does not leave its
 reference has learned nothing.
@@ -69,35 +69,35 @@ class Axes:
         self.left, self.top, self.right, self.bottom = left, top, right, bottom
         (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
 
+    def share(self, value, axis, low, high) -> float:
+        """Where between the ends of an axis a value lies, 0 to 1 when it is inside."""
+        if axis in self.log:
+            low, high, value = (math.log(max(v, 1e-300)) for v in (low, high, value))
+        return (value - low) / (high - low)
+
     def x(self, value):
-        low, high, value = (math.log(v) if "x" in self.log else v for v in (self.x0, self.x1, value))
-        return self.left + (value - low) / (high - low) * (self.right - self.left)
+        return self.left + self.share(value, "x", self.x0, self.x1) * (self.right - self.left)
 
     def y(self, value):
         """Vertical place of a value; what lies beyond the range is put on the frame."""
-        low, high, value = (math.log(max(v, 1e-300)) if "y" in self.log else v
-                            for v in (self.y0, self.y1, value))
-        share = min(max((value - low) / (high - low), 0.0), 1.0)
+        share = min(max(self.share(value, "y", self.y0, self.y1), 0.0), 1.0)
         return self.bottom - share * (self.bottom - self.top)
 
-    def frame(self, y_ticks, y_label="", x_ticks=(), x_label="", size=13):
+    def frame(self, y_ticks, y_label="", x_ticks=(), x_label=""):
         """Light lines at the vertical ticks, the two axes, tick texts and labels."""
         canvas, texts = self.canvas, tick_texts(y_ticks)
         for tick, text in zip(y_ticks, texts):
             if self.y0 <= tick <= self.y1:
                 canvas.line([(self.left, self.y(tick)), (self.right, self.y(tick))], PALE, 1)
-                canvas.text(self.left - 7, self.y(tick), text, size, anchor="rm")
+                canvas.text(self.left - 7, self.y(tick), text, 13, anchor="rm")
         if y_label:
-            room = max(text_width(text, size) for text in texts)
-            middle = (self.top + self.bottom) / 2
-            canvas.text(self.left - 7 - room - size, middle, y_label, size + 1, turned=True)
-        if len(x_ticks) > 1:
-            for tick, text in zip(x_ticks, tick_texts(x_ticks)):
-                canvas.line([(self.x(tick), self.bottom), (self.x(tick), self.bottom + 5)], INK, 1)
-                canvas.text(self.x(tick), self.bottom + 8, text, size, anchor="ma")
+            place = self.left - 20 - max(text_width(text, 13) for text in texts)
+            canvas.text(place, (self.top + self.bottom) / 2, y_label, turned=True)
+        for tick, text in zip(x_ticks, tick_texts(x_ticks) if len(x_ticks) > 1 else ()):
+            canvas.line([(self.x(tick), self.bottom), (self.x(tick), self.bottom + 5)], INK, 1)
+            canvas.text(self.x(tick), self.bottom + 8, text, 13, anchor="ma")
         if x_label:
-            middle = (self.left + self.right) / 2
-            canvas.text(middle, self.bottom + 12 + size, x_label, size + 1, anchor="ma")
+            canvas.text((self.left + self.right) / 2, self.bottom + 25, x_label, anchor="ma")
         self.spines()
 
     def spines(self):
@@ -117,16 +117,14 @@ class Axes:
                 self.canvas.line(run, color, width)
             run = []
 
-    def margin_notes(self, notes, size=12):
+    def margin_notes(self, notes):
         """Dashed lines at (value, text), named in the right margin; texts move apart until none overlap."""
-        notes = sorted(((self.y(value), text) for value, text in notes), reverse=True)
-        lowest = math.inf
-        for y, text in notes:
+        place = math.inf
+        for y, text in sorted(((self.y(value), text) for value, text in notes), reverse=True):
             self.canvas.line([(self.left, y), (self.right, y)], GREY, 1.2, dash=(6, 4))
-            place = min(y, lowest - size * 1.25 * (text.count("\n") + 1))
-            lowest = place
+            place = min(y, place - 15 * (text.count("\n") + 1))
             self.canvas.line([(self.right, y), (self.right + 8, place)], GREY, 0.7)
-            self.canvas.text(self.right + 11, place, text, size, GREY, anchor="lm")
+            self.canvas.text(self.right + 11, place, text, 12, GREY, anchor="lm")
 
 
 def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_range=None, notes=(),
@@ -139,7 +137,7 @@ def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_
     notes    [(value, text), ...] dashed horizontal lines, named in the right margin
     """
     xs, ys = (np.concatenate([np.asarray(s[k], float).ravel() for s in series.values()]) for k in (0, 1))
-    ys = np.concatenate([ys[np.isfinite(ys) & ((ys > 0) | ("y" not in log))], [value for value, _ in notes]])
+    ys = np.concatenate([drawable(ys, log), [value for value, _ in notes]])
     x_range = x_range or (xs.min(), xs.max())
     x_ticks = (log_ticks if "x" in log else nice_ticks)(*x_range)
     y_ticks = (log_ticks if "y" in log else nice_ticks)(*(y_range or (ys.min(), ys.max())))
@@ -168,9 +166,15 @@ def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_
     return canvas.array()
 
 
+def drawable(values, log) -> np.ndarray:
+    """Those that are finite, and on a logarithmic axis of y above 0."""
+    values = np.asarray(values, float)
+    return values[np.isfinite(values) & ((values > 0) | ("y" not in log))]
+
+
 @dataclass
 class Panel:
-    """One diagram of `draw_curves`."""
+    """One diagram of `curves_png`."""
 
     title: str
     series: dict                        # name in the legend -> key in the log's records
@@ -184,7 +188,7 @@ def moving_median(values, window) -> np.ndarray:
     Values that are not finite are left out of it; `window` below 2 changes nothing."""
     values = np.asarray(values, float)
     half = window // 2
-    if half < 1 or not len(values):
+    if not half or not len(values):
         return values
     padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
@@ -194,60 +198,48 @@ def moving_median(values, window) -> np.ndarray:
 
 def column(records, key) -> tuple:
     """(steps, values) of the records that hold a number under `key`."""
-    pairs = [(r["step"], float(r[key])) for r in records if isinstance(r.get(key), (int, float))]
-    return np.array([p[0] for p in pairs], float), np.array([p[1] for p in pairs], float)
+    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float))]
+    return tuple(np.array(pairs, float).reshape(-1, 2).T)
 
 
-def draw_curves(records, panels, width=620, height=330) -> np.ndarray:
+def curves_png(path, records, panels, width=620, height=330) -> None:
     """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns.
 
     A series without a record is left out, a panel without a series too.
     """
     drawn = []
     for panel in panels:
+        log = "y" if panel.log_y else ""
         curves = {name: column(records, key) for name, key in panel.series.items()}
         curves = {name: curve for name, curve in curves.items() if np.isfinite(curve[1]).any()}
         found = {name: column(records, key)[1] if isinstance(key, str) else np.array([float(key)])
                  for name, key in panel.reference.items()}
         notes = [(float(np.nanmedian(y)), name) for name, y in found.items() if np.isfinite(y).any()]
-        if curves:
-            drawn.append(draw_panel(panel, curves, notes, (width, height)))
-    if not drawn:
-        canvas = Canvas(width, 80)
-        canvas.text(20, 30, "nothing was logged yet", 14, GREY)
-        return canvas.array()
-    columns = min(len(drawn), 2)
-    canvas = Canvas(columns * width, math.ceil(len(drawn) / columns) * height)
+        if not curves:
+            continue
+        smooth = {name: (x, moving_median(y, min(len(y) // 30, 301)) if len(y) >= 60 else y)
+                  for name, (x, y) in curves.items()}
+        shown = [drawable(y, log) for _, y in curves.values()]
+        extent = np.concatenate([*(np.percentile(y, [1, 99]) for y in shown if len(y)),
+                                 *(drawable(y, log) for _, y in smooth.values()),
+                                 drawable([value for value, _ in notes], log)])
+        low, high = (float(extent.min()), float(extent.max())) if len(extent) else (0.1, 1.0)
+        ticks = (log_ticks if log else nice_ticks)(low, high)
+        y_range = (ticks[0], ticks[-1])
+        if log and sum(low / 1.2 <= tick <= high * 1.2 for tick in ticks) >= 2:
+            y_range = (low / 1.2, high * 1.2)       # whole decades would leave most of the frame empty
+        last = max(float(x.max()) for x, _ in curves.values()) or 1.0
+        drawn.append(plot({**{f"_{name}": curve for name, curve in curves.items()}, **smooth}, panel.title,
+                          "optimiser steps", (width, height), log, (0.0, last), y_range,
+                          [(value, f"{name} {value:.3g}") for value, name in notes],
+                          [*(tint(color, 0.3) for color in CYCLE[:len(curves)]), *CYCLE]))
+    columns = min(max(len(drawn), 1), 2)
+    canvas = Canvas(columns * width, math.ceil(len(drawn) / columns) * height or 80)
     for i, picture in enumerate(drawn):
         canvas.paste(picture, i % columns * width, i // columns * height)
-    return canvas.array()
-
-
-def draw_panel(panel, curves, notes, size) -> np.ndarray:
-    """One panel of `draw_curves`: curves = {name: (x, y)}, notes = [(value, name)]."""
-    def drawable(y):
-        return y[np.isfinite(y) & ((y > 0) | (not panel.log_y))]
-
-    smooth = {name: (x, moving_median(y, min(len(y) // 30, 301)) if len(y) >= 60 else y)
-              for name, (x, y) in curves.items()}
-    extent = [np.percentile(drawable(y), [1, 99]) for _, y in curves.values() if len(drawable(y))]
-    extent += [drawable(y) for _, y in smooth.values()] + [drawable(np.array([value for value, _ in notes]))]
-    extent = np.concatenate(extent)
-    low, high = (float(extent.min()), float(extent.max())) if len(extent) else (0.1, 1.0)
-    ticks = (log_ticks if panel.log_y else nice_ticks)(low, high)
-    y_range = (ticks[0], ticks[-1])
-    if panel.log_y and sum(low / 1.2 <= tick <= high * 1.2 for tick in ticks) >= 2:
-        y_range = (low / 1.2, high * 1.2)       # whole decades would leave most of the frame empty
-    last = max(float(x.max()) for x, _ in curves.values()) or 1.0
-    recorded = {f"_{name}": curve for name, curve in curves.items()}
-    return plot({**recorded, **smooth}, panel.title, "optimiser steps", size, "y" if panel.log_y else "",
-                (0.0, last), y_range, [(value, f"{name} {value:.3g}") for value, name in notes],
-                [*(tint(color, 0.3) for color in CYCLE[:len(curves)]), *CYCLE])
-
-
-def curves_png(path, records, panels) -> None:
-    """`draw_curves` into a file."""
-    save_png(path, draw_curves(records, panels))
+    if not drawn:
+        canvas.text(20, 30, "nothing was logged yet", 14, GREY)
+    save_png(path, canvas.array())
 
 
 # curves.png of each kind of training run, from the records of its log.jsonl.

@@ -13,6 +13,7 @@ A single value is a diamond with its number; a missing one is written "n/a", it 
 """
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -35,18 +36,18 @@ def draw_box(axes, x, values, color, with_mean=True):
         canvas.text(x, y + 6, text, 11, anchor="mm")
         return
     middle, half = (x - 6, 9) if with_mean else (x, 12)
-    low, first, median, third, high = np.percentile(values, [0, 25, 50, 75, 100])
-    canvas.rectangle(middle - half, axes.y(third), middle + half, axes.y(first), tint(color, 0.25))
+    low, first, median, third, high = map(axes.y, np.percentile(values, [0, 25, 50, 75, 100]))
+    canvas.rectangle(middle - half, third, middle + half, first, tint(color, 0.25))
     if len(values) > 12:
         shown = values[np.linspace(0, len(values) - 1, min(len(values), 150)).round().astype(int)]
         for i, value in enumerate(shown):       # golden-ratio spread: even, and the same in every run
             offset = ((i * 0.618034) % 1 - 0.5) * 1.7 * half
             canvas.dot(middle + offset, axes.y(value), 1.2, tint(color, 0.6))
     for end, side in ((low, first), (high, third)):
-        canvas.line([(middle, axes.y(side)), (middle, axes.y(end))], INK, 1)
-        canvas.line([(middle - half / 2, axes.y(end)), (middle + half / 2, axes.y(end))], INK, 1)
-    canvas.rectangle(middle - half, axes.y(third), middle + half, axes.y(first), None, color, 1.6)
-    canvas.line([(middle - half, axes.y(median)), (middle + half, axes.y(median))], INK, 2)
+        canvas.line([(middle, side), (middle, end)], INK, 1)
+        canvas.line([(middle - half / 2, end), (middle + half / 2, end)], INK, 1)
+    canvas.rectangle(middle - half, third, middle + half, first, None, color, 1.6)
+    canvas.line([(middle - half, median), (middle + half, median)], INK, 2)
     if len(values) <= 12:
         for value in values:
             canvas.dot(middle, axes.y(value), 2.2, color, INK)
@@ -56,51 +57,36 @@ def draw_box(axes, x, values, color, with_mean=True):
         canvas.diamond(x + 13, axes.y(mean), fill=color)
 
 
-def deviation_ends(values) -> list:
-    """[mean - sd, mean + sd], empty below two values: a range that includes them cuts no bar off."""
-    if len(values) < 2:
-        return []
-    mean, deviation = np.mean(values), np.std(values, ddof=1)
-    return [mean - deviation, mean + deviation]
-
-
 def widened(low, high, share=0.04) -> tuple:
     """A range of at least `share` of its values: differences in the fourth digit must not fill the frame."""
     room = max(share * max(abs(low), abs(high)) - (high - low), 0) / 2
     return low - room, high + room
 
 
-def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarray:
-    """Box plots in groups, one panel below the other, all with the same groups.
+def grouped(panels, colors, draw, note="", height=270) -> np.ndarray:
+    """Groups of slots along x with a name below each, one panel below the other, the legend above.
 
-    panels   [(label of the y axis, groups, reference), ...]
-             groups = [(name, [(series, values), ...]), ...]; values a list of numbers, None = not available
-             reference = (value, name) of a dashed line, or (value, name, low, high, color) with a band, or
-             None
+    panels   [(label of the y axis, groups, ticks, reference), ...], all with the same groups
+             groups = [(name, [(series, values), ...]), ...]; further lines of a name are small and grey
+             reference = (value, name) of a dashed line, (value, name, low, high, color) with a band, or None
     colors   {series: color}, the legend
+    draw     draw(axes, x, values, color) of one slot; no values are written "n/a"
     """
-    names = [name for name, _ in panels[0][1]]
-    sizes = [len(boxes) * SLOT for _, boxes in panels[0][1]]
-    wide = [max(size, text_width(name, 13)) for size, name in zip(sizes, names)]
-    prepared = []
-    for label, groups, reference in panels:
-        groups = [(name, [(series, [v for v in values if v is not None]) for series, values in boxes])
-                  for name, boxes in groups]
-        numbers = [v for _, boxes in groups for _, values in boxes for v in values + deviation_ends(values)]
-        numbers += [value for k, value in enumerate(reference or ()) if k in (0, 2, 3)]
-        ticks = nice_ticks(*widened(min(numbers), max(numbers)), 6) if numbers else [0, 1]
-        prepared.append((label, groups, reference, ticks))
-    left = max(text_width(text, 13) for *_, ticks in prepared for text in tick_texts(ticks)) + 48
-    margin = max((text_width(ref[1], 12) for _, _, ref, _ in prepared if ref), default=0) + 24
+    names = [name.split("\n") for name, _ in panels[0][1]]
+    wide = [max(len(boxes) * SLOT, *(text_width(line, 13) for line in name))
+            for name, (_, boxes) in zip(names, panels[0][1])]
+    left = max(text_width(text, 13) for *_, ticks, _ in panels for text in tick_texts(ticks)) + 48
+    margin = max((text_width(ref[1], 12) for *_, ref in panels if ref), default=0) + 24
     plot = max(sum(wide) + GAP * (len(wide) + 1), 300, text_width(note, 11))
-    width = left + plot + margin
-    legend_height = Canvas(width, 1).legend(list(colors.items()), left, 0, width - 10, marker="box")
-    canvas = Canvas(width, 10 + legend_height + len(panels) * height + 28)
-    canvas.legend(list(colors.items()), left, 10, width - 10, marker="box")
+    entries, width = list(colors.items()), left + plot + margin
+    top = 26 + Canvas(width, 1).legend(entries, left, 0, width - 10, marker="box")
+    height += 14 * (max(map(len, names)) - 1)
+    canvas = Canvas(width, top + len(panels) * height + 12)
+    canvas.legend(entries, left, 10, width - 10, marker="box")
     gap = (plot - sum(wide)) / (len(wide) + 1)
-    for i, (label, groups, reference, ticks) in enumerate(prepared):
-        top = 10 + legend_height + i * height + 16
-        axes = Axes(canvas, left, top, left + plot, top + height - 50, (0, plot), (ticks[0], ticks[-1]))
+    for label, groups, ticks, reference in panels:
+        bottom = top + height - 36 - 14 * max(map(len, names))
+        axes = Axes(canvas, left, top, left + plot, bottom, (0, plot), (ticks[0], ticks[-1]))
         axes.frame(ticks, label)
         if reference:
             if len(reference) > 2:
@@ -108,18 +94,38 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
                 canvas.rectangle(left, axes.y(high), left + plot, axes.y(low), tint(color, 0.25))
             axes.margin_notes([reference[:2]])
         x = left + gap
-        for (name, boxes), room in zip(groups, wide):
-            canvas.text(x + room / 2, axes.bottom + 8, name, 13, anchor="ma")
+        for (first, *more), (_, boxes), room in zip(names, groups, wide):
+            canvas.text(x + room / 2, bottom + 8, first, 13, anchor="ma")
+            for i, line in enumerate(more):
+                canvas.text(x + room / 2, bottom + 28 + 14 * i, line, 11, GREY, anchor="ma")
             for j, (series, values) in enumerate(boxes):
                 center = x + room / 2 + (j - (len(boxes) - 1) / 2) * SLOT
                 if values:
-                    draw_box(axes, center, values, colors[series], with_mean)
+                    draw(axes, center, values, colors[series])
                 else:
-                    canvas.text(center, axes.bottom - 6, "n/a", 12, GREY, anchor="md")
+                    canvas.text(center, bottom - 6, "n/a", 12, GREY, anchor="md")
             x += room + gap
         axes.spines()
+        top += height
     canvas.text(left, canvas.height - 10, note, 11, GREY, anchor="ld")
     return canvas.array()
+
+
+def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarray:
+    """`grouped` with a box per slot: panels [(label, groups, reference), ...], among the values None = not
+    available."""
+    drawn = []
+    for label, groups, reference in panels:
+        groups = [(name, [(series, [v for v in values if v is not None]) for series, values in boxes])
+                  for name, boxes in groups]
+        values = [some for _, boxes in groups for _, some in boxes]
+        # The range includes mean - sd and mean + sd: no bar is cut off.
+        numbers = [np.mean(some) + k * np.std(some, ddof=1) for some in values if len(some) > 1
+                   for k in (-1, 1)] + sum(values, [])
+        numbers += [value for k, value in enumerate(reference or ()) if k in (0, 2, 3)]
+        ticks = nice_ticks(*widened(min(numbers), max(numbers)), 6) if numbers else [0, 1]
+        drawn.append((label, groups, ticks, reference))
+    return grouped(drawn, colors, partial(draw_box, with_mean=with_mean), note, height)
 
 
 def intervals(panels, names, width=830, row=22) -> np.ndarray:
@@ -137,12 +143,9 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
         canvas.text(left - 12, top + row * (i + 0.5), name, 13, anchor="rm")
     for k, (title, values, ratio) in enumerate(panels):
         start = left + k * (room + gap)
-        low, high = widened(*(f([0.0, *(x for one in values if one for x in one if x is not None)])
-                              for f in (min, max)))
-
-        def x(value):
-            return start + (value - low) / (high - low) * room
-
+        ends = [0.0, *(x for one in values if one for x in one if x is not None)]
+        low, high = widened(min(ends), max(ends))
+        x = Axes(canvas, start, top, start + room, bottom, (low, high), (0, 1)).x
         canvas.text(start + room / 2, 8, title, 14, anchor="ma")
         ticks, last = nice_ticks(low, high), -math.inf
         if ratio:
@@ -172,73 +175,67 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
     areas      {split: (K,) pixels per class id}; shares are of the split's tumor area
     instances  {split: (K,) counts}, optional: written under the shares
     """
+    def draw_bar(axes, x, values, color):
+        share, half = values[0], SLOT / 2 - 6
+        if share > 0:
+            axes.canvas.rectangle(x - half, axes.y(share), x + half, axes.bottom, tint(color, 0.75))
+        text = f"{share:.0f}" if share >= 9.5 or share == 0 else f"{share:.1f}"
+        axes.canvas.text(x, axes.y(share) - 3, text, 12, anchor="md")
+
     tumor = classes.tumor_ids
-    splits = [split for split in areas if sum(areas[split][i] for i in tumor) > 0]
+    total = {split: sum(area[k] for k in tumor) for split, area in areas.items()}
+    splits = [split for split in areas if total[split] > 0]
     assert splits, f"no tumor area in {list(areas)}"
-    shares = {split: np.array([areas[split][i] for i in tumor], float) for split in splits}
-    shares = {split: 100 * area / area.sum() for split, area in shares.items()}
-    ticks = nice_ticks(0, min(max(share.max() for share in shares.values()) * 1.08, 100))
-    bar = 40
-    group = max(len(splits) * bar, *(text_width(classes.names[i], 14) for i in tumor)) + 34
-    left, width = 74, 74 + group * len(tumor) + 20
-    colors = dict(zip(splits, [BLUE, CYCLE[4], CYCLE[2], CYCLE[3], CYCLE[1]]))
-    entries = [(split, colors[split]) for split in splits]
-    upper = Canvas(width, 1).legend(entries, left, 10, width - 10, marker="box")
-    canvas = Canvas(width, upper + 300 + (16 * len(splits) + 10 if instances else 0))
-    canvas.legend(entries, left, 10, width - 10, marker="box")
-    axes = Axes(canvas, left, upper + 14, width - 14, upper + 264, (0, 1), (0, ticks[-1]))
-    axes.frame(ticks, "share of the tumor area [%]")
-    for i, class_id in enumerate(tumor):
-        middle = left + group * (i + 0.5)
-        for j, split in enumerate(splits):
-            share, x = shares[split][i], middle + (j - len(splits) / 2) * bar
-            if share > 0:
-                canvas.rectangle(x + 3, axes.y(share), x + bar - 3, axes.bottom, tint(colors[split], 0.75))
-            text = f"{share:.0f}" if share >= 9.5 or share == 0 else f"{share:.1f}"
-            canvas.text(x + bar / 2, axes.y(share) - 3, text, 12, anchor="md")
-        canvas.text(middle, axes.bottom + 8, classes.names[class_id], 14, anchor="ma")
-        for j, split in enumerate(splits if instances else ()):
-            text = f"{split}: {int(instances[split][class_id])}"
-            canvas.text(middle, axes.bottom + 34 + 16 * j, text, 11, GREY, anchor="ma")
-    if instances:
-        canvas.text(left - 12, axes.bottom + 34, "instances", 11, GREY, anchor="ra")
-    axes.spines()
-    return canvas.array()
+    groups = [("\n".join([classes.names[k], *(f"{split}: {int(instances[split][k])}"
+                                              for split in (splits if instances else ()))]),
+               [(split, [100 * areas[split][k] / total[split]]) for split in splits]) for k in tumor]
+    ticks = nice_ticks(0, min(max(values[0] for _, bars in groups for _, values in bars) * 1.08, 100))
+    return grouped([("share of the tumor area [%]", groups, ticks, None)],
+                   dict(zip(splits, [BLUE, CYCLE[4], CYCLE[2], CYCLE[3], CYCLE[1]])), draw_bar,
+                   "below the subtypes: instances" if instances else "", 316)
 
 
-def confusion_matrices(matrices, classes) -> np.ndarray:
-    """Fig. 6: matrices side by side, rows = annotated subtypes and background, columns = prediction.
+def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(108, 52)) -> np.ndarray:
+    """Tables of numbers side by side, the darker the larger.
 
-    matrices  [(title, mean (K, 2), deviation (K, 2) or None), ...]; rows by class id, each normalised to 1;
-              columns background, tumor; a row of NaN (class absent from the split) is written "n/a"
+    panels  [(title, numbers (R, C), deviation (R, C) or None), ...]; NaN is written "n/a"
+    axes    (what the rows are, what the columns are); `most` the number of full colour
+    cell    (width, height) of a cell in pixels
     """
-    order = [*classes.tumor_ids, *(i for i in range(len(classes)) if i not in classes.tumor_ids)]
-    cell, row, size = 108, 52, 14
-    left = max(text_width(classes.names[i], size) for i in order) + 44
-    wide = max(left + 2 * cell + 34, *(text_width(title, 15) + left + 10 for title, *_ in matrices))
-    canvas = Canvas(wide * len(matrices), 88 + row * len(order) + 14)
-    for m, (title, mean, deviation) in enumerate(matrices):
-        x0, mean = m * wide + left, np.asarray(mean, float)
-        assert mean.shape == (len(classes), 2), f"confusion of shape {mean.shape} for {len(classes)} classes"
+    (wide, high), left = cell, max(text_width(name, 14) for name in row_names) + 44
+    step = left + max(len(column_names) * wide + 34, *(text_width(title, 15) + 10 for title, *_ in panels))
+    canvas = Canvas(step * len(panels), 88 + high * len(row_names) + 14)
+    for m, (title, numbers, deviation) in enumerate(panels):
+        x0 = m * step + left
         canvas.text(x0, 10, title, 15)
-        canvas.text(x0 + cell, 38, "prediction", 12, GREY, anchor="ma")
-        canvas.text(m * wide + 14, 80 + row * len(order) / 2, "annotation", 12, GREY, turned=True)
-        for j, name in enumerate(("background", "tumor")):
-            canvas.text(x0 + (j + 0.5) * cell, 76, name, size, anchor="md")
-        for i, class_id in enumerate(order):
-            y = 80 + i * row
-            canvas.text(x0 - 10, y + row / 2, classes.names[class_id], size, anchor="rm")
-            for j in range(2):
-                value, x = mean[class_id, j], x0 + j * cell
-                if not np.isfinite(value):
-                    canvas.rectangle(x, y, x + cell, y + row, "white", GREY, 0.8)
-                    canvas.text(x + cell / 2, y + row / 2, "n/a", 15, GREY, anchor="mm")
-                    continue
-                canvas.rectangle(x, y, x + cell, y + row, tint(BLUE, 0.03 + 0.9 * value), GREY, 0.8)
-                ink = (255, 255, 255) if value > 0.7 else INK
-                middle, spread = y + row / 2, np.nan if deviation is None else deviation[class_id][j]
-                if np.isfinite(spread):
-                    canvas.text(x + cell / 2, middle + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
-                    middle -= 7
-                canvas.text(x + cell / 2, middle, f"{value:.2f}", 17, ink, "mm")
+        canvas.text(x0 + wide * len(column_names) / 2, 38, axes[1], 12, GREY, anchor="ma")
+        canvas.text(m * step + 14, 80 + high * len(row_names) / 2, axes[0], 12, GREY, turned=True)
+        for j, name in enumerate(column_names):
+            canvas.text(x0 + (j + 0.5) * wide, 76, name, min(14, wide / 6), anchor="md")
+        for i, name in enumerate(row_names):
+            canvas.text(x0 - 10, 80 + (i + 0.5) * high, name, 14, anchor="rm")
+        for i, j in np.ndindex(len(row_names), len(column_names)):
+            value, spread = numbers[i][j], np.nan if deviation is None else deviation[i][j]
+            there = np.isfinite(value)
+            with_spread = there and np.isfinite(spread)
+            amount = 0.03 + 0.9 * value / most if there else 0
+            ink = GREY if not there else INK if amount < 0.66 else (255, 255, 255)
+            x, y = x0 + j * wide, 80 + i * high
+            canvas.rectangle(x, y, x + wide, y + high, tint(color, amount), GREY, 0.8)
+            text, middle = f"{value:.2f}" if there else "n/a", x + wide / 2
+            canvas.text(middle, y + high / 2 - 7 * with_spread, text, 17, ink, "mm")
+            if with_spread:
+                canvas.text(middle, y + high / 2 + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
     return canvas.array()
+
+
+def confusion_matrices(found, classes) -> np.ndarray:
+    """Fig. 6: rows = annotated subtypes and background, columns = prediction.
+
+    found  [(title, mean (K, 2), deviation (K, 2) or None), ...]; rows by class id, each normalised to 1, of
+           NaN where the class is absent from the split; columns background, tumor
+    """
+    order = sorted(range(len(classes)), key=lambda k: k not in classes.tumor_ids)
+    return matrices([(title, np.asarray(mean)[order], None if deviation is None else deviation[order])
+                     for title, mean, deviation in found], [classes.names[k] for k in order],
+                    ("background", "tumor"), ("annotation", "prediction"))

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from her2.data_classes import IGNORE
-from her2.draw import BLUE, GREY, INK, VERMILION, Canvas, class_legend, fit, outline, text_width
+from her2.draw import (BLUE, GREY, INK, VERMILION, Canvas, class_legend, fit, image_grid, outline,
+                       text_width)
 
 CELL = 384                          # pixels of the longer side of a region on the sheet
 COLUMNS, ROWS = 4, 6
@@ -44,26 +45,21 @@ def shortened(text, width, size) -> str:
 
 def sheet(cells, classes, title) -> np.ndarray:
     """One sheet of `cells`: (picture, [line of text, ...], color of the swatch before the first line)."""
-    gap, top = 12, 62
-    columns, cell = min(COLUMNS, len(cells)), max(300, *(picture.shape[1] for picture, *_ in cells))
-    below = 18 * max(len(texts) for _, texts, _ in cells) + 14
-    width = max(columns * (cell + gap) + gap, 780)
-    bottoms = np.cumsum([top] + [max(picture.shape[0] for picture, *_ in cells[k:k + columns]) + below
-                                 for k in range(0, len(cells), columns)]).tolist()
-    canvas = Canvas(width, bottoms[-1])
-    canvas.text(gap, 8, shortened(title, width - 2 * gap, 16), 16)
-    others = [("left out", LEFT_OUT), ("ignored", tuple(classes.colors[IGNORE].tolist()))]
-    canvas.legend([*class_legend(classes), *others], gap, 34, width - gap, marker="box")
-    for k, (picture, texts, color) in enumerate(cells):
-        x, bottom = gap + k % columns * (cell + gap), bottoms[k // columns + 1] - below
-        canvas.paste(picture, x, bottoms[k // columns])
+    side, pictures = max(300, *(picture.shape[1] for picture, *_ in cells)), []
+    for picture, texts, color in cells:
+        top = picture.shape[0] + 5
+        canvas = Canvas(side, top + 18 * len(texts))
+        canvas.paste(picture, 0, 0)
         if color is not None:
-            canvas.rectangle(x, bottom + 7, x + 11, bottom + 18, tuple(color), INK, 0.5)
+            canvas.rectangle(0, top + 2, 11, top + 13, tuple(color), INK, 0.5)
         for i, text in enumerate(texts):
             indent = 0 if i or color is None else 17
-            canvas.text(x + indent, bottom + 5 + 18 * i, shortened(text, cell - indent, 13), 13,
-                        GREY if i > 1 else INK)
-    return canvas.array()
+            canvas.text(indent, top + 18 * i, shortened(text, side - indent, 13), 13, GREY if i > 1 else INK)
+        pictures.append(canvas.array())
+    others = [("left out", LEFT_OUT), ("ignored", tuple(classes.colors[IGNORE].tolist()))]
+    return image_grid([pictures[k:k + COLUMNS] for k in range(0, len(cells), COLUMNS)], title=title,
+                      cell=max(max(picture.shape) for picture in pictures),
+                      legend=[*class_legend(classes), *others])
 
 
 def errors(image, label, prob, classes, side: int):

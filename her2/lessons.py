@@ -27,7 +27,6 @@ from her2.lessons_forks import forks
 from her2.run_config import Parser
 from her2.run_errors import UserError, command
 
-
 # When it starts, minutes to read the file (in her2/), see the figure and try the exercise, and the function.
 Lesson = namedtuple("Lesson", "when minutes file draw")
 LESSONS = {
@@ -73,13 +72,6 @@ def sheet(rows, width=830) -> np.ndarray:
     return np.rint(np.rint(np.concatenate(strips) / 255 * 63) * (255 / 63)).astype(np.uint8)
 
 
-def timetable() -> str:
-    lines = [f"{'when':11}{'minutes':>7}  {'lesson':15}{'file to read'}"]
-    lines += [f"{lesson.when:11}{lesson.minutes:7}  {name:15}her2/{lesson.file}"
-              for name, lesson in LESSONS.items()]
-    return "\n".join([*lines, "", "a figure, three sentences and an exercise: python -m her2.lessons NAME"])
-
-
 def main(argv=None) -> int:
     parser = Parser(prog="python -m her2.lessons", description=__doc__)
     parser.add_argument("name", nargs="?", help="a lesson; none: the timetable")
@@ -87,7 +79,10 @@ def main(argv=None) -> int:
     parser.add_argument("--out", metavar="FILE.png", help="the figure [runs/lesson_NAME.png]")
     args = parser.parse_args(argv)
     if args.name is None:
-        print(timetable())
+        print(f"{'when':11}{'minutes':>7}  {'lesson':15}file to read")
+        for name, lesson in LESSONS.items():
+            print(f"{lesson.when:11}{lesson.minutes:7}  {name:15}her2/{lesson.file}")
+        print("\na figure, three sentences and an exercise: python -m her2.lessons NAME")
         return 0
     if args.name not in LESSONS:
         raise UserError(f"lesson {args.name!r}: unknown; choose one of {', '.join(LESSONS)}")

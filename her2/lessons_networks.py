@@ -138,19 +138,21 @@ def seeds():
         torch.rand(draws, generator=random)
         return batches(*[random] * 6)
 
+    def equal(a, b):                # how many of the batches
+        return sum(bool((x == y).all()) for x, y in zip(a.split(6, 1), b.split(6, 1)))
+
     random = torch.Generator().manual_seed(0)
     start, before, state = random.get_state(), batches(*[random] * 6), random.get_state()
     keyed = batches(*(generator(0, "batch", step) for step in range(12)))
     resumed = batches(*(generator(0, "batch", step) for step in range(6, 12)))
     rows = {"global": after(state), "started again": after(start), "state put back": after(state),
             "one draw more": after(state, 1)}
-    equal = [sum(bool((a == b).all()) for a, b in zip(one.split(6, 1), rows["global"].split(6, 1)))
-             for one in rows.values()]
+    _, again, restored, shifted = (equal(one, rows["global"]) for one in rows.values())
     strips = [(f"{name}: steps 0 to 11", torch.cat([before, one], 1)) for name, one in rows.items()]
     keys = [("keys: steps 0 to 11", keyed), ("keys, resumed at 6", torch.cat([keyed[:, :36], resumed], 1))]
     return [keys, strips[:2]], [strips[2:]], {
-        "same": sum(bool((a == b).all()) for a, b in zip(keyed.split(6, 1)[6:], resumed.split(6, 1))),
-        "again": equal[1], "state": len(state), "restored": equal[2], "shifted": equal[3]}
+        "same": equal(keyed[:, 36:], resumed), "again": again, "state": len(state), "restored": restored,
+        "shifted": shifted}
 
 
 def segmenter():

@@ -2,6 +2,7 @@
 
 import tempfile
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -43,16 +44,16 @@ def specimens(kind: str, subtype: int) -> list:
     # One slide for all, with little unspecific brown: the differences are those between the classes.
     style = draw_style(numpy_generator("lesson", "style"))
     style.noise, style.breath = 0.004, 0.05
-    found, attempt, axis = [], 0, np.arange(192) / 2
-    while len(found) < 6:
-        attempt += 1
+    found, axis = [], np.arange(192) / 2
+    for attempt in count(1):
         scene = lay_out(style, np.eye(4)[subtype], 0.02 if kind == "acinus" else 0.3, 96,
                         numpy_generator(kind, subtype, attempt), subtype, kind == "dcis")
         sites = [s for s in scene.sites if s.kind == kind and max(abs(s.x - 48), abs(s.y - 48)) < 30]
         if sites:
             inside = np.min([s.star.distance(axis[None], axis[:, None]) for s in sites], axis=0) < 0
             found.append((render(scene, 0.5, 192, (kind, attempt)), inside))
-    return found
+        if len(found) == 6:
+            return found
 
 
 def phantom():

@@ -38,6 +38,7 @@ from her2.data_classes import IGNORE
 _TAIL = [float(f"{digit}e-{decade}") for decade in (7, 6, 5, 4) for digit in range(1, 10)]
 THRESHOLDS = np.array(_TAIL + [i / 1000 for i in range(1, 1000)] + [1 - t for t in reversed(_TAIL)])
 BINS = len(THRESHOLDS) + 1                                              # one below the first
+FLOOR = 1e-4        # of a variance: recalls that scatter by one percentage point are as good as equal
 
 
 class ProbabilityHistogram:
@@ -95,42 +96,57 @@ class ProbabilityHistogram:
         # Variance alone misleads. Say one network finds .2 .4 .6 .9 of 0, 1+, 2+, 3+ at threshold .9
         # (variance .067), .5 .7 .9 1 at .5 (.037) and .9 1 1 1 at .1 (.002): the last calls half the stroma
         # tumor, and looks best. So it is read beside fpr, or at one fpr (`matched`).
-        confusion = self.confusion(threshold)
-        tumor = np.zeros(len(self.classes), dtype=bool)                 # (K,)
-        tumor[self.classes.tumor_ids] = True
-        # The network answers tumor or not. Of which subtype the found pixels were, only the rows know.
-        (tn, fp), (fn, tp) = confusion[~tumor].sum(0).tolist(), confusion[tumor].sum(0).tolist()
-        found = [ratio(row[1], row.sum()) for row in confusion]         # recall per class, (K,)
-        # HER2 scores are steps of one scale, and the question is whether its faint end is missed.
-        recalls = [found[k] for k in self.classes.variance_ids if found[k] is not None]  # absent: no recall
-        dice = ratio(2 * tp, 2 * tp + fp + fn)                        # None: nothing there, nothing predicted
-        return {"dice": 1.0 if dice is None else dice,                 # nothing found where nothing is: right
-                "recall": {self.classes.names[k]: found[k] for k in self.classes.tumor_ids},
-                "subtype_variance": float(np.var(recalls)) if len(recalls) > 1 else None,
-                "precision": ratio(tp, tp + fp),                      # share of what was called tumor that is
-                "fpr": ratio(fp, fp + tn),                              # share of the background called tumor
+        confusion, names = self.confusion(threshold), self.classes.names
+        found = {key: float(value) for key, value in rates(confusion, self.classes).items()}
+        found = {key: None if np.isnan(value) else value for key, value in found.items()}
+        return {"dice": found["dice"], "recall": {names[k]: found[f"recall {names[k]}"]
+                                                  for k in self.classes.tumor_ids},
+                "subtype_variance": found["variance"], "precision": found["precision"], "fpr": found["fpr"],
                 "confusion": confusion.tolist()}
 
     def best_threshold(self) -> float | None:
-        """The threshold of the highest Dice, of equals the one nearest to 0.5; None without tumor pixels."""
+        """The threshold of the highest Dice; None without tumor pixels."""
         tumor = self.counts[self.classes.tumor_ids].sum(0)                                # (BINS,)
         if not tumor.sum():
             return None                                                 # no tumor: every threshold is as good
-        # Cumulated from above: counts at or over each threshold.
-        found, tp = (part[::-1].cumsum()[::-1][1:] for part in (self.counts.sum(0), tumor))
-        dice = 2 * tp / (found + tumor.sum())                                             # at each threshold
-        return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), -dice])[0]])
+        dice = 2 * at_or_over(tumor) / (at_or_over(self.counts.sum(0)) + tumor.sum())     # at each threshold
+        return least(-dice)
 
     def threshold_at_fpr(self, target_fpr: float) -> float | None:
-        """The threshold whose false-positive rate is nearest to `target_fpr`; None without background pixels.
-
-        Of several that are equally near, the one nearest to 0.5: a network matched to itself stays at 0.5.
-        """
+        """The threshold whose false-positive rate is nearest to `target_fpr`; None without background."""
         background = np.delete(self.counts, self.classes.tumor_ids, axis=0).sum(0)        # (BINS,)
         if not background.sum():
             return None
-        fpr = background[::-1].cumsum()[::-1][1:] / background.sum()                      # at each threshold
-        return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), np.abs(fpr - target_fpr)])[0]])
+        return least(np.abs(at_or_over(background) / background.sum() - target_fpr))
+
+
+def at_or_over(counts) -> np.ndarray:
+    """(BINS,) -> (BINS - 1,): pixels at or over each threshold, cumulated from above."""
+    return counts[::-1].cumsum()[::-1][1:]
+
+
+def least(cost) -> float:
+    """The threshold of least cost (BINS - 1,). Of equals the one nearest to 0.5: a network matched to itself
+    stays at 0.5."""
+    return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), cost])[0]])
+
+
+def rates(confusion, classes) -> dict:
+    """Counts (..., K, 2) -> {figure: (...)} for many tables at once; NaN: nothing to form it from."""
+    # The network answers tumor or not. Of which subtype the found pixels were, only the rows know.
+    confusion, tumor = np.asarray(confusion, dtype=np.float64), classes.tumor_ids
+    tp, fn = confusion[..., tumor, 1].sum(axis=-1), confusion[..., tumor, 0].sum(axis=-1)
+    fp, tn = confusion[..., 1].sum(axis=-1) - tp, confusion[..., 0].sum(axis=-1) - fn
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall = confusion[..., 1] / confusion.sum(axis=-1)                             # (..., K)
+        # HER2 scores are steps of one scale, and the question is whether its faint end is missed.
+        found = np.ma.masked_invalid(recall[..., classes.variance_ids])                 # absent: no recall
+        variance = np.where(found.count(axis=-1) > 1, np.ma.filled(found.var(axis=-1), np.nan), np.nan)
+        return {"dice": np.where(tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn), 1.0),   # nothing in nothing
+                "precision": tp / (tp + fp),                    # share of what was called tumor that is
+                "fpr": fp / (fp + tn),                          # share of the background called tumor
+                "variance": variance, "log_variance": np.log(np.maximum(variance, FLOOR)),
+                **{f"recall {classes.names[k]}": recall[..., k] for k in tumor}}
 
 
 def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_fpr: float | None):
@@ -145,41 +161,3 @@ def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_
         return None
     figures = test.report(threshold)                             # the same network, moved along its own curve
     return {key: figures[key] for key in ("fpr", "dice", "recall", "subtype_variance")}
-
-
-def ratio(part, whole) -> float | None:
-    return float(part / whole) if whole else None                  # None: there is nothing to have a share of
-
-
-def confusion_matrix(pred, target, num_classes: int) -> np.ndarray:
-    """(K, K) int64 counts of two arrays of class ids of one shape: rows = truth, columns = prediction.
-
-    Pixels whose truth is IGNORE are left out. This and what follows is for comparison with the reference
-    only: the project's own figures come from ProbabilityHistogram.
-    """
-    pred, target = np.asarray(pred).reshape(-1), np.asarray(target).reshape(-1)
-    assert pred.shape == target.shape, f"{pred.size} predictions, {target.size} targets"
-    pred, target = pred[target != IGNORE], target[target != IGNORE]     # (pixels,) each
-    both = np.concatenate([pred, target])
-    assert both.min(initial=0) >= 0 and both.max(initial=0) < num_classes, f"ids {both.min()} to {both.max()}"
-    pairs = target.astype(np.int64) * num_classes + pred                # one number per (truth, prediction)
-    return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
-
-
-def normalise(confusion, by: str = "truth") -> np.ndarray:
-    """Divide by the sums of the rows ("truth"), the columns ("prediction") or of "all"; empty ones stay 0."""
-    confusion = np.asarray(confusion, dtype=np.float64)
-    axis = {"truth": 1, "prediction": 0, "all": None}[by]
-    return confusion / np.maximum(confusion.sum(axis=axis, keepdims=True), 1)
-
-
-def class_scores(confusion, empty: float = np.nan) -> dict:
-    """Each class against the rest, from (K, K) counts: dice, iou, recall, precision; 0 / 0 is `empty`."""
-    confusion = np.asarray(confusion, dtype=np.float64)
-    hit, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-
-    def divide(part, whole):
-        return np.where(whole > 0, part / np.where(whole > 0, whole, 1), empty)
-
-    return {"dice": divide(2 * hit, truth + predicted), "iou": divide(hit, truth + predicted - hit),
-            "recall": divide(hit, truth), "precision": divide(hit, predicted)}

@@ -22,9 +22,10 @@ import math
 
 import numpy as np
 
-from her2 import report_images, report_staining
-from her2.draw import BLUE, GREEN, GREY, ORANGE, PURPLE
+from her2 import draw_charts, report_images, report_staining
+from her2.draw import BLUE, GREEN, GREY, ORANGE, PURPLE, save_png
 from her2.metrics import matched
+from her2.report_statistics import ORACLE
 
 BASELINE = "subtype"
 METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in the paper's order
@@ -42,9 +43,8 @@ FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cac
 def configuration_name(fields: dict, method: str = "") -> str:
     """`tumor`, `subtype`, `uniform`, `gan-100`, `ldm-100-same`, ...: the configuration of a run.
 
-    `--name` where it was given. `method` is that of the synthetic folder ('' without one; 'ldm-same' when it
-    kept the real labels). Synthetic images go with subtype sampling; with another one its name is appended,
-    so that different things never share a name.
+    `--name` where it was given. `method` is that of the synthetic folder ('' without one). Synthetic images
+    go with subtype sampling; with another one its name is appended: different things never share a name.
     """
     if fields.get("name") or not fields.get("synthetic"):
         return fields.get("name") or fields["sampling"]
@@ -63,45 +63,37 @@ class Run:
     method: str             # 'gan', 'ldm', 'ldm-same' (labels kept), 'oracle', ...; '' without any
     val: dict
     test: dict
-    name: str = ""          # of its configuration; made unique by `check_comparable`
     rois: list = dataclasses.field(default_factory=list)    # dicts: split, slide, roi, figures of that ROI
 
     def __post_init__(self):
-        self.name = self.name or configuration_name(self.fields, self.method)
-
-    @property
-    def seed(self) -> int:
-        return self.fields["seed"]
+        self.seed, self.name = self.fields["seed"], configuration_name(self.fields, self.method)
 
 
 def order(name: str) -> tuple:
     """Sort key of configurations: the baselines, the methods by ratio, anything else."""
-    first = ["tumor", BASELINE, "uniform"]
+    first, known = ["tumor", BASELINE, "uniform"], list(TITLES)
+    method, ratio, *rest = name.split("-") + [""]
     if name in first:
         return 0, first.index(name), 0, name
-    method, ratio, *rest = name.split("-") + [""]
-    known = [*METHODS, *CONTROLS]
     if method in known and ratio.isdigit():
         return 1 + (method in CONTROLS or any(rest)), int(ratio), known.index(method), name
     return 3, 0, 0, name
 
 
 def check_comparable(runs) -> list:
-    """One warning per training field in which the runs differ, and per run whose name another one has.
-
-    Two runs of one name and seed are no repetition of each other: the later one gets a name of its own.
-    """
+    """One warning per training field in which the runs differ, and per run whose name another one has: of two
+    runs of one name and seed, which are no repetition of each other, the later one gets a name of its own."""
     seen, notes = {}, []
     for run in runs:
-        other, number, name = seen.get((run.name, run.seed)), 1, run.name
+        name, number = run.name, 1
         while (run.name, run.seed) in seen:
             number += 1
             run.name = f"{name} ({number})"
         seen[run.name, run.seed] = run
-        if other is not None:
-            notes.append(f"{other.folder} and {run.folder} are both configuration {name!r} with seed "
-                         f"{run.seed}; the second one is called {run.name!r} here, --name of train_seg.py "
-                         "gives it a better name")
+        if number > 1:
+            notes.append(f"{seen[name, run.seed].folder} and {run.folder} are both configuration {name!r} "
+                         f"with seed {run.seed}; the second one is called {run.name!r} here, --name of "
+                         "train_seg.py gives it a better name")
     for field in sorted({field for run in runs for field in run.fields} - FREE):
         found = sorted({repr(run.fields.get(field)) for run in runs})
         if len(found) > 1:
@@ -112,60 +104,49 @@ def check_comparable(runs) -> list:
 def collect(runs) -> dict:
     """results.json: {"configs": [{"name", "method", "ratio", "sampling", "runs"}]}, in a fixed order."""
     baselines = {run.seed: sum(run.val.values()).report()["fpr"] for run in runs if run.name == BASELINE}
-    configs = []
-    for name in sorted({run.name for run in runs}, key=order):
-        members = sorted((run for run in runs if run.name == name), key=lambda run: run.seed)
-        fields = members[0].fields
-        ratio = fields["ratio"] if fields.get("synthetic") else 0.0
-        configs.append({
-            "name": name,
-            "method": members[0].method.split("-")[0] or REAL,
-            # None: synthetic images alone (infinity is no JSON)
-            "ratio": None if math.isinf(ratio) else float(ratio),
-            "sampling": fields["sampling"],
-            "runs": [run_record(run, baselines.get(run.seed)) for run in members]})
-    return {"baseline": BASELINE, "threshold": 0.5, "configs": configs}
-
-
-def run_record(run, baseline_fpr) -> dict:
-    """One run's entry in results.json; `baseline_fpr` on val, None without a baseline of this seed."""
-    val, test = sum(run.val.values()), sum(run.test.values())
-    record = {"seed": run.seed, **test.report(), "matched": matched(val, test, baseline_fpr),
-              "folder": run.folder, "val": val.report(),
-              "slides": {slide: part.report() for slide, part in run.test.items()}}
-    if record["matched"] is not None:
-        threshold = val.threshold_at_fpr(baseline_fpr)
-        record["matched"].update(threshold=threshold, precision=test.report(threshold)["precision"])
-    return record
+    configs = {}
+    for run in sorted(runs, key=lambda run: (order(run.name), run.seed)):
+        ratio = run.fields["ratio"] if run.fields.get("synthetic") else 0.0
+        config = configs.setdefault(run.name, {
+            "name": run.name, "method": run.method.split("-")[0] or REAL,
+            "ratio": None if math.isinf(ratio) else float(ratio),   # None: synthetic images alone
+            "sampling": run.fields["sampling"], "runs": []})
+        val, test, fpr = sum(run.val.values()), sum(run.test.values()), baselines.get(run.seed)
+        equal = matched(val, test, fpr)                             # None without a baseline of this seed
+        if equal is not None:
+            threshold = val.threshold_at_fpr(fpr)
+            equal.update(threshold=threshold, precision=test.report(threshold)["precision"])
+        config["runs"].append({
+            "seed": run.seed, **test.report(), "matched": equal, "folder": run.folder, "val": val.report(),
+            "slides": {slide: part.report() for slide, part in run.test.items()}})
+    return {"baseline": BASELINE, "threshold": 0.5, "configs": list(configs.values())}
 
 
 def figure_of(record: dict, *path):
     """A figure of a run: ("dice",), ("recall", "3+"), ("matched", "fpr"); None where there is none."""
     for key in path:
-        record = None if record is None else record[key]
+        record = record and record[key]
     return record
 
 
 def figures_of(config: dict, *path) -> list:
-    """The figure of each run of a configuration."""
     return [figure_of(record, *path) for record in config["runs"]]
 
 
 def mean_sd(numbers):
     """(mean, standard deviation or None for a single number) of those that are not None; None for none."""
     numbers = [number for number in numbers if number is not None]
-    if not numbers:
-        return None
-    return float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    return (float(np.mean(numbers)), deviation) if numbers else None
 
 
-def change(config: dict, baseline: dict, path, baseline_path=None):
+def change(config: dict, baseline: dict, path):
     """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline).
 
-    `baseline_path` where the baseline's figure is another one. None without a common seed that has both; the
-    sd of a single seed and the percentage of a baseline of 0 are None.
+    The baseline's figure is that at 0.5, where it is matched to itself. None without a common seed that has
+    both; the sd of a single seed and the percentage of a baseline of 0 are None.
     """
-    base = {record["seed"]: figure_of(record, *(baseline_path or path)) for record in baseline["runs"]}
+    base = {record["seed"]: record[path[-1]] for record in baseline["runs"]}
     pairs = [(figure_of(record, *path), base.get(record["seed"])) for record in config["runs"]]
     pairs = [(new, old) for new, old in pairs if new is not None and old is not None]
     if not pairs:
@@ -178,9 +159,7 @@ def change(config: dict, baseline: dict, path, baseline_path=None):
 def spread(numbers, digits=3) -> str:
     """"0.833 +- 0.004", "0.833" for one number, "n/a" for none."""
     found = mean_sd(numbers)
-    if found is None:
-        return "n/a"
-    return f"{found[0]:.{digits}f}" + (f" \u00b1 {found[1]:.{digits}f}" if found[1] is not None else "")
+    return "n/a" if found is None else " \u00b1 ".join(f"{v:.{digits}f}" for v in found if v is not None)
 
 
 def change_text(found, digits=3) -> str:
@@ -199,28 +178,21 @@ MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3)) 
 def result_table(results: dict, *prefix) -> list:
     """Rows of texts, header first: mean +- sd per configuration; prefix "matched" for the matched figures."""
     subtypes = list(results["configs"][0]["runs"][0]["recall"])
-    rows = [["configuration", "runs", "Dice", "subtype variance", "precision", "FPR",
-             *(f"recall {name}" for name in subtypes)]]
-    for config in results["configs"]:
-        rows.append([config["name"], str(len(config["runs"])),
-                     *(spread(figures_of(config, *prefix, key), digits) for key, digits in MEASURES),
-                     *(spread(figures_of(config, *prefix, "recall", name)) for name in subtypes)])
-    return rows
+    columns = [((key,), digits) for key, digits in MEASURES] + [(("recall", name), 3) for name in subtypes]
+    return [["configuration", "runs", "Dice", "subtype variance", "precision", "FPR",
+             *(f"recall {name}" for name in subtypes)],
+            *([config["name"], str(len(config["runs"])),
+               *(spread(figures_of(config, *prefix, *path), digits) for path, digits in columns)]
+              for config in results["configs"])]
 
 
 def change_table(results: dict) -> list:
     """Rows of texts, header first: change of Dice and variance against the baseline, at 0.5 and matched."""
     baseline = next((config for config in results["configs"] if config["name"] == BASELINE), None)
-    rows = [["configuration", "Dice", "subtype variance", "Dice, matched", "subtype variance, matched"]]
-    for config in results["configs"]:
-        if config is not baseline:
-            row = [config["name"]]
-            for prefix in ((), ("matched",)):
-                for key, digits in MEASURES[:2]:
-                    found = change(config, baseline, (*prefix, key), (key,)) if baseline else None
-                    row.append(change_text(found, digits))
-            rows.append(row)
-    return rows
+    return [["configuration", "Dice", "subtype variance", "Dice, matched", "subtype variance, matched"],
+            *([config["name"], *(change_text(baseline and change(config, baseline, (*prefix, key)), digits)
+                                 for prefix in ((), ("matched",)) for key, digits in MEASURES[:2])]
+              for config in results["configs"] if config is not baseline)]
 
 
 def plain(rows) -> str:
@@ -237,9 +209,9 @@ def markdown(rows) -> str:
 
 
 def page(results: dict, data: str, notes, figures) -> str:
-    """report.md. `notes` are warnings, one line each; `figures` [(file name, caption), ...]."""
+    """report.md. `notes` are warnings, one line each; `figures` are for `gallery`."""
     configs = results["configs"]
-    parts = [
+    return "\n\n".join([
         "# Segmentation with and without synthetic images",
         f"{sum(len(config['runs']) for config in configs)} runs of {len(configs)} configurations, test split "
         f"of `{data}`. Figures are mean \u00b1 standard deviation (n - 1) over the seeds; pixels are pooled "
@@ -253,38 +225,63 @@ def page(results: dict, data: str, notes, figures) -> str:
         "## Results at the baseline's false-positive rate",
         "The threshold of each run is the one at which its false-positive rate on val equals that of the "
         "baseline with the same seed. A gain that is not here was a shift of the operating point.",
-        markdown(result_table(results, "matched"))]
-    if "staining" in results:
+        markdown(result_table(results, "matched")), *gallery(results, figures)]) + "\n"
+
+
+def gallery(results: dict, pictures, over: str = "") -> list:
+    """Paragraphs of report.md: what was measured of the images, and pictures [(file name, caption), ...].
+
+    `over`: a sentence that says over what the numbers are means.
+    """
+    parts = []
+    if results.get("staining"):
         parts += ["## Is the staining what was asked for?",
-                  "Median DAB optical density of the instances by the subtype asked for (real: annotated), "
-                  "and in brackets their number.", markdown(report_staining.table(results["staining"]))]
-    if "images" in results:
+                  f"{over}Median DAB optical density of the instances by the subtype asked for (real: "
+                  "annotated), and in brackets their number.",
+                  markdown(report_staining.table(results["staining"]))]
+    if results.get("images"):
         parts += ["## Do generated images obey their masks?",
-                  "A segmenter trained on other tissue looks at them: Dice and recalls against the masks "
-                  "asked for. Sharpness is a share of real patches; distances are to real training patches.",
+                  f"{over}A segmenter trained on other tissue looks at them: Dice and recalls against the "
+                  "masks asked for. Sharpness is a share of real patches; distances are to real training "
+                  "patches.",
                   markdown(report_images.table(results["images"]))]
-    parts += ["## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in figures)]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures)]
 
 
-def box_groups(results: dict, key: str) -> list:
-    """The groups of Fig. 5 for `draw_charts.box_plots`: baselines, one group per ratio, the controls."""
-    groups = {}
-    for config in results["configs"]:
-        method = config["method"]
-        percent = round(100 * (config["ratio"] or 0))
-        plain_one = method in METHODS and config["name"] == f"{method}-{percent}"
-        name = f"+{percent} %" if plain_one else config["name"]
-        title = TITLES.get(method, method)
-        groups.setdefault(name, []).append((title, figures_of(config, key)))
-    return list(groups.items())
+def figures(out, configs, classes) -> list:
+    """fig5.png and fig6.png into `out`; returns [(file name, caption), ...]."""
+    panels = []
+    # Beside Dice the variance, since a method may raise one and not lower the other.
+    for key, label, digits in (("dice", "tumor Dice", 3), ("subtype_variance", "subtype variance", 4)):
+        groups = {}             # the baselines, one group per ratio, the controls
+        for config in configs:
+            name, method = config["name"], config["method"]
+            if method in METHODS and name == f"{method}-{100 * (config['ratio'] or 0):.0f}":
+                name = f"+{name.split('-')[1]} %"
+            groups.setdefault(name, []).append((TITLES.get(method, method), figures_of(config, key)))
+        base, oracle = ([value for config in configs if config["name"] == name
+                         for value in figures_of(config, key) if value is not None]
+                        for name in (BASELINE, ORACLE))
+        reference = (np.mean(base), f"{BASELINE} {np.mean(base):.{digits}f}") if base else None
+        if base and oracle:
+            reference += (min(oracle), max(oracle), PURPLE)
+        panels.append((label, list(groups.items()), reference))
+    series = {name for _, boxes in panels[0][1] for name, _ in boxes}
+    colors = {name: color for name, color in COLORS.items() if name in series}
+    save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
+    pair = [(f"{config['name']} ({len(config['runs'])} run{'s' * (len(config['runs']) > 1)})",
+             *row_normalised(config)) for config in figure_pair({"configs": configs})]
+    save_png(out / "fig6.png", draw_charts.confusion_matrices(pair, classes))
+    return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split, at 0.5. "
+             f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean of "
+             "the baseline; a band: from the lowest to the highest oracle."),
+            ("fig6.png", "Fig. 6 of the paper: confusion matrices on the test split at threshold 0.5, rows "
+             "divided by their sum, mean over the runs.")]
 
 
 def row_normalised(config: dict):
-    """Fig. 6: mean and sd (None for one run), (K, 2) each, of the runs' matrices, rows divided by their sum.
-
-    Rows of classes that are absent from the split are NaN.
-    """
+    """Fig. 6: mean and sd (None for one run), (K, 2) each, of the runs' matrices, rows divided by their sum;
+    NaN for a class that is absent from the split."""
     counts = np.array([record["confusion"] for record in config["runs"]], float)              # (runs, K, 2)
     rows = counts.sum(axis=2, keepdims=True)                                                  # (runs, K, 1)
     shares = np.divide(counts, rows, out=np.full_like(counts, np.nan), where=rows > 0)        # (runs, K, 2)
@@ -293,8 +290,7 @@ def row_normalised(config: dict):
 
 def figure_pair(results: dict) -> list:
     """The configurations of Fig. 6: the baseline, and +100 % diffusion or what comes nearest to it."""
-    configs = results["configs"]
-    before = [config for config in configs if config["name"] == BASELINE]
-    after = sorted((config for config in configs if config["method"] in METHODS),
+    before = [config for config in results["configs"] if config["name"] == BASELINE]
+    after = sorted((config for config in results["configs"] if config["method"] in METHODS),
                    key=lambda c: (c["method"] != "ldm", abs((c["ratio"] or 9) - 1), order(c["name"])))
-    return (before + after[:1]) or configs[:1]
+    return (before + after[:1]) or results["configs"][:1]

@@ -30,23 +30,6 @@ MOST = 512              # images per source
 REAL_UNIFORM = 0.25     # share of the real patches from anywhere, as in the synthetic sets of the study
 
 
-def real_patches(dataset, split: str, patch: int, seed: int, cache):
-    """(image, label) tensors of up to MOST patches, drawn as the sources of synthetic images are."""
-    sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
-                           uniform=REAL_UNIFORM)
-    batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
-    return batch["image"], batch["label"]
-
-
-def synthetic_images(rois, classes, cache):
-    """(image (N, 3, P, P), label (N, P, P)) of the first MOST images of a set."""
-    pairs = []
-    for roi in rois[:MOST]:
-        tile = open_roi(roi, classes, cache)
-        pairs.append(to_tensors(*tile.window(0, 0, tile.height, tile.width))[:2])
-    return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
-
-
 @torch.no_grad()
 def judge(network, image, device, batch: int = 64):
     """(tumor probability (N, P, P), features (N, F)) of images (N, 3, P, P) in [-1, 1]."""
@@ -72,46 +55,44 @@ def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") 
 
     The sources "real, train" and "real, val" are added; the first is what all distances are measured to.
     """
-    patch = min(roi.height for rois in sets.values() for roi in rois)
-    pairs = {f"real, {split}": real_patches(dataset, split, patch, seed, cache) for split in ("train", "val")}
-    pairs.update({name: synthetic_images(rois, dataset.classes, cache) for name, rois in sets.items()})
+    patch, pairs = min(roi.height for rois in sets.values() for roi in rois), {}
+    for split in ("train", "val"):          # drawn as the sources of synthetic images are
+        sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
+                               uniform=REAL_UNIFORM)
+        batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
+        pairs[f"real, {split}"] = batch["image"], batch["label"]        # (N, 3, P, P), (N, P, P)
+    for name, rois in sets.items():
+        tiles = (open_roi(roi, dataset.classes, cache) for roi in rois[:MOST])
+        parts = [to_tensors(*tile.window(0, 0, tile.height, tile.width))[:2] for tile in tiles]
+        pairs[name] = tuple(torch.stack(part) for part in zip(*parts))
     result, reference, scale, blur = {}, None, None, None
     for name, (image, label) in pairs.items():
         prob, features = judge(network, image, device)
+        sharp = sharpness(image, label, dataset.classes)
         if reference is None:
             # Half of the training patches stand for all of them, so that their own row has a distance too.
-            scale = features.std(0, keepdim=True) + 1e-6
-            reference, features = features[1::2] / scale, features[::2]
-            blur = sharpness(image, label, dataset.classes)
+            scale, blur = features.std(0, keepdim=True) + 1e-6, sharp
+            reference, features = (features[1::2] / scale).numpy(), features[::2]
         figures = ProbabilityHistogram(dataset.classes).add(prob, label).report()
-        own, sharp = (features / scale).numpy(), sharpness(image, label, dataset.classes)
-        result[name] = {key: figures[key] for key in ("dice", "recall", "fpr")}
-        result[name]["sharpness"] = sharp / blur if sharp is not None and blur else None
-        result[name]["frechet"] = frechet_distance(*feature_statistics(own),
-                                                   *feature_statistics(reference.numpy()))
-        result[name]["kernel"] = kernel_distance(own, reference.numpy())
+        own = (features / scale).numpy()
+        result[name] = {
+            **{key: figures[key] for key in ("dice", "recall", "fpr")},
+            "sharpness": sharp / blur if sharp is not None and blur else None,
+            "frechet": frechet_distance(*feature_statistics(own), *feature_statistics(reference)),
+            "kernel": kernel_distance(own, reference)}
     return result
 
 
 def table(result: dict) -> list:
     """Rows of texts, header first."""
-    def text(value, digits=3):
-        return "n/a" if value is None else f"{value:.{digits}f}"
-
     subtypes = list(next(iter(result.values()))["recall"])
     rows = [["images", "obedience, Dice", *(f"recall {name}" for name in subtypes), "FPR", "sharpness",
              "Frechet", "kernel"]]
     for name, found in result.items():
-        rows.append([name, text(found["dice"]), *(text(found["recall"][s], 2) for s in subtypes),
-                     text(found["fpr"]), text(found["sharpness"], 2), text(found["frechet"]),
-                     text(found["kernel"])])
+        cells = [(found["dice"], 3), *((found["recall"][one], 2) for one in subtypes), (found["fpr"], 3),
+                 (found["sharpness"], 2), (found["frechet"], 3), (found["kernel"], 3)]
+        rows.append([name, *("n/a" if value is None else f"{value:.{digits}f}" for value, digits in cells)])
     return rows
-
-
-def source_of(entry) -> tuple:
-    """What two synthetic images share when they were painted on the same relabelled patch."""
-    instances = json.dumps(entry.get("instances"), sort_keys=True)
-    return entry["source_image"], entry.get("x"), entry.get("y"), instances
 
 
 def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
@@ -123,6 +104,10 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
     def content(roi):
         tile = open_roi(roi, dataset.classes, cache)
         return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
+
+    def source_of(entry):           # what images share that were painted on the same relabelled patch
+        instances = json.dumps(entry.get("instances"), sort_keys=True)
+        return entry["source_image"], entry.get("x"), entry.get("y"), instances
 
     root = next(iter(synthetic.values()))[0].root
     by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
@@ -148,9 +133,9 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
             raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
                             "make the images again with generate.py")
         rows.append({"caption": dataset.classes.names[k], "label": label,
-                     "original": tile.window(y, x, height, width)[0]})
-        rows[-1].update({method: content(rois[source])[0] for method, rois in by_source.items()
-                         if source in rois})
+                     "original": tile.window(y, x, height, width)[0],
+                     **{method: content(rois[source])[0] for method, rois in by_source.items()
+                        if source in rois}})
     if not rows:
         raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
     return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from her2.data_regions import open_roi
-from her2.draw import Canvas, tint
+from her2.draw_charts import matrices
 from her2.report_statistics import t_quantile
 from her2.stains import deconvolve, white_point
 
@@ -28,9 +28,7 @@ GRID = 1024             # larger images are sampled on a grid of at least this m
 
 def instance_densities(image, instance, count: int, white, pixel_area: int = 1) -> np.ndarray:
     """Mean DAB density of each instance 0..count-1 of one image; NaN where it has fewer than SMALLEST pixels.
-
-    image (H, W, 3) uint8, instance (H, W) ids; each of their pixels stands for `pixel_area` pixels.
-    """
+    image (H, W, 3) uint8, instance (H, W) ids; each of their pixels stands for `pixel_area` pixels."""
     assert image.shape == (*instance.shape, 3), f"image {image.shape} does not fit instance {instance.shape}"
     dab = deconvolve(image, white)[1]                                                   # (H, W)
     pixels = np.bincount(instance.reshape(-1), minlength=count)                         # (count,)
@@ -45,12 +43,9 @@ def median_white(rois, classes, cache="cache") -> np.ndarray:
 
 def measure(sources: dict, classes, white, cache="cache") -> dict:
     """{source: [(name of the image, instance id, class id, density), ...]}: tumor in {source: [ROI, ...]}.
-
-    `white` serves all of them, see `median_white`.
-    """
-    records = {}
+    `white` serves all of them, see `median_white`."""
+    records = {source: [] for source in sources}
     for source, rois in sources.items():
-        records[source] = []
         for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,
                         disable=None):
             tile = open_roi(roi, classes, cache)
@@ -74,81 +69,68 @@ def summary(densities: dict, classes) -> dict:
     """
     result = {}
     for source, found in densities.items():
-        result[source] = {}
-        for k in classes.tumor_ids:
-            low, median, high = np.percentile(found[k], [25, 50, 75]).tolist() if found[k] else [None] * 3
-            result[source][classes.names[k]] = {"n": len(found[k]), "q25": low, "median": median,
-                                                "q75": high}
-        medians = [result[source][classes.names[k]]["median"] for k in classes.variance_ids]
-        result[source]["ordered"] = None if None in medians else sorted(set(medians)) == medians
+        rows = {k: np.percentile(found[k], [25, 50, 75]).tolist() if found[k] else [None] * 3
+                for k in classes.tumor_ids}
+        medians = [rows[k][1] for k in classes.variance_ids]
+        result[source] = {
+            **{classes.names[k]: {"n": len(found[k]), **dict(zip(("q25", "median", "q75"), row))}
+               for k, row in rows.items()},
+            "ordered": None if None in medians else sorted(set(medians)) == medians}
     return result
 
 
 def table(result: dict) -> list:
-    """Rows of texts, header first: median density (and number of instances) per source and subtype."""
+    """Rows of texts, header first: median density (and number of instances) per source and subtype. Whether
+    medians rise is left out where no source has all of them."""
     subtypes = [name for name in next(iter(result.values())) if name != "ordered"]
     rows = [["images", *subtypes, "rises with the subtype"]]
     for source, found in result.items():
         cells = [(found[name]["median"], found[name]["n"]) for name in subtypes]
         rows.append([source, *("n/a" if median is None else f"{median:.2f} ({n})" for median, n in cells),
                      {True: "yes", False: "no", None: "n/a"}[found["ordered"]]])
-    return rows
+    known = any(found["ordered"] is not None for found in result.values())
+    return rows if known else [row[:-1] for row in rows]
 
 
 def transitions(records, entries: dict, classes) -> dict:
-    """{old: {new: {"n", "mean", "half"}}}: density by the subtype before and the one asked for.
-
-    entries: {name of the image: its line of the manifest}; `half` the 95 % interval to each side.
-    """
+    """{old: {new: {"n", "mean", "half"}}}: density by the subtype before and the one asked for; `half` the
+    95 % interval to each side. entries: {name of the image: its line of the manifest}."""
     found = {(old, new): [] for old in classes.tumor_ids for new in classes.tumor_ids}
     for name, i, _, density in records:
         pair = tuple(entries[name].get("instances", {}).get(str(i), ()))
         if pair in found:
             found[pair].append(density)
-    result = {}
-    for (old, new), values in found.items():
-        result.setdefault(classes.names[old], {})[classes.names[new]] = cell(values)
-    return result
-
-
-def cell(values) -> dict:
-    """{"n", "mean", "half"} of numbers; half: the 95 % t interval to each side. None where too few."""
-    n = len(values)
-    half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
-    return {"n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
+    return by_pair(found, classes)
 
 
 def over_seeds(tables, classes) -> dict:
     """{method: `transitions`} of several seeds -> the same, each cell over the seeds' means: n is seeds."""
-    names = [classes.names[k] for k in classes.tumor_ids]
-    return {method: {old: {new: cell([one[method][old][new]["mean"] for one in tables if method in one
-                                      and one[method][old][new]["mean"] is not None]) for new in names}
-                     for old in names} for method in dict.fromkeys(m for one in tables for m in one)}
+    names, result = classes.names, {}
+    for method in dict.fromkeys(method for one in tables for method in one):
+        means = {(old, new): [one[method][names[old]][names[new]]["mean"] for one in tables if method in one]
+                 for old in classes.tumor_ids for new in classes.tumor_ids}
+        result[method] = by_pair({pair: [v for v in some if v is not None] for pair, some in means.items()},
+                                 classes)
+    return result
 
 
-def heat_maps(found: dict, classes, cell=62) -> np.ndarray:
+def by_pair(found: dict, classes) -> dict:
+    """{(old, new): numbers} -> `transitions`; None where there are too few."""
+    result = {}
+    for (old, new), values in found.items():
+        n = len(values)
+        half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
+        result.setdefault(classes.names[old], {})[classes.names[new]] = {
+            "n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
+    return result
+
+
+def heat_maps(found: dict, classes) -> np.ndarray:
     """One map per method of {method: `transitions`}: rows the old subtype, columns the new one."""
-    names = [classes.names[k] for k in classes.tumor_ids]
-    left, top, side = 90, 52, cell * len(names)
-    canvas = Canvas(left + (side + 24) * len(found), top + side + 8)
-    highest = max([one["mean"] or 0 for rows in found.values() for row in rows.values()
-                   for one in row.values()] + [0.01])
-    for m, (method, rows) in enumerate(found.items()):
-        x = left + m * (side + 24)
-        canvas.text(x + side / 2, 8, f"{method}: painted as", 14, anchor="ma")
-        for i, new in enumerate(names):
-            canvas.text(x + cell * (i + 0.5), top - 6, new, 11, anchor="md")
-        for j, old in enumerate(names):
-            y = top + cell * j
-            if m == 0:
-                canvas.text(left - 8, y + cell / 2, f"was {old}", 12, anchor="rm")
-            for i, new in enumerate(names):
-                one = rows[old][new]
-                shade = tint(BROWN, (one["mean"] or 0) / highest)
-                canvas.rectangle(x + cell * i, y, x + cell * (i + 1), y + cell, shade, "white")
-                lines = ["n/a"] if one["mean"] is None else [
-                    f"{one['mean']:.2f}", *([f"\u00b1 {one['half']:.2f}"] if one["half"] is not None else [])]
-                for k, line in enumerate(lines):
-                    middle = y + cell / 2 + 16 * (k - (len(lines) - 1) / 2)
-                    canvas.text(x + cell * (i + 0.5), middle, line, 12, anchor="mm")
-    return canvas.array()
+    names, panels = [classes.names[k] for k in classes.tumor_ids], []
+    for method, rows in found.items():
+        mean, half = (np.array([[rows[old][new][key] for new in names] for old in names], dtype=float)
+                      for key in ("mean", "half"))
+        panels.append((method, mean, half))
+    most = max([0.01, *(np.nanmax(mean) for _, mean, _ in panels if np.isfinite(mean).any())])
+    return matrices(panels, names, names, ("before", "painted as"), BROWN, most, (62, 62))

@@ -11,15 +11,8 @@ paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
     Holm          the i-th smallest of m p-values against .05 / (m + 1 - i), until the first that is larger
     efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
 
-Variances are compared by their ratio, as log(max(variance, FLOOR)). Decisions rest on the t interval; the
+Variances are compared by their ratio, as log(max(variance, 1e-4)). Decisions rest on the t interval; the
 bootstrap has only n seeds to draw from, and is shown beside.
-
-    base = outcome(val, test, scores, classes)                  of `subtype`; counts (S, K, BINS), S scores
-    other = outcome(val, test, scores, classes, base.figures["half"]["fpr"])    any other arm of that seed
-    study = Study({"subtype": {10: base}, "ldm-100": {10: other}}, classes)
-    study.difference("ldm-100", "subtype", "best", "dice")      all results are as JSON can hold them
-    study.efficiency("ldm-100", "subtype", "oracle-100", "best", "dice")
-    study.primaries()                                           the four verdicts
 
 Points of operation: "best" (the threshold with the best Dice on val), "half" (0.5), "matched" (test
 false-positive rate = that of the baseline of the seed at 0.5). Figures: the keys of `rates`, and
@@ -37,9 +30,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from her2.metrics import ProbabilityHistogram
+from her2.metrics import ProbabilityHistogram, rates
 
-FLOOR = 1e-4    # of a variance: recalls that scatter by one percentage point are as good as equal
 MARGIN = {"dice": 0.005, "log_variance": math.log(0.8)}     # the least that counts; its sign is the paper's
 ALPHA = 0.05
 ORACLE = "oracle-100"
@@ -52,7 +44,6 @@ CLAIMS = {"P1": ("subtype", "tumor", "best", "dice"),               # better arm
 @dataclass(frozen=True)
 class Outcome:
     """One arm in one seed, at its three points of operation."""
-
     scores: tuple           # of the S test slides: the strata of the bootstrap
     thresholds: dict        # {point: threshold}
     tables: dict            # {point: (S, K, 2) int64}, pixels called no | tumor
@@ -76,28 +67,11 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
 
 
 def average_precision(counts, classes) -> float:
-    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down; NaN without tumor.
-
-    The pixels of a bin are tied: they enter together, at the precision after the last of them.
-    """
+    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down; NaN without tumor. The
+    pixels of a bin are tied: they enter together, at the precision after the last of them."""
     tumor = counts[classes.tumor_ids].sum(axis=0)[::-1].cumsum()                        # (BINS,)
     called = np.maximum(counts.sum(axis=0)[::-1].cumsum(), 1)
     return float((np.diff(tumor, prepend=0) * tumor / called).sum() / tumor[-1]) if tumor[-1] else math.nan
-
-
-def rates(confusion, classes) -> dict:
-    """Counts (..., K, 2) -> {figure: (...)}: `metrics.report` for many tables at once, NaN for its None."""
-    confusion, tumor = np.asarray(confusion, dtype=np.float64), classes.tumor_ids
-    tp, fn = confusion[..., tumor, 1].sum(axis=-1), confusion[..., tumor, 0].sum(axis=-1)
-    fp, tn = confusion[..., 1].sum(axis=-1) - tp, confusion[..., 0].sum(axis=-1) - fn
-    with np.errstate(invalid="ignore", divide="ignore"):
-        recall = confusion[..., 1] / confusion.sum(axis=-1)                             # (..., K)
-        found = np.ma.masked_invalid(recall[..., classes.variance_ids])
-        variance = np.where(found.count(axis=-1) > 1, np.ma.filled(found.var(axis=-1), np.nan), np.nan)
-        return {"dice": np.where(tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn), 1.0),
-                "precision": tp / (tp + fp), "fpr": fp / (fp + tn),
-                "variance": variance, "log_variance": np.log(np.maximum(variance, FLOOR)),
-                **{f"recall {classes.names[k]}": recall[..., k] for k in tumor}}
 
 
 def t_within(t: float, freedom: int) -> float:
@@ -129,13 +103,13 @@ def t_interval(differences, level: float = 1 - ALPHA) -> dict:
     A single seed leaves everything open: low and high are None, p is 1.
     """
     d = np.asarray(differences, dtype=np.float64)
-    n, mean = len(d), float(d.mean())
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None, "level": level, "n": 1, "p": 1.0}
-    error = float(d.std(ddof=1)) / math.sqrt(n)
-    width = t_quantile(level, n - 1) * error
-    p = 1 - t_within(abs(mean) / error, n - 1) if error else float(mean == 0)
-    return {"mean": mean, "low": mean - width, "high": mean + width, "level": level, "n": n, "p": p}
+    n, mean, low, high, p = len(d), float(d.mean()), None, None, 1.0
+    if n > 1:
+        error = float(d.std(ddof=1)) / math.sqrt(n)
+        width = t_quantile(level, n - 1) * error
+        low, high = mean - width, mean + width
+        p = 1 - t_within(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return {"mean": mean, "low": low, "high": high, "level": level, "n": n, "p": p}
 
 
 def sign_flip(differences) -> float:
@@ -147,10 +121,8 @@ def sign_flip(differences) -> float:
 
 
 def holm(p_values) -> tuple[list, list]:
-    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= ALPHA.
-
-    From the first hypothesis that stands on, the level stays: nothing is tested after it.
-    """
+    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= ALPHA:
+    from the first hypothesis that stands on, the level stays, for nothing is tested after it."""
     m, largest, stood = len(p_values), 0.0, None
     adjusted, levels = [0.0] * m, [0.0] * m
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
@@ -162,10 +134,8 @@ def holm(p_values) -> tuple[list, list]:
 
 @lru_cache(maxsize=8)
 def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list]:
-    """Draws of the bootstrap: the seed at each place (R, n); per seed the weights of its slides (places, S).
-
-    `scores`: n tuples, the strata of the slides of each seed. The order of weights is that of which == seed.
-    """
+    """Draws of the bootstrap: the seed at each place (R, n); per seed the weights of its slides (places, S),
+    in the order of which == seed. `scores`: n tuples, the strata of the slides of each seed."""
     rng = np.random.default_rng(key)
     which, weights = rng.integers(len(scores), size=(replicates, len(scores))), []
     for seed, strata in enumerate(map(np.array, scores)):
@@ -235,9 +205,7 @@ class Study:
 
     def primaries(self) -> list:
         """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle", "verdict", "sentence".
-
-        The bound of a claim is the oracle against its other arm. A claim without data stays in the family.
-        """
+        The bound of a claim is the oracle against its other arm. One without data stays in the family."""
         found = {claim: self.difference(*what) for claim, what in CLAIMS.items()}
         rows = []
         for (claim, d), p, level in zip(found.items(), *holm([d["p"] if d else 1.0 for d in found.values()])):
@@ -268,9 +236,6 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
     new, old, point, figure = CLAIMS[claim]
     margin, sign = abs(MARGIN[figure]), np.sign(MARGIN[figure])
 
-    def ends(one):
-        return one["low"], one["high"]
-
     def has_zero(one):
         return one["n"] < 2 or one["low"] <= 0 <= one["high"]
 
@@ -281,7 +246,7 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
         return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {ratio_text(value)}"
 
     def spoken(one):
-        between = " to ".join(map(amount, ends(one))) if one["n"] > 1 else "no interval"
+        between = f"{amount(one['low'])} to {amount(one['high'])}" if one["n"] > 1 else "no interval"
         return f"{amount(one['mean'])} ({100 * one['level']:.4g} %: {between}, n = {one['n']})"
 
     name = "undecided"
@@ -291,7 +256,8 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
         name = "reproduced"
     elif oracle and has_zero(oracle) and oracle["n"] > 1:
         name = "not answerable"
-    elif oracle and shows(oracle) and found["n"] > 1 and max(sign * x for x in ends(found)) < margin:
+    elif (oracle and shows(oracle) and found["n"] > 1
+          and max(sign * found["low"], sign * found["high"]) < margin):
         name = "contradicted"
     what = "Dice" if figure == "dice" else "subtype variance"
     equal = "" if point == "matched" or matched is None else f", {amount(matched)} at equal FPR"

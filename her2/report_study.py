@@ -2,8 +2,7 @@
 
     python -m her2.report_study runs/study/seeds/*.json --out runs/report
 
-Seeds (`study_seed`) from several machines and days become one report, and an added seed costs nothing but its
-own run.
+Seeds (`study_seed`) from several machines and days become one report.
 
     results.json    all figures of every seed and arm, all intervals, the verdicts
     report.md       the verdicts in words, one table of arms, comparisons, images, costs
@@ -12,12 +11,11 @@ own run.
     ladder.png      difference to `subtype` from the oracle down: where the quality is lost
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
 
-from her2 import draw, draw_charts, report, report_images, report_staining, run
+from her2 import draw, draw_charts, report, report_staining, run
 from her2.data_classes import ClassTable
 from her2.report_statistics import ORACLE, Study, ratio_text
 from her2.run_config import Parser
@@ -27,25 +25,15 @@ from her2.study_seed import from_json, read_seeds
 # From the most that can be had to the paper's methods, and what stands beside them.
 LADDER = ("fresh-100", "oracle-100", "restain-100", "reconstruct-100", "ldm-100-same", "ldm-100",
           "inpaint-100", "gan-100", "subtype-2x", "tumor")
-SECONDARY = (("inpaint-100", "subtype"), ("gan-100", "subtype"), ("ldm-100", "gan-100"),
-             ("ldm-100", "inpaint-100"), ("gan-100", "inpaint-100"), ("ldm-100", "restain-100"),
-             ("ldm-100", "ldm-100-same"), ("subtype-2x", "subtype"), ("oracle-100", "subtype"))
+# Pairs that are compared beside every arm against the baseline.
+SECONDARY = (("ldm-100", "gan-100"), ("ldm-100", "inpaint-100"), ("gan-100", "inpaint-100"),
+             ("ldm-100", "restain-100"), ("ldm-100", "ldm-100-same"))
 FIGURES = (("dice", "best", 3), ("dice", "half", 3), ("dice", "matched", 3), ("average_precision", "half", 3),
            ("variance", "half", 4), ("variance", "matched", 4), ("fpr", "half", 3), ("precision", "half", 3))
 COMPARED = (("dice", "best", "Dice, val-best"), ("dice", "half", "Dice at 0.5"),
             ("dice", "matched", "Dice at equal FPR"), ("log_variance", "half", "variance ratio at 0.5"),
             ("log_variance", "matched", "variance ratio at equal FPR"))
 POINT = {"best": "val-best threshold", "half": "at 0.5", "matched": "at equal FPR"}
-
-
-def merged_configs(seeds) -> list:
-    """The "configs" of results.json: every arm once, with a run per seed."""
-    configs = {}
-    for content in seeds:
-        for config in content["configs"]:
-            known = configs.setdefault(config["name"], {**config, "runs": []})
-            known["runs"] += config["runs"]
-    return [configs[name] for name in sorted(configs, key=report.order)]
 
 
 def averaged(dicts):
@@ -61,7 +49,7 @@ def averaged(dicts):
 def comparisons(study, arms) -> dict:
     """{"ARM against OTHER": {"dice best": ..., "log_variance matched": ...}} with intervals."""
     pairs = [(arm, report.BASELINE) for arm in arms if arm != report.BASELINE]
-    pairs += [pair for pair in SECONDARY if pair not in pairs and set(pair) <= set(arms)]
+    pairs += [pair for pair in SECONDARY if set(pair) <= set(arms)]
     return {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
                                      for figure, point, _ in COMPARED} for new, old in pairs}
 
@@ -81,10 +69,9 @@ def arm_table(study, arms) -> list:
     rows = [["arm", "seeds", *(f"{figure.replace('_', ' ')} {POINT[point]}" for figure, point, _ in FIGURES),
              *(figure for figure, _, _ in recalls)]]
     for arm in arms:
-        runs = study.arms[arm].values()
-        values = [[one.figures[point][figure] for one in runs] for figure, point, _ in (*FIGURES, *recalls)]
-        rows.append([arm, str(len(runs)), *(report.spread([v for v in some if not math.isnan(v)], digits)
-                                            for some, (_, _, digits) in zip(values, (*FIGURES, *recalls)))])
+        rows.append([arm, str(len(study.arms[arm])),
+                     *(report.spread(study.values([arm], point, figure)[1][0], digits)
+                       for figure, point, digits in (*FIGURES, *recalls))])
     return rows
 
 
@@ -103,38 +90,20 @@ def difference_table(found: dict, study) -> list:
     return rows
 
 
-def figures(out, study, configs, found) -> list:
-    """ladder, fig5 and fig6 into `out`; [(file, caption)]."""
-    by_name, panels = {config["name"]: config for config in configs}, []
-    for key, label in (("dice", "tumor Dice"), ("subtype_variance", "subtype variance")):
-        mean, _ = report.mean_sd(report.figures_of(by_name[report.BASELINE], key))
-        reference = (mean, f"{report.BASELINE} {mean:.4g}")
-        if ORACLE in by_name:
-            values = report.figures_of(by_name[ORACLE], key)
-            reference += (min(values), max(values), draw.PURPLE)
-        panels.append((label, report.box_groups({"configs": configs}, key), reference))
-    series = {name for _, boxes in panels[0][1] for name, _ in boxes}
-    colors = {name: color for name, color in report.COLORS.items() if name in series}
-    draw.save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
-    matrices = [(f"{config['name']} ({len(config['runs'])} seeds)", *report.row_normalised(config))
-                for config in report.figure_pair({"configs": configs})]
-    draw.save_png(out / "fig6.png", draw_charts.confusion_matrices(matrices, study.classes))
+def ladder(out, found) -> list:
+    """ladder.png into `out`; [(file, caption)]."""
     rows = [arm for arm in LADDER if f"{arm} against {report.BASELINE}" in found]
 
     def ends(key):
         parts = [found[f"{arm} against {report.BASELINE}"][key] for arm in rows]
         return [one and (one["mean"], one["low"], one["high"]) for one in parts]
 
-    dice = ("Dice, difference at equal FPR", ends("dice matched"), False)
-    variance = ("subtype variance, ratio at equal FPR", ends("log_variance matched"), True)
-    draw.save_png(out / "ladder.png", draw_charts.intervals([dice, variance], rows))
+    draw.save_png(out / "ladder.png", draw_charts.intervals(
+        [("Dice, difference at equal FPR", ends("dice matched"), False),
+         ("subtype variance, ratio at equal FPR", ends("log_variance matched"), True)], rows))
     return [("ladder.png", "Difference to the subtype-sampled baseline at its own false-positive rate, mean "
              "and 95 % interval over seeds, from what no generator can pass down to the paper's methods: "
-             "where a step loses, there the quality is lost."),
-            ("fig5.png", f"Fig. 5 of the paper, at 0.5. {draw_charts.NOTE}. Dashed: mean of the baseline; "
-             "band: from the lowest to the highest oracle."),
-            ("fig6.png", "Fig. 6 of the paper: confusion matrices at 0.5, rows divided by their sum, mean "
-             "over seeds.")]
+             "where a step loses, there the quality is lost.")]
 
 
 def write_report(files, out) -> dict:
@@ -144,46 +113,39 @@ def write_report(files, out) -> dict:
     arms = {name: {seed["seed"]: from_json(seed["arms"][name]) for seed in seeds if name in seed["arms"]}
             for name in names}
     study = Study(arms, ClassTable.from_json(seeds[0]["classes"]))
-    configs, found, claims = merged_configs(seeds), comparisons(study, names), study.primaries()
-    images, staining = (averaged([seed[key] for seed in seeds if seed[key]])
-                        for key in ("images", "staining"))
+    found, claims, configs = comparisons(study, names), study.primaries(), {}
+    for config in sum([seed["configs"] for seed in seeds], []):     # every arm once, with a run per seed
+        configs.setdefault(config["name"], {**config, "runs": []})["runs"] += config["runs"]
+    configs = sorted(configs.values(), key=lambda config: report.order(config["name"]))
     numbers, preset = [seed["seed"] for seed in seeds], seeds[0]["preset"]
     machines = sorted({seed["machine"] for seed in seeds})
-    pictures = figures(out, study, configs, found)
+    pictures = ladder(out, found) + report.figures(out, configs, study.classes)
     moved = report_staining.over_seeds([seed["old and new"] for seed in seeds], study.classes)
     if moved:
         draw.save_png(out / "old_and_new.png", report_staining.heat_maps(moved, study.classes))
         pictures.append(("old_and_new.png", "Mean DAB density of generated instances by the subtype before "
                          "and the one asked for, 95 % interval over seeds: does the old one shine through?"))
     results = {"baseline": report.BASELINE, "threshold": 0.5, "seeds": numbers, "preset": preset,
-               "configs": configs, "verdicts": claims, "comparisons": found, "images": images or {},
-               "staining": staining or {}, "old and new": moved, "machines": machines,
+               "configs": configs, "verdicts": claims, "comparisons": found,
+               **{key: averaged([seed[key] for seed in seeds if seed[key]]) or {}
+                  for key in ("images", "staining")}, "old and new": moved, "machines": machines,
                "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
+    minutes = {}
+    for seed in seeds:
+        for stage, seconds in seed["seconds"].items():
+            minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
              "and segmenters. The plan that was fixed before stands in her2/study.py. \u00b1 is the standard "
              "deviation over seeds, brackets are 95 % intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
              "## Arms", report.markdown(arm_table(study, names)),
-             "## Comparisons", report.markdown(difference_table(found, study))]
-    if images:
-        parts += ["## Do generated images obey their masks?", "Means over seeds; see her2/report_images.py.",
-                  report.markdown(report_images.table(images))]
-    if staining:
-        for one in staining.values():
-            one["ordered"] = None                       # is said per seed, in its own report
-        parts += ["## Is the staining what was asked for?",
-                  "Median DAB density of instances, mean over seeds (and the number of instances).",
-                  report.markdown([row[:-1] for row in report_staining.table(staining)])]
-    minutes = {}
-    for seed in seeds:
-        for stage, seconds in seed["seconds"].items():
-            minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
-    parts += ["## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures), "## Cost",
-              f"Minutes per stage, mean over seeds ({'; '.join(machines)}).",
-              report.markdown([["stage", "minutes"],
-                               *([stage, f"{np.mean(some):.1f}"] for stage, some in minutes.items())])]
+             "## Comparisons", report.markdown(difference_table(found, study)),
+             *report.gallery(results, pictures, "Means over seeds. "),
+             "## Cost", f"Minutes per stage, mean over seeds ({'; '.join(machines)}).",
+             report.markdown([["stage", "minutes"],
+                              *([stage, f"{np.mean(some):.1f}"] for stage, some in minutes.items())])]
     atomic_write(out / "report.md", "\n\n".join(parts) + "\n")
     print("\n".join(claim["sentence"] for claim in claims))
     return results

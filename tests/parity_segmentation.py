@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from golden_reader import gradient_outputs, probe, probes
 
+from her2.data_classes import IGNORE
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
 from her2.losses import class_sums, dice_cross_entropy, dice_scores, generalised_dice_loss, soft_dice_loss
-from her2.metrics import class_scores, confusion_matrix, normalise
 from her2.segmenter import UNet
 
 MONAI_EPS = 1e-5  # its smooth_nr and smooth_dr
@@ -88,6 +88,41 @@ def seg_losses(meta, sd, inp, out):
             ours[f"{case}/{name}"] = loss.detach()
             ours[f"{case}/{name}/grad"] = torch.autograd.grad(loss, logits)[0]
     return ours
+
+
+# Confusion matrices of many classes: the project's own figures come from ProbabilityHistogram.
+
+def confusion_matrix(pred, target, num_classes: int) -> np.ndarray:
+    """(K, K) int64 counts of two arrays of class ids of one shape: rows = truth, columns = prediction.
+
+    Pixels whose truth is IGNORE are left out.
+    """
+    pred, target = np.asarray(pred).reshape(-1), np.asarray(target).reshape(-1)
+    assert pred.shape == target.shape, f"{pred.size} predictions, {target.size} targets"
+    pred, target = pred[target != IGNORE], target[target != IGNORE]     # (pixels,) each
+    both = np.concatenate([pred, target])
+    assert both.min(initial=0) >= 0 and both.max(initial=0) < num_classes, f"ids {both.min()} to {both.max()}"
+    pairs = target.astype(np.int64) * num_classes + pred                # one number per (truth, prediction)
+    return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
+
+
+def normalise(confusion, by: str = "truth") -> np.ndarray:
+    """Divide by the sums of the rows ("truth"), the columns ("prediction") or of "all"; empty ones stay 0."""
+    confusion = np.asarray(confusion, dtype=np.float64)
+    axis = {"truth": 1, "prediction": 0, "all": None}[by]
+    return confusion / np.maximum(confusion.sum(axis=axis, keepdims=True), 1)
+
+
+def class_scores(confusion, empty: float = np.nan) -> dict:
+    """Each class against the rest, from (K, K) counts: dice, iou, recall, precision; 0 / 0 is `empty`."""
+    confusion = np.asarray(confusion, dtype=np.float64)
+    hit, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+
+    def divide(part, whole):
+        return np.where(whole > 0, part / np.where(whole > 0, whole, 1), empty)
+
+    return {"dice": divide(2 * hit, truth + predicted), "iou": divide(hit, truth + predicted - hit),
+            "recall": divide(hit, truth), "precision": divide(hit, predicted)}
 
 
 def metrics(meta, sd, inp, out):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data_factory import memory_dataset, save, write_csv, write_dataset
+from parity_segmentation import confusion_matrix
 from PIL import Image
 
 from generate import keep
@@ -22,7 +23,7 @@ from her2.data_patches import SAMPLINGS, PatchSampler
 from her2.data_regions import open_roi, read_roi
 from her2.losses import (class_sums, constant_prediction_loss, dice_cross_entropy, dice_scores,
                          generalised_dice_loss, soft_dice_loss)
-from her2.metrics import ProbabilityHistogram, confusion_matrix
+from her2.metrics import ProbabilityHistogram
 from her2.relabel import relabel, repaint_mask
 from her2.run_errors import UserError
 from her2.run_seeds import generator, numpy_generator

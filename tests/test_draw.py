@@ -237,8 +237,8 @@ def test_curves_of_short_and_long_logs(rng, recorder, tmp_path, count):
         assert image.size == (1240, 660)
 
 
-def test_curves_of_an_empty_log(recorder):
-    draw_axes.draw_curves([], draw_axes.TRAINING["segmenter"])
+def test_curves_of_an_empty_log(recorder, tmp_path):
+    draw_axes.curves_png(tmp_path / "curves.png", [], draw_axes.TRAINING["segmenter"])
     assert recorder.texts() == ["nothing was logged yet"]
 
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from parity_segmentation import class_scores, confusion_matrix, normalise
 
 from her2.data_classes import DEFAULT_CLASSES
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
-from her2.metrics import (BINS, THRESHOLDS, ProbabilityHistogram, class_scores, confusion_matrix, matched,
-                          normalise)
+from her2.metrics import BINS, THRESHOLDS, ProbabilityHistogram, matched
 
 FIELDS = {"dice", "recall", "subtype_variance", "precision", "fpr", "confusion"}  # of results.json
 
