@@ -214,7 +214,7 @@ def denoiser():
               for scale, end in zip((1, 3, 8), ends)]
     label = torch.from_numpy(region(1)[1][60:188, 60:188]).long()
     onehot = torch.stack([label == 0, label > 0, label == 5], dim=0)[None].float()      # (1, 3, 128, 128)
-    encode = LabelCode(3, 3, stages=3)
+    encode = LabelCode(3, 3, halvings=3)
     encode.channel_mapper.weight.data = torch.eye(3)[..., None, None]   # show the shares
     shares = encode(onehot).detach()                                                    # (1, 3, 16, 16)
     time = time_embedding(torch.arange(0, 1000, 4), 64).T                               # (64, 250)

@@ -36,7 +36,7 @@ def judge(network, image, device, batch: int = 64):
     prob, features = [], []
     for part in image.split(batch):
         part = part.to(device, memory_format=torch.channels_last)
-        maps = network.encoder(part * network.scale + network.shift)
+        maps = network.encoder(network.normalised(part))
         prob.append(network.segmentation_head(network.decoder(maps)).float().softmax(1)[:, 1].cpu())
         features.append(torch.cat([maps[k].float().mean((2, 3)) for k in (2, 3)], dim=1).cpu())
     return torch.cat(prob), torch.cat(features)
