@@ -34,7 +34,7 @@ from her2.data_classes import ClassTable, csv_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.run_provenance import changed_since, data_hashes, file_hash, locate
+from her2.run_provenance import changed_since, data_hashes, file_hash, locate, read_fields
 from her2.data_regions import class_pixels, open_roi
 from her2.segmenter import UNet, check_tiles, predict_roi
 
@@ -100,11 +100,7 @@ def main(argv):
     draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
     pictures.append(("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area."))
     if synthetic:
-        pictures += draw_synthetic(out, results, synthetic, dataset, config)
-    if synthetic and config.judge:                          # do images obey their masks?
-        network = run.build_model(UNet, run.load_model(config.judge, "segmenter"), config.judge).to(device)
-        sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
-        results["images"] = report_images.measure(sets, dataset, network, device, config.seed, config.cache)
+        pictures += draw_synthetic(out, results, synthetic, dataset, config, device)
     run.write_json(out / "results.json", results)
     atomic_write(out / "results.csv", table(runs))
     atomic_write(out / "report.md", report.page(results, str(dataset.root), notes, pictures))
@@ -141,22 +137,14 @@ def parse(argv):
 
 # ---- runs and data -----------------------------------------------------------------------------------------
 
-def read_config(folder) -> tuple:
-    """(name of the script, fields) of the config.json in `folder`; (None, {}) of one that has neither."""
-    content = run.read_json(Path(folder) / "config.json")
-    content = content if isinstance(content, dict) else {}
-    fields = content.get("fields")
-    return content.get("script"), fields if isinstance(fields, dict) else {}
-
-
 def read_run(folder) -> report.Run:
     """A finished run of train_seg.py, not yet evaluated."""
     if not (folder / "model.pt").exists():
         run.load_model(folder, "segmenter")         # says what is missing and which command makes it
-    script, fields = read_config(folder)
+    fields = read_fields(folder)
+    script = fields.pop("script", None) or "no known script"
     if script != "train_seg.py":
-        raise UserError(f"{folder}: holds a run of {script or 'no known script'}, not of train_seg.py; leave "
-                        "it out")
+        raise UserError(f"{folder / 'config.json'}: of a run of {script}, not of train_seg.py; leave it out")
     if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
         fields["ratio"] = float("inf")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
@@ -170,7 +158,7 @@ def read_run(folder) -> report.Run:
 
 def synthetic_method(folder) -> str:
     """How generate.py made the images in `folder`: 'gan', 'ldm', ...; '-same' when it kept the labels."""
-    _, fields = read_config(folder)
+    fields = read_fields(folder)
     method = fields.get("method")
     if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
@@ -291,19 +279,17 @@ def read_metrics(one, key, dataset) -> bool:
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
-def draw_synthetic(out, results, synthetic, dataset, config) -> list:
-    """fig4, staining and old_and_new into `out`, their numbers into `results`; returns their captions.
-
-    synthetic: of `read_synthetic`.
-    """
+def draw_synthetic(out, results, synthetic, dataset, config, device) -> list:
+    """fig4, staining and old_and_new of `read_synthetic` into `out`, their numbers and those of --judge into
+    `results`; returns captions."""
     classes, train = dataset.classes, dataset.split("train")
+    sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
     draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
 
     # One white for all: a generated patch that is tumor from edge to edge shows no glass to measure it on.
     white = report_staining.median_white(train, classes, config.cache)
-    sources = {report.REAL: train}          # what generators learned from is what they can be held against
-    sources |= {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
-    found = report_staining.measure(sources, classes, white, config.cache)
+    # What generators learned from is what they can be held against.
+    found = report_staining.measure({report.REAL: train, **sets}, classes, white, config.cache)
     densities = {source: report_staining.by_class(found[source], classes) for source in found}
     results["staining"] = report_staining.summary(densities, classes)
     groups = [(classes.names[k], [(source, some[k]) for source, some in densities.items()])
@@ -317,6 +303,9 @@ def draw_synthetic(out, results, synthetic, dataset, config) -> list:
         method: report_staining.transitions(found[report.TITLES[method]], entries, classes)
         for method, (_, entries) in synthetic.items()}
     draw.save_png(out / "old_and_new.png", report_staining.heat_maps(results["old and new"], classes))
+    if config.judge:                                        # do images obey their masks?
+        network = run.build_model(UNet, run.load_model(config.judge, "segmenter"), config.judge).to(device)
+        results["images"] = report_images.measure(sets, dataset, network, device, config.seed, config.cache)
     return [("fig4.png", "Fig. 4 of the paper: images generated for the same label, by method; the original "
              "is the patch whose label was changed. One row per subtype asked for."),
             ("old_and_new.png", "Mean DAB density of generated instances with its 95 % interval, by the "

@@ -20,7 +20,6 @@ The networks are built in her2/run_setup.py.
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import copy
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -38,30 +37,28 @@ from her2.spade import recalibrate_norm, reparameterize
 def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    dataset, sampler = run_setup.painters_data(config)
+    dataset, sampler = run_setup.training_data(config)
     num_classes = len(dataset.classes)
-    net, encoder, disc = networks = run_setup.spade_gan(config, num_classes, device)
+    net, encoder, disc = run_setup.spade_gan(config, num_classes, device)
     perceptual = run_training.frozen_loss(VGG19Loss, config.vgg, device)
-    painters = [*net.parameters(), *encoder.parameters()]
-    optimizer = torch.optim.Adam(painters, lr=config.lr, betas=(0.0, 0.9))
+    optimizer = torch.optim.Adam([*net.parameters(), *encoder.parameters()], lr=config.lr, betas=(0.0, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.disc_lr, betas=(0.0, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
     ema = run_training.EMA(net, config.ema)
 
-    saved = {"generator": net, "encoder": encoder, "discriminator": disc, "ema": ema, "optimizer": optimizer,
-             "disc_optimizer": disc_optimizer, "scaler": scaler, "disc_scaler": disc_scaler}
+    networks = {"generator": net, "encoder": encoder, "discriminator": disc}
+    saved = {**networks, "ema": ema, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
+             "scaler": scaler, "disc_scaler": disc_scaler}
     folder, log, step, numbers = run_log.begin("train_gan.py", config, device, argv, dataset, saved,
                                            idle=torch.zeros((), dtype=torch.long))
     idle = numbers["idle"].to(device)               # steps in a row with d_loss of almost 0
     if step >= config.steps:
         return 0
     fixed = sampler.batch(0, 8)
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in module.parameters()):,}"
-                      for name, module in zip(("generator", "encoder", "discriminator"), networks))
-    log.begin(step, f"{sizes} parameters, {device}, {precision}; "
-              "a discriminator that cannot tell has d_loss 2; "
-              f"healthy runs stay between 0.5 and 2; {float(saturated_share(fixed['image'])):.3f} of the "
-              "real pixels are saturated")
+    sizes = ", ".join(f"{name} {run_log.size(module)}" for name, module in networks.items())
+    log.begin(step, f"{sizes}, {device}, {precision}; a discriminator that cannot tell has d_loss 2; healthy "
+              f"runs stay between 0.5 and 2; {float(saturated_share(fixed['image'])):.3f} of the real pixels "
+              "are saturated")
 
     def write_log():
         values = losses.read()
@@ -88,17 +85,16 @@ def train(config, argv) -> int:
     def save():
         run.save_checkpoint(folder, saved, step=step, idle=idle)
 
-    losses = run_log.Losses(folder, {"generator": net, "encoder": encoder, "discriminator": disc}, scaler)
-    run_distributed.same_start(net, encoder, disc)
-    run_training.compile_parts(config, net, encoder, disc)
+    losses = run_log.Losses(folder, networks, scaler)
+    run_distributed.same_start(*networks.values())
+    run_training.compile_parts(config, *networks.values())
     steps = run_training.Steps("GAN", config, sampler, step, device, losses, save)
     for batch in steps:
-        optimizer.zero_grad(set_to_none=True)
-        disc_optimizer.zero_grad(set_to_none=True)
-        parts, fakes = run_distributed.parts(batch, config), []         # one part, but for --accumulate
-        noise = torch.randn(config.batch, config.z_dim, generator=generator(config.seed, "z", step)).to(
-            device, non_blocking=True)                                                  # (all B, Z)
-        for part in parts:
+        optimizer.zero_grad()
+        disc_optimizer.zero_grad()
+        painted, random = [], generator(config.seed, "z", step)
+        noise = torch.randn(config.batch, config.z_dim, generator=random).to(device)    # (all B, Z)
+        for part in run_distributed.parts(batch, config):       # one, but for --accumulate
             # 1 data
             image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
             onehot = run_training.one_hot(part.batch["label"], num_classes, device)     # (B, K, H, W)
@@ -108,7 +104,7 @@ def train(config, argv) -> int:
             #   manner. The noise makes z a draw from a cloud and not a point: nearby z, similar images.
             with precision.autocast(), frozen(disc):    # here D only passes the gradient on
                 mu, logvar = encoder(image)                                             # (B, Z), (B, Z)
-                z = reparameterize(mu.float(), logvar.float(), noise[part.rows])               # (B, Z)
+                z = reparameterize(mu, logvar, noise[part.rows])                        # (B, Z)
                 fake = net(onehot, z)                                                   # (B, 3, H, W)
                 fake_features, real_features = discriminate(disc, onehot, fake, image)
 
@@ -116,21 +112,19 @@ def train(config, argv) -> int:
             #   in the image, and E's clouds together should look like N(0, I), where synthesis draws z.
             gan = hinge_generator(fake_features)                                        # ()
             features = feature_matching(fake_features, real_features, config.lambda_feat)
-            kld = config.lambda_kld * kl_divergence(mu.float(), logvar.float())
+            kld = config.lambda_kld * kl_divergence(mu, logvar)
             loss = gan + features + kld
             if perceptual is not None:
                 loss = loss + config.lambda_vgg * perceptual(fake.float(), image)
             scaler.scale(part.share * loss).backward()
-            fakes.append(fake.detach())
+            painted.append((part, image, onehot, fake.detach()))
             losses.add(part.share, loss=loss, gan=gan, features=features, kld=kld,
                        saturated=saturated_share(fake), saturated_real=saturated_share(image))
         norm = run_training.update(optimizer, scaler, config.clip)
 
         # 4 loss of the discriminator: real logits above 1, fake ones below -1. On the same fakes, detached:
         #   no second forward of the generator, and no gradient into it.
-        for part, fake in zip(parts, fakes):
-            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
-            onehot = run_training.one_hot(part.batch["label"], num_classes, device)     # (B, K, H, W)
+        for part, image, onehot, fake in painted:
             power_iterations(part.first, disc)
             with precision.autocast():
                 fake_features, real_features = discriminate(disc, onehot, fake, image)
@@ -162,9 +156,8 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
     def conditions():
         for k in range(16):
             label = sampler.batch(step + k, config.batch)["label"]
-            random = generator(config.seed, "calibrate", step, k)
-            yield (run_training.one_hot(label, num_classes, device),
-                   torch.randn(len(label), config.z_dim, generator=random).to(device))
+            z = torch.randn(len(label), config.z_dim, generator=generator(config.seed, "calibrate", step, k))
+            yield run_training.one_hot(label, num_classes, device), z.to(device)
 
     network = copy.deepcopy(averaged)               # in eval mode, as it was
     recalibrate_norm(network, conditions())
@@ -174,17 +167,8 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
-class Config:
-    # ---- the run
-    data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
+class Config(configuration.Training):               # data, seed, patch, device and what else scripts share
     out: str = "runs/gan"           # run folder; the same command again goes on where it stopped
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
-    seed: int = 0                   # decides the initial weights, the batches and the noise
-    split_seed: int = 0             # decides the split of slides when slides.csv has none
-    # ---- patches
-    patch: int = 64                 # side of a patch in pixels, divisible by 32
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
-    uniform: float = 0.0            # share of the patches taken from anywhere, whatever --sampling is
     # ---- networks
     width: int = 16                 # ngf and ndf, channels of the widest resolution; 64 is the official one
     hidden: int = 32                # channels inside each SPADE layer; 128 is the official number
@@ -202,21 +186,12 @@ class Config:
     # ---- optimisers
     steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
-    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
-                                    # same gradient (but batch norm sees each piece by itself)
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
     disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR:
                                     # four times the other)
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     ema: float = 0.995              # decay of the generator's moving average, which generate.py samples
-    # ---- machine and reports: the result does not depend on them, but for the rounding
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
-    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
-    log_every: int = 20             # steps between two lines of the log
     save_every: int = 100           # steps between two checkpoints, with sample pictures
-    workers: int = 0                # processes that read patches ahead
-    cache: str = "cache"            # folder for the decoded images
 
 
 # PAPER: learning rate 1e-5 and batch 16 are printed. SPADE's two-time-scale rule (TTUR), on by default in

@@ -10,7 +10,8 @@ replaced by the nearest row of a codebook, and a decoder paints the image back:
     loss = |image - reconstruction| + vq_loss + weight * hinge_generator(D(reconstruction))
     weight = disc_weight * ||grad |image - reconstruction| || / ||grad hinge||      from step --disc-start on
 
-Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees the label learns to name it:
+Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees the label learns to tell what
+was added:
 
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
@@ -42,7 +43,7 @@ def train_autoencoder(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     model, disc = run_setup.autoencoder_gan(config, device)
-    dataset, sampler = run_setup.painters_data(config)
+    dataset, sampler = run_setup.training_data(config)
     perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
@@ -88,12 +89,13 @@ def train_autoencoder(config, argv) -> None:
 
     def pulls_of_all(parts):
         """--accumulate: what the adaptive weight compares, of the whole batch, from a first pass."""
-        def pulls_of(part):
-            reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
-            g_loss = hinge_generator(disc(reconstruction))
-            return pulls(part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale())
+        whole = 0
         with kept_buffers(disc), precision.autocast():
-            return run_distributed.total(sum(map(pulls_of, parts)))                     # (2, 3, C, 3, 3)
+            for part in parts:
+                reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
+                g_loss = hinge_generator(disc(reconstruction))
+                whole += pulls(part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale())
+        return run_distributed.total(whole)                                             # (2, 3, C, 3, 3)
 
     losses = run_log.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
     run_distributed.same_start(model, disc)
@@ -102,9 +104,9 @@ def train_autoencoder(config, argv) -> None:
     for batch in steps:
         adversarial = config.disc_weight > 0 and step >= config.disc_start
         for opt in (optimizer, disc_optimizer):
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
             run_training.set_learning_rate(opt, config, step)
-        parts, latents, indices, painted = run_distributed.parts(batch, config), [], [], []
+        parts, painted, latents, indices = run_distributed.parts(batch, config), [], [], []
         known = pulls_of_all(parts) if adversarial and len(parts) > 1 else None
         for part in parts:              # one, but for --accumulate
             # 1 through the bottleneck: every latent vector becomes the nearest of a few thousand codes.
@@ -125,13 +127,14 @@ def train_autoencoder(config, argv) -> None:
                     losses.add(part.share, g_loss=g_loss, disc_weight=weight)
             scaler.scale(part.share * loss).backward()
             losses.add(part.share, loss=loss, l1=l1, vq_loss=vq_loss, psnr=psnr(reconstruction, image).mean())
-            painted.append(reconstruction.detach()), latents.append(z.detach()), indices.append(codes)
+            painted.append((part, image, reconstruction.detach()))
+            latents.append(z.detach())
+            indices.append(codes)
         norms = {"grad_norm": run_training.update(optimizer, scaler, config.clip)}
 
         # 3 the discriminator tells the image from its reconstruction, from the first step on: it should know
         #   something by the time it is listened to.
-        for part, fake in zip(parts, painted) if config.disc_weight else ():
-            image = run_training.to_device(part.batch["image"], device)                 # (B, 3, H, W)
+        for part, image, fake in painted if config.disc_weight else ():
             with precision.autocast():
                 d_loss = sum(hinge_discriminator(disc(image), disc(fake))) / 2          # ()
             disc_scaler.scale(part.share * d_loss).backward()
@@ -156,16 +159,16 @@ def train_diffusion(config, argv) -> None:
     precision = run_training.Precision(device, config.amp)
     content = run.load_model(config.autoencoder, "autoencoder", config.data)
     autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
-    dataset, sampler = run_setup.painters_data(config)
+    dataset, sampler = run_setup.training_data(config)
     run_training.refuse_leak(content, dataset, config.autoencoder)
     schedule, denoiser = run_setup.diffusion(config, autoencoder, len(dataset.classes), device)
     ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, step, numbers = run_log.begin("train_ldm.py --stage diffusion", config, device, argv,
-                                               dataset, saved,
-                                               quarters=torch.zeros(2, 4, dtype=torch.double))
+    folder, log, step, numbers = run_log.begin(
+        "train_ldm.py --stage diffusion", config, device, argv, dataset, saved,
+        quarters=torch.zeros(2, 4, dtype=torch.double))
     quarters = numbers["quarters"].to(device)       # sums and numbers of losses by quarter of t, (2, 4)
     if step >= config.steps:
         return
@@ -196,8 +199,8 @@ def train_diffusion(config, argv) -> None:
     def publish():
         onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
         with precision.autocast():
-            x0 = sample(ema.module.predictor(ema.module.label_code(onehot)), schedule,
-                        image_noise(range(len(onehot)), latent, device),
+            predict = ema.module.predictor(ema.module.label_code(onehot))
+            x0 = sample(predict, schedule, image_noise(range(len(onehot)), latent, device),
                         steps=min(config.sample_steps, config.timesteps))
             image = autoencoder.decode(ema.module.unscale(x0)).float().clamp(-1, 1)
         draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
@@ -217,7 +220,7 @@ def train_diffusion(config, argv) -> None:
     run_training.compile_parts(config, denoiser.unet)
     steps = run_training.Steps("diffusion", config, sampler, step, device, losses, save, batches)
     for batch in steps:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.
         random = generator(config.seed, "noise", step)
         all_t = draw_timesteps(config.batch, config.timesteps, config.t_spread, random)         # (B,)
@@ -235,8 +238,8 @@ def train_diffusion(config, argv) -> None:
                                for drawn in (all_t, all_eps, all_dropped))
             xt = schedule.q_sample(x0, t, eps)                                          # (B, C, h, w)
 
-            # 3 name the noise, seeing the label. Now and then the label is hidden: then sampling can compare
-            #   "with" and "without" and exaggerate the difference (guidance).
+            # 3 tell noise from image, seeing the label. Now and then the label is hidden: then sampling can
+            #   compare "with" and "without" and exaggerate the difference (guidance).
             with precision.autocast():
                 code = denoiser.drop_label(denoiser.label_code(onehot), dropped)        # (B, C, h, w)
                 output = denoiser(xt, t, code)                                          # (B, C, h, w)
@@ -264,30 +267,12 @@ def train_diffusion(config, argv) -> None:
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
-class Common:
-    # ---- the run
-    data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
-    seed: int = 0                   # decides the initial weights, the batches and the noise
-    split_seed: int = 0             # decides the split of slides when slides.csv has none
-    # ---- patches
-    patch: int = 64                 # side of a patch in pixels, at least 32, divisible by what networks halve
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred
-    uniform: float = 0.0            # share of patches from anywhere
-    # ---- optimiser
+class Common(configuration.Training):               # what both stages share beside what all scripts share
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of each network's gradient
-    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
-                                    # same gradient
-    # ---- machine and reports: the result does not depend on them, but for the rounding
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
-    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 25             # steps between two lines of the log
-    workers: int = 0                # processes that read patches ahead
-    cache: str = "cache"            # folder for the decoded images
 
 
 @dataclass

@@ -24,21 +24,19 @@ import torch
 
 from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.data_classes import IGNORE
-from her2.data_folder import check_synthetic, load_dataset, load_synthetic
+from her2.data_folder import check_synthetic, load_synthetic
 from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.net_blocks import kept_buffers
 from her2.metrics import ProbabilityHistogram
-from her2.phantom import default_phantom
-from her2.data_patches import MixedSampler, PatchSampler, iterate_rois
+from her2.data_patches import MixedSampler, iterate_rois
 from her2.segmenter import predict_roi
 
 
 def train(config, argv) -> int:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
-    with run_distributed.in_turn():
-        dataset, sampler, synthetic = open_data(config)
+    dataset, sampler, synthetic = open_data(config)
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
     is_tumor[IGNORE] = IGNORE
@@ -150,39 +148,28 @@ def validate(network, dataset, config, precision, device) -> dict:
 
 def open_data(config):
     """(dataset, sampler of its training patches, the synthetic set or None)"""
-    config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
-    sampler = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, stain=config.jitter,
-                           cache=config.cache, uniform=config.uniform)
-    if config.synthetic:
+    dataset, sampler = run_setup.training_data(config, stain=config.jitter)
+    if not config.synthetic:
+        return dataset, sampler, None
+    with run_distributed.in_turn():
         synthetic = load_synthetic(config.synthetic)
         check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
-        sampler = MixedSampler(sampler, synthetic, config.ratio, config.cache)
-    return dataset, sampler, synthetic if config.synthetic else None
+        return dataset, MixedSampler(sampler, synthetic, config.ratio, config.cache), synthetic
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
-class Config:
-    # ---- the run
-    data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
+class Config(configuration.Training):               # data, seed, patch, device and what else scripts share
     out: str = "runs/seg"           # run folder; the same command again goes on where it stopped
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
-    seed: int = 0                   # decides the initial weights, the batches and the augmentation
-    split_seed: int = 0             # decides the split of slides when slides.csv has none
     name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
     # ---- patches
-    patch: int = 64                 # side of a patch in pixels, divisible by 32
-    sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
-                                    # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
     synthetic: str = ""             # folder made by generate.py; empty: real patches only
     ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic;
                                     # inf: synthetic images alone
-    uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
     jitter: float = 1.0             # strength of the stain augmentation, 0 = off
     # ---- network
-    width: int = 16                 # channels of the first encoder stage; 64 is the real ResNet-34
+    width: int = 16                 # channels of the encoder's finest level; 64 is the real ResNet-34
     encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
     init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
                                     # smp's Unet-ResNet-34
@@ -192,22 +179,13 @@ class Config:
     # ---- optimiser
     steps: int = 240                # optimiser steps
     batch: int = 16                 # patches per step
-    accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
-                                    # same gradient (but batch norm sees each piece by itself)
     lr: float = 1e-3                # step size that Adam sees; never rescaled
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 30                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of the gradient
     ema: float = 0.99               # decay of the moving average of the weights, which is what is evaluated;
                                     # 0: the weights of the last step
-    # ---- machine and reports: the result does not depend on them, but for the rounding
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
-    compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
-    log_every: int = 20             # steps between two lines of the log
     save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
-    workers: int = 0                # processes that read patches ahead
-    cache: str = "cache"            # folder for the decoded images
 
 
 # PAPER: learning rate 1e-6 with batch 16 are the printed numbers, for ImageNet weights and (unprinted) many

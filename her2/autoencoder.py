@@ -5,17 +5,16 @@
     image' = Decoder(post_quant_conv(z_q))
     loss   = |image - image'| + vq_loss (+ LPIPS) + adversarial term      (composed in train_ldm.py)
 
-Encoder and decoder are convolutional ResNets (GroupNorm, swish) that halve or double the size once per
-level but the last, with self-attention at the lowest resolution. Source: Esser et al., Taming Transformers,
+Encoder and decoder are convolutional ResNets (GroupNorm, swish): between two levels the size is halved or
+doubled, and at the coarsest every place attends to every other. Source: Esser et al., Taming Transformers,
 CVPR 2021, table 7; Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022,
 table 8. Module names are the official ones, so that official weights load without a table.
 
-Differs from the official code (latent-diffusion): GroupNorm takes fewer than 32 groups when a layer is too
-narrow for 32, so that small models can be built; attention is the fused kernel (at 512 px the official
-one holds 16384 x 16384 scores per image); levels with attention are given as indices, because "resolution 32
-of 256" means another thing at every image size. In train_ldm.py the discriminator learns from the first step
-on and the decoder listens from `disc_start` on; officially neither happens before `disc_start`, so that the
-decoder first listens to a discriminator that knows nothing.
+Differs from the official code (latent-diffusion): the number of groups of a GroupNorm is an argument, so that
+small models can be built; attention is the fused kernel (at 512 px and factor 4 the official one holds 16384
+x 16384 scores per image); levels with attention are given as indices. In train_ldm.py the discriminator
+learns from the first step on and the decoder listens from `disc_start` on; officially neither happens before
+`disc_start`, so that the decoder first listens to a discriminator that knows nothing.
 
 PAPER: "the vq-f4 configuration, which compressed the input by a factor of eight" contradicts itself: vq-f4
 halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.
@@ -24,6 +23,7 @@ Key: B batch, C channels, D latent channels, H W image size, h w size of a featu
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from torch import nn
 
 from her2.quantizer import Codebook
 
-# models/first_stage_models/vq-f4 and vq-f8; level 3 of vq-f8 is its "attn_resolutions: [32]" of 256 pixels.
+# Official configurations vq-f4 and vq-f8; level 3 of vq-f8 is its "attn_resolutions: [32]" of 256 pixels.
 VQ_F4 = dict(factor=4, ch=128, ch_mult=(1, 2, 4), num_res_blocks=2, z_channels=3, num_codes=8192)
 VQ_F8 = dict(factor=8, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, num_codes=16384,
              attention_levels=(3,))
@@ -40,18 +40,18 @@ VQ_F8 = dict(factor=8, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channel
 VQ_F2 = dict(factor=2, ch=128, ch_mult=(1, 2), num_res_blocks=2, z_channels=3, num_codes=8192)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or of the largest power of two that divides the channels. eps as official."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm of `groups` groups, or of as many as also divide the channels. eps as official."""
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     # x + f(x): an image has to come out, so each block only learns what to change in it.
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 32):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -60,91 +60,79 @@ class ResBlock(nn.Module):
         # The norm comes first, so the sum itself is never normalised: brightness passes through.
         y = self.conv1(F.silu(self.norm1(x)))                                # (B, out, h, w)
         y = self.conv2(F.silu(self.norm2(y)))                                # (B, out, h, w)
-        return self.nin_shortcut(x) + y                                 # (B, out, h, w)
+        return self.nin_shortcut(x) + y                                      # (B, out, h, w)
 
 
 class Attention(nn.Module):
-    """Self-attention of one head over all places of a feature map."""
+    """Self-attention of one head: every place of a feature map sees every other."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 32):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)                # back to the axes of x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:    # every place sees every other
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)                                                     # (B, C, h, w)
         q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1)          # (B, 1, hw, C)
                    for layer in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)                          # softmax(q k' / sqrt(C)) v
         y = y.squeeze(1).transpose(1, 2).reshape(x.shape)                    # (B, C, h, w)
-        return x + self.proj_out(y)                                     # (B, C, h, w)
+        return x + self.proj_out(y)                                          # (B, C, h, w)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                             # (B, C, h/2, w/2)
+def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
+    # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),        # OrderedDict: the official names
+                                     conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
+def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
+    # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
+                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked, then a change of size."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool,
-                 downsample: bool = False, upsample: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int,
+                 coarser: bool = False, finer: bool = False):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(in_channels if i == 0 else out_channels, out_channels)
+        self.block = nn.ModuleList(ResBlock(in_channels if i == 0 else out_channels, out_channels, groups)
                                    for i in range(blocks))
-        self.attn = nn.ModuleList(Attention(out_channels) for _ in range(blocks if attention else 0))
-        self.downsample = Downsample(out_channels) if downsample else nn.Identity()
-        self.upsample = Upsample(out_channels) if upsample else nn.Identity()
+        self.attn = nn.ModuleList(Attention(out_channels, groups) for _ in range(blocks if attention else 0))
+        self.downsample = downsample(out_channels) if coarser else nn.Identity()
+        self.upsample = upsample(out_channels) if finer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self.block):
             x = block(x)                                                     # (B, out, h, w)
             if self.attn:
-                x = self.attn[i](x)                                     # (B, out, h, w)
+                x = self.attn[i](x)                                          # (B, out, h, w)
         return self.upsample(self.downsample(x))                             # one of them, or none, changes x
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = Attention(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))                    # (B, C, h, w)
+def middle(channels: int, groups: int) -> nn.Sequential:                    # (B, C, h, w) -> the same
+    # Attention is here, at the coarsest level, because it is cheapest there: fewest places.
+    return nn.Sequential(OrderedDict(block_1=ResBlock(channels, channels, groups),
+                                     attn_1=Attention(channels, groups),
+                                     block_2=ResBlock(channels, channels, groups)))
 
 
 class Encoder(nn.Module):
-    def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels):
+    def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels, groups: int):
         super().__init__()
-        last = len(widths) - 1                                          # the coarsest level does not halve
-        self.conv_in = nn.Conv2d(3, widths[0][0], 3, padding=1)
-        self.down = nn.ModuleList(Level(*widths[i], num_res_blocks, i in attention_levels,
-                                        downsample=i < last) for i in range(len(widths)))
-        top = widths[last][1]                                           # widest
-        self.mid = Middle(top)                                 # attention where it is cheapest: fewest places
-        self.norm_out = group_norm(top)
-        self.conv_out = nn.Conv2d(top, z_channels, 3, padding=1)
+        finest, coarsest = widths[0][0], widths[-1][1]                  # channels at both ends
+        self.conv_in = nn.Conv2d(3, finest, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(*width, num_res_blocks, i in attention_levels, groups, coarser=i < len(widths) - 1)
+            for i, width in enumerate(widths))
+        self.mid = middle(coarsest, groups)
+        self.norm_out = group_norm(coarsest, groups)
+        self.conv_out = nn.Conv2d(coarsest, z_channels, 3, padding=1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(image)                                              # (B, ch, H, W)
@@ -157,16 +145,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder mirrored, with one residual block more per level; up.0 is the finest resolution."""
 
-    def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels):
+    def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels, groups: int):
         super().__init__()
-        top, finest = widths[-1][1], widths[0][1]                       # channels at both ends
-        self.conv_in = nn.Conv2d(z_channels, top, 3, padding=1)
-        self.mid = Middle(top)
-        above = [out for _, out in widths[1:]] + [top]             # what arrives from the coarser level
-        self.up = nn.ModuleList(Level(above[i], widths[i][1], num_res_blocks + 1, i in attention_levels,
-                                      upsample=i > 0) for i in range(len(widths)))
-        self.norm_out = group_norm(finest)
-        self.conv_out = nn.Conv2d(finest, 3, 3, padding=1)
+        outs = [out for _, out in widths]                          # channels that leave each level
+        self.conv_in = nn.Conv2d(z_channels, outs[-1], 3, padding=1)
+        self.mid = middle(outs[-1], groups)
+        arriving = [*outs[1:], outs[-1]]                           # from the coarser level, or the middle
+        self.up = nn.ModuleList(
+            Level(arriving[i], out, num_res_blocks + 1, i in attention_levels, groups, finer=i > 0)
+            for i, out in enumerate(outs))
+        self.norm_out = group_norm(outs[0], groups)
+        self.conv_out = nn.Conv2d(outs[0], 3, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.mid(self.conv_in(z))                                        # (B, C, H/f, W/f)
@@ -182,11 +171,7 @@ class VQAutoencoder(nn.Module):
     ch, ch_mult       the width of level i is ch * ch_mult[i]
     z_channels        latent channels of encoder and decoder; embed_dim: width D of a code (default: the same)
     attention_levels  levels (0 = finest) with attention after every residual block
-    groups            of every GroupNorm. Narrow networks need fewer than the official 32: a group of one
-                      channel normalises away its mean, and the decoder answers with dark and bright droplets
-                      (StyleGAN2, Karras et al. 2020, section 2, saw the same). 4 channels a group, as ch 128
-
-    `quantize(z)` gives z_q (straight-through), indices (B, h, w) and the loss of quantisation.
+    groups            of every GroupNorm; fewer where they do not divide the channels
     """
 
     def __init__(self, factor: int = 4, ch: int = 128, ch_mult=(1, 2, 4), num_res_blocks: int = 2,
@@ -201,18 +186,18 @@ class VQAutoencoder(nn.Module):
         self.config = dict(factor=factor, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, beta=beta,
                            z_channels=z_channels, num_codes=num_codes, attention_levels=attention_levels,
                            embed_dim=embed_dim, groups=groups)
+        # Narrow networks need fewer groups than the official 32: a group of one channel normalises away its
+        # mean, and the decoder answers with dark and bright droplets (as StyleGAN2's section 2 found, Karras
+        # et al. 2020). Officially the finest level has 4 channels a group: `groups` = ch / 4 keeps that.
         self.factor = factor                                            # pixels per latent cell and side
         ends = [ch] + [ch * multiple for multiple in ch_mult]           # what enters and leaves each level
-        widths = list(zip(ends, ends[1:]))                         # (in, out) of every level of the encoder
-        self.encoder = Encoder(widths, num_res_blocks, z_channels, attention_levels)
-        self.decoder = Decoder(widths, num_res_blocks, z_channels, attention_levels)
+        widths = list(zip(ends, ends[1:]))                              # (in, out) of the encoder's levels
+        self.encoder = Encoder(widths, num_res_blocks, z_channels, attention_levels, groups)
+        self.decoder = Decoder(widths, num_res_blocks, z_channels, attention_levels, groups)
         self.quantize = Codebook(num_codes, embed_dim, beta)            # (K, D)
         # 1 x 1, so that the codebook may look at the latent in axes of its own.
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        for norm in self.modules():
-            if isinstance(norm, nn.GroupNorm):
-                norm.num_groups = math.gcd(groups, norm.num_channels)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """The latent before quantisation (B, D, H/f, W/f): what the diffusion model works on."""
@@ -224,13 +209,12 @@ class VQAutoencoder(nn.Module):
 
     def decode_quantized(self, z_q: torch.Tensor) -> torch.Tensor:
         """Codes (B, D, h, w) -> image (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant_conv(z_q))                       # (B, 3, H, W)
+        return self.decoder(self.post_quant_conv(z_q))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, D, h, w) -> image: quantised first, as official; no gradient passes to the codes."""
         # A generated latent lies between the codes; the decoder has seen codes only.
-        z_q, _, _ = self.quantize(z)                                         # (B, D, h, w)
-        return self.decode_quantized(z_q)                                    # (B, 3, H, W)
+        return self.decode_quantized(self.quantize(z)[0])                    # (B, 3, H, W)
 
     def forward(self, image: torch.Tensor):
         """-> reconstruction (B, 3, H, W), z, z_q (B, D, h, w), indices (B, h, w), vq_loss (scalar)."""
@@ -239,23 +223,22 @@ class VQAutoencoder(nn.Module):
         return self.decode_quantized(z_q), z, z_q, indices, loss
 
     @property
-    def last_layer(self) -> torch.Tensor:
-        """The weight at which the adaptive weight of the adversarial loss compares gradients."""
+    def last_layer(self) -> torch.Tensor:          # here gan_losses.adaptive_weight compares gradients
         return self.decoder.conv_out.weight
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of a first stage of latent-diffusion: on its own (its `loss.*` networks are left out), or
+        """Weights of an autoencoder of latent-diffusion: on its own (its `loss.*` networks are left out), or
         as `first_stage_model.*` of a whole checkpoint (whose other parts are left out).
 
         Raises ValueError that lists every missing, unexpected and misshapen tensor.
         """
-        prefix, others = "first_stage_model.", ("model.", "model_ema.", "cond_stage_model.")
+        prefix, others = "first_stage_model.", ("loss.",)
         if any(name.startswith(prefix) for name in state_dict):
+            others = ("model.", "model_ema.", "cond_stage_model.")
             # Names without a dot are the buffers of the noise schedule.
-            own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
-                   if "." in name and not name.startswith(others)}
-        else:
-            own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("loss.")}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if "." in name}
+        own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
+               if not name.startswith(others)}
         try:
             self.load_state_dict(own, strict=True)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The denoiser: a U-Net that gets a noisy latent, the time and the label map, and returns the noise in it.
+"""The denoiser: a U-Net that gets a noisy latent, the time and the label map, and tells noise from image.
 
     code   = LabelCode(onehot)                   one-hot label map shrunk to the latent's size
     output = Denoiser(concat(xt, code), t)       eps or v, see diffusion.py
@@ -12,15 +12,16 @@ the middle alone. Kept as it is.
 Differs from the official code (latent-diffusion): LatentDenoiser owns the label code with the U-Net, so that
 the moving average covers both (officially the U-Net alone: sampling then pairs averaged weights with a label
 code they were never trained with); the scale of the latents is stored with the weights (officially measured
-on the first batch and lost on resuming); no gradient checkpointing; narrow layers take fewer groups than 32.
+on the first batch and lost on resuming); no gradient checkpointing; the number of groups is an argument.
 
 PAPER: guidance is not mentioned. A dropped label (classifier-free guidance, Ho and Salimans 2022) is a code
-of zeros, which no label map has: the label conv has no bias, and its input is one-hot.
+of zeros: the label conv has no bias, so only pixels without any class (IGNORE) have the same.
 
 Key: B batch, K classes, C channels, D latent channels, H W image size, h w latent size, E time embedding.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ from torch import nn
 from her2.net_blocks import load_strict
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-5)          # eps as official
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-5)      # eps as official
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -39,37 +40,31 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def time_embedding(t: torch.Tensor, dim: int, ddpm: bool = False) -> torch.Tensor:
-    """t (B,) -> (B, dim): cos and sin of t at dim/2 frequencies from 1 down to about 1/10000.
-
-    Official openaimodel.py: [cos, sin], frequency i is 10000^(-i/half). `ddpm`, for comparison with the
-    reference only, is the convention of Ho et al. 2020: [sin, cos], 10000^(-i/(half-1)).
-    """
+def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """t (B,) -> (B, dim): cos, then sin of t at half = dim // 2 frequencies 10000^(-i/half), 1 to 1/10000."""
     # A number from 0 to 999 says little to a linear layer. Waves of all lengths do, as the hands of a clock:
     # fast ones tell t from t + 1, slow ones early from late.
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)         # (half,)
     # float32 in the official order of operations: at t = 999 one rounding (1e-7) turns an angle by 1e-4, so
     # another order, or another machine's exp, is seen in the output (1e-6), and nothing better is to be had.
-    exponents = steps * -(math.log(10000.0) / (half - 1)) if ddpm else -math.log(10000.0) * steps / half
-    frequencies = torch.exp(exponents)                                       # (half,)
+    frequencies = torch.exp(-math.log(10000.0) * steps / half)               # (half,)
     angles = t[:, None].float() * frequencies[None]                          # (B, half)
-    waves = [angles.sin(), angles.cos()] if ddpm else [angles.cos(), angles.sin()]
-    return F.pad(torch.cat(waves, dim=1), (0, dim % 2))                      # (B, dim); odd: 0 at the end
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))  # (B, dim); odd: 0 at the end
 
 
 class LabelCode(nn.Module):
-    """One-hot labels to a code of the latent's size: halved `stages` times (bilinear halving averages 2 x 2
-    pixels: the code sees the share of every class in each cell), then a learned 1x1 conv."""
+    """One-hot labels (B, K, H, W) to a code (B, out, h, w) of the latent's size: halved, then a 1x1 conv."""
 
-    def __init__(self, num_classes: int, out_channels: int = 3, stages: int = 2):
+    def __init__(self, num_classes: int, out_channels: int = 3, halvings: int = 2):
         super().__init__()
-        self.stages = stages
+        self.halvings = halvings
         self.channel_mapper = nn.Conv2d(num_classes, out_channels, 1, bias=False)
 
     def forward(self, onehot: torch.Tensor) -> torch.Tensor:
-        x = onehot                                                           # (B, K, H, W)
-        for _ in range(self.stages):
+        x = onehot
+        # Bilinear halving averages 2 x 2 pixels: the code sees the share of every class in each latent cell.
+        for _ in range(self.halvings):
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear")          # (B, K, H/2, W/2) shares in 0..1
         return self.channel_mapper(x)                                        # (B, out, h, w)
 
@@ -77,13 +72,13 @@ class LabelCode(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding added in between."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, groups: int = 32):
         super().__init__()
         # Identity is in the place of the official dropout (of 0), so that the numbers in the names agree.
-        self.in_layers = nn.Sequential(group_norm(in_channels), nn.SiLU(),
+        self.in_layers = nn.Sequential(group_norm(in_channels, groups), nn.SiLU(),
                                        nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
-        self.out_layers = nn.Sequential(group_norm(out_channels), nn.SiLU(), nn.Identity(),
+        self.out_layers = nn.Sequential(group_norm(out_channels, groups), nn.SiLU(), nn.Identity(),
                                         zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         new = in_channels != out_channels                               # only then is a sum impossible
         self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if new else nn.Identity()
@@ -97,11 +92,11 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all places; channels of q, k, v lie head by head (the official legacy order)."""
 
-    def __init__(self, channels: int, num_heads: int):
+    def __init__(self, channels: int, num_heads: int, groups: int = 32):
         super().__init__()
         assert channels % num_heads == 0, f"{channels} channels cannot be split into {num_heads} heads"
         self.num_heads = num_heads                                      # each attends to something else
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))         # begins as the identity
 
@@ -114,25 +109,17 @@ class Attention(nn.Module):
         return (flat + self.proj_out(y)).reshape(x.shape)                    # (B, C, h, w)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()             # learned, unlike pooling: the network decides what survives
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.op(x)                                                    # (B, C, h/2, w/2)
+def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
+    # Learned, unlike pooling: the network decides what survives. OrderedDict: the official names.
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))   # (B, C, 2h, 2w)
+def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
+                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
-class Stage(nn.ModuleList):
+class Layers(nn.ModuleList):
     """Layers in a row; the residual blocks among them get the time embedding."""
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -150,7 +137,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, in_channels: int = 6, out_channels: int = 3, model_channels: int = 128,
                  channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8,
-                 attention_factors=(32, 16, 8)):
+                 attention_factors=(32, 16, 8), groups: int = 32):
         super().__init__()
         self.in_channels, self.model_channels, self.levels = in_channels, model_channels, len(channel_mult)
         emb_dim = 4 * model_channels                       # official
@@ -158,33 +145,34 @@ class Denoiser(nn.Module):
                                         nn.Linear(emb_dim, emb_dim))
 
         def blocks(channels, out, level):
-            attention = [Attention(out, num_heads)] if 2 ** level in attention_factors else []
-            return [ResBlock(channels, out, emb_dim), *attention]
+            attention = [Attention(out, num_heads, groups)] if 2 ** level in attention_factors else []
+            return [ResBlock(channels, out, emb_dim, groups), *attention]
 
         widths = [multiple * model_channels for multiple in channel_mult]  # per level
         channels = model_channels
         skips = [channels]                                 # widths of what the way up will concatenate
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, channels, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Layers([nn.Conv2d(in_channels, channels, 3, padding=1)])])
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.input_blocks.append(Stage(blocks(channels, width, level)))
+                self.input_blocks.append(Layers(blocks(channels, width, level)))
                 channels = width
                 skips.append(channels)                                 # popped in reverse order on the way up
             if level < self.levels - 1:
-                self.input_blocks.append(Stage([Downsample(channels)]))
+                self.input_blocks.append(Layers([downsample(channels)]))
                 skips.append(channels)
         # At the coarsest level every place sees every other: the stain agrees across a patch.
-        self.middle_block = Stage([ResBlock(channels, channels, emb_dim), Attention(channels, num_heads),
-                                   ResBlock(channels, channels, emb_dim)])
+        self.middle_block = Layers([ResBlock(channels, channels, emb_dim, groups),
+                                    Attention(channels, num_heads, groups),
+                                    ResBlock(channels, channels, emb_dim, groups)])
         self.output_blocks = nn.ModuleList()               # the way up: a block more per level, for the skips
         for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
                 layers = blocks(channels + skips.pop(), width, level)
                 channels = width
                 if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(channels))           # the last block of a level, but at the finest
-                self.output_blocks.append(Stage(layers))
-        self.out = nn.Sequential(group_norm(channels), nn.SiLU(),
+                    layers.append(upsample(channels))           # the last block of a level, but at the finest
+                self.output_blocks.append(Layers(layers))
+        self.out = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
                                  zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -194,27 +182,28 @@ class Denoiser(nn.Module):
             f"latent size {tuple(x.shape[2:])} should be a multiple of {2 ** (self.levels - 1)}"
         emb = self.time_embed(time_embedding(t, self.model_channels))        # (B, E)
         skips = []                       # from the way down: where exactly things are, lost by halving
-        for stage in self.input_blocks:
-            x = stage(x, emb)                                                # (B, C, h, w)
+        for layers in self.input_blocks:
+            x = layers(x, emb)                                                # (B, C, h, w)
             skips.append(x)
         x = self.middle_block(x, emb)                                        # (B, C, h/4, w/4)
-        for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), emb)               # (B, C, h, w)
+        for layers in self.output_blocks:
+            x = layers(torch.cat([x, skips.pop()], dim=1), emb)               # (B, C, h, w)
         return self.out(x)                                                   # (B, out, h, w)
 
 
-def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+def guided(cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:
     """Classifier-free guidance: 1 is `cond`, the answer with the label; 3 goes on where the label
     led it (clearer classes, less variety); 8 leaves the law of the data (colours saturate)."""
-    return uncond + scale * (cond - uncond)
+    return uncond + guidance * (cond - uncond)
 
 
 class LatentDenoiser(nn.Module):
     """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
 
-    stages: log2 of the autoencoder's factor. code_channels: z_channels by default. groups: of every
-    GroupNorm, see autoencoder.py. latent_scale (a buffer, 1 / standard deviation of the latents) is NaN until
-    `set_latent_scale`; loading weights whose scale is not a positive number raises ValueError.
+    stages: halvings of the label map, log2 of the autoencoder's factor (named so in saved files).
+    code_channels: z_channels by default. groups: of every GroupNorm, see autoencoder.py. latent_scale (a
+    buffer, 1 / standard deviation of the latents) is NaN until `set_latent_scale`; loading weights whose
+    scale is not a positive number raises ValueError.
     """
 
     def __init__(self, num_classes: int = 6, z_channels: int = 3, model_channels: int = 128,
@@ -227,32 +216,27 @@ class LatentDenoiser(nn.Module):
                            num_heads=num_heads, stages=stages, code_channels=code_channels, groups=groups)
         self.label_code = LabelCode(num_classes, code_channels, stages)
         self.unet = Denoiser(z_channels + code_channels, z_channels, model_channels, channel_mult,
-                             num_res_blocks, num_heads)
-        for norm in self.modules():
-            if isinstance(norm, nn.GroupNorm):
-                norm.num_groups = math.gcd(groups, norm.num_channels)
-        # A schedule's signal-to-noise ratios hold for data of variance 1: at a standard deviation of 5 the
-        # last level still shows the image, and sampling begins without one. Kept with the weights, which
-        # mean nothing at another scale.
+                             num_res_blocks, num_heads, groups=groups)
+        # A schedule's signal-to-noise ratios hold for data of variance 1: at a standard deviation of 5 each
+        # is 25 times as large, and the last level may show what sampling, which begins with pure noise, has
+        # not. Kept with the weights, which mean nothing with another factor.
         self.register_buffer("latent_scale", torch.tensor(float("nan")))
         self.register_load_state_dict_post_hook(lambda module, _: module.check_latent_scale())
 
     def check_latent_scale(self) -> None:
-        scale = self.latent_scale.item()                       # NaN: sampling would go on and decode nonsense
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"latent_scale is {scale}, should be a positive number: it was never set")
+        value = self.latent_scale.item()                       # NaN: sampling would go on and decode nonsense
+        if not 0 < value < math.inf:
+            raise ValueError(f"latent_scale is {value}, should be a positive number: it was never set")
 
-    def set_latent_scale(self, std: float) -> None:
-        """std: standard deviation of the autoencoder's latents over many batches."""
+    def set_latent_scale(self, std: float) -> None:          # std: of the latents, over many batches
         self.latent_scale.fill_(1.0 / float(std))
         self.check_latent_scale()
 
-    def scale(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents of the autoencoder -> x0 of about unit variance."""
-        return z * self.latent_scale                                    # (B, D, h, w)
+    def scale(self, z: torch.Tensor) -> torch.Tensor:        # latents of the autoencoder -> x0 of variance 1
+        return z * self.latent_scale                                         # (B, D, h, w)
 
     def unscale(self, x0: torch.Tensor) -> torch.Tensor:     # the way back, to what the autoencoder decodes
-        return x0 / self.latent_scale
+        return x0 / self.latent_scale                                        # (B, D, h, w)
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor, code: torch.Tensor = None) -> torch.Tensor:
         """xt (B, D, h, w), t (B,), code (B, code_channels, h, w) or None (no label) -> (B, D, h, w)."""
@@ -264,19 +248,18 @@ class LatentDenoiser(nn.Module):
     @staticmethod
     def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
         """`code` with the images where `dropped` (B,) is True set to the code of no label."""
-        return code.masked_fill(dropped[:, None, None, None], 0.0)      # (B, code, h, w)
+        return code.masked_fill(dropped[:, None, None, None], 0.0)           # (B, code, h, w)
 
     def predictor(self, code: torch.Tensor, guidance: float = 1.0):
         """-> function(xt, t) for the samplers. guidance 1: plain conditional; else two answers per image."""
-        def conditional(xt, t):
-            return self(xt, t, code)
-
-        def with_guidance(xt, t):
+        def predict(xt, t):
+            if guidance == 1.0:
+                return self(xt, t, code)
             both = torch.cat([code, torch.zeros_like(code)])                 # (2B, code, h, w) one forward
             cond, uncond = self(xt.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
             return guided(cond, uncond, guidance)
 
-        return conditional if guidance == 1.0 else with_guidance
+        return predict
 
     def load_official_state_dict(self, state_dict: dict, ema: bool = True) -> None:
         """U-Net, label conv and scale out of a latent-diffusion checkpoint; its other parts are left out.

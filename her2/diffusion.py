@@ -18,9 +18,9 @@ Eq. 3 follows in four lines from two Gaussians of x_{t-1}:
     their product          precisions (1 / variance) add, and means average by precision:
                            1 / (1 - alpha_bar_{t-1}) + alpha_t / beta_t = 1 / variance of (3)
 
-Sources: (1) to (3) Ho et al., DDPM, NeurIPS 2020, eq. 4, 6, 7; (4) Salimans and Ho,
-Progressive Distillation, ICLR 2022, appendix D. The schedule is latent-diffusion's "linear", linear in
-sqrt(beta), from 0.0015 to 0.0205 (models/ldm/semantic_synthesis256; other official configs end at 0.0195).
+Sources: (1) to (3) Ho et al., DDPM, NeurIPS 2020, eq. 4, 6, 7; (4) Salimans and Ho, Progressive Distillation,
+ICLR 2022, appendix D. The schedule is latent-diffusion's "linear", linear in sqrt(beta), from 0.0015 to
+0.0205 (models/ldm/semantic_synthesis256; other official configs end at 0.0195).
 
 Differs from the official code: tables stay in float64 until a value is used (officially float32 buffers);
 v-prediction and the zero terminal signal-to-noise ratio are additions, one argument each. With the official
@@ -57,7 +57,7 @@ class Schedule:
         beta = torch.linspace(linear_start ** 0.5, linear_end ** 0.5, T, dtype=torch.float64) ** 2
         alpha_bar = torch.cumprod(1 - beta, dim=0)                      # (T,) share of signal power
         if zero_terminal_snr:
-            # Lin et al., algorithm 1: shift so that the last is 0, then scale so that the first stays.
+            # Lin et al., algorithm 1: shift so that the last is 0, then stretch so that the first stays.
             root = alpha_bar.sqrt()
             alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])        # (T,); before the first: no noise
@@ -65,13 +65,12 @@ class Schedule:
         self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta  # (T,)
         self.beta = 1 - self.alpha if zero_terminal_snr else beta       # (T,)
         # Eq. 3. Training and sampling do without it (samplers.py, eta 1, is the same law): it is here to
-        # be looked at, and for comparison with the reference only; so is `posterior`.
+        # be looked at, and for comparison with the reference only.
         self.posterior_variance = self.beta * (1 - before) / (1 - alpha_bar)
         self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)  # weight of x0: grows towards t = 0
         self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)  # weight of xt
 
-    def to(self, device) -> "Schedule":
-        """Move the tables; returns self."""
+    def to(self, device) -> "Schedule":                                 # moves the tables
         for name, value in vars(self).items():
             if torch.is_tensor(value):
                 setattr(self, name, value.to(device))
@@ -84,7 +83,7 @@ class Schedule:
         return values.view(-1, *[1] * (x.dim() - 1))                    # (B, 1, 1, 1)
 
     def roots(self, t: torch.Tensor, x: torch.Tensor):
-        """sqrt(alpha_bar), sqrt(1 - alpha_bar): shares of signal and noise at t, each (B, 1, 1, 1)."""
+        """sqrt(alpha_bar), sqrt(1 - alpha_bar): strengths of signal and noise at t, each (B, 1, 1, 1)."""
         # Their squares add up to 1: with x0 of variance 1, xt has variance 1 at every level.
         return self.at(self.alpha_bar.sqrt(), t, x), self.at((1 - self.alpha_bar).sqrt(), t, x)
 
@@ -106,8 +105,7 @@ class Schedule:
     def x0_and_eps(self, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor):
         """The network's output read as (x0, eps): (eq. 2, output), or for v
 
-            x0  = sqrt(alpha_bar) xt - sqrt(1 - alpha_bar) v
-            eps = sqrt(1 - alpha_bar) xt + sqrt(alpha_bar) v
+            x0 = sqrt(alpha_bar) xt - sqrt(1 - alpha_bar) v   eps = sqrt(1 - alpha_bar) xt + sqrt(alpha_bar) v
         """
         assert output.shape == xt.shape, f"output {tuple(output.shape)} and xt {tuple(xt.shape)} differ"
         output = output.to(xt.dtype)                         # half precision ends with the network
@@ -116,8 +114,8 @@ class Schedule:
             to_x0 = self.at((1 / self.alpha_bar).sqrt(), t, xt)
             to_eps = self.at((1 / self.alpha_bar - 1).sqrt(), t, xt)
             return to_x0 * xt - to_eps * output, output
-        # (xt, v) is (x0, eps) turned by an angle, so turning back has no division and no such growth.
         signal, noise = self.roots(t, xt)
+        # (xt, v) is (x0, eps) turned by an angle, so turning back has no division and no such growth.
         return signal * xt - noise * output, signal * output + noise * xt    # (B, C, h, w) each
 
     def eps_from_x0(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -125,23 +123,13 @@ class Schedule:
         signal, noise = self.roots(t, xt)
         return (xt - signal * x0) / noise                                    # (B, C, h, w)
 
-    def posterior(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor):
-        """Eq. 3: mean (B, C, h, w), variance and its logarithm (B, 1, 1, 1) of q(x_{t-1} | xt, x0).
-
-        At t = 0 the variance is 0; its logarithm is cut off at 1e-20, as official.
-        """
-        mean = self.at(self.posterior_x0, t, xt) * x0 + self.at(self.posterior_xt, t, xt) * xt  # (B, C, h, w)
-        log_variance = self.posterior_variance.clamp(min=1e-20).log()        # (T,)
-        return mean, self.at(self.posterior_variance, t, xt), self.at(log_variance, t, xt)
-
 
 def draw_timesteps(count: int, T: int, spread: float, generator) -> torch.Tensor:
     """(count,) int64 in 0..T-1: uniform for `spread` 0, else T sigmoid(spread N(0, 1)).
 
     A short training gains from the middle, where the image is decided: half of all uniform levels are nearly
-    pure noise (signal-to-noise below 0.1), and their loss is flat after a few hundred steps. The weights of
-    the levels change with it, the minimum of each level's loss does not. Source: Esser et al., ICML 2024,
-    section 3.1 (logit-normal).
+    pure noise (signal-to-noise below 0.1), and their loss is flat after a few hundred steps. It changes how
+    often a level is seen, not the minimum of its loss. Source: Esser et al., ICML 2024, section 3.1.
     """
     if not spread:
         return torch.randint(T, (count,), generator=generator)          # (count,)
@@ -163,11 +151,10 @@ def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1")
 def loss_of_zero_output(kind: str = "l1") -> float:
     """What a network that always says 0 scores on eps: E|eps| = sqrt(2 / pi), or E eps^2 = 1.
 
-    A loss that stays here means that nothing is learned. For v the same numbers hold as far as x0 is
-    Gaussian of unit variance, which `latent_scale` sees to.
+    A loss that stays here means that nothing is learned. For v the same numbers hold as far as x0 is Gaussian
+    and of unit variance; `latent_scale` sees to the variance.
     """
-    assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
-    return math.sqrt(2 / math.pi) if kind == "l1" else 1.0              # .798
+    return {"l1": math.sqrt(2 / math.pi), "l2": 1.0}[kind]              # .798, 1
 
 
 def quartile_sums(loss: torch.Tensor, t: torch.Tensor, T: int):

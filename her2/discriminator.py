@@ -12,6 +12,10 @@ Source: Wang et al., "pix2pixHD", CVPR 2018, section 3.2; Park et al., CVPR 2019
 "Taming transformers", CVPR 2021, section 3.1. Parameter names are the official ones (NVlabs/SPADE, taming).
 Differs from the official code: nothing in the numbers. The instance norms hold no parameters in either.
 
+How much a logit sees: back from it, r pixels become r + 3 below a 4x4 convolution of stride 1 and 2 r + 2
+below one of stride 2. Both stacks end with two of stride 1, and have three of stride 2 before: 4, 7, 16, 34,
+70. On the half-size copy 70 pixels are 141 of the image.
+
 Key: B batch, C channels, h w size of a feature map, n = ndf, K classes.
 """
 
@@ -24,17 +28,14 @@ from her2.net_blocks import SpectralConv2d, load_strict
 SLOPE = 0.2                                                       # of every LeakyReLU (official value)
 
 
-class ScaleDiscriminator(nn.Module):
-    """One scale: num_layers convolutions (stride 2, the last one 1), then one to the logits.
+class LevelDiscriminator(nn.Module):
+    """num_layers convolutions (stride 2, the last one 1), then one to the logits; x -> every layer's output.
 
     Padding is 2 for a kernel of 4, as officially, so maps grow by one pixel: 64 -> 33, 17, 9, 10, 11.
-    A logit sees 70 x 70 pixels. Back from the logit, r pixels become r + 3 below a stride of 1 and 2 r + 2
-    below a stride of 2: 4, 7, 16, 34, 70.
     """
 
     def __init__(self, in_channels: int, ndf: int, num_layers: int):
         super().__init__()
-        self.names = [f"model{index}" for index in range(num_layers + 1)]  # official names
         # No normalisation in the first layer: it would take away the brightness that a fake may have wrong.
         self.model0 = nn.Sequential(nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2), nn.LeakyReLU(SLOPE))
         width = ndf                                                     # doubles per layer
@@ -43,43 +44,41 @@ class ScaleDiscriminator(nn.Module):
             stride = 2 if index < num_layers - 1 else 1            # the last one looks wider, not coarser
             # Spectral norm bounds how steeply D can change, and with it the gradient that G gets from D.
             convolution = SpectralConv2d(in_width, width, 4, stride, padding=2, bias=False)
-            setattr(self, f"model{index}", nn.Sequential(
+            self.add_module(f"model{index}", nn.Sequential(
                 nn.Sequential(convolution, nn.InstanceNorm2d(width)), nn.LeakyReLU(SLOPE)))
-        setattr(self, f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))  # the logits
+        self.add_module(f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))  # the logits
 
     def forward(self, x: torch.Tensor) -> list:
         features = []
-        for name in self.names:
-            x = getattr(self, name)(x)                     # (B, n * 1, 2, 4, 8, h/2, w/2), at last (B, 1, ..)
+        for layer in self.children():                      # model0, model1, ...
+            x = layer(x)                                   # (B, n * 1, 2, 4, 8, h/2, w/2), at last (B, 1, ..)
             features.append(x)
         return features
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """x (B, K+3, H, W) -> per scale, full resolution first, the list of features; its last entry = logits."""
+    """x (B, K+3, H, W) -> per level, full resolution first, the list of features; its last entry = logits."""
 
-    def __init__(self, in_channels: int = 9, ndf: int = 64, num_layers: int = 4, num_scales: int = 2):
+    def __init__(self, in_channels: int = 9, ndf: int = 64, num_layers: int = 4, num_levels: int = 2):
         super().__init__()
-        assert num_layers >= 2 and num_scales >= 1, f"found num_layers {num_layers}, num_scales {num_scales}"
-        self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers, num_scales=num_scales)
-        # Two scales, because a logit sees 70 pixels of what it is given: on the image that is the texture of
-        # nuclei and membranes, on the half-size copy (about 141 pixels) how nuclei stand together in a nest.
-        for scale in range(num_scales):                           # own weights each: other things to look for
-            setattr(self, f"discriminator_{scale}", ScaleDiscriminator(in_channels, ndf, num_layers))
+        assert num_layers >= 2 and num_levels >= 1, f"found num_layers {num_layers}, num_levels {num_levels}"
+        self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers, num_levels=num_levels)
+        # Two levels, because a logit sees 70 pixels of what it is given: on the image that is the texture of
+        # nuclei and membranes, on the half-size copy (141 pixels) how nuclei stand together in a nest.
+        for level in range(num_levels):                           # own weights each: other things to look for
+            self.add_module(f"discriminator_{level}", LevelDiscriminator(in_channels, ndf, num_layers))
 
     def forward(self, x: torch.Tensor) -> list:
         assert x.dim() == 4 and x.shape[1] == self.config["in_channels"], \
             f"x must be (B, {self.config['in_channels']}, H, W), found {tuple(x.shape)}"
         features = []
-        for scale in range(self.config["num_scales"]):
-            if scale:            # zeros around the image do not count: a dark rim would tell nothing of fakes
+        for level, discriminator in enumerate(self.children()):
+            if level:            # zeros around the image do not count: a dark rim would tell nothing of fakes
                 x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)  # (B, K+3, h/2, w/2)
-            features.append(getattr(self, f"discriminator_{scale}")(x))
+            features.append(discriminator(x))
         return features
 
-    def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of NVlabs/SPADE (latest_net_D.pth): the same names. ValueError lists what does not fit."""
-        load_strict(self, state_dict)
+    load_official_state_dict = load_strict                 # NVlabs/SPADE's latest_net_D.pth: the same names
 
 
 def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, fake: torch.Tensor,
@@ -92,9 +91,9 @@ def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, f
     assert fake.shape == real.shape, f"fake {tuple(fake.shape)} and real {tuple(real.shape)} differ in shape"
     # With its label map beside it, a good image of the wrong tissue is a fake as well.
     x = torch.cat([torch.cat([onehot, onehot]), torch.cat([fake, real])], dim=1)      # (2B, K+3, H, W)
-    features = discriminator(x)                                         # per scale, per layer (2B, C, h, w)
-    halves = [[feature.chunk(2) for feature in scale] for scale in features]          # (B, C, h, w) each
-    return tuple([[pair[half] for pair in scale] for scale in halves] for half in (0, 1))
+    features = discriminator(x)                                         # per level, per layer (2B, C, h, w)
+    halves = [[feature.chunk(2) for feature in level] for level in features]          # (B, C, h, w) each
+    return tuple([[pair[half] for pair in level] for level in halves] for half in (0, 1))
 
 
 class PatchGAN(nn.Module):
@@ -122,12 +121,7 @@ class PatchGAN(nn.Module):
         return self.main(image)                                                       # (B, 1, h, w)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of taming's NLayerDiscriminator (same names), alone or in the checkpoint of an autoencoder.
-
-        ValueError lists what does not fit.
-        """
+        """Weights of taming's NLayerDiscriminator (same names), alone or inside an autoencoder's file."""
         inside = "loss.discriminator."                             # its name in a file of a whole autoencoder
-        if any(name.startswith(inside) for name in state_dict):
-            state_dict = {name.removeprefix(inside): state_dict[name] for name in state_dict
-                          if name.startswith(inside)}
-        load_strict(self, state_dict)
+        own = {name.removeprefix(inside): state_dict[name] for name in state_dict if name.startswith(inside)}
+        load_strict(self, own or state_dict)

@@ -86,9 +86,8 @@ class Canvas:
         self.draw.polygon(corners, fill=fill, outline=outline, width=SCALE)
 
     def text(self, x, y, text, size=14, color=INK, anchor="la", turned=False):
-        """`text` at (x, y); `anchor` as in Pillow (left/middle/right + ascender/middle/descender).
-
-        `turned` writes from bottom to top, centred on (x, y): the label of a vertical axis."""
+        """`text` at (x, y); `anchor` as in Pillow (left/middle/right + ascender/middle/descender). `turned`
+        writes from bottom to top, centred on (x, y): the label of a vertical axis."""
         text = printable(text)
         if not turned:
             self.draw.text((x * SCALE, y * SCALE), text, color, font(size), anchor, align="center")
@@ -129,10 +128,8 @@ class Canvas:
 
 def save_png(path, image, palette=None) -> None:
     """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W), as PNG: whole or not at all.
-
     `palette`, a flat list r, g, b, r, g, b, ..., shows a uint8 label map in colour while the stored values
-    stay the class ids. Instance ids go to 16 bit; above 65535 is an error.
-    """
+    stay the class ids. Instance ids go to 16 bit; above 65535 is an error."""
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         if image.dtype in (np.int32, np.int64, np.uint32) and image.ndim == 2:
@@ -167,11 +164,9 @@ def colorize(label, classes) -> np.ndarray:
 
 
 def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
-    """`image` (H, W, 3) uint8 with the rim of every tissue instance in the colour of its class.
-
-    The rim lies inside, so that touching instances both keep theirs; a thin dark line within it separates
-    light class colours from light tissue. Background has no rim.
-    """
+    """`image` (H, W, 3) uint8 with the rim of every tissue instance in the colour of its class. The rim lies
+    inside, so that touching instances both keep theirs; a thin dark line within it separates light class
+    colours from light tissue. Background has no rim."""
     label = to_array(label)
     instance = label if instance is None else to_array(instance)
     assert image.shape == (*label.shape, 3) and instance.shape == label.shape, \
@@ -201,10 +196,8 @@ def fit(image, cell) -> np.ndarray:
 
 
 def samples_png(folder, step: int, classes=None, **rows) -> None:
-    """samples/stepNNNNNN.png of a run folder: one row per keyword, its name is the caption.
-
-    A row is image (B, 3, H, W) in [-1, 1], label (B, H, W) of `classes`, or prob (B, H, W) in 0..1.
-    """
+    """samples/stepNNNNNN.png of a run folder: one row per keyword, its name is the caption. A row is image
+    (B, 3, H, W) in [-1, 1], label (B, H, W) of `classes`, or prob (B, H, W) in 0..1."""
     pictures = [to_uint8(batch) if batch.dim() == 4 else
                 to_array(batch * 255).round().astype(np.uint8) if batch.is_floating_point() else
                 colorize(batch, classes) for batch in rows.values()]
@@ -218,8 +211,7 @@ def image_grid(rows, row_captions=None, column_captions=None, title=None, cell=1
     rows      lists of (H, W, 3) or (H, W) uint8 arrays of any size, None for an empty place
     captions  one short text per row, left of it, and per column, above it
     cell      width of a column in pixels: images are scaled to it
-    legend    (name, color) pairs below the images, see `class_legend`
-    """
+    legend    (name, color) pairs below the images, see `class_legend`"""
     assert rows and any(len(row) for row in rows), "a grid needs at least one image"
     columns, gap, small = max(len(row) for row in rows), 6, 13
     fitted = [[None if image is None else fit(image, cell) for image in row] for row in rows]

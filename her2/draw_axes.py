@@ -32,7 +32,6 @@ def nice_ticks(low, high, count=5) -> list:
 
 def log_ticks(low, high) -> list:
     """Ticks of a logarithmic axis around [low, high]: powers of ten, and 2 and 5 times them over few decades.
-
     The first and last enclose the range; over many decades the powers are thinned."""
     assert 0 < low <= high, f"a logarithmic axis from {low} to {high}"
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
@@ -84,7 +83,7 @@ class Axes:
         return self.bottom - share * (self.bottom - self.top)
 
     def frame(self, y_ticks, y_label="", x_ticks=(), x_label=""):
-        """Light lines at the vertical ticks, the two axes, tick texts and labels."""
+        """Light lines at the vertical ticks, tick texts and labels."""
         canvas, texts = self.canvas, tick_texts(y_ticks)
         for tick, text in zip(y_ticks, texts):
             if self.y0 <= tick <= self.y1:
@@ -98,9 +97,8 @@ class Axes:
             canvas.text(self.x(tick), self.bottom + 8, text, 13, anchor="ma")
         if x_label:
             canvas.text((self.left + self.right) / 2, self.bottom + 25, x_label, anchor="ma")
-        self.spines()
 
-    def spines(self):
+    def spines(self):               # last, above what is drawn
         corners = [(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)]
         self.canvas.line(corners, INK, 1.2)
 
@@ -134,8 +132,7 @@ def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_
     series   {name: (x, y) or (x, y, "dots")}; thin and not in the legend where a name begins with "_"
     log      the logarithmic axes, "", "x", "y" or "xy"
     y_range  the part to show: a curve beyond it runs along the frame
-    notes    [(value, text), ...] dashed horizontal lines, named in the right margin
-    """
+    notes    [(value, text), ...] dashed horizontal lines, named in the right margin"""
     xs, ys = (np.concatenate([np.asarray(s[k], float).ravel() for s in series.values()]) for k in (0, 1))
     ys = np.concatenate([drawable(ys, log), [value for value, _ in notes]])
     x_range = x_range or (xs.min(), xs.max())
@@ -184,7 +181,6 @@ class Panel:
 
 def moving_median(values, window) -> np.ndarray:
     """Median of `window` neighbours (fewer at the ends): smooths noise, and a single spike leaves no trace.
-
     Values that are not finite are left out of it; `window` below 2 changes nothing."""
     values = np.asarray(values, float)
     half = window // 2
@@ -203,10 +199,8 @@ def column(records, key) -> tuple:
 
 
 def curves_png(path, records, panels, width=620, height=330) -> None:
-    """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns.
-
-    A series without a record is left out, a panel without a series too.
-    """
+    """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns. A
+    series without a record is left out, a panel without a series too."""
     drawn = []
     for panel in panels:
         log = "y" if panel.log_y else ""

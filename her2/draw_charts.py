@@ -70,8 +70,7 @@ def grouped(panels, colors, draw, note="", height=270) -> np.ndarray:
              groups = [(name, [(series, values), ...]), ...]; further lines of a name are small and grey
              reference = (value, name) of a dashed line, (value, name, low, high, color) with a band, or None
     colors   {series: color}, the legend
-    draw     draw(axes, x, values, color) of one slot; no values are written "n/a"
-    """
+    draw     draw(axes, x, values, color) of one slot; without values it is "n/a" instead"""
     names = [name.split("\n") for name, _ in panels[0][1]]
     wide = [max(len(boxes) * SLOT, *(text_width(line, 13) for line in name))
             for name, (_, boxes) in zip(names, panels[0][1])]
@@ -132,8 +131,7 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
     """One row per name, one column per panel: a mean with its interval, beside a line at "no difference".
 
     panels   [(title, [(mean, low, high) or None per name], ratio)]; low and high may be None; ratio: whether
-             these are logarithms of ratios
-    """
+             these are logarithms of ratios"""
     left = max(text_width(name, 13) for name in names) + 22
     gap, top = 40, 34
     room = (width - left - gap * len(panels)) / len(panels)
@@ -173,8 +171,7 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
     """Fig. 2: how the annotated tumor area of each split is made up of the subtypes.
 
     areas      {split: (K,) pixels per class id}; shares are of the split's tumor area
-    instances  {split: (K,) counts}, optional: written under the shares
-    """
+    instances  {split: (K,) counts}, optional: written under the shares"""
     def draw_bar(axes, x, values, color):
         share, half = values[0], SLOT / 2 - 6
         if share > 0:
@@ -200,8 +197,7 @@ def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(
 
     panels  [(title, numbers (R, C), deviation (R, C) or None), ...]; NaN is written "n/a"
     axes    (what the rows are, what the columns are); `most` the number of full colour
-    cell    (width, height) of a cell in pixels
-    """
+    cell    (width, height) of a cell in pixels"""
     (wide, high), left = cell, max(text_width(name, 14) for name in row_names) + 44
     step = left + max(len(column_names) * wide + 34, *(text_width(title, 15) + 10 for title, *_ in panels))
     canvas = Canvas(step * len(panels), 88 + high * len(row_names) + 14)
@@ -233,8 +229,7 @@ def confusion_matrices(found, classes) -> np.ndarray:
     """Fig. 6: rows = annotated subtypes and background, columns = prediction.
 
     found  [(title, mean (K, 2), deviation (K, 2) or None), ...]; rows by class id, each normalised to 1, of
-           NaN where the class is absent from the split; columns background, tumor
-    """
+           NaN where the class is absent from the split; columns background, tumor"""
     order = sorted(range(len(classes)), key=lambda k: k not in classes.tumor_ids)
     return matrices([(title, np.asarray(mean)[order], None if deviation is None else deviation[order])
                      for title, mean, deviation in found], [classes.names[k] for k in order],

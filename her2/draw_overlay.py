@@ -19,8 +19,7 @@ LEFT_OUT = (205, 205, 205)
 def overlay(image, label, instance, classes, left_out=(), cell=CELL) -> np.ndarray:
     """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near `cell` pixels.
 
-    left_out  outlines that are drawn in grey: lists of (n, 2) rings in pixels of the image
-    """
+    left_out  outlines that are drawn in grey: lists of (n, 2) rings in pixels of the image"""
     small = fit(image, cell)
     near = np.ix_(*(((np.arange(side) + 0.5) * whole // side).astype(int)
                     for side, whole in zip(small.shape, label.shape)))

@@ -7,7 +7,7 @@ With D's logits on real and fake images (hinge loss; Lim & Ye 2017, used by SPAD
 
 SPADE adds, for the generator (Park et al., CVPR 2019, appendix A):
 
-    feature matching   10 / scales * sum over scales and layers of mean |D_layer(fake) - D_layer(real)|
+    feature matching   10 / levels * sum over levels and layers of mean |D_layer(fake) - D_layer(real)|
     KL divergence      0.05 * 1/2 sum over z of (mu^2 + exp(logvar) - 1 - logvar)
 
 Taming's autoencoder weighs its adversarial loss so that both losses pull equally hard on the last layer
@@ -19,35 +19,24 @@ weight grows with the batch size. Here the default is the mean over the batch, a
 less than officially at batch B; at the paper's batch of 16, `--lambda-kld 0.8` pulls as hard.
 reduction="sum", for comparison with the reference only, gives the official number.
 
-"logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns: then the last entry of every scale
-counts, and the scales are averaged. Everything is summed up in float32, under autocast too.
+"logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns: then the last entry of every level
+counts, and the levels are averaged. Everything is summed up in float32, under autocast too.
 """
 
 import torch
 import torch.nn.functional as F
 
-# What each kind of adversarial loss makes of a logit x: on real and on fake images, and for the generator.
-# Training uses "hinge": D stops pulling where it is sure by 1, and spends itself on what it still mistakes.
-# The other three are for comparison with the reference only.
-KINDS = {
-    "hinge": {"real": lambda x: F.relu(1 - x), "fake": lambda x: F.relu(1 + x), "generator": lambda x: -x},
-    "ls": {"real": lambda x: (x - 1) ** 2, "fake": lambda x: x ** 2, "generator": lambda x: (x - 1) ** 2},
-    "original": {"real": lambda x: F.softplus(-x), "fake": F.softplus, "generator": lambda x: F.softplus(-x)},
-    "w": {"real": lambda x: -x, "fake": lambda x: x, "generator": lambda x: -x},
-}
+# What a logit x costs its owner: D on a real and on a fake image, G on its own. D stops pulling where it is
+# right by a margin of 1, and spends itself on what it still mistakes; G has no margin, so that its gradient
+# never vanishes.
+HINGE = {"real": lambda x: F.relu(1 - x), "fake": lambda x: F.relu(1 + x), "generator": lambda x: -x}
 
 
-def adversarial_loss(logits, role: str, kind: str = "hinge") -> torch.Tensor:
-    """The loss () of `role`: the discriminator on "real" or "fake" images, or the "generator" on fake ones.
-
-    kind: "hinge" (the only one that training uses), or the other choices of the official code: "ls" least
-    squares, "original" cross-entropy (not saturating), "w" Wasserstein without its penalty.
-    """
-    assert kind in KINDS and role in KINDS[kind], \
-        f"found kind {kind!r}, role {role!r}; kinds are {list(KINDS)}"
-    maps = [logits] if torch.is_tensor(logits) else [scale[-1] for scale in logits]    # (B, 1, h, w) each
-    # A mean per scale, then over scales: the coarse one has a quarter of the logits and the same say.
-    return torch.stack([KINDS[kind][role](x.float()).mean() for x in maps]).mean()
+def adversarial_loss(logits, role: str, cost=HINGE) -> torch.Tensor:
+    """The loss () of `role`: the discriminator on "real" or "fake" images, the "generator" on fake ones."""
+    maps = [logits] if torch.is_tensor(logits) else [level[-1] for level in logits]    # (B, 1, h, w) each
+    # A mean per level, then over levels: the coarse one has a quarter of the logits and the same say.
+    return torch.stack([cost[role](x.float()).mean() for x in maps]).mean()
 
 
 def hinge_discriminator(logits_real, logits_fake):
@@ -56,20 +45,19 @@ def hinge_discriminator(logits_real, logits_fake):
 
 
 def hinge_generator(logits_fake) -> torch.Tensor:
-    """-mean logits: no margin for the generator, its gradient never vanishes."""
     return adversarial_loss(logits_fake, "generator")                   # ()
 
 
 def feature_matching(fake_features: list, real_features: list, weight: float = 10.0) -> torch.Tensor:
     """L1 distance between D's features of fake and real, all layers but the logits; no gradient into real."""
-    assert [len(scale) for scale in fake_features] == [len(scale) for scale in real_features], \
-        f"fake has {list(map(len, fake_features))} features per scale, real {list(map(len, real_features))}"
+    counts = [[len(level) for level in features] for features in (fake_features, real_features)]
+    assert counts[0] == counts[1], f"fake has {counts[0]} features per scale, real {counts[1]}"
     # The adversarial gradient dies when D is sure of every fake. The distance to real features does not: it
     # tells G in which direction real images lie, whoever is ahead. The logits are left out: they are the
     # other loss. `detach`: it is the fake that has to move.
     distances = [F.l1_loss(fake.float(), real.detach().float())
-                 for fake_scale, real_scale in zip(fake_features, real_features)
-                 for fake, real in zip(fake_scale[:-1], real_scale[:-1])]
+                 for fake_level, real_level in zip(fake_features, real_features)
+                 for fake, real in zip(fake_level[:-1], real_level[:-1])]
     return weight / len(fake_features) * torch.stack(distances).sum()   # ()
 
 
@@ -83,24 +71,26 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean
     return kl.mean() if reduction == "mean" else kl.sum()               # ()
 
 
-def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The gradients of both losses at `last_layer`, (2, *its shape)."""
-    return torch.stack([torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].float() / scale
-                        for loss in (nll, g)])
+def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, loss_scale: float = 1.0):
+    """The gradients of both losses at `last_layer`, (2, *its shape).
+
+    loss_scale: the losses are multiplied by it and their gradients divided. In fp16 the gradient of a mean
+    over millions of pixels is nothing but rounding; there it is GradScaler.get_scale().
+    """
+    return torch.stack([torch.autograd.grad(loss_scale * loss, last_layer, retain_graph=True)[0].float()
+                        / loss_scale for loss in (nll, g)])
 
 
 def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor,
-                    scale: float = 1.0, pool=None) -> torch.Tensor:
+                    loss_scale: float = 1.0, pool=None) -> torch.Tensor:
     """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4.
 
-    Both losses are multiplied by `scale` and their gradients divided by it: the gradient of a mean over
-    millions of pixels is nothing but rounding in fp16, so there it is GradScaler.get_scale(). Where that
-    overflows (the scaler then skips the step and lowers itself) the weight is 0. pool: turns the gradients of
-    a part of the batch into those of all of it, where the rest is elsewhere.
+    Where the scaled gradients overflow (GradScaler then skips the step and lowers itself) it is 0. pool:
+    turns the gradients of a part of the batch into those of all of it, where the rest is elsewhere.
     """
     # The last layer stands for all others: every path of both losses goes through it, so the ratio there is
     # about the ratio everywhere, and its gradient costs one layer's backward instead of the whole network's.
-    gradients = pulls(nll, g, last_layer, scale)
+    gradients = pulls(nll, g, last_layer, loss_scale)
     nll_gradient, g_gradient = pool(gradients) if pool else gradients
     # 1e-4 and 1e4 (official): a D that says nothing would otherwise be amplified without bound.
     return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).nan_to_num(0.0).clamp(0.0, 1e4).detach()

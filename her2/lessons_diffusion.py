@@ -28,8 +28,7 @@ class Mixture:
     """Equal parts of N(mean_k, std^2 I), means (K, D), as data; `predict(xt, t)` is the perfect network.
 
         xt given k   N(sqrt(ab) mean_k, var I),  var = ab std^2 + 1 - ab          ab = alpha_bar at t
-        x0 given xt  sum over k of p(k | xt) (mean_k + sqrt(ab) std^2 / var (xt - sqrt(ab) mean_k))
-    """
+        x0 given xt  sum over k of p(k | xt) (mean_k + sqrt(ab) std^2 / var (xt - sqrt(ab) mean_k))"""
 
     def __init__(self, means, std: float, schedule=SCHEDULE):
         self.means, self.std, self.schedule = torch.as_tensor(means, dtype=torch.float64), std, schedule
@@ -215,7 +214,7 @@ def denoiser():
               for scale, end in zip((1, 3, 8), ends)]
     label = torch.from_numpy(region(1)[1][60:188, 60:188]).long()
     onehot = torch.stack([label == 0, label > 0, label == 5], dim=0)[None].float()      # (1, 3, 128, 128)
-    encode = LabelCode(3, 3, stages=3)
+    encode = LabelCode(3, 3, halvings=3)
     encode.channel_mapper.weight.data = torch.eye(3)[..., None, None]   # show the shares
     shares = encode(onehot).detach()                                                    # (1, 3, 16, 16)
     time = time_embedding(torch.arange(0, 1000, 4), 64).T                               # (64, 250)

@@ -21,8 +21,7 @@ def heun(predict, schedule, xt, timesteps):
 
     With cos(phi) = sqrt(alpha_bar), eq. 1 is xt = cos(phi) x0 + sin(phi) eps, so that dxt / dphi = v. DDIM
     with eta 0 turns xt by the v at the start of a step, Heun by the mean of the v at both ends: two answers
-    of the network per step. The last step ends at phi = 0, where no network answers: it stays DDIM's.
-    """
+    of the network per step. The last step ends at phi = 0, where no network answers: it stays DDIM's."""
     angle = schedule.alpha_bar.sqrt().acos()
 
     def slope(xt, t):

@@ -190,7 +190,7 @@ def losses():
     Answer: {missed[0]:.3f} for half found, {excess[0]:.3f} for half too much; soft Dice, which is a = b =
     0.5, has {missed[1]:.3f} and {excess[1]:.3f}."""
     def tversky(logits, target, a=0.3, b=0.7):
-        hit, predicted, volume = (sums[0, 1] for sums in class_sums(logits, target))
+        hit, predicted, volume = (sums[1] for sums in class_sums(logits, target))
         return 1 - hit / (hit + a * (predicted - hit) + b * (volume - hit) + 1e-6)
 
     def logits_of(target, prob):    # probability `prob` of the true class, everywhere

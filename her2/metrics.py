@@ -151,13 +151,12 @@ def rates(confusion, classes) -> dict:
 
 def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_fpr: float | None):
     """The figures of `test` at the threshold that gives `val` the baseline's false-positive rate.
-
     `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its
-    threshold 0.5. "fpr" in the result is the rate on test. None where val has no background to match on.
-    """
+    threshold 0.5. "fpr" in the result is the rate on test. None where val has no background to match on."""
     # Threshold from val, figures from test: chosen on the pixels it is judged by, it would flatter.
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:
         return None
     figures = test.report(threshold)                             # the same network, moved along its own curve
-    return {key: figures[key] for key in ("fpr", "dice", "recall", "subtype_variance")}
+    return {**{key: figures[key] for key in ("fpr", "dice", "recall", "subtype_variance")},
+            "threshold": threshold, "precision": figures["precision"]}

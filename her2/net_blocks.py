@@ -9,11 +9,10 @@ step of power iteration per training forward:
 No gradient flows through u and v. In eval mode the stored u and v are used as they are. The tensors carry
 the official names (weight_orig, weight_u, weight_v), so that official files load without a table.
 
-Differs from the official code (NVlabs/SPADE, which uses torch's hook): written out as a layer, so that no
-hook rewrites attributes behind the reader; products are taken element by element and then summed, because
-autocast would turn a matrix product into half precision; `init_weights` ends with a few power iterations,
-because an untrained network in eval mode would otherwise divide by what two random directions happen to
-give, which may be any small number of either sign.
+Differs from the official code (NVlabs/SPADE, which uses torch's hook): written out as a layer; products are
+taken element by element and then summed, because autocast would turn a matrix product into half precision;
+`init_weights` ends with a few power iterations, because an untrained network in eval mode would otherwise
+divide by what two random directions happen to give, which may be any small number of either sign.
 
 Key: B batch, C channels, h w height and width of a feature map.
 """
@@ -67,26 +66,23 @@ def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.
 
     "xavier": normal with variance gain^2 * 2 / (fan_in + fan_out): SPADE's default for G, D and E, gain 0.02.
     "normal": normal with standard deviation `gain`: the PatchGAN of the VQ autoencoder, as in pix2pix.
-    Scales of affine norms become N(1, gain), their shifts 0. Running statistics are left alone.
+    Weights of affine norms become N(1, gain). Running statistics are left alone.
     """
     assert kind in ("xavier", "normal"), f"kind is 'xavier' or 'normal', found {kind!r}"
-
-    def normal(shape, mean, deviation):
-        return torch.randn(shape, generator=generator) * deviation + mean
-
     for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear, SpectralConv2d)):
-            weight = layer.weight_orig if isinstance(layer, SpectralConv2d) else layer.weight
-            fan_in, fan_out = weight[0].numel(), weight[:, 0].numel()
-            deviation = gain * (2 / (fan_in + fan_out)) ** 0.5 if kind == "xavier" else gain
-            weight.copy_(normal(weight.shape, 0.0, deviation))
+        spectral = isinstance(layer, SpectralConv2d)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) or spectral:
+            weight, mean, deviation = layer.weight_orig if spectral else layer.weight, 0.0, gain
+            if kind == "xavier":
+                deviation = gain * (2 / (weight[0].numel() + weight[:, 0].numel())) ** 0.5   # fan in, fan out
         elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)) and layer.weight is not None:
-            layer.weight.copy_(normal(layer.weight.shape, 1.0, gain))
+            weight, mean, deviation = layer.weight, 1.0, gain
         else:
             continue
+        weight.copy_(torch.randn(weight.shape, generator=generator) * deviation + mean)
         if layer.bias is not None:
             layer.bias.zero_()
-        if isinstance(layer, SpectralConv2d):
+        if spectral:
             layer.power_iteration(steps=5)
 
 
@@ -137,15 +133,13 @@ def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:
         if name in given:
             clashes.append(name)
         given[name] = tensor
-    missing = sorted(own.keys() - given.keys())
-    unexpected = sorted(given.keys() - own.keys())
     shapes = {name: tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
               for name, tensor in given.items()}
-    misshapen = [f"{name} {shapes[name]} instead of {tuple(own[name].shape)}"
-                 for name in sorted(own.keys() & given.keys()) if shapes[name] != tuple(own[name].shape)]
-    problems = [f"{len(names)} {what}: {', '.join(names)}"
-                for what, names in (("missing", missing), ("unexpected", unexpected),
-                                    ("misshapen", misshapen), ("given twice", clashes)) if names]
+    wrong = {"missing": sorted(own.keys() - given.keys()), "unexpected": sorted(given.keys() - own.keys()),
+             "misshapen": [f"{name} {shapes[name]} instead of {tuple(own[name].shape)}" for name in
+                           sorted(own.keys() & given.keys()) if shapes[name] != tuple(own[name].shape)],
+             "given twice": clashes}
+    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in wrong.items() if names]
     if problems:
         raise ValueError(f"weights do not fit {type(module).__name__}: " + "; ".join(problems))
     module.load_state_dict(given, assign=any(tensor.is_meta for tensor in own.values()))

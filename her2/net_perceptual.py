@@ -6,7 +6,7 @@
                 mean over the image, sum over five layers: part of the VQ autoencoder's reconstruction loss
 
 Neither network is trained here and neither is worth anything without its weights, so both are off unless
-the user gives a file; none is downloaded. Until then a network lives on torch's meta device, without memory.
+the user gives a file. Until it is loaded a network lives on torch's meta device, without memory.
 
     VGG19Loss   torchvision's vgg19 (vgg19-dcbb9e9d.pth)
     LPIPS       a checkpoint of a CompVis autoencoder that holds loss.perceptual_loss.*, or torchvision's
@@ -43,15 +43,13 @@ class FrozenVGG(nn.Module):
 
     def __init__(self, plan, taps):
         super().__init__()
-        self.taps = taps
-        layers, width = [], 3
+        self.taps, self.features, width = taps, nn.Sequential(), 3
         for entry in plan:
             if entry == "pool":
-                layers.append(nn.MaxPool2d(2))
+                self.features.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(width, entry, 3, padding=1, device="meta"), nn.ReLU()]
+                self.features.extend([nn.Conv2d(width, entry, 3, padding=1, device="meta"), nn.ReLU()])
                 width = entry
-        self.features = nn.Sequential(*layers)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -68,8 +66,11 @@ class FrozenVGG(nn.Module):
                 found.append(x)
         return found
 
-    def load_filtered(self, state_dict: dict, rename=()) -> None:
-        """Load what lies below the last tap; classifier and deeper layers of a whole VGG file are dropped."""
+    def load_official_state_dict(self, state_dict: dict, rename=()) -> None:
+        """Weights up to the last tap; classifier and deeper layers of a whole VGG file are left out.
+
+        ValueError lists what does not fit.
+        """
         def used(name):
             number = re.match(r"features\.(\d+)\.", name)
             return not name.startswith("classifier.") and (not number or int(number[1]) <= self.taps[-1])
@@ -91,10 +92,6 @@ class VGG19Loss(FrozenVGG):
         return sum(weight * F.l1_loss(x.float(), target.float())
                    for weight, x, target in zip(VGG19_WEIGHTS, self.activations(fake), targets))
 
-    def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of torchvision's vgg19. ValueError lists what does not fit."""
-        self.load_filtered(state_dict)
-
 
 class LPIPS(FrozenVGG):
     """forward(a, b) -> (B,), the distance of each pair of images (B, 3, H, W) in [-1, 1]."""
@@ -107,21 +104,19 @@ class LPIPS(FrozenVGG):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         assert a.shape == b.shape, f"images {tuple(a.shape)} and {tuple(b.shape)} differ in shape"
-        mean = a.new_tensor(LPIPS_MEAN)[:, None, None]
-        deviation = a.new_tensor(LPIPS_DEVIATION)[:, None, None]
-        distance = 0.0
-        features = [self.activations((image - mean) / deviation) for image in (a, b)]
+        mean, deviation = (a.new_tensor(x)[:, None, None] for x in (LPIPS_MEAN, LPIPS_DEVIATION))
+        distance, features = 0.0, [self.activations((image - mean) / deviation) for image in (a, b)]
         for head, x, y in zip(self.heads, *features):
             x, y = (f.float() / (f.float().norm(dim=1, keepdim=True) + 1e-10) for f in (x, y))  # (B, C, h, w)
             distance = distance + head((x - y) ** 2).float().mean(dim=(1, 2, 3))                # (B,)
         return distance
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of one file, or of two as {**vgg16, **linear}. ValueError lists what does not fit."""
+        """Weights of one file, or of two as {**vgg16, **linear}."""
         inside = "perceptual_loss."
         if any(inside in name for name in state_dict):
             state_dict = {name.split(inside)[1]: state_dict[name] for name in state_dict if inside in name}
         doubles = ("scaling_layer.", "lins.")       # the two constants above, and other names of lin0 to lin4
-        self.load_filtered({name: state_dict[name] for name in state_dict if not name.startswith(doubles)},
-                           rename=[(r"^net\.slice\d\.(\d+)\.", r"features.\1."),
-                                   (r"^lin(\d)\.model\.1\.", r"heads.\1.")])
+        super().load_official_state_dict(
+            {name: state_dict[name] for name in state_dict if not name.startswith(doubles)},
+            rename=[(r"^net\.slice\d\.(\d+)\.", r"features.\1."), (r"^lin(\d)\.model\.1\.", r"heads.\1.")])

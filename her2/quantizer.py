@@ -14,7 +14,7 @@ Differs from the official code (taming-transformers, VectorQuantizer2, as latent
   comparison with the reference only, reproduces it.
 - distances are computed in chunks (16 images of 512 px at factor 4 and K = 8192 make an 8 GiB matrix) and in
   float32 also under autocast (bfloat16 mistakes neighbouring codes for each other).
-- codes that stay unused can be restarted at latents of the data.
+- codes that stay unused are restarted at latents of the data, as in Jukebox (Dhariwal et al. 2020, app. A.1).
 
 Key: B batch, D width of a code, K number of codes, h w latent height and width, N = B h w.
 """
@@ -50,7 +50,7 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)       # official; all near 0
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:                                                # (K, D)
         return self.embedding.weight
 
     @torch.no_grad()
@@ -91,8 +91,8 @@ def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
 class CodeUsage:
     """How often each code was used over `window` steps (one batch says little), and the restarts for it.
 
-    The first look is after a fifth of the window, since all codes begin near 0, next to hardly any latent.
-    After step `last` the codebook stays as it is. used: codes in use in the last whole window, None before.
+    The first look is after a fifth of a window: all codes begin near 0, and few are nearest to any latent.
+    After step `last` no code is moved. used: codes in use in the last whole window, None before.
     """
 
     def __init__(self, num_codes: int, window: int, last: int, device=None):
@@ -124,23 +124,19 @@ def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z_sample: torch.
     """Move every code whose `usage` (K,) is 0 to a randomly drawn latent of the data; returns how many.
 
     z_sample: latents (B, D, h, w), or vectors (N, D). `generator` is a CPU generator: the same restart on
-    every device. Adam's moments of the moved rows are cleared when `optimizer` is given: they belong to the
-    old place. (Restarting is ours: Jukebox, Dhariwal et al. 2020, appendix A.1, does the same.)
+    every device. Adam's moments of the moved rows in `optimizer` are cleared: they belong to the old place.
     """
     weight = codebook.weight
     assert usage.shape == weight.shape[:1], f"usage {tuple(usage.shape)} should be ({len(weight)},)"
     vectors = z_sample.movedim(1, -1).reshape(-1, weight.shape[1])                   # (N, D)
     # A code that is never the nearest gets no gradient, so it stays where it is, for ever.
     dead = (usage.to(weight.device) == 0).nonzero().flatten()                        # (dead codes,)
-    count = len(dead)
-    if count == 0:
-        return 0
     # Without replacement where the sample is large enough: two codes at one place would stay one code.
-    order = [torch.randperm(len(vectors), generator=generator) for _ in range(-(-count // len(vectors)))]
-    chosen = torch.cat(order)[:count].to(vectors.device)                # (dead codes,)
-    weight[dead] = vectors[chosen].to(weight.dtype)                  # now nearest to one latent at least
+    order = [torch.randperm(len(vectors), generator=generator) for _ in range(-(-len(dead) // len(vectors)))]
+    if order:
+        weight[dead] = vectors[torch.cat(order)[:len(dead)].to(vectors.device)].to(weight.dtype)
     state = optimizer.state.get(weight, {}) if optimizer is not None else {}  # empty before its first step
     for moment in state.values():
         if torch.is_tensor(moment) and moment.shape == weight.shape:
             moment[dead] = 0                                         # of Adam's two, (K, D) each
-    return count
+    return len(dead)

@@ -36,16 +36,14 @@ TITLES = {**METHODS, **CONTROLS}        # how the methods of generate.py are cal
 COLORS = {REAL: GREY, "GAN": ORANGE, "diffusion": BLUE, "inpainting": GREEN,
           **dict.fromkeys(CONTROLS.values(), PURPLE)}
 # Fields in which runs of one comparison differ on purpose, or that do not change the result.
-FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp",
+FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp", "cwd",
         "log_every", "save_every", "data"}
 
 
 def configuration_name(fields: dict, method: str = "") -> str:
-    """`tumor`, `subtype`, `uniform`, `gan-100`, `ldm-100-same`, ...: the configuration of a run.
-
-    `--name` where it was given. `method` is that of the synthetic folder ('' without one). Synthetic images
-    go with subtype sampling; with another one its name is appended: different things never share a name.
-    """
+    """`tumor`, `subtype`, `uniform`, `gan-100`, `ldm-100-same`, ...: the configuration of a run. `--name`
+    where it was given. `method` is that of the synthetic folder ('' without one). Synthetic images go with
+    subtype sampling; with another one its name is appended: different things never share a name."""
     if fields.get("name") or not fields.get("synthetic"):
         return fields.get("name") or fields["sampling"]
     method, *same = method.split("-")
@@ -57,7 +55,6 @@ def configuration_name(fields: dict, method: str = "") -> str:
 @dataclasses.dataclass
 class Run:
     """One evaluated segmentation run; `val` and `test` are {slide: ProbabilityHistogram}."""
-
     folder: str
     fields: dict            # of its config.json
     method: str             # 'gan', 'ldm', 'ldm-same' (labels kept), 'oracle', ...; '' without any
@@ -111,13 +108,10 @@ def collect(runs) -> dict:
             "name": run.name, "method": run.method.split("-")[0] or REAL,
             "ratio": None if math.isinf(ratio) else float(ratio),   # None: synthetic images alone
             "sampling": run.fields["sampling"], "runs": []})
-        val, test, fpr = sum(run.val.values()), sum(run.test.values()), baselines.get(run.seed)
-        equal = matched(val, test, fpr)                             # None without a baseline of this seed
-        if equal is not None:
-            threshold = val.threshold_at_fpr(fpr)
-            equal.update(threshold=threshold, precision=test.report(threshold)["precision"])
+        val, test = sum(run.val.values()), sum(run.test.values())
         config["runs"].append({
-            "seed": run.seed, **test.report(), "matched": equal, "folder": run.folder, "val": val.report(),
+            "seed": run.seed, **test.report(), "matched": matched(val, test, baselines.get(run.seed)),
+            "folder": run.folder, "val": val.report(),
             "slides": {slide: part.report() for slide, part in run.test.items()}})
     return {"baseline": BASELINE, "threshold": 0.5, "configs": list(configs.values())}
 
@@ -142,10 +136,8 @@ def mean_sd(numbers):
 
 def change(config: dict, baseline: dict, path):
     """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline).
-
     The baseline's figure is that at 0.5, where it is matched to itself. None without a common seed that has
-    both; the sd of a single seed and the percentage of a baseline of 0 are None.
-    """
+    both; the sd of a single seed and the percentage of a baseline of 0 are None."""
     base = {record["seed"]: record[path[-1]] for record in baseline["runs"]}
     pairs = [(figure_of(record, *path), base.get(record["seed"])) for record in config["runs"]]
     pairs = [(new, old) for new, old in pairs if new is not None and old is not None]
@@ -208,8 +200,8 @@ def markdown(rows) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def page(results: dict, data: str, notes, figures) -> str:
-    """report.md. `notes` are warnings, one line each; `figures` are for `gallery`."""
+def page(results: dict, data: str, notes, pictures) -> str:
+    """report.md. `notes` are warnings, one line each; `pictures` are for `gallery`."""
     configs = results["configs"]
     return "\n\n".join([
         "# Segmentation with and without synthetic images",
@@ -225,14 +217,12 @@ def page(results: dict, data: str, notes, figures) -> str:
         "## Results at the baseline's false-positive rate",
         "The threshold of each run is the one at which its false-positive rate on val equals that of the "
         "baseline with the same seed. A gain that is not here was a shift of the operating point.",
-        markdown(result_table(results, "matched")), *gallery(results, figures)]) + "\n"
+        markdown(result_table(results, "matched")), *gallery(results, pictures)]) + "\n"
 
 
 def gallery(results: dict, pictures, over: str = "") -> list:
     """Paragraphs of report.md: what was measured of the images, and pictures [(file name, caption), ...].
-
-    `over`: a sentence that says over what the numbers are means.
-    """
+    `over`: a sentence that says over what the numbers are means."""
     parts = []
     if results.get("staining"):
         parts += ["## Is the staining what was asked for?",

@@ -36,7 +36,7 @@ def judge(network, image, device, batch: int = 64):
     prob, features = [], []
     for part in image.split(batch):
         part = part.to(device, memory_format=torch.channels_last)
-        maps = network.encoder(part * network.scale + network.shift)
+        maps = network.encoder(network.normalised(part))
         prob.append(network.segmentation_head(network.decoder(maps)).float().softmax(1)[:, 1].cpu())
         features.append(torch.cat([maps[k].float().mean((2, 3)) for k in (2, 3)], dim=1).cpu())
     return torch.cat(prob), torch.cat(features)
@@ -51,10 +51,8 @@ def sharpness(image, label, classes):
 
 
 def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") -> dict:
-    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]}.
-
-    The sources "real, train" and "real, val" are added; the first is what all distances are measured to.
-    """
+    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]}. The
+    sources "real, train" and "real, val" are added; the first is what all distances are measured to."""
     patch, pairs = min(roi.height for rois in sets.values() for roi in rois), {}
     for split in ("train", "val"):          # drawn as the sources of synthetic images are
         sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
@@ -96,11 +94,9 @@ def table(result: dict) -> list:
 
 
 def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
-    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it.
-
-    Of 100 patches that one is taken that comes nearest to being half of this subtype and a third background:
-    where all is tumor, nobody sees whether the outlines of the label are obeyed.
-    """
+    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it. Of 100 patches that
+    one is taken that comes nearest to being half of this subtype and a third background: where all is tumor,
+    nobody sees whether the outlines of the label are obeyed."""
     def content(roi):
         tile = open_roi(roi, dataset.classes, cache)
         return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)

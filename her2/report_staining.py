@@ -64,9 +64,7 @@ def by_class(records, classes) -> dict:
 
 def summary(densities: dict, classes) -> dict:
     """{source: {subtype: {"n", "q25", "median", "q75"}, "ordered": bool or None}} of {source: `by_class`}.
-
-    "ordered" tells whether the medians of the HER2 subtypes rise in their order; None when one is absent.
-    """
+    "ordered" tells whether the medians of the HER2 subtypes rise in their order; None when one is absent."""
     result = {}
     for source, found in densities.items():
         rows = {k: np.percentile(found[k], [25, 50, 75]).tolist() if found[k] else [None] * 3

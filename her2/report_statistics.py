@@ -98,10 +98,8 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def t_interval(differences, level: float = 1 - ALPHA) -> dict:
-    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0.
-
-    A single seed leaves everything open: low and high are None, p is 1.
-    """
+    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0. A
+    single seed leaves everything open: low and high are None, p is 1."""
     d = np.asarray(differences, dtype=np.float64)
     n, mean, low, high, p = len(d), float(d.mean()), None, None, 1.0
     if n > 1:
@@ -231,8 +229,7 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
                      at the matched false-positive rate has the same sign
     not answerable   the oracle's interval includes 0
     contradicted     the interval excludes even the margin, and the oracle shows it, by interval and mean
-    undecided        anything else
-    """
+    undecided        anything else"""
     new, old, point, figure = CLAIMS[claim]
     margin, sign = abs(MARGIN[figure]), np.sign(MARGIN[figure])
 

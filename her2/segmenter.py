@@ -1,7 +1,7 @@
 """The segmentation network: a U-Net whose contracting half is a ResNet-34, and inference on whole ROIs.
 
-A ResNet-34 without its classifier halves the image five times and keeps the feature map of every scale. The
-decoder goes back up: double the resolution (nearest), append the encoder's map of that scale (the skip), two
+A ResNet-34 without its classifier halves the image five times and keeps the feature map of every level. The
+decoder goes back up: double the resolution (nearest), append the encoder's map of that level (the skip), two
 3x3 convolutions. The last doubling reaches the image's own resolution, where the encoder has no map. A 3x3
 convolution gives two logits per pixel, background and tumor:
 
@@ -11,8 +11,7 @@ convolution gives two logits per pixel, background and tumor:
 
 Source: paper, section 2.3 (U-Net [17] with a ResNet-34 [18] backbone pre-trained on ImageNet [19]); the
 layout is that of segmentation-models-pytorch's Unet("resnet34"), whose files load, as do torchvision's
-resnet34 files (encoder). Names of parameters are the official ones: `encoder.` + torchvision's,
-`decoder.blocks.<i>.conv<1|2>`.
+resnet34 files (encoder). Names of parameters are the official ones.
 
 Differs from the official code: images come in [-1, 1] and the ImageNet normalisation is part of the network
 (the official one leaves it to the data pipeline, where it is easily forgotten; `forward_normalised` skips
@@ -22,6 +21,7 @@ Key: B batch, K classes, H W image size, h w size of a feature map, c channels, 
 """
 
 import hashlib
+import itertools
 import math
 import socket
 from pathlib import Path
@@ -37,8 +37,8 @@ from her2.run_errors import UserError, one_line
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]: what every torchvision ResNet was trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"  # ends in the start of its SHA-256
-STRIDE = 32                            # five halvings: sizes and tile positions are multiples of it
-BLOCKS = (3, 4, 6, 3)                  # residual blocks per stage: He et al., CVPR 2016, table 1, 34-layer
+STRIDE = 32                            # five halvings: sizes and places of tiles are multiples of it
+BLOCKS = (3, 4, 6, 3)                  # residual blocks of f_2 .. f_5: He et al., CVPR 2016, table 1
 
 
 class ResidualBlock(nn.Module):
@@ -50,8 +50,8 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = None                           # no shortcut conv: what came in is added as it is
-        if stride > 1:  # as deep as in torchvision: only where the shape changes
+        self.downsample = None                           # what came in is added as it is
+        if stride > 1:                                   # but where the shape changes, as in torchvision
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                                             nn.BatchNorm2d(out_channels))
 
@@ -70,11 +70,11 @@ class ResNet34Encoder(nn.Module):
         # No biases before a batch norm: it subtracts the mean, and a bias with it.
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        for stage, depth in enumerate(BLOCKS, start=1):
-            c_in, c_out = self.channels[stage], self.channels[stage + 1]  # doubled where the side halves
-            blocks = [ResidualBlock(c_in if i == 0 else c_out, c_out, 2 if i == 0 and stage > 1 else 1)
-                      for i in range(depth)]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        for i, depth in enumerate(BLOCKS, start=1):
+            c_in, c_out = self.channels[i], self.channels[i + 1]        # doubled where the side halves
+            first = ResidualBlock(c_in, c_out, stride=1 if i == 1 else 2)  # layer1 comes after a pooling
+            rest = [ResidualBlock(c_out, c_out, stride=1) for _ in range(depth - 1)]
+            self.add_module(f"layer{i}", nn.Sequential(first, *rest))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x: ImageNet-normalised image. Returns the six maps f_0 .. f_5 of the module's docstring."""
@@ -109,7 +109,7 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, channels, decoder_channels):
         super().__init__()
-        inputs = [channels[5], *decoder_channels[:-1]]                  # what arrives from below
+        inputs = [channels[5], *decoder_channels[:-1]]                  # what arrives from the coarser level
         skips = [*channels[4:0:-1], 0]                               # f_4 .. f_1; the image itself is no skip
         self.blocks = nn.ModuleList(map(DecoderBlock, inputs, skips, decoder_channels))
 
@@ -124,7 +124,7 @@ class UNet(nn.Module):
     """image (B, 3, H, W) in [-1, 1], H and W divisible by 32 -> logits (B, num_classes, H, W).
 
     `width` 64 is the official size (24,436,514 parameters); 16 or 32 train on a CPU. `decoder_channels`
-    defaults to the official (256, 128, 64, 32, 16) scaled by width / 64, at least 16 each.
+    defaults to the official (256, 128, 64, 32, 16) times width / 64, at least 16 each.
     """
 
     def __init__(self, num_classes: int = 2, width: int = 64, decoder_channels=None):
@@ -139,21 +139,24 @@ class UNet(nn.Module):
         self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], num_classes, 3, padding=1))
         # Not in the state_dict: constants, and the official files do not have them.
         mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("factor", 0.5 / std, persistent=False)
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
         he_init(self)                                              # the file of --encoder-weights comes after
 
+    def normalised(self, image: torch.Tensor) -> torch.Tensor:
+        """((image + 1) / 2 - mean) / std: what the encoder takes, and ImageNet's weights were made for."""
+        return image * self.factor + self.shift                         # (B, 3, H, W)
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         assert image.ndim == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
-        return self.forward_normalised(image * self.scale + self.shift)  # ((image + 1) / 2 - mean) / std
+        return self.forward_normalised(self.normalised(image))          # (B, K, H, W)
 
     def forward_normalised(self, x: torch.Tensor) -> torch.Tensor:
-        """The same from an image that is ImageNet-normalised already: what the official network takes."""
+        """The same from an image that is normalised already: what the official network takes."""
         if x.shape[2] % STRIDE or x.shape[3] % STRIDE:
             raise ValueError(f"height and width must be divisible by {STRIDE}, found {tuple(x.shape[2:])}; "
                              "predict_roi takes any size")
-        features = self.encoder(x)                                      # f_0 .. f_5
-        return self.segmentation_head(self.decoder(features))       # (B, K, H, W)
+        return self.segmentation_head(self.decoder(self.encoder(x)))    # (B, K, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc).
@@ -162,11 +165,9 @@ class UNet(nn.Module):
         Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
         and the counters have no effect at a fixed momentum.
         """
-        given = dict(state_dict)                                        # a copy: the caller keeps its own
-        whole = any(name.startswith("encoder.") for name in given)
-        target = self if whole else self.encoder                        # torchvision has no decoder
-        if not whole:
-            given = {name: tensor for name, tensor in given.items() if name not in ("fc.weight", "fc.bias")}
+        whole = any(name.startswith("encoder.") for name in state_dict)
+        target, unused = (self, ()) if whole else (self.encoder, ("fc.weight", "fc.bias"))  # no decoder there
+        given = {name: tensor for name, tensor in state_dict.items() if name not in unused}
         if not any(name.endswith("num_batches_tracked") for name in given):
             given.update({name: tensor for name, tensor in target.state_dict().items()
                           if name.endswith("num_batches_tracked")})
@@ -176,8 +177,6 @@ class UNet(nn.Module):
 def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw all weights anew: convolutions as He et al., 2015 (fan-out, ReLU), the head as Glorot.
 
-    Batch norms are left as they are made: the identity.
-
     Measured from scratch on a small texture task (width 16, batch 16, no clipping, 7 seeds each): every run
     converged at learning rates 2e-3 and 5e-3. A head that starts at zero, tempting because the first loss is
     then ln 2, left half of the runs at more than twice the final loss. Residual branches that start at zero
@@ -185,11 +184,11 @@ def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            # Fan-out: the gradient keeps its size through 34 layers of ReLU.
+            # Fan-out: the gradient keeps its size through 34 layers of ReLU. (Batch norms begin as identity.)
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
     head = model.segmentation_head[0]
     nn.init.xavier_uniform_(head.weight, generator=generator)
-    nn.init.zeros_(head.bias)                                           # both classes even at first
+    nn.init.zeros_(head.bias)                                           # no class is favoured at first
 
 
 def encoder_weights(choice: str) -> Path | None:
@@ -205,20 +204,19 @@ def encoder_weights(choice: str) -> Path | None:
             raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of "
                             "torchvision's resnet34 or of smp's Unet")
         return Path(choice)
-
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rsplit("/", 1)[1]
     expected = path.stem.split("-")[1]
     if not path.is_file():
-        patience = socket.getdefaulttimeout()                           # put back below
+        patience = socket.getdefaulttimeout()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(20)  # torch.hub itself would wait for minutes where packets are dropped
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=expected)
         except (OSError, RuntimeError, ValueError) as error:  # no network, wrong hash, broken proxy
-            raise UserError(f"{path}: not there, and the download failed ({one_line(error)}); get "
-                            f"{IMAGENET_URL} on a machine with a network and put it there, or give the file "
-                            "itself as --encoder-weights FILE, or do without: --encoder-weights none"
-                            ) from error
+            raise UserError(
+                f"{path}: not there, and the download failed ({one_line(error)}); get {IMAGENET_URL} on a "
+                "machine with a network and put it there, or give the file itself as --encoder-weights FILE, "
+                "or do without: --encoder-weights none") from error
         finally:
             socket.setdefaulttimeout(patience)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:len(expected)]
@@ -238,11 +236,11 @@ def check_tiles(tile: int, overlap: int) -> None:
 def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[int, int, int]]]:
     """Cut one axis into tiles: (size of a tile, [(start of the tile, start of the kept part, its end), ...]).
 
-    Tiles start at multiples of 32, so that a network with five halvings sees every pixel on the same grid as
-    in one pass over the whole image. Neighbours share at least `overlap` pixels and are cut in the middle of
-    what they share: the kept parts are disjoint and cover [0, length). The last may reach beyond `length`.
+    The kept parts are disjoint and cover [0, length). The last tile may reach beyond `length`.
     """
-    padded = math.ceil(length / STRIDE) * STRIDE                        # five halvings need it
+    # Tiles start at multiples of 32: a network with five halvings then sees every pixel on the same grid as
+    # in one pass over the image. Neighbours are cut in the middle of what they share: both see far there.
+    padded = math.ceil(length / STRIDE) * STRIDE
     tile = min(tile, padded)                                            # a small image is one tile
     step = (tile - overlap) // STRIDE * STRIDE           # down: the overlap is at least what was asked for
     starts = [*range(0, padded - tile, step), padded - tile] if tile < padded else [0]
@@ -253,7 +251,7 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
 def reflected(length: int, stop: int) -> torch.Tensor:
     """Indices 0..stop-1 folded into [0, length) as in a mirror: 0 1 2 2 1 0 0 1 ... for length 3."""
     index = torch.arange(stop) % (2 * length)                          # a mirror repeats after there and back
-    return torch.where(index < length, index, 2 * length - 1 - index)
+    return index.minimum(2 * length - 1 - index)
 
 
 @torch.no_grad()
@@ -262,25 +260,23 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     """Tumor probability of every pixel of an ROI of any size: (3, H, W) -> (H, W) float32, on the CPU.
 
     `image` is float in [-1, 1] or uint8 (a view of a memory-mapped file is fine: only tiles are copied). The
-    network sees overlapping tiles of which only the centres are kept, so each pixel is predicted once and no
-    seam shows; where an ROI is no multiple of 32 its right and bottom are continued by reflection. `tile` is
-    a multiple of 32, 0 <= overlap <= tile - 32. `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be
-    in eval mode.
+    network sees overlapping tiles of which only the centres are kept, so each pixel is predicted once.
+    `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be in eval mode.
     """
     if model.training:
         raise ValueError("predict_roi needs model.eval(): batch statistics would tie the tiles together")
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is (3, H, W), found {tuple(image.shape)}")
     check_tiles(tile, overlap)
-    _, height, width = image.shape
-    tile_h, spans_y = tile_spans(height, tile, overlap)
-    tile_w, spans_x = tile_spans(width, tile, overlap)
-    # Mirrored tissue is tissue: zeros beyond the border would be a colour that no slide has.
+    height, width = image.shape[1:]
+    (tile_h, spans_y), (tile_w, spans_x) = (tile_spans(length, tile, overlap) for length in (height, width))
+    # Beyond right and bottom, up to a multiple of 32, a mirror: mirrored tissue is tissue, zeros would be an
+    # even grey, which no slide has.
     rows = reflected(height, spans_y[-1][0] + tile_h)
     columns = reflected(width, spans_x[-1][0] + tile_w)
 
     prob = torch.empty(height, width)                      # on the CPU: an ROI may be larger than a GPU holds
-    jobs = [(span_y, span_x) for span_y in spans_y for span_x in spans_x]  # one per tile
+    jobs = list(itertools.product(spans_y, spans_x))       # one per tile
     for first in tqdm(range(0, len(jobs), batch_size), "tiles", leave=False, delay=3, disable=None):
         batch = jobs[first:first + batch_size]
         tiles = torch.stack([image[:, rows[y:y + tile_h, None], columns[x:x + tile_w]]

@@ -1,14 +1,14 @@
-"""SPADE: an image generator that is told at every scale which tissue belongs where.
+"""SPADE: an image generator that is told at every resolution which tissue belongs where.
 
 A usual conditional generator sees the label map once, at its input, and the normalisation layers then wash
 it out: a patch of one single class normalises to the same values whatever the class is. SPADE takes the
-label out of the input and lets it set the scale and shift of every normalisation, pixel by pixel:
+label out of the input and lets it set factor and shift after every normalisation, pixel by pixel:
 
     h = relu(conv(onehot, resized to x))     gamma = conv(h)     beta = conv(h)
     SPADE(x) = norm(x) * (1 + gamma) + beta                                        (eq. 1, 2 of Park et al.)
 
-norm has no parameters of its own: batch or instance normalisation. The generator starts from a linear map of
-a latent vector z and doubles the size five times; each residual block in between is normalised in this way.
+norm, batch or instance normalisation, has no parameters of its own. The generator starts from a linear map of
+a latent vector z and doubles the size five times; the residual blocks in between are normalised in this way.
 z comes from an encoder of a real image (a variational autoencoder: mean mu, log-variance logvar), so that it
 carries what the mask does not say, such as the stain:
 
@@ -20,23 +20,23 @@ and appendix A (layers), appendix "VAE". The HER2 paper, section 2.2, uses it wi
 Differs from the official code (NVlabs/SPADE):
 - Any height and width divisible by `stride` (32) works, also after training: the latent grid, fixed by the
   training size, is resized (nearest) to the image's. The official grid fits one size only.
-- The encoder follows the training size (officially images are always resized to 256 x 256, and an encoder for
-  smaller crops cannot be built) and has z_dim outputs (officially 256 whatever z_dim is).
+- The encoder follows the training size (officially images are always resized to 256 x 256, for which the one
+  of smaller crops lacks a layer: it fails) and has z_dim outputs (officially 256 whatever z_dim is).
 - Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
   num_batches_tracked, which the official one never advances.
-- PAPER: batch norm at test time is left open. Training images were normalised with the statistics of their
-  own batch; synthesised ones are with running averages, as officially: by statistics of the batch, the other
-  images in it would change the picture that a mask and a z give. But those averages belong to the last
-  steps, not to averaged (EMA) weights, and to z from the encoder, not from N(0, I). `recalibrate_norm`
-  measures them anew, with the weights that are saved and z as in synthesis. In one run of 800 steps on the
-  phantom it brought the images of averaged weights from a mean distance of 0.136 to 0.041 from what training
-  mode gives (values in [-1, 1]), and their contrast from 80 % to 98 %.
 - `hidden`, the width of h above, is an argument (officially 128): with a small ngf it dominates the cost.
+- PAPER: batch norm at test time is left open. Training images were normalised with the statistics of their
+  own batch; synthesised ones are with running averages, as officially, so that an image does not depend on
+  the others of its batch. But those averages belong to the weights of the last steps, not to averaged (EMA)
+  ones, and to z from the encoder, not from N(0, I). `recalibrate_norm` measures them anew for what is saved.
+  In one run of 800 steps on the phantom it brought the images of averaged weights from a mean distance of
+  0.136 to 0.041 from what training mode gives (values in [-1, 1]), and their contrast from 80 % to 98 %.
 
 Key: B batch, K classes, C channels, h w size of a feature map, H W of the image, g = 2^5 (stride), n = ngf.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +49,13 @@ UPSAMPLINGS = {"normal": 5, "more": 6, "most": 7}      # how often the latent gr
 
 
 class SPADENorm(nn.Module):
-    """Normalise x without parameters, then scale and shift every pixel by what the label map says there."""
+    """Normalise x without parameters, then stretch and shift every pixel as the label map says there."""
 
     def __init__(self, channels: int, num_classes: int, norm: str = "batch", hidden: int = 128):
         super().__init__()
         assert norm in ("batch", "instance"), f"norm is 'batch' or 'instance', found {norm!r}"
         layer = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
-        self.param_free_norm = layer(channels, affine=False)   # scale and shift are the label map's business
+        self.param_free_norm = layer(channels, affine=False)   # what follows is the label map's business
         # 3 x 3 twice: gamma and beta know how far the next tissue is, not only which one is here.
         self.mlp_shared = nn.Sequential(nn.Conv2d(num_classes, hidden, 3, padding=1), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
@@ -67,7 +67,7 @@ class SPADENorm(nn.Module):
         onehot = F.interpolate(onehot, size=x.shape[2:], mode="nearest")              # (B, K, h, w)
         h = self.mlp_shared(onehot)                                                   # (B, hidden, h, w)
         gamma, beta = self.mlp_gamma(h), self.mlp_beta(h)                             # (B, C, h, w)
-        # gamma starts near 7e-5 (init_weights): without the 1 every layer would begin as a zero, and nothing
+        # gamma starts below 1e-4 (init_weights): without the 1 every layer would begin as a zero, and nothing
         # would pass; with it the network begins as one with plain normalisation, and learns the label's part.
         return self.param_free_norm(x) * (1 + gamma) + beta                           # (B, C, h, w)
 
@@ -99,10 +99,10 @@ class SPADEResBlock(nn.Module):
 class SPADEGenerator(nn.Module):
     """onehot (B, K, H, W) and z (B, z_dim) -> image (B, 3, H, W) in [-1, 1]; H, W divisible by `stride`.
 
-    size        the training patch, one int or (height, width): fixes the grid of the first linear layer
-    use_vae     False: no z; the start is a convolution of the downsampled label map, the image is a function
-                of the mask alone
-    upsampling  "normal" doubles five times (stride 32), "more" six, "most" seven with one more block
+    size    the training patch, one int or (height, width): fixes the grid of the first linear layer
+    Official variants, which no script here asks for: norm="instance"; upsampling "more" doubles six times
+    instead of five, "most" seven, with one more block; use_vae=False starts from a convolution of the
+    downsampled label map instead of z, so that the image is a function of the mask alone.
     """
 
     def __init__(self, num_classes: int = 6, ngf: int = 64, z_dim: int = 256, size=512, norm: str = "batch",
@@ -116,14 +116,10 @@ class SPADEGenerator(nn.Module):
         assert all(s > 0 and s % self.stride == 0 for s in size), \
             f"the training size must be divisible by {self.stride} ('{upsampling}' upsampling), found {size}"
         self.grid = [s // self.stride for s in size]
-
-        def block(in_width, out_width):
-            return SPADEResBlock(in_width, out_width, num_classes, norm, hidden)
-
-        if use_vae:                    # one linear map paints the coarsest grid: z sets the look of a patch
-            self.fc = nn.Linear(z_dim, 16 * ngf * self.grid[0] * self.grid[1])
-        else:
-            self.fc = nn.Conv2d(num_classes, 16 * ngf, 3, padding=1)
+        block = partial(SPADEResBlock, num_classes=num_classes, norm=norm, hidden=hidden)
+        # One linear map paints the coarsest grid: z sets the look of a patch.
+        self.fc = (nn.Linear(z_dim, 16 * ngf * math.prod(self.grid)) if use_vae
+                   else nn.Conv2d(num_classes, 16 * ngf, 3, padding=1))
         self.head_0 = block(16 * ngf, 16 * ngf)
         self.G_middle_0 = block(16 * ngf, 16 * ngf)
         self.G_middle_1 = block(16 * ngf, 16 * ngf)
@@ -140,10 +136,9 @@ class SPADEGenerator(nn.Module):
         grid = [s // self.stride for s in onehot.shape[2:]]
         if not self.config["use_vae"]:
             return self.fc(F.interpolate(onehot, size=grid, mode="nearest"))          # (B, 16n, H/g, W/g)
-        if z is None or z.shape != (len(onehot), self.config["z_dim"]):
-            found = None if z is None else tuple(z.shape)
-            raise ValueError(f"z must be ({len(onehot)}, {self.config['z_dim']}), found {found}: "
-                             "draw it from N(0, I), or encode an image")
+        wanted, found = (len(onehot), self.config["z_dim"]), None if z is None else tuple(z.shape)
+        if found != wanted:
+            raise ValueError(f"z must be {wanted}, found {found}: draw it from N(0, I), or encode an image")
         x = self.fc(z).unflatten(1, (-1, *self.grid))                                 # (B, 16n, grid)
         return x if grid == self.grid else F.interpolate(x, size=grid, mode="nearest")  # (B, 16n, H/g, W/g)
 
@@ -171,9 +166,7 @@ class SPADEGenerator(nn.Module):
         # tanh keeps the image in [-1, 1]; where it saturates its gradient is 0: see saturated_share.
         return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE)))                      # (B, 3, H, W)
 
-    def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of NVlabs/SPADE (latest_net_G.pth): the same names. ValueError lists what does not fit."""
-        load_strict(self, state_dict)
+    load_official_state_dict = load_strict          # NVlabs/SPADE's latest_net_G.pth: the same names
 
 
 class VAEEncoder(nn.Module):
@@ -181,20 +174,20 @@ class VAEEncoder(nn.Module):
 
     3x3 convolutions of stride 2 with spectral and instance normalisation, down to 4x4, then two linear maps.
     `size` is the training patch: images are resized (bilinear) to the largest power of two that is neither
-    above it nor above 256, so 256 at paper scale (official value) and no resizing for patches of 64 or 128.
+    above it nor above 256, so 256 at paper size (official value) and no resizing for patches of 64 or 128.
     """
 
     def __init__(self, ngf: int = 64, z_dim: int = 256, size: int = 256):
         super().__init__()
         assert size >= 8, f"the encoder needs patches of at least 8 pixels, found size {size}"
         self.config = dict(ngf=ngf, z_dim=z_dim, size=size)
-        levels = int(math.log2(min(size, 256))) - 2            # halvings that leave a side of 4
-        self.side = 4 * 2 ** levels
-        widths = [3] + [ngf * min(2 ** level, 8) for level in range(levels)]            # 1, 2, 4, 8, 8, 8
-        self.layers = [f"layer{level + 1}" for level in range(levels)]
+        halvings = int(math.log2(min(size, 256))) - 2          # a side of 4 is left
+        self.side = 4 * 2 ** halvings
+        widths = [3] + [ngf * min(2 ** i, 8) for i in range(halvings)]           # 3, n * 1, 2, 4, 8, 8, 8
+        self.layers = [f"layer{i + 1}" for i in range(halvings)]                        # official names
         for name, in_width, out_width in zip(self.layers, widths, widths[1:]):
             convolution = SpectralConv2d(in_width, out_width, 3, stride=2, padding=1, bias=False)
-            setattr(self, name, nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
+            self.add_module(name, nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
         # What is left is 4 x 4: too coarse to hold where a nest is, fine enough for how dark it is.
         self.fc_mu = nn.Linear(widths[-1] * 16, z_dim)
         self.fc_var = nn.Linear(widths[-1] * 16, z_dim)
@@ -202,17 +195,15 @@ class VAEEncoder(nn.Module):
     def forward(self, image: torch.Tensor):
         assert image.dim() == 4 and image.shape[1] == 3, \
             f"image must be (B, 3, H, W), found {tuple(image.shape)}"
-        x = image
-        if image.shape[2:] != (self.side, self.side):
-            x = F.interpolate(image, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        x, size = image, (self.side, self.side)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)     # (B, 3, side, side)
         for name in self.layers:
             x = F.leaky_relu(getattr(self, name)(x), SLOPE)                           # (B, C, h/2, w/2)
         x = x.flatten(1)                                                              # (B, 8n*4*4)
         return self.fc_mu(x).float(), self.fc_var(x).float()     # (B, z_dim) twice; exp overflows in fp16
 
-    def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of NVlabs/SPADE (latest_net_E.pth): the same names. ValueError lists what does not fit."""
-        load_strict(self, state_dict)
+    load_official_state_dict = load_strict          # NVlabs/SPADE's latest_net_E.pth: the same names
 
 
 def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -230,10 +221,9 @@ def recalibrate_norm(generator: SPADEGenerator, batches) -> None:
     batches: an iterable of (onehot, z), z ~ N(0, I) as in synthesis, as many as give steady averages (tens):
     the statistics become the plain average over them. Parameters and train/eval mode stay as they are.
     """
-    was_training = generator.training
-    generator.eval()                                       # spectral normalisation: no step per forward
     norms = [layer for layer in generator.modules() if isinstance(layer, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
+    was_training, momenta = generator.training, [norm.momentum for norm in norms]
+    generator.eval()                                       # spectral normalisation: no step per forward
     for layer in generator.modules():
         if isinstance(layer, SpectralConv2d):
             layer.power_iteration(steps=10)                # averaged weights have other singular vectors

@@ -4,10 +4,12 @@ Where ours differs on purpose, the official variant is an argument: Codebook(leg
 final_alpha_bar, blend "after", clip_x0. See test_parity.py for the protocol.
 """
 
+import math
 import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from golden_reader import gradient_outputs, module_outputs, probes
 from her2.autoencoder import VQAutoencoder
 from her2.denoiser import Denoiser, LabelCode, LatentDenoiser, time_embedding
@@ -95,9 +97,17 @@ def code_statistics(counts):
     return perplexity.item(), int((counts > 0).sum())
 
 
+def ddpm_embedding(t, dim):
+    """The convention of Ho et al. 2020: [sin, cos], and frequency i is 10000^(-i/(half-1))."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1))
+    angles = t[:, None].float() * torch.exp(exponents)[None]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
 def run_time_embedding(meta, sd, inp, out):
-    return {f"{name}/{dim}": time_embedding(inp["t"], dim, ddpm=ddpm) for dim in meta["config"]["dims"]
-            for name, ddpm in (("openai", False), ("ddpm_vq_model_py", True))}
+    return {f"{name}/{dim}": embedding(inp["t"], dim) for dim in meta["config"]["dims"]
+            for name, embedding in (("openai", time_embedding), ("ddpm_vq_model_py", ddpm_embedding))}
 
 
 def run_quantizer(meta, sd, inp, out):
@@ -209,18 +219,28 @@ def run_schedule(meta, sd, inp, out):
     return ours
 
 
+def posterior(s, x0, xt, t):
+    """Eq. 3 of her2/diffusion.py: mean (B, C, h, w), variance and its logarithm (B, 1, 1, 1).
+
+    At t = 0 the variance is 0; its logarithm is cut off at 1e-20, as official.
+    """
+    mean = s.at(s.posterior_x0, t, xt) * x0 + s.at(s.posterior_xt, t, xt) * xt
+    log_variance = s.posterior_variance.clamp(min=1e-20).log()
+    return mean, s.at(s.posterior_variance, t, xt), s.at(log_variance, t, xt)
+
+
 def run_diffusion_math(meta, sd, inp, out):
     s, t, x0, xt, noise = schedule_of(meta["config"]), *(inp[name] for name in ("t", "x0", "xt", "noise"))
     ours = {"q_sample": s.q_sample(x0, t, noise), "predict_start_from_noise": s.x0_and_eps(noise, xt, t)[0]}
     for name, value in zip(("mean", "variance", "log_variance"), q_mean_variance(s, x0, t)):
         ours[f"q_mean_variance/{name}"] = value
     names = ("mean", "variance", "log_variance_clipped")
-    ours.update({f"q_posterior/{name}": value for name, value in zip(names, s.posterior(x0, xt, t))})
+    ours.update({f"q_posterior/{name}": value for name, value in zip(names, posterior(s, x0, xt, t))})
     guess = s.x0_and_eps(toy_network(xt, t), xt, t)[0]
     for clip in (0, 1):
-        posterior = s.posterior(guess.clamp(-1, 1) if clip else guess, xt, t)
-        ours.update({f"p_mean_variance/clip{clip}/{name}": value for name, value in zip(names, posterior)})
-        mean, _, log_variance = posterior
+        q = posterior(s, guess.clamp(-1, 1) if clip else guess, xt, t)
+        ours.update({f"p_mean_variance/clip{clip}/{name}": value for name, value in zip(names, q)})
+        mean, _, log_variance = q
         ours[f"p_sample/clip{clip}"] = mean + (t > 0).view(-1, 1, 1, 1) * (0.5 * log_variance).exp() * noise
     output = toy_network(s.q_sample(x0, t, noise), t)
     for kind in ("l1", "l2"):

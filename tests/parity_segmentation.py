@@ -1,20 +1,69 @@
 """Segmentation against segmentation-models-pytorch, MONAI, scikit-learn, torchmetrics, scipy: same inputs,
 same numbers.
 
-Ours differs from some of them on purpose (her2/losses.py says why); an argument, or where theirs is a quirk a
-line in here, brings back the official number. tests/test_losses.py shows ours beside it.
+Ours differs from some of them on purpose (her2/losses.py says why); the forms of the losses that only the
+official code has are here, on our sums. tests/test_losses.py shows ours beside them.
 """
 
 import numpy as np
 import torch
 from golden_reader import gradient_outputs, probe, probes
 
+from her2 import losses
 from her2.data_classes import IGNORE
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
-from her2.losses import class_sums, dice_cross_entropy, dice_scores, generalised_dice_loss, soft_dice_loss
+from her2.losses import class_sums, dice_cross_entropy
 from her2.segmenter import UNet
 
 MONAI_EPS = 1e-5  # its smooth_nr and smooth_dr
+
+
+def image_sums(logits, target, batch=True, squared=False):
+    """I, P, V of her2/losses.py: (1, K) each, or (B, K) with batch=False. squared: prob^2 in P."""
+    images = [class_sums(x[None], y[None]) for x, y in zip(logits, target)]
+    hit, predicted, volume = (torch.stack(one) for one in zip(*images))                        # (B, K) each
+    if squared:
+        predicted = (logits.float().softmax(1) ** 2 * (target != IGNORE)[:, None]).sum((2, 3))
+    return [s.sum(0, keepdim=True) if batch else s for s in (hit, predicted, volume)]
+
+
+def dice_scores(logits, target, batch=True, eps=0.01, squared=False, jaccard=False):
+    """(2 I + eps) / (P + V + eps) per class: (1, K), or (B, K) with batch=False.
+
+    `squared` has p^2 in P (Milletari et al., 2016); `jaccard` divides by the union instead: I / (P + V - I).
+    eps = 0 is allowed: nothing by nothing is 0 then.
+    """
+    hit, predicted, volume = image_sums(logits, target, batch, squared)
+    whole = predicted + volume
+    if jaccard:
+        whole = 2 * (whole - hit)
+    return (2 * hit + eps) / (whole + eps).clamp_min(1e-7)
+
+
+def soft_dice_loss(logits, target, include_background=False, **options):
+    """1 - mean over the classes (and images, with batch=False) of `dice_scores`."""
+    return 1 - dice_scores(logits, target, **options)[:, 0 if include_background else 1:].mean()
+
+
+def generalised_dice_loss(logits, target, include_background=True, batch=True, eps=1e-5, weighting="square",
+                          absent="zero", relative=True):
+    """All the forms of the generalised Dice loss; MONAI's has absent="largest" and relative=False.
+
+    weighting: "square" 1/V^2, "simple" 1/V or "uniform" 1. absent: the weight of a class without a pixel.
+    relative: weights divided by the largest.
+    """
+    first = 0 if include_background else 1
+    hit, predicted, volume = (s[:, first:] for s in image_sums(logits, target, batch))
+    power = {"square": 2, "simple": 1, "uniform": 0}[weighting]
+    present = volume > 0                                                # (1 or B, K)
+    weight = volume.clamp_min(1) ** -power
+    if power > 0:
+        stand_in = {"zero": 0.0, "largest": (weight * present).amax(dim=1, keepdim=True)}[absent]
+        weight = torch.where(present, weight, stand_in)
+    if relative:
+        weight = weight / weight.amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    numerator = 2 * (weight * hit).sum(1) + eps
+    return (1 - numerator / ((weight * (predicted + volume)).sum(1) + eps)).mean()
 
 
 def smp_unet(meta, sd, inp, out):
@@ -39,7 +88,7 @@ def smp_unet(meta, sd, inp, out):
     logits = model.forward_normalised(inp["x"])
     loss = dice_cross_entropy(logits, inp["target"], dice_weight=0.0, ce_weight=1.0)[0]
     loss.backward()
-    buffers = [(name, b) for name, b in model.named_buffers() if name in sd]  # without scale and shift
+    buffers = [(name, b) for name, b in model.named_buffers() if name in sd]  # without factor and shift
     names, rows = probes(dict(buffers))
     return {**ours, "train/y": logits.detach(), "train/ce": loss.detach(),
             "train/buf_names": np.array(names), "train/buf_probes": rows,
@@ -54,6 +103,8 @@ def one_loss(name, logits, target):
     if kind == "monai_gdl":
         return generalised_dice_loss(logits, target, flags["bg"], flags["batch"], MONAI_EPS,
                                      weighting=options[-1], absent="largest", relative=False)
+    if kind == "monai_dice" and flags["batch"] and not flags["sq"]:
+        return losses.soft_dice_loss(logits, target, flags["bg"], MONAI_EPS)
     if kind == "monai_dice":
         return soft_dice_loss(logits, target, flags["bg"], batch=flags["batch"], eps=MONAI_EPS,
                               squared=flags["sq"])
@@ -71,7 +122,7 @@ def one_loss(name, logits, target):
         # 2 smooth.
         score = dice_scores(logits, target, eps=2.0 * (options[0] == "smooth1"))[0]          # (K,)
         loss = -score.clamp_min(1e-7).log() if options[0] == "log" else 1 - score
-        loss = loss * (class_sums(logits, target)[2][0] > 0)
+        loss = loss * (class_sums(logits, target)[2] > 0)
         return loss[1] if options[0] == "class1" else loss.mean()
     options = {"ce": {}, "ce_weighted": {"class_weight": torch.arange(1.0, classes + 1)},
                "ce_ls0.1": {"label_smoothing": 0.1}}[kind]

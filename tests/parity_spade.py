@@ -7,9 +7,23 @@ import torch.nn.functional as F
 from golden_reader import gradient_outputs, later_overwritten, module_outputs, probes
 
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN, discriminate
-from her2.gan_losses import (KINDS, adversarial_loss, feature_matching, hinge_discriminator, hinge_generator,
+from her2.gan_losses import (HINGE, adversarial_loss, feature_matching, hinge_discriminator, hinge_generator,
                              kl_divergence)
 from her2.spade import SPADEGenerator, SPADENorm, SPADEResBlock, VAEEncoder, reparameterize
+
+# The other choices of the official code: least squares, cross-entropy (not saturating), Wasserstein without
+# its penalty.
+KINDS = {
+    "hinge": HINGE,
+    "ls": {"real": lambda x: (x - 1) ** 2, "fake": lambda x: x ** 2, "generator": lambda x: (x - 1) ** 2},
+    "original": {"real": lambda x: F.softplus(-x), "fake": F.softplus, "generator": lambda x: F.softplus(-x)},
+    "w": {"real": lambda x: -x, "fake": lambda x: x, "generator": lambda x: -x},
+}
+
+
+def loss_of_kind(logits, role: str, kind: str) -> torch.Tensor:
+    assert kind in KINDS, f"found kind {kind!r}; kinds are {list(KINDS)}"
+    return adversarial_loss(logits, role, KINDS[kind])
 
 
 def norm_of(text: str) -> str:
@@ -99,11 +113,11 @@ def gan_losses(meta, sd, inp, out):
     fake, real = features("fake"), features("real")
     single_fake, single_real = fake[0][-1], real[0][-1]
     for kind in KINDS:
-        ours[f"{kind}/D_fake"] = adversarial_loss(fake, "fake", kind)[None]
-        ours[f"{kind}/D_real"] = adversarial_loss(real, "real", kind)[None]
-        ours[f"{kind}/G"] = adversarial_loss(fake, "generator", kind)[None]
-        ours[f"{kind}/single_G"] = adversarial_loss(single_fake, "generator", kind)
-        ours[f"{kind}/single_D_real"] = adversarial_loss(single_real, "real", kind)
+        ours[f"{kind}/D_fake"] = loss_of_kind(fake, "fake", kind)[None]
+        ours[f"{kind}/D_real"] = loss_of_kind(real, "real", kind)[None]
+        ours[f"{kind}/G"] = loss_of_kind(fake, "generator", kind)[None]
+        ours[f"{kind}/single_G"] = loss_of_kind(single_fake, "generator", kind)
+        ours[f"{kind}/single_D_real"] = loss_of_kind(single_real, "real", kind)
     sum(hinge_discriminator(real, fake)).backward()
     for i in scales:
         ours[f"hinge/gradD_fake{i}"] = fake[i][-1].grad

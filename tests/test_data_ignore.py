@@ -8,6 +8,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import parity_segmentation as forms
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ from her2.data_classes import DEFAULT_CLASSES, IGNORE, ClassTable
 from her2.data_folder import load_dataset
 from her2.data_patches import SAMPLINGS, PatchSampler
 from her2.data_regions import open_roi, read_roi
-from her2.losses import (class_sums, constant_prediction_loss, dice_cross_entropy, dice_scores,
-                         generalised_dice_loss, soft_dice_loss)
+from her2.losses import (class_sums, constant_prediction_loss, dice_cross_entropy, generalised_dice_loss,
+                         soft_dice_loss)
 from her2.metrics import ProbabilityHistogram
 from her2.relabel import relabel, repaint_mask
 from her2.run_errors import UserError
@@ -43,10 +44,10 @@ def example(classes=2, seed=0):
 LOSSES = {
     "soft Dice": soft_dice_loss,
     "soft Dice with background": lambda x, y: soft_dice_loss(x, y, include_background=True),
-    "squared": lambda x, y: soft_dice_loss(x, y, squared=True),
-    "Jaccard": lambda x, y: soft_dice_loss(x, y, jaccard=True),
+    "squared": lambda x, y: forms.soft_dice_loss(x, y, squared=True),
+    "Jaccard": lambda x, y: forms.soft_dice_loss(x, y, jaccard=True),
     "generalised Dice": generalised_dice_loss,
-    "MONAI's": lambda x, y: generalised_dice_loss(x, y, eps=1e-5, absent="largest", relative=False),
+    "MONAI's": lambda x, y: forms.generalised_dice_loss(x, y, absent="largest", relative=False),
     "cross-entropy": lambda x, y: dice_cross_entropy(x, y, dice_weight=0, ce_weight=1)[0],
     "weighted": lambda x, y: dice_cross_entropy(x, y, class_weight=torch.arange(1.0, x.shape[1] + 1))[0],
     "smoothed": lambda x, y: dice_cross_entropy(x, y, label_smoothing=0.1)[0],
@@ -76,7 +77,7 @@ def test_sums_scores_and_the_constant_prediction_leave_the_pixels_out():
     logits, target, _, rest = example(4)
     for ours, theirs in zip(class_sums(logits, target), class_sums(*rest)):
         assert torch.allclose(ours, theirs, rtol=1e-5)
-    assert torch.allclose(dice_scores(logits, target), dice_scores(*rest), rtol=1e-5)
+    assert torch.allclose(forms.dice_scores(logits, target), forms.dice_scores(*rest), rtol=1e-5)
     assert constant_prediction_loss(target, num_classes=4) == pytest.approx(
         constant_prediction_loss(rest[1], num_classes=4), rel=1e-5)
     assert constant_prediction_loss(torch.full((1, 4, 4), IGNORE)) == 0

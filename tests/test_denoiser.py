@@ -48,7 +48,7 @@ def test_time_embedding_is_cosines_then_sines(dim):
 def test_label_code_is_the_share_of_every_class_times_the_weights():
     label = torch.randint(0, 6, (2, 16, 24), generator=torch.Generator().manual_seed(0))
     onehot = torch.nn.functional.one_hot(label, 6).permute(0, 3, 1, 2).float()
-    layer = LabelCode(6, 3, stages=2)
+    layer = LabelCode(6, 3, halvings=2)
     code, weight = layer(onehot), layer.channel_mapper.weight[:, :, 0, 0]
     assert code.shape == (2, 3, 4, 6)
     for b in range(2):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from parity_spade import loss_of_kind
 from torch import nn
 
 from her2.net_blocks import frozen, init_weights
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN, discriminate
-from her2.gan_losses import (adaptive_weight, adversarial_loss, feature_matching, hinge_discriminator,
-                             hinge_generator, kl_divergence, saturated_share)
+from her2.gan_losses import (adaptive_weight, feature_matching, hinge_discriminator, hinge_generator,
+                             kl_divergence, saturated_share)
 from her2.net_perceptual import LPIPS, VGG19Loss
 from her2.run_seeds import generator as random
 from her2.spade import SPADEGenerator, VAEEncoder, reparameterize
@@ -50,12 +51,12 @@ def test_other_kinds_against_torch():
     x = noise(2, 1, 5, 5) * 3
     one, zero = torch.ones_like(x), torch.zeros_like(x)
     for role, target in (("real", one), ("fake", zero), ("generator", one)):
-        assert torch.allclose(adversarial_loss(x, role, "ls"), F.mse_loss(x, target))
+        assert torch.allclose(loss_of_kind(x, role, "ls"), F.mse_loss(x, target))
         cross_entropy = F.binary_cross_entropy_with_logits(x, target)
-        assert torch.allclose(adversarial_loss(x, role, "original"), cross_entropy)
-        assert torch.allclose(adversarial_loss(x, role, "w"), x.mean() * (1 if role == "fake" else -1))
+        assert torch.allclose(loss_of_kind(x, role, "original"), cross_entropy)
+        assert torch.allclose(loss_of_kind(x, role, "w"), x.mean() * (1 if role == "fake" else -1))
     with pytest.raises(AssertionError, match="found kind 'wgan'"):
-        adversarial_loss(x, "real", "wgan")
+        loss_of_kind(x, "real", "wgan")
 
 
 def test_feature_matching_leaves_out_the_logits_and_the_real_side():
@@ -110,9 +111,9 @@ def test_adaptive_weight_of_half_precision_needs_the_scale():
     x = (last * torch.tensor([3.0, 4.0])).half().float() * 1e-8      # a gradient below the least fp16 number
     g = (last * torch.tensor([0.6, 0.8])).half().float() * 1e-8
     assert adaptive_weight(x.sum(), g.sum(), last) == 0
-    weight = adaptive_weight(x.sum(), g.sum(), last, scale=2.0 ** 16)
+    weight = adaptive_weight(x.sum(), g.sum(), last, loss_scale=2.0 ** 16)
     assert weight.item() == pytest.approx(5e-8 / 1e-4, rel=0.02)
-    assert adaptive_weight(x.sum() * 1e8, g.sum() * 1e8, last, scale=2.0 ** 20) == 0        # inf / inf
+    assert adaptive_weight(x.sum() * 1e8, g.sum() * 1e8, last, loss_scale=2.0 ** 20) == 0        # inf / inf
 
 
 def test_saturated_share():

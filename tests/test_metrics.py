@@ -160,8 +160,8 @@ def test_threshold_at_fpr_is_the_nearest():
 def test_matching_the_baseline_to_itself_changes_nothing():
     val, test = histogram(*example(6)), histogram(*example(7))
     own = test.report()
-    assert matched(val, test, val.report()["fpr"]) == {
-        key: own[key] for key in ("fpr", "dice", "recall", "subtype_variance")}
+    assert matched(val, test, val.report()["fpr"]) == {"threshold": 0.5, **{
+        key: own[key] for key in ("fpr", "dice", "recall", "subtype_variance", "precision")}}
 
 
 def test_matching_undoes_a_shift_of_the_operating_point():

@@ -13,6 +13,7 @@ golden_reader.disagreements. NETWORKS of the parity files are those whose float6
 """
 
 import importlib
+from collections import OrderedDict
 
 import numpy as np
 import parity_ldm
@@ -27,7 +28,6 @@ from golden_reader import HERE, disagreements, expectation, folders, load
 from her2 import autoencoder, denoiser, quantizer, spade
 from her2.discriminator import MultiscaleDiscriminator, discriminate
 from her2.gan_losses import feature_matching, kl_divergence
-from her2.losses import generalised_dice_loss
 from her2.net_blocks import SpectralConv2d
 from her2.polygons import rasterize
 from her2.quantizer import vq_loss
@@ -106,6 +106,10 @@ def after_straight_through(z, e, beta=0.25, legacy=False):
     return vq_loss(z, z + (e - z).detach(), beta, legacy)
 
 
+def padded_on_all_sides(channels):
+    return torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
+
+
 embedding, interpolate, linspace = denoiser.time_embedding, F.interpolate, torch.linspace
 MISTAKES = {                # what: (file, outputs, object, attribute, the wrong thing)
     "SPADE without spectral norm": ("spade_step_batch_vae", STEP, SpectralConv2d, "weight",
@@ -122,8 +126,7 @@ MISTAKES = {                # what: (file, outputs, object, attribute, the wrong
     "KL as a mean over the batch": ("spade_losses", "kld", parity_spade, "kl_divergence", with_options(
         kl_divergence, reduction="mean")),
     "VQ: eps 1e-5": ("vq_f4_small_stored", "dec|prequant", autoencoder, "group_norm", denoiser.group_norm),
-    "VQ: symmetric padding": ("vq_step", STEP, autoencoder.Downsample, "forward", lambda self, x: F.conv2d(
-        x, self.conv.weight, self.conv.bias, stride=2, padding=1)),
+    "VQ: symmetric padding": ("vq_step", STEP, autoencoder, "downsample", padded_on_all_sides),
     "VQ: beta on the other term": ("quantizer", "", quantizer, "vq_loss", lambda z, e, beta, legacy:
                                    vq_loss(z, e, beta, not legacy)),
     "VQ: loss after the straight-through": ("quantizer", "", quantizer, "vq_loss", after_straight_through),
@@ -143,7 +146,7 @@ MISTAKES = {                # what: (file, outputs, object, attribute, the wrong
                                                            [t - 1 for t in o["timesteps"]]})),
     "an absent class weighs nothing (MONAI)": (
         "seg_losses", "monai_gdl", parity_segmentation, "generalised_dice_loss",
-        with_options(generalised_dice_loss, absent="zero")),
+        with_options(parity_segmentation.generalised_dice_loss, absent="zero")),
     "pixel centres on integers": ("polygons", "mask", parity_polygons, "rasterize", lambda rings, *size:
                                   rasterize([ring - 0.5 for ring in rings], *size)),
 }
