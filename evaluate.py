@@ -34,7 +34,7 @@ from her2.data_classes import ClassTable, csv_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.run_provenance import changed_since, data_hashes, file_hash, locate
+from her2.run_provenance import changed_since, data_hashes, file_hash, locate, read_fields
 from her2.data_regions import class_pixels, open_roi
 from her2.segmenter import UNet, check_tiles, predict_roi
 
@@ -137,22 +137,14 @@ def parse(argv):
 
 # ---- runs and data -----------------------------------------------------------------------------------------
 
-def read_config(folder) -> tuple:
-    """(name of the script, fields) of the config.json in `folder`; (None, {}) of one that has neither."""
-    content = run.read_json(Path(folder) / "config.json")
-    content = content if isinstance(content, dict) else {}
-    fields = content.get("fields")
-    return content.get("script"), fields if isinstance(fields, dict) else {}
-
-
 def read_run(folder) -> report.Run:
     """A finished run of train_seg.py, not yet evaluated."""
     if not (folder / "model.pt").exists():
         run.load_model(folder, "segmenter")         # says what is missing and which command makes it
-    script, fields = read_config(folder)
+    fields = read_fields(folder)
+    script = fields.pop("script", None) or "no known script"
     if script != "train_seg.py":
-        raise UserError(f"{folder}: holds a run of {script or 'no known script'}, not of train_seg.py; leave "
-                        "it out")
+        raise UserError(f"{folder / 'config.json'}: of a run of {script}, not of train_seg.py; leave it out")
     if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
         fields["ratio"] = float("inf")
     missing = [name for name, kind in NEEDED.items() if not isinstance(fields.get(name), kind)]
@@ -166,7 +158,7 @@ def read_run(folder) -> report.Run:
 
 def synthetic_method(folder) -> str:
     """How generate.py made the images in `folder`: 'gan', 'ldm', ...; '-same' when it kept the labels."""
-    _, fields = read_config(folder)
+    fields = read_fields(folder)
     method = fields.get("method")
     if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")

@@ -37,7 +37,7 @@ from her2.run_errors import UserError, atomic_write, command
 from her2.phantom import default_phantom
 from her2.run_log import Manifest
 from her2.run_provenance import file_hash, input_hashes
-from her2.relabel import relabel, repaint_mask
+from her2.relabel import relabel, renumber, repaint_mask
 from her2.data_patches import PatchSampler, to_tensors
 from her2.data_regions import open_roi
 from her2.samplers import image_noise, sample, spaced_timesteps
@@ -125,71 +125,64 @@ def main(argv):
         return 0
     run_distributed.rank() or write_split(folder / "split.json", dataset)
 
-    for first in tqdm(range(0, count, config.batch), desc=config.method, leave=False, disable=None):
+    for number, first in enumerate(tqdm(range(0, count, config.batch), desc=config.method, leave=False,
+                                        disable=None)):
+        # Processes take batches in turn. A batch is computed whole even when part of it is there: rounding in
+        # a convolution may depend on its batch, and the same command shall give the same files.
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
-        if not missing or first // config.batch % run_distributed.world() != run_distributed.rank():
+        if not missing or number % run_distributed.world() != run_distributed.rank():
             continue
-        # ---- 3 draw source patches. The whole batch again even when part of it is there: the rounding of a
-        # convolution may depend on the batch it is in, and the same command shall give the same files.
+
+        # ---- 3 real patches: their tissue is where the new image will have tissue, and of the same shape
         patches = [source(config.seed, i) for i in ids]
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
 
         # ---- 4 a new subtype for every instance: the step that balances (paper, section 2.2)
-        relabelled = [relabel(patch["label"], patch["instance"], classes,
-                              generator(config.seed, "relabel", i), allowed)
-                      if config.relabel else keep(patch) for i, patch in zip(ids, patches)]
-        label = torch.stack([new for new, _ in relabelled])                             # (B, H, W)
-        repaint = torch.stack([repaint_mask(inst, mapping)
-                               for inst, (_, mapping) in zip(instance, relabelled)])
+        labels, mappings = zip(*(
+            relabel(patch["label"], patch["instance"], classes, generator(config.seed, "relabel", i), allowed)
+            if config.relabel else keep(patch) for i, patch in zip(ids, patches)))
+        label = torch.stack(labels)                                                     # (B, H, W)
 
         # ---- 5 paint. Image i has noise of its own, so it is the same whatever batch or process it is in.
         seeds = [hashed_seed(config.seed, "image", i) for i in ids]
         with torch.no_grad(), precision.autocast():
             painted = painter.paint({
-                "image": image, "label": label, "instance": instance, "repaint": repaint, "seeds": seeds,
-                "onehot": run_training.one_hot(label, len(classes), device), "sources": patches,
-                "mappings": [mapping for _, mapping in relabelled]})
-        painted = painted.float().cpu()
+                "image": image, "label": label, "instance": instance, "seeds": seeds, "sources": patches,
+                "onehot": run_training.one_hot(label, len(classes), device), "mappings": mappings,
+                "repaint": torch.stack(list(map(repaint_mask, instance, mappings)))}).float().cpu()
         # A decoder gives smooth pixels: without the sensor's noise a segmenter learns who painted, not what.
         if config.grain and content:
-            levels = torch.stack([level(one["name"]) for one in patches])               # (B,)
+            levels = torch.stack([level(patch["name"]) for patch in patches])           # (B,)
             painted = inpainting.add_grain(painted, image, levels, seeds)
 
         # ---- 6 write; the line of the manifest last, for it vouches for the three files
-        for k, i in enumerate(ids):
-            if i in missing:
-                name = f"{i:06d}.png"
-                draw.save_png(folder / "images" / name, draw.to_uint8(painted[k]))
-                draw.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8),
-                              palette=classes.palette())
-                draw.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
-                manifest.append({
-                    "image": f"images/{name}", "source_image": patches[k]["name"],
-                    "source_slide": patches[k]["slide"], "x": patches[k]["x"], "y": patches[k]["y"],
-                    "instances": {str(j): [old, new] for j, (old, new) in relabelled[k][1].items()},
-                    "seed": seeds[k], "checkpoint": checkpoint})
+        for i in missing:
+            k, name = i - first, f"{i:06d}.png"
+            draw.save_png(folder / "images" / name, draw.to_uint8(painted[k]))
+            draw.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8), classes.palette())
+            draw.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
+            manifest.append({
+                "image": f"images/{name}", "source_image": patches[k]["name"],
+                "source_slide": patches[k]["slide"], "x": patches[k]["x"], "y": patches[k]["y"],
+                "instances": {str(j): list(pair) for j, pair in mappings[k].items()},     # [old, new]
+                "seed": seeds[k], "checkpoint": checkpoint})
 
+    # ---- 7 what makes a dataset of these files -------------------------------------------------------------
     run_distributed.barrier()
-    if run_distributed.rank():
-        return 0
-    manifest.finished(folder, checkpoint)       # what the other processes have painted
-    records = manifest.write_ordered()
-    write_classes(folder, dataset)
-    preview(folder, records[:8], dataset)
-    write_slides(folder, records)                   # last: a folder with slides.csv is complete
-    configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio)
+    if not run_distributed.rank():
+        manifest.finished(folder, checkpoint)       # what the other processes have painted
+        write_dataset(folder, manifest.write_ordered(), dataset)
+        configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio)
     return 0
 
 
 # ---- what is painted from ----------------------------------------------------------------------------------
 
 def source_data(config, content) -> tuple:
-    """(dataset, sampler of patches of its training slides); `content` of model.pt, or {}.
-
-    UserError where the network of `content` knows a slide that is not for training here, or other classes.
-    """
+    """(dataset, sampler of patches of its training slides); `content` of model.pt, or {}. UserError where the
+    network of `content` knows a slide that is not for training here, or other classes."""
     with run_distributed.in_turn():
         config.data = config.data or str(default_phantom(config.preset))
     dataset = load_dataset(config.data, seed=config.split_seed)
@@ -203,11 +196,49 @@ def source_data(config, content) -> tuple:
                                  cache=config.cache, uniform=config.uniform)
 
 
+def draw_patch(sampler, seed, i) -> dict:
+    """Source patch i: tensors image, label, instance (renumbered from 1), and where it came from."""
+    which, y, x = sampler.place(numpy_generator(seed, "source", i))
+    image, label, instance = sampler.window(which, y, x)
+    roi = sampler.rois[which]
+    return {"image": image, "label": label, "instance": renumber(instance), "name": roi.name,
+            "slide": roi.slide, "x": x, "y": y}
+
+
+def keep(patch):
+    """--no-relabel: the real label, every instance mapped to its own class."""
+    mapping = {}
+    for j in patch["instance"].unique().tolist():
+        old = int(patch["label"][patch["instance"] == j][0])
+        if j and old != IGNORE:
+            mapping[j] = (old, old)
+    return patch["label"], mapping
+
+
+def relabel_ids(names: str, classes, present) -> list:
+    """Class ids of `--relabel-classes A,B`; without names the tumor classes that are `present` in training:
+    what no training slide shows, no model has learned to paint."""
+    tumor = {k: classes.names[k] for k in classes.tumor_ids}
+    absent = [name for k, name in tumor.items() if k not in present]
+    if not names and absent:
+        print(f"note: no {', '.join(absent)} in the training slides; no instance is relabelled to it",
+              file=sys.stderr)
+    ids = [classes.id_of(name) if classes.knows(name) else None for name in names.split(",") if names]
+    for name, k in zip(names.split(","), ids):
+        if k not in tumor:
+            raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; "
+                            f"the tumor classes are {', '.join(tumor.values())}")
+        if k not in present:
+            raise UserError(f"--relabel-classes: {name.strip()!r} is not in the training slides, so no model "
+                            "can have learned it; leave it out")
+    return ids or list(present)
+
+
 def number_of_images(config, sampler) -> int:
     """--count, or --ratio of the patches that tile the training ROIs once."""
-    count = config.count or round(min(config.ratio, 1001) * sampler.num_patches)
     if config.ratio > 1000 and not config.count:
         raise UserError(f"--ratio: found {config.ratio}; give a number of at most 1000")
+    count = config.count or round(config.ratio * sampler.num_patches)
     if count < 1:
         raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
                         "give a larger one")
@@ -219,9 +250,9 @@ def noise_levels(sampler, classes, cache):
     @lru_cache(maxsize=None)
     def level(name):
         tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, cache)
-        window = [(max(0, side // 2 - 512), min(side, 1024)) for side in (tile.height, tile.width)]
-        (y, height), (x, width) = window
-        return inpainting.noise_level(to_tensors(*tile.window(y, x, height, width))[0][None])[0]
+        corner = [max(0, side // 2 - 512) for side in (tile.height, tile.width)]
+        window = tile.window(*corner, min(tile.height, 1024), min(tile.width, 1024))
+        return inpainting.noise_level(to_tensors(*window)[0][None])[0]
     return level
 
 
@@ -248,8 +279,9 @@ class SpadePainter:
         self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
 
     def paint(self, batch):
+        # z from the prior: nothing of the source but its label is painted again, unlike in training.
         z = torch.stack([torch.randn(self.z_dim, generator=generator("z", seed)) for seed in batch["seeds"]])
-        return self.network(batch["onehot"], z.to(self.device))
+        return self.network(batch["onehot"], z.to(self.device))                         # (B, 3, H, W)
 
 
 class DiffusionPainter:
@@ -276,100 +308,41 @@ class DiffusionPainter:
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
     def paint(self, batch):
-        config, factor, image = self.config, self.autoencoder.factor, batch["image"]
-        known, repaint_latent = None, None
+        config, factor, known, cells = self.config, self.autoencoder.factor, None, None
         if config.method == "inpaint":
-            region = inpainting.grow(batch["repaint"], config.blend)                           # (B, H, W)
+            image, region = batch["image"], inpainting.grow(batch["repaint"], config.blend)     # (B, H, W)
+            # The encoder sees the whole patch: what it shall not carry on is taken out before.
             source = inpainting.erase(image, region) if config.erase else image
             known = self.denoiser.scale(self.autoencoder.encode(
                 source.to(self.device, memory_format=torch.channels_last)).float())     # (B, C, h, w)
-            repaint_latent = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
+            cells = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
         side = config.patch // factor
         noise = image_noise(batch["seeds"], (self.denoiser.config["z_channels"], side, side), self.device)
         predict = self.denoiser.predictor(self.denoiser.label_code(batch["onehot"]), config.guidance)
         x0 = sample(predict, self.schedule, noise, steps=config.steps, eta=config.eta, sampler=config.sampler,
-                    spacing=config.spacing, known=known, repaint=repaint_latent)        # (B, C, h, w)
+                    spacing=config.spacing, known=known, repaint=cells)                 # (B, C, h, w)
         painted = self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1).cpu()
-        if config.method == "inpaint":
-            painted = inpainting.paste(image, painted, region)
-        return painted
+        # Decoding moves every pixel a little; those of the background are the photograph's again.
+        return painted if known is None else inpainting.paste(image, painted, region)
 
 
-def draw_patch(sampler, seed, i) -> dict:
-    """Source patch i: tensors image, label, instance (renumbered from 1), and where it came from."""
-    which, y, x = sampler.place(numpy_generator(seed, "source", i))
-    image, label, instance = sampler.window(which, y, x)
-    ids = instance.unique()
-    instance = torch.searchsorted(ids[ids > 0], instance).add(1).where(instance > 0, 0).int()
-    roi = sampler.rois[which]
-    return {"image": image, "label": label, "instance": instance, "name": roi.name, "slide": roi.slide,
-            "x": x, "y": y}
+# ---- the dataset folder ------------------------------------------------------------------------------------
 
-
-def keep(patch):
-    """--no-relabel: the real label, every instance mapped to its own class."""
-    mapping = {}
-    for j in patch["instance"].unique().tolist():
-        old = int(patch["label"][patch["instance"] == j][0])
-        if j and old != IGNORE:
-            mapping[j] = (old, old)
-    return patch["label"], mapping
-
-
-def relabel_ids(names: str, classes, present) -> list:
-    """Class ids of `--relabel-classes A,B`; without names the tumor classes that are `present` in training.
-
-    What no training slide shows, no model has learned to paint.
-    """
-    if not names:
-        absent = [classes.names[k] for k in classes.tumor_ids if k not in present]
-        if absent:
-            print(f"note: no {', '.join(absent)} in the training slides; no instance is relabelled to it",
-                  file=sys.stderr)
-        return list(present)
-    ids = []
-    for name in names.split(","):
-        try:
-            ids.append(classes.id_of(name))
-        except KeyError:
-            ids.append(None)
-        if ids[-1] not in classes.tumor_ids:
-            raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; "
-                            "the tumor classes are "
-                            + ", ".join(classes.names[k] for k in classes.tumor_ids))
-        if ids[-1] not in present:
-            raise UserError(f"--relabel-classes: {name.strip()!r} is not in the training slides, so no model "
-                            "can have learned it; leave it out")
-    return ids
-
-
-def write_slides(folder, records) -> None:
-    """slides.csv of the synthetic set; the slide of an image is the slide of its source."""
-    rows = [{"image": record["image"], "mask": record["image"].replace("images", "masks"),
-             "instances": record["image"].replace("images", "instances"), "slide": record["source_slide"],
-             "split": "train"} for record in records]
-    atomic_write(folder / "slides.csv", csv_text(rows))
-
-
-def write_classes(folder, dataset) -> None:
-    """classes.json as in the source dataset, when it has one."""
-    source = dataset.root / "classes.json"
-    if source.exists():
-        atomic_write(folder / "classes.json", source.read_bytes())
-
-
-def preview(folder, records, dataset) -> None:
-    """preview.png: new labels above the images generated from them, of the first records."""
-    rows = [[], []]
-    for record in records:
-        name = Path(record["image"]).name
-        with (draw.Image.open(folder / "masks" / name) as mask,
-              draw.Image.open(folder / "images" / name) as image):
-            rows[0].append(draw.colorize(np.array(mask), dataset.classes))
-            rows[1].append(np.array(image))
+def write_dataset(folder, records, dataset) -> None:
+    """classes.json as in the source dataset, where it has one; preview.png, the first new labels above the
+    images generated from them; slides.csv last: a folder that has it is complete."""
+    if (dataset.root / "classes.json").exists():
+        atomic_write(folder / "classes.json", (dataset.root / "classes.json").read_bytes())
+    names = [Path(record["image"]).name for record in records]
+    masks, images = ([np.array(draw.Image.open(folder / kind / name)) for name in names[:8]]
+                     for kind in ("masks", "images"))
     draw.save_png(folder / "preview.png", draw.image_grid(
-        rows, row_captions=["new label", "generated"],
-        legend=draw.class_legend(dataset.classes, tumor_only=True)))
+        [[draw.colorize(mask, dataset.classes) for mask in masks], images],
+        row_captions=["new label", "generated"], legend=draw.class_legend(dataset.classes, tumor_only=True)))
+    # The slide of an image is that of its source: no image may be tested on what it was made from.
+    atomic_write(folder / "slides.csv", csv_text([
+        {"image": f"images/{name}", "mask": f"masks/{name}", "instances": f"instances/{name}",
+         "slide": record["source_slide"], "split": "train"} for name, record in zip(names, records)]))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     python -m her2.audit data/synth-ldm [--data D] [--out runs/audit]
 
-The paper (section 5) hopes that synthetic images cannot be traced to a patient. A generator that copies is
-found by its nearest neighbour: for a synthetic image S, over all training regions R, positions p and the 8
-flips and turns g,
+The paper (section 5) hopes that synthetic images cannot be traced to a patient. A copy has a near neighbour:
+for a synthetic image S, over all training regions R, positions p and the 8 flips and turns g,
 
     similarity(S) = sqrt(f) arctanh(max over R, p, g, scale k, stain c of NCC(g F_kc(S), F_kc(R) at p))
 
@@ -15,17 +14,15 @@ normalised cross-correlation (both parts with mean 0 and norm 1), for all p at o
 
 F, the features: amounts of haematoxylin and of DAB by colour deconvolution, standardised within each
 annotated instance and within the background, then averaged over boxes of P/16 and P/8 pixels, P the side of
-an image, on a grid of P/32. A gain or offset of a stain, also one per instance, changes nothing; since the
-larger of the two stains counts, a copy whose DAB was painted anew is found by its nuclei. Standardising also
-takes away what a synthetic image may share with its source by design: the outlines of the label.
+an image, on a grid of P/32. A gain or offset of a stain changes nothing, and the outlines of the label, which
+a synthetic image may share with its source by design, are gone.
 
 Real patches of val and test slides, drawn as the sources are, say what is normal. With M of them,
 
     threshold   their quantile 1 - --false-alarm;   share: synthetic images above it
     p           permutation test of the set: the statistic is the sum over the synthetic images of
-                max(0, (similarity - median) / MAD)^3, pooled median and MAD: few copies weigh as much as a
-                shift of all. Patches count as exchangeable, but those of one slide resemble each other: where
-                held-out slides are few, p comes out too small, hence the verdict only from p < 0.01
+                max(0, (similarity - median) / MAD)^3, pooled median and MAD. Patches of one slide resemble
+                each other: where held-out slides are few p is too small, hence a verdict only from p < 0.01
 
 Inpainted images are compared on the tumor that was regenerated, held-out patches on the same places.
 Absence of evidence holds for these features only: a copy that is bent or scaled by much is not found.
@@ -75,6 +72,7 @@ def features(image, instance, patch: int) -> list:
 
 def pooled(maps, patch: int) -> list:
     """maps (C, H, W) -> means over boxes of patch/16 and patch/8 on a grid of patch/32."""
+    # Boxes, not pixels: a generator's copy is never exact in its finest detail.
     return [F.avg_pool2d(maps[None], patch // side, patch // GRID)[0] for side in (16, 8)]
 
 
@@ -98,27 +96,24 @@ class Tissue:
 
     def search(self, templates, weights):
         """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k.
-
-        templates, weights: per scale (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1. The part of the
-        region at that place is like dihedral(image, k).
-        """
+        The part of the region at that place is like dihedral(image, k). templates, weights: per scale
+        (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1."""
         count = len(templates[0])
-        # Batches outside, regions inside: the spectra of a turned template serve all regions.
         best, where = torch.full((count,), -2.0), torch.zeros(count, 4, dtype=torch.long)
+        # Batches outside, regions inside: the spectra of a turned template serve all regions.
         jobs = [(slice(first, first + BATCH), k) for first in range(0, count, BATCH) for k in range(8)]
         for part, k in tqdm(jobs, desc="nearest patches", leave=False, disable=None):
-            turned = [self.prepare(dihedral(feature[part].to(self.device), k),
-                                   dihedral((weight[part] if len(weight) > 1 else weight).to(self.device), k))
-                      for feature, weight in zip(templates, weights)]
+            turned = [self.prepare(*(dihedral(one[part if len(one) > 1 else slice(1)].to(self.device), k)
+                                     for one in pair)) for pair in zip(templates, weights)]
             for i, (scales, places) in enumerate(self.regions):
                 # The larger counts: a blurred copy is still alike in coarse boxes.
                 ncc = [self.ncc(*one, *scale, places) for one, scale in zip(turned, scales)]
                 top, at = torch.maximum(*ncc).flatten(1).cpu().max(dim=1)               # (B,) each
-                better = top > best[part]
                 here = torch.stack([torch.full_like(at, i), at // places[1], at % places[1],
-                                    torch.full_like(at, k)], dim=1)
-                best[part] = torch.where(better, top, best[part])
+                                    torch.full_like(at, k)], dim=1)                     # (B, 4)
+                better = top > best[part]
                 where[part] = torch.where(better[:, None], here, where[part])
+                best[part] = torch.where(better, top, best[part])
         return best.numpy(), where.numpy()
 
     def prepare(self, feature, weight):
@@ -136,6 +131,7 @@ class Tissue:
             return torch.fft.irfft2(x * of, s=self.size)[..., :places[0], :places[1]]
 
         spread = over(weight, square) - over(weight, tissue).square() / n
+        # The larger: a copy whose DAB was painted anew is still found by its nuclei.
         return (over(template, tissue) / spread.clamp(min=FLOOR * n).sqrt()).amax(dim=1)
 
 
@@ -143,6 +139,7 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
     """Probability that the synthetic set is this much nearer by chance; see the module's docstring."""
     both = np.concatenate([synthetic, held_out])
     away = both - np.median(both)
+    # The third power: few copies weigh as much as a small shift of all.
     excess = np.maximum(0, away / max(1.4826 * np.median(np.abs(away)), 1e-9)) ** 3
     rng, n = numpy_generator(seed, "audit", "permutations"), len(synthetic)
     # + 1: the division as it was found is one of the divisions that chance could have made, so p is never 0.
@@ -152,10 +149,8 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
 
 def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False, cache="cache"):
     """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
-
     pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
-    the synthetic images counts, and those are left out in which it is too small.
-    """
+    the synthetic images counts, and those are left out in which it is too small."""
     tumor = [torch.from_numpy(np.isin(label, classes.tumor_ids) if inpainted else label >= 0)[None].float()
              for _, label, _ in pictures]
     # Only boxes that lie whole within the region: the rest holds pixels that were copied by design.
@@ -182,16 +177,16 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
 def main(argv):
     parser = Parser(prog="python -m her2.audit", description=__doc__)
     parser.add_argument("synthetic", metavar="SYNTH", help="folder made by generate.py")
-    for flag, kind, default, text in (
-            ("--data", str, "", "dataset folder; empty: the one that the images were made from"),
-            ("--out", str, "runs/audit", "folder of audit.json and audit.png"),
-            ("--count", int, 400, "synthetic images compared, evenly spread over the set; 0: all"),
-            ("--held-out", int, 1200, "real patches of val and test slides to compare with"),
-            ("--false-alarm", float, 0.01, "share of the held-out patches above the threshold"),
-            ("--seed", int, 0, "draws the held-out patches"),
-            ("--split-seed", int, 0, "of the split, where neither slides.csv nor SYNTH has one"),
-            ("--device", str, "auto", "auto, cpu or cuda"), ("--cache", str, "cache", "for decoded images")):
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} [{default!r}]".replace("%", "%%"))
+    for flag, default, text in (
+            ("--data", "", "dataset folder; empty: the one that the images were made from"),
+            ("--out", "runs/audit", "folder of audit.json and audit.png"),
+            ("--count", 400, "synthetic images compared, evenly spread over the set; 0: all"),
+            ("--held-out", 1200, "real patches of val and test slides to compare with"),
+            ("--false-alarm", 0.01, "share of the held-out patches above the threshold"),
+            ("--seed", 0, "draws the held-out patches"),
+            ("--split-seed", 0, "of the split, where neither slides.csv nor SYNTH has one"),
+            ("--device", "auto", "auto, cpu or cuda"), ("--cache", "cache", "for decoded images")):
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} [%(default)r]")
     args = parser.parse_args(argv)
     if args.count < 0 or args.held_out < 20 or not 1 / args.held_out <= args.false_alarm < 1 or args.seed < 0:
         raise UserError("--count and --seed start at 0, --held-out at 20, --false-alarm at 1 / held-out; "
@@ -202,15 +197,16 @@ def main(argv):
     dataset = load_dataset(args.data or trained_with(folder, args)["data"], seed=args.split_seed,
                            split=read_split(recorded) if recorded.is_file() else None)
     check_synthetic(synthetic, dataset)
+    train, inpainted = dataset.split("train"), fields.get("method") == "inpaint"
     sizes = {(roi.height, roi.width) for roi in synthetic.rois}
     patch = max(map(max, sizes))
     if sizes != {(patch, patch)} or patch % GRID:
         raise UserError(f"{folder}: images of {len(sizes)} sizes, up to {patch} pixels; the audit needs "
                         f"squares of one size that is a multiple of {GRID}")
-    small = [roi for roi in dataset.split("train") if min(roi.height, roi.width) < patch]
-    if small:
-        raise UserError(f"{small[0].image}: smaller than the synthetic images ({patch} pixels); make them of "
-                        "a smaller --patch")
+    for roi in train:
+        if min(roi.height, roi.width) < patch:
+            raise UserError(f"{roi.image}: smaller than the synthetic images ({patch} pixels); make them of "
+                            "a smaller --patch")
 
     # ---- compare -------------------------------------------------------------------------------------------
     step = max(1, len(synthetic.rois) // args.count) if args.count else 1
@@ -221,11 +217,11 @@ def main(argv):
     sampler = PatchSampler(replace(dataset, rois=unseen), "val", patch, fields.get("sampling", "tumor"),
                            cache=args.cache)
     held_out = [sampler.draw(numpy_generator(args.seed, "audit", j))[:3] for j in range(args.held_out)]
-    train, inpainted = dataset.split("train"), fields.get("method") == "inpaint"
     found, where, normal, kept = audit(pictures, held_out, train, dataset.classes, patch,
                                        pick_device(args.device), inpainted, args.cache)
 
     # ---- report --------------------------------------------------------------------------------------------
+    # "higher": a value that was measured, so that no more than the share asked for lies above it.
     threshold = float(np.quantile(normal, 1 - args.false_alarm, method="higher"))
     p, share = permutation_p(found, normal, args.seed), float((found > threshold).mean())
     nearest = [{"image": rois[i].name, "source_slide": rois[i].slide, "similarity": float(s), "turn": int(k),
@@ -236,18 +232,19 @@ def main(argv):
         here = [one["similarity"] for one in nearest if one["slide"] == slide]
         rows.append([slide, str(sum(one["source_slide"] == slide for one in nearest)), str(len(here)),
                      str(sum(s > threshold for s in here)), f"{max(here):.3f}" if here else "n/a"])
-    out = Path(args.out)
+    out, quantiles = Path(args.out), [0, 0.25, 0.5, 0.75, 1]
     run.write_json(out / "audit.json", {
         "images": len(found), "left_out": len(rois) - len(found), "held_out": len(normal), "p": p,
         "region": "regenerated tumor" if inpainted else "whole image", "false_alarm": args.false_alarm,
         "threshold": threshold, "share_above": share, "slides": [dict(zip(rows[0], row)) for row in rows[1:]],
-        "quantiles": {name: np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
-                      for name, values in (("synthetic", found), ("held_out", normal))}, "nearest": nearest})
-    shown = np.argsort(-found)[:8]
-    pairs = [[np.ascontiguousarray(dihedral(torch.from_numpy(pictures[kept[i]][0]).movedim(-1, 0),
-                                            nearest[i]["turn"]).movedim(0, -1)) for i in shown],
-             [open_roi(train[where[i, 0]], dataset.classes, args.cache).window(
-                 nearest[i]["y"], nearest[i]["x"], patch, patch)[0] for i in shown]]
+        "quantiles": {"synthetic": np.quantile(found, quantiles).tolist(),
+                      "held_out": np.quantile(normal, quantiles).tolist()}, "nearest": nearest})
+    pairs, shown = [[], []], np.argsort(-found)[:8]
+    for i in shown:                         # the image as it would have to be turned, above what it is like
+        image = torch.from_numpy(pictures[kept[i]][0]).movedim(-1, 0)
+        pairs[0].append(dihedral(image, nearest[i]["turn"]).movedim(0, -1).numpy())
+        tile = open_roi(train[where[i, 0]], dataset.classes, args.cache)
+        pairs[1].append(tile.window(nearest[i]["y"], nearest[i]["x"], patch, patch)[0])
     draw.save_png(out / "audit.png", draw.image_grid(
         pairs, ["synthetic", "nearest\ntraining\npatch"], [f"{found[i]:.3f}" for i in shown],
         title=f"Threshold {threshold:.3f} (held-out patches)"))

@@ -13,6 +13,7 @@ no content, with the batch whole and in parts (whose gradients add up to the bat
 What cuDNN or oneDNN take for themselves comes on top.
 """
 
+import itertools
 import os
 import runpy
 import statistics
@@ -33,32 +34,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from her2 import run, run_setup, run_training
 from her2 import run_config as configuration
-from her2.autoencoder import VQAutoencoder
 from her2.data_folder import load_dataset
 from her2.data_patches import PatchSampler, iterate_rois
-from her2.denoiser import LatentDenoiser
-from her2.diffusion import Schedule, denoising_loss
+from her2.diffusion import denoising_loss
 from her2.discriminator import discriminate
 from her2.gan_losses import feature_matching, hinge_discriminator, hinge_generator, kl_divergence
 from her2.losses import dice_cross_entropy
 from her2.net_blocks import frozen
 from her2.phantom import make_phantom
 from her2.polygons import paint
-from her2.run_errors import UserError, command
+from her2.run_errors import ROOT, UserError, command
 from her2.run_log import Log
 from her2.run_provenance import git_commit, versions
-from her2.samplers import image_noise, sample
 from her2.segmenter import UNet, predict_roi
-from her2.spade import SPADEGenerator, reparameterize
+from her2.spade import reparameterize
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 6                                             # of the default class table
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141, 192)       # GiB that cards are sold with
 MARGIN = 1.15           # the context and the kernels' workspace: 1 to 2 GiB on a card of 12
-# Loop: its script with arguments, and what precedes Config and PRESETS in the names there.
-LOOPS = {"autoencoder": (["train_ldm.py", "--stage", "autoencoder"], "Autoencoder"),
-         "diffusion": (["train_ldm.py", "--stage", "diffusion"], "Diffusion"),
-         "gan": (["train_gan.py"], ""), "segmenter": (["train_seg.py"], "")}
+LOOPS = list(run.KINDS)                                 # autoencoder, diffusion, gan, segmenter
 
 
 @dataclass
@@ -75,10 +69,10 @@ class Config:
 
 def script_config(loop: str, preset: str):
     """The configuration that the script of `loop` has with this preset, read from the script itself."""
-    line, name = LOOPS[loop]
-    names = runpy.run_path(str(ROOT / line[0]), run_name="her2.benchmark")
-    presets = names[f"{name.upper()}_PRESETS" if name else "PRESETS"]
-    config = configuration.build(names[f"{name}Config"], presets, {"preset": preset})
+    script, *stage = run.KINDS[loop][0]
+    names = runpy.run_path(str(ROOT / script), run_name="her2.benchmark")
+    cls, presets = (f"{loop.title()}Config", f"{loop.upper()}_PRESETS") if stage else ("Config", "PRESETS")
+    config = configuration.build(names[cls], names[presets], {"preset": preset})
     if loop == "segmenter":
         config.encoder_weights = "none"                 # sizes are asked for: no download for that
     return config
@@ -95,85 +89,84 @@ class LiveBytes(TorchDispatchMode):
         # What is there already, such as weights, is not counted; a view of it shares its storage.
         tree_map_only(torch.Tensor, lambda tensor: self.seen.add(tensor.untyped_storage()), (args, kwargs))
         result = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.add, result)
+        tree_map_only(torch.Tensor, lambda tensor: self.count(tensor.untyped_storage()), result)
         return result
 
-    def add(self, tensor):
-        storage = tensor.untyped_storage()
+    def count(self, storage):
         if storage not in self.seen:
             self.seen.add(storage)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.free, storage.nbytes())
+            self.change(storage.nbytes())
+            weakref.finalize(storage, self.change, -storage.nbytes())       # when nobody holds it any more
 
-    def free(self, count):
-        self.now -= count
+    def change(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def one_step(loop: str, c, device):
-    """(trained, frozen, averaged networks, function step(batch)): forward and backward as in the loop."""
-    def zeros(*shape):
-        return torch.zeros(shape, device=device)
+    """(trained networks, those kept beside them, function step(batch)): forward and backward, as in the loop.
+    Beside are what is frozen and the moving averages. The content of the tensors changes neither count."""
+    def zeros(batch, *channels):
+        return torch.zeros((batch, *channels, c.patch, c.patch), device=device)
 
     if loop == "segmenter":
         net = run_setup.segmenter(c, device)
 
         def step(batch):
-            logits, target = net(zeros(batch, 3, c.patch, c.patch)), zeros(batch, c.patch, c.patch).long()
+            logits, target = net(zeros(batch, 3)), zeros(batch).long()
             dice_cross_entropy(logits, target, c.dice)[0].backward()
-        return [net], [], [], step
+        return [net], [], step
 
     if loop == "gan":
         net, encoder, disc = run_setup.spade_gan(c, CLASSES, device)
 
         def step(batch):
-            image, onehot = zeros(batch, 3, c.patch, c.patch), zeros(batch, CLASSES, c.patch, c.patch)
-            with frozen(disc):
+            image, onehot = zeros(batch, 3), zeros(batch, CLASSES)
+            with frozen(disc):                  # the gradient passes through it
                 mu, logvar = encoder(image)
                 made = net(onehot, reparameterize(mu, logvar, torch.zeros_like(mu)))
                 fake, real = discriminate(disc, onehot, made, image)
             (hinge_generator(fake) + feature_matching(fake, real) + kl_divergence(mu, logvar)).backward()
             fake, real = discriminate(disc, onehot, made.detach(), image)
             sum(hinge_discriminator(real, fake)).backward()
-        return [net, encoder, disc], [], [net], step
+        return [net, encoder, disc], [net], step
 
-    model, disc = run_setup.autoencoder_gan(
-        c if loop == "autoencoder" else script_config("autoencoder", c.preset), device)
+    own = c if loop == "autoencoder" else script_config("autoencoder", c.preset)
+    model, disc = run_setup.autoencoder_gan(own, device)
     if loop == "autoencoder":
         def step(batch):
-            image = zeros(batch, 3, c.patch, c.patch)
+            image = zeros(batch, 3)
             with frozen(disc):
                 again, _, _, _, vq_loss = model(image)
                 loss = (again - image).abs().mean() + vq_loss
                 (loss + hinge_generator(disc(again)) if c.disc_weight else loss).backward()
             if c.disc_weight:
                 sum(hinge_discriminator(disc(image), disc(again.detach()))).backward()
-        return [model, disc] if c.disc_weight else [model], [], [], step
+        return [model, disc] if c.disc_weight else [model], [], step
 
     schedule, denoiser = run_setup.diffusion(c, model, CLASSES, device)
 
     def step(batch):
-        with torch.no_grad():
-            x0 = model.encode(zeros(batch, 3, c.patch, c.patch))
-        code = denoiser.label_code(zeros(batch, CLASSES, c.patch, c.patch))
-        t, eps = zeros(batch).long(), torch.zeros_like(x0)
+        with torch.no_grad():                   # the autoencoder learns no more: it keeps no activations
+            x0 = model.encode(zeros(batch, 3))
+        code = denoiser.label_code(zeros(batch, CLASSES))
+        t, eps = torch.zeros(batch, device=device).long(), torch.zeros_like(x0)
         denoising_loss(denoiser(schedule.q_sample(x0, t, eps), t, code), eps).mean().backward()
-    return [denoiser], [model], [denoiser], step
+    return [denoiser], [model, denoiser], step
 
 
 def count(loop: str, c, parts, device="meta") -> dict:
     """Parameters, operations of one step, and its peak bytes with each of `parts` patches at a time."""
-    trained, fixed, averaged, step = one_step(loop, c, device)
-    weights, still, copies = (sum(p.numel() for net in nets for p in net.parameters())
-                              for nets in (trained, fixed, averaged))
+    trained, beside, step = one_step(loop, c, device)
+    weights, others = (sum(p.numel() for net in nets for p in net.parameters()) for nets in (trained, beside))
     found = {"parameters": weights, "step_bytes": {}, "bytes": {}}
     for part in parts:
         for net in trained:
-            net.zero_grad(set_to_none=True)
+            net.zero_grad(set_to_none=True)     # gradients count as made by the step, as in the loop
         with LiveBytes() as live:
             step(part)
         found["step_bytes"][part] = live.peak
-        found["bytes"][part] = live.peak + 4 * (3 * weights + still + copies)
+        found["bytes"][part] = live.peak + 4 * (3 * weights + others)   # float32: weight, Adam's two moments
     with FlopCounterMode(display=False) as flops:       # a step of its own: the counter keeps tensors alive
         step(max(parts))
     return {**found, "flops": flops.get_total_flops()}
@@ -194,36 +187,36 @@ def count_table(preset: str, batch: int) -> dict:
     return found
 
 
-def rate(number: float, call, repeats: int = 5) -> dict:
+def rate(number: float, call, repeats: int) -> dict:
     """`number` things per second by the median time of a call, after one that warms up."""
     times = []
     for _ in range(1 + repeats):
         clock = time.perf_counter()
         call()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()            # a GPU has only been told what to do when the call returns
         times.append(time.perf_counter() - clock)
     return {"samples_per_s": number / statistics.median(times[1:])}
 
 
 def train(loop: str, config, data, folder) -> dict:
     """Runs the script of a loop for `config.steps` steps and reads its log."""
-    half = max(1, config.steps // 2)
-    line = [sys.executable, str(ROOT / LOOPS[loop][0][0]), *LOOPS[loop][0][1:], "--preset", config.preset,
-            "--data", str(data), "--cache", str(folder / "cache"), "--out", str(folder / loop), "--device",
-            config.device, "--amp", config.amp, "--steps", str(2 * half), "--log-every", str(half),
-            "--save-every", str(2 * half)]
-    line += {"diffusion": ["--autoencoder", str(folder / "autoencoder"), "--sample-steps", "2"],
-             "autoencoder": ["--disc-start", "0"]}.get(loop, [])        # the dear phase of its training
+    half, (script, *stage) = max(1, config.steps // 2), run.KINDS[loop][0]
+    flags = {"--preset": config.preset, "--data": data, "--cache": folder / "cache", "--out": folder / loop,
+             "--device": config.device, "--amp": config.amp, "--steps": 2 * half, "--log-every": half,
+             "--save-every": 2 * half}
+    flags |= {"diffusion": {"--autoencoder": folder / "autoencoder", "--sample-steps": 2},
+              "autoencoder": {"--disc-start": 0}}.get(loop, {})        # the dear phase of its training
+    line = [sys.executable, ROOT / script, *stage, *(word for flag in flags.items() for word in flag)]
     # Threads that wait sleep: waiting busily costs a factor of ten where other programs run too.
-    done = subprocess.run(line, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, encoding="utf-8", errors="replace")
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True,
+                          encoding="utf-8", errors="replace")
     if done.returncode:
-        raise UserError(f"{LOOPS[loop][0][0]}: ended with exit status {done.returncode}: "
-                        f"{done.stderr.strip()[-300:]}")
-    last = Log(folder / loop, 2 * half).records()[-1]
-    return {"samples_per_s": last["samples_per_s"], "memory_mib": last["memory_mib"],
-            "steps_per_s": last["samples_per_s"] / script_config(loop, config.preset).batch}
+        raise UserError(f"{script}: ended with exit status {done.returncode}: {done.stderr.strip()[-300:]}")
+    last, batch = Log(folder / loop, 2 * half).records()[-1], script_config(loop, config.preset).batch
+    return {**{key: last[key] for key in ("samples_per_s", "memory_mib")},
+            "steps_per_s": last["samples_per_s"] / batch}
 
 
 def measure(config, data, folder, device):
@@ -232,34 +225,32 @@ def measure(config, data, folder, device):
         yield f"{loop} training", "patches", train(loop, config, data, folder)
     side, dataset = script_config("segmenter", config.preset).patch, load_dataset(data)
     sampler = PatchSampler(dataset, "train", side, stain=1.0, cache=folder / "cache")
-    numbers = iter(range(99))
-    yield f"{side}-px patches, augmented", "patches", rate(8, lambda: sampler.batch(next(numbers), 8), 20)
+    steps = itertools.count()                   # every call another batch: one is read from no cache
+    yield f"{side}-px patches, augmented", "patches", rate(8, lambda: sampler.batch(next(steps), 8), 20)
     random, angle = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 200, endpoint=False)
     unit = np.stack([np.cos(angle), np.sin(angle)], axis=1)                                     # (200, 2)
     stars = [[random.uniform(0, 2000, 2) + random.uniform(50, 100, (200, 1)) * unit] for _ in range(50)]
-    yield "rasterising", "polygons of 200 points", rate(50, lambda: paint(stars, [1] * 50, 2000, 2000))
+    yield "rasterising", "polygons of 200 points", rate(50, lambda: paint(stars, [1] * 50, 2000, 2000), 5)
 
-    contents = {loop: run.load_model(folder / loop, loop) for loop in LOOPS}
-    autoencoder, denoiser, gan, segmenter = (
-        run.build_model(cls, contents[loop], folder).to(device, memory_format=torch.channels_last)
-        for loop, cls in zip(LOOPS, (VQAutoencoder, LatentDenoiser, SPADEGenerator, UNet)))
-    schedule = Schedule(**contents["diffusion"]["schedule"]).to(device)
-    onehot = run_training.one_hot(sampler.batch(0, 4)["label"], len(dataset.classes), device)   # (4, K, H, W)
-    cells = side // autoencoder.factor
-    noise = image_noise(range(4), (denoiser.config["z_channels"], cells, cells), device)
+    # Images are painted by what generate.py paints with, four at a time.
+    synthesis = runpy.run_path(str(ROOT / "generate.py"), run_name="her2.benchmark")
+    label = sampler.batch(0, 4)["label"]
+    batch = {"seeds": range(4), "onehot": run_training.one_hot(label, len(dataset.classes), device)}
 
-    def diffuse(**options):
-        x0 = sample(denoiser.predictor(denoiser.label_code(onehot)), schedule, noise, **options)
-        autoencoder.decode(denoiser.unscale(x0))
+    def images(loop, repeats, **options):
+        c = synthesis["Config"](model=str(folder / loop), patch=side, **options)
+        painter = synthesis["make_painter"](c, run.load_model(c.model, loop), dataset, device)
+        return rate(4, lambda: painter.paint(batch), repeats)
 
     _, roi, *_ = next(iterate_rois(dataset, "val", cache=folder / "cache"))                     # (1, 3, H, W)
-    z = torch.zeros(4, contents["gan"]["kwargs"]["z_dim"], device=device)
+    network = run.build_model(UNet, run.load_model(folder / "segmenter", "segmenter"), folder)
+    network = network.to(device, memory_format=torch.channels_last)
     with torch.no_grad(), run_training.Precision(device, config.amp).autocast():
-        yield "DDIM, 50 steps", "images", rate(4, lambda: diffuse(eta=0.0), 3)
-        yield "DPM-Solver++, 15 steps", "images", rate(4, lambda: diffuse(steps=15, sampler="dpm"), 3)
-        yield "GAN", "images", rate(4, lambda: gan(onehot, z))
+        yield "DDIM, 50 steps", "images", images("diffusion", 3, eta=0.0)
+        yield "DPM-Solver++, 15 steps", "images", images("diffusion", 3, steps=15, sampler="dpm")
+        yield "GAN", "images", images("gan", 5, method="gan")
         yield "region inference", "megapixels", rate(roi[0, 0].numel() / 1e6, lambda: predict_roi(
-            segmenter, roi[0], tile=max(256, side), overlap=64, device=device), 3)
+            network, roi[0], max(256, side), 64, device=device), 3)
 
 
 def main(argv):
@@ -269,24 +260,26 @@ def main(argv):
     earlier = run.read_json(config.against) if config.against else {"rows": {}}
     if not isinstance(earlier, dict) or not isinstance(earlier.get("rows"), dict):
         raise UserError(f"{config.against}: was not written by her2.benchmark --out; give such a file")
-    machine = (torch.cuda.get_device_name() if device.type == "cuda"
-               else torch.cpu.get_capabilities().get("cpu_name", "CPU"))
-    settings = {"machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                "device": str(device), "precision": str(run_training.Precision(device, config.amp)),
-                "preset": config.preset, "git": git_commit(), **versions()}
+    on_gpu = device.type == "cuda"
+    settings = {"machine": torch.cuda.get_device_name() if on_gpu
+                else torch.cpu.get_capabilities().get("cpu_name", "CPU"),
+                "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(device),
+                "precision": str(run_training.Precision(device, config.amp)), "preset": config.preset,
+                "git": git_commit(), **versions()}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     rows = {}
-    if config.preset != "paper" or device.type == "cuda":
+    if config.preset != "paper" or on_gpu:          # a CPU would need days for it
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:    # mapped files are open
             data = config.data or make_phantom(Path(folder) / "data", config.preset)
             for name, unit, figures in measure(config, data, Path(folder), device):
                 rows[name] = figures
-                text = "".join(f"   {figures[key]:.3g} {word}" for key, word in (
-                    ("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")) if figures.get(key))
+                speed = figures["samples_per_s"]
+                text = f"  {name:26} {speed:9.4g} {unit}/s"
+                for key, word in (("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")):
+                    text += f"   {figures[key]:.3g} {word}" if figures.get(key) else ""
                 if name in earlier["rows"]:
-                    ratio = figures["samples_per_s"] / earlier["rows"][name]["samples_per_s"]
-                    text += f"   {ratio:.2f} times the earlier rate"
-                print(f"  {name:26} {figures['samples_per_s']:9.4g} {unit}/s{text}", flush=True)
+                    text += f"   {speed / earlier['rows'][name]['samples_per_s']:.2f} times the earlier rate"
+                print(text, flush=True)
     counted = count_table(config.preset, config.batch)
     if config.out:
         run.write_json(config.out, {"settings": settings, "rows": rows, "counted": counted})

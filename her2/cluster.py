@@ -3,15 +3,14 @@
     python -m her2.cluster DIR --classes 4                                  0: as many as BIC says
     python -m her2.cluster DIR --merge "non-stained=0; stained=1+,2+,3+"    LCIS/DCIS stays
 
-The result, OUT, is a dataset with the same images, slides and splits, new masks and a new classes.json, so
-every script balances the new classes. To see whether that helps, generate with OUT and segment with DIR,
-whose subtypes remain those of the evaluation (of a set with other classes only tumor or not is used):
+The result, OUT, is a dataset with the same images, slides and splits, new masks and a new classes.json (of a
+merge with the old names as aliases: where labels are polygons, that file alone does it). To see whether the
+new classes help, generate with OUT and segment with DIR, whose subtypes remain those of the evaluation (of a
+set with other classes only tumor or not is used):
 
     python train_ldm.py --stage autoencoder --data OUT --out runs/vq          the diffusion likewise
     python generate.py --data OUT --model runs/ldm --relabel-classes "non-stained,stained" --out data/synth
     python train_seg.py --data DIR --synthetic data/synth --name ldm-100-stained
-
-The classes.json of a merge has the old names as aliases: where labels are polygons, the file alone does it.
 
 An instance is three numbers, x = log of (mean, standard deviation, mean gradient) of its DAB density: how
 much stain, how uneven, how much of it in edges such as membranes. To those of the training slides, scaled to
@@ -20,8 +19,8 @@ mean 0 and standard deviation 1, a mixture of K Gaussians is fitted:
     p(x) = sum_k w_k N(x; m_k, C_k)         expectation and maximisation from k-means++ centres
     BIC(K) = -2 log likelihood + (K - 1 + K D + K D (D + 1) / 2) log n        the least one chooses K
 
-Every instance of every split goes to its most probable cluster. The annotated subtypes are used for nothing
-but the adjusted Rand index, which says how much the clusters agree with them.
+Every instance of every split goes to its most probable cluster. The annotated subtypes serve the adjusted
+Rand index alone, which says how much the clusters agree with them.
 
 PAPER: section 5 suggests subtypes without annotation, section 4 stained against non-stained, untried.
 Sources: k-means++, Arthur & Vassilvitskii (2007); BIC, Schwarz (1978); Hubert & Arabie (1985).
@@ -73,19 +72,17 @@ def main(argv):
     config.out = config.out or config.data.rstrip("/\\") + ("-merged" if config.merge else "-clusters")
     dataset = load_dataset(config.data, seed=config.split_seed)
     tiles = [open_roi(roi, dataset.classes, config.cache) for roi in dataset.rois]
-    if config.merge:
-        table, meaning = merged(dataset.classes, config.merge)
-        class_of = [meaning[tile.class_of] for tile in tiles]
-    else:
+    if not config.merge:
         found = instances(dataset, tiles)
         member, record = cluster(dataset, found, config)
-        table, meaning = clusters_table(dataset.classes, member.max() + 1)
-        class_of = [meaning[tile.class_of] for tile in tiles]
-        for roi, i, k in zip(found["roi"], found["id"], member):
-            class_of[roi][i] = table.tumor_ids[k]
+    table, meaning = (merged(dataset.classes, config.merge) if config.merge
+                      else clusters_table(dataset.classes, member.max() + 1))
+    class_of = [meaning[tile.class_of] for tile in tiles]       # per region: the new class of each instance
     folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
                           input_hashes(config, dataset))
     if not config.merge:
+        for roi, i, k in zip(found["roi"], found["id"], member):
+            class_of[roi][i] = table.tumor_ids[k]
         run.write_json(folder / "clusters.json", record)
         draw.save_png(folder / "clusters.png", examples(found, member, tiles, class_of, table))
     write_dataset(folder, dataset, table, tiles, class_of)
@@ -110,10 +107,11 @@ def merged(classes, text: str):
     groups = {}                                                 # {new name: old classes}, in their order
     for c in classes.classes:
         groups.setdefault(target.get(c.id, c.name), []).append(c)
-    meaning, rows = np.arange(256, dtype=np.uint8), []
-    for k, (name, olds) in enumerate(groups.items()):
+    meaning = np.arange(256, dtype=np.uint8)                    # what has no class (IGNORE) stays what it is
+    for k, olds in enumerate(groups.values()):
         meaning[[c.id for c in olds]] = k
-        rows.append(replace(olds[0], id=k, name=name, variance=any(c.variance for c in olds)))
+    rows = [replace(olds[0], id=k, name=name, variance=any(c.variance for c in olds))
+            for k, (name, olds) in enumerate(groups.items())]
     aliases = {**classes.aliases, **{c.name: c.id for c in classes.classes if c.name not in groups}}
     try:
         return ClassTable(rows, {alias: int(meaning[k]) for alias, k in aliases.items()}), meaning
@@ -125,11 +123,10 @@ def clusters_table(classes, K: int):
     """(table of the classes that are no tumor, then K clusters, (256,) uint8: the new id of each old one)."""
     kept, meaning = [c for c in classes.classes if not c.tumor], np.arange(256, dtype=np.uint8)
     meaning[[c.id for c in kept]] = np.arange(len(kept))
-    rows = [replace(c, id=i) for i, c in enumerate(kept)]
-    for k in range(K):
-        color = tuple(round(255 * v) for v in colorsys.hsv_to_rgb(k / K, 0.75, 0.85))
-        rows.append(TissueClass(len(rows), f"cluster {k + 1}", True, True, color))
-    return ClassTable(rows), meaning
+    colors = [tuple(round(255 * v) for v in colorsys.hsv_to_rgb(k / K, 0.75, 0.85)) for k in range(K)]
+    return ClassTable([*(replace(c, id=i) for i, c in enumerate(kept)),
+                       *(TissueClass(len(kept) + k, f"cluster {k + 1}", True, True, color)
+                         for k, color in enumerate(colors))]), meaning
 
 
 # ---- clusters ----------------------------------------------------------------------------------------------
@@ -142,6 +139,7 @@ def instances(dataset, tiles) -> dict:
         ids = np.flatnonzero(np.isin(tile.class_of, dataset.classes.tumor_ids) & (pixels > 0))
         mean, square, gradient = (total[ids] / pixels[ids] for total in sums)
         x = np.stack([mean, np.sqrt(np.maximum(square - mean ** 2, 0)), gradient], axis=1)
+        # Logarithms: staining differs by factors, and the spread of 3+ would drown that of 0 and 1+.
         parts.append((np.full(len(ids), roi), ids, pixels[ids], tile.class_of[ids],
                       np.log(np.maximum(x, FAINT))))
     return dict(zip(("roi", "id", "pixels", "subtype", "x"), map(np.concatenate, zip(*parts))))
@@ -167,13 +165,9 @@ def log_joint(x, w, m, C) -> np.ndarray:
 
 
 def fit(x, K: int, rng):
-    """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures.
-
-    A cluster of D instances or fewer has a likelihood without bound as it shrinks on them and says nothing of
-    a subtype: a mixture with such a one is taken only where every start led to one.
-    """
+    """(log likelihood of x (n, D), (w, m, C)): the best of STARTS mixtures."""
     fits = []
-    for _ in range(STARTS):
+    for _ in range(STARTS):                                     # each ends in the optimum nearest to it
         m = x[[rng.integers(len(x))]]
         while len(m) < K:                                       # k-means++: the next one far from all so far
             far = ((x[:, None] - m) ** 2).sum(axis=2).min(axis=1) + 1e-12
@@ -181,26 +175,28 @@ def fit(x, K: int, rng):
         share = np.eye(K)[((x[:, None] - m) ** 2).sum(axis=2).argmin(axis=1)]           # (n, K)
         total, gain = -np.inf, np.inf
         while gain > 1e-5 * len(x):
-            size = share.sum(axis=0) + 1e-9                                             # maximisation
+            # Maximisation: weight, mean and covariance of each cluster, every instance counting by its share.
+            size = share.sum(axis=0) + 1e-9                                             # (K,)
             m = share.T @ x / size[:, None]
-            away = x[:, None] - m
+            away = x[:, None] - m                                                       # (n, K, D)
             C = np.einsum("nki,nkj->kij", share[:, :, None] * away, away) / size[:, None, None]
             mixture = size / size.sum(), m, C + LEAST_VARIANCE * np.eye(x.shape[1])
-            joint = log_joint(x, *mixture)                                              # expectation
+            # Expectation: how much each cluster explains of each instance. The likelihood never falls.
+            joint = log_joint(x, *mixture)
             evidence = np.logaddexp.reduce(joint, axis=1)                               # (n,) log p(x)
             share = np.exp(joint - evidence[:, None])
             total, gain = evidence.sum(), evidence.sum() - total
         fits.append((size.min() > x.shape[1], float(total), mixture))
+    # On D instances or fewer a cluster shrinks to a likelihood without bound and says nothing of a subtype: a
+    # mixture with such a one is taken only where every start led to one.
     return max(fits, key=lambda one: one[:2])[1:]
 
 
 def adjusted_rand(a, b) -> float:
-    """Agreement of two groupings (n,) of the same things: 1 = the same groups, 0 = what chance gives.
-
-    Counted are pairs that are together in both, against those expected of groups of the same sizes.
-    """
+    """Agreement of two groupings (n,) of the same things: 1 = the same groups, 0 = what chance gives."""
     counts = np.zeros((max(a) + 1, max(b) + 1))
     np.add.at(counts, (a, b), 1)
+    # Pairs that are together in both, against those expected of groups of the same sizes.
     both, first, second, every = ((c * (c - 1) / 2).sum()
                                   for c in (counts, counts.sum(axis=1), counts.sum(axis=0), counts.sum()))
     chance, most = first * second / max(every, 1), (first + second) / 2
@@ -210,20 +206,19 @@ def adjusted_rand(a, b) -> float:
 def cluster(dataset, found, config):
     """(cluster 0..K-1 of each instance (n,), by the amount of DAB; record for clusters.json). Prints it."""
     train = np.array([roi.split == "train" for roi in dataset.rois])[found["roi"]]      # (n,)
-    large = found["pixels"] >= SMALLEST
+    large = found["pixels"] >= SMALLEST         # cut off by the border: a few pixels have no typical staining
     x = found["x"][train & large]
     wanted = [config.classes] if config.classes else range(2, MOST + 1)
     choices = [K for K in wanted if len(x) >= PER_CLUSTER * K]
     if not choices:
         raise UserError(f"{dataset.root}: {len(x)} tumor instances of {SMALLEST} pixels or more in the "
                         f"training slides are too few for {wanted[0]} clusters; annotate more")
-    shift, scale = x.mean(axis=0), x.std(axis=0) + 1e-9
-    (n, D), x = x.shape, (x - shift) / scale
-    fits = {K: fit(x, K, numpy_generator(config.seed, "cluster", K)) for K in choices}
+    shift, scale, (n, D) = x.mean(axis=0), x.std(axis=0) + 1e-9, x.shape
+    fits = {K: fit((x - shift) / scale, K, numpy_generator(config.seed, "cluster", K)) for K in choices}
     bic = {K: -2 * total + (K - 1 + K * D + K * D * (D + 1) / 2) * np.log(n)
            for K, (total, _) in fits.items()}
     K = min(bic, key=bic.get)
-    mixture = fits[K][1]
+    _, mixture = fits[K]
     member = log_joint((found["x"] - shift) / scale, *mixture).argmax(axis=1)
     member = np.argsort(np.argsort(mixture[1][:, 0]))[member]   # ranks by the mean DAB
 
@@ -250,9 +245,10 @@ def examples(found, member, tiles, class_of, table, columns: int = 8, side: int 
         rows.append([])
         for j in here[np.linspace(0, len(here) - 1, min(columns, len(here))).astype(int)]:
             tile, new = tiles[found["roi"][j]], class_of[found["roi"][j]]
-            corner = [int(np.clip(np.median(at) - side // 2, 0, max(0, size - side))) for at, size
-                      in zip(np.nonzero(tile.instance == found["id"][j]), tile.instance.shape)]
-            image, _, instance = tile.window(*corner, *(min(side, size) for size in tile.instance.shape))
+            shape = tile.instance.shape
+            corner = [int(np.clip(np.median(at) - side // 2, 0, max(0, size - side)))
+                      for at, size in zip(np.nonzero(tile.instance == found["id"][j]), shape)]
+            image, _, instance = tile.window(*corner, *(min(side, size) for size in shape))
             rows[-1].append(draw.outline(image, new[instance], table, instance, width=1))
     return draw.image_grid(rows, [table.names[k] for k in table.tumor_ids], cell=128)
 

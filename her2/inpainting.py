@@ -1,17 +1,15 @@
 """Inpainting: which latent cells are regenerated, what the encoder sees, what ends up in the picture.
 
 `repaint` (B, H, W) bool, True = regenerate: the pixels of the relabelled tumor. A latent cell that touches
-one such pixel is regenerated (max-pool: thin instances survive), and so is a rim of cells around, because
-cells next to the border still encode old tumor. After decoding, `paste` puts the original pixels back
-everywhere else: the background is bit-exact whatever the autoencoder does to it.
+one such pixel is regenerated, and so is a rim of cells around, because cells next to the border still encode
+old tumor. After decoding, `paste` puts the original pixels back everywhere else.
 
 PAPER: "inpaint the tumor in existing images ... keeping the background unchanged" leaves the grid of the
 latents, the rim and the pasting open. It also reports "tissue with staining closer to the original image":
 in the encoder, attention and GroupNorm let each cell see the whole patch, so all known cells carry something
-of the old tumor's staining.
-`erase` fills the region with what surrounds it before encoding. A decoder paints no noise, a sensor does:
-beside pasted pixels of the photograph, smoothness alone would tell generated tumor from background, and a
-segmenter would learn just that. `add_grain` gives generated pixels the noise of their slide.
+of the old tumor's staining; `erase` takes it out. A decoder paints no noise, a sensor does: beside pasted
+pixels of the photograph, smoothness alone would tell generated tumor from background, and a segmenter would
+learn just that. `add_grain` gives generated pixels the noise of their slide.
 
 Key: B batch, H W image size, h w latent size.
 """
@@ -20,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from her2.run_seeds import generator
-
 
 # Of pure noise, the smoothest tenth of squares has a spread of .8 of the whole: 64 squared values scatter so.
 SMOOTHEST = 0.8
@@ -53,11 +50,9 @@ def paste(image: torch.Tensor, generated: torch.Tensor, repaint: torch.Tensor) -
 
 def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     """`image` (B, 3, H, W) with the region `repaint` (B, H, W) filled smoothly from the pixels around it.
-
     Pyramid filling (push-pull: Gortler et al., The Lumigraph, SIGGRAPH 1996): halve the image, averaging
     known pixels only, until all are known; on the way back an unknown pixel takes the coarser level's value.
-    Known pixels stay as they are. An image without any known pixel becomes white: glass.
-    """
+    An image without any known pixel becomes white: glass."""
     known = ~repaint[:, None]                                                # (B, 1, H, W)
     if bool(known.all()) or max(image.shape[-2:]) == 1:
         return torch.where(known, image, torch.ones_like(image))
@@ -65,18 +60,15 @@ def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     share = F.avg_pool2d(known.to(image.dtype), **pool)                      # (B, 1, H/2, W/2) in 0 .. 1
     # Unknown pixels count as 0 in the numerator and not at all in the share: the mean of the known ones.
     mean = F.avg_pool2d(image * known, **pool) / share.clamp(min=0.25)       # (B, 3, H/2, W/2)
-    coarse = erase(mean, share[:, 0] == 0)                                   # (B, 3, H/2, W/2)
-    smooth = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")   # (B, 3, H, W)
-    return torch.where(known, image, smooth)
+    smooth = F.interpolate(erase(mean, share[:, 0] == 0), size=image.shape[-2:], mode="bilinear")
+    return torch.where(known, image, smooth)                                 # (B, 3, H, W)
 
 
 def noise_level(image: torch.Tensor) -> torch.Tensor:
-    """(B,) standard deviation of the noise in images (B, 3, H, W), where they are smoothest.
-
-    A second difference along both axes removes what is locally a plane, and leaves white noise 6 times as
-    strong (Immerkaer, Comput Vis Image Underst 64, 1996). Texture passes too, so only the smoothest tenth of
-    all squares of 8 x 8 pixels is asked.
-    """
+    """(B,) standard deviation of the noise in images (B, 3, H, W), where they are smoothest. A second
+    difference along both axes removes what is locally a plane, and leaves white noise 6 times as strong
+    (Immerkaer, Comput Vis Image Underst 64, 1996). Texture passes too, so only the smoothest tenth of all
+    squares of 8 x 8 pixels is asked."""
     line = torch.tensor([1.0, -2.0, 1.0])
     kernel = (torch.outer(line, line) / 6).expand(3, 1, 3, 3)
     fine = F.conv2d(image.float(), kernel, groups=3)                         # (B, 3, H - 2, W - 2)

@@ -1,7 +1,6 @@
 """Lessons of Saturday morning: tissue, dyes, labels, and what of them a network sees (see `lessons`)."""
 
 import tempfile
-from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -43,7 +42,8 @@ def ink(values) -> np.ndarray:
 def specimens(kind: str, subtype: int) -> list:
     """Six times image (192, 192, 3) at 0.5 um and inside (192, 192) bool, with a site of this kind."""
     # One slide for all, with little unspecific brown: the differences are those between the classes.
-    style = replace(draw_style(numpy_generator("lesson", "style")), noise=0.004, breath=0.05)
+    style = draw_style(numpy_generator("lesson", "style"))
+    style.noise, style.breath = 0.004, 0.05
     found, axis = [], np.arange(192) / 2
     for attempt in count(1):
         scene = lay_out(style, np.eye(4)[subtype], 0.02 if kind == "acinus" else 0.3, 96,

@@ -3,10 +3,10 @@
     python -m her2.phantom --out data/phantom --preset tiny
 
 writes a dataset folder: images/*.png, annotations/* (EXACT JSON for half of the slides, QuPath GeoJSON for
-the other half, the latter in the coordinates of the whole slide at LEVEL0), slides.csv, preview.png (polygons
-in the colours of their classes) and, last, phantom.json with the settings. The physical model is the same at
-every preset, in micrometres; presets differ in resolution and amount. A ROI is a function of (seed, slide,
-roi) alone, so an interrupted run goes on where it stopped and ends in the same bytes.
+the other half, in the coordinates of the whole slide at LEVEL0), slides.csv, preview.png and, last,
+phantom.json with the settings. The physical model is the same at every preset, in micrometres; presets differ
+in resolution and amount. A ROI is a function of (seed, slide, roi) alone, so an interrupted run goes on where
+it stopped and ends in the same bytes.
 
 `slides.csv` comes with a split in which the four scores are equally frequent. Subtypes are not: slides of a
 higher score hold more tumor, and a slide mixes subtypes around its score (paper, section 2.1 and Fig. 2:
@@ -15,7 +15,6 @@ those at which subtype sampling is known to help (0 .07, 1+ .16, 2+ .24, 3+ .43,
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from her2.data_classes import DEFAULT_CLASSES
+from her2.data_classes import DEFAULT_CLASSES, csv_text
 from her2.run_config import Parser
 from her2.run_errors import UserError, atomic_write, command
 from her2.phantom_microscope import render
@@ -52,8 +51,7 @@ class Preset:
     slides: tuple[int, int, int]  # train, val, test: multiples of four, one per score
 
 
-PRESETS = {"tiny": Preset(1.0, 256, 1, (8, 4, 4)),
-           "small": Preset(1.0, 256, 1, (8, 8, 32)),
+PRESETS = {"tiny": Preset(1.0, 256, 1, (8, 4, 4)), "small": Preset(1.0, 256, 1, (8, 8, 32)),
            "paper": Preset(0.242, 6200, 10, (24, 8, 8))}
 
 
@@ -62,8 +60,7 @@ def scene_of(preset: Preset, seed: int, slide: int, roi: int):
     score = slide % 4
     style = draw_style(numpy_generator(seed, "style", slide))
     rng = numpy_generator(seed, "layout", slide, roi)
-    extent = preset.size * preset.um_per_px
-    scene = lay_out(style, MIX[score], TUMOR_SHARE[score], extent, rng, first=score,
+    scene = lay_out(style, MIX[score], TUMOR_SHARE[score], preset.size * preset.um_per_px, rng, first=score,
                     duct=(slide // 4 + slide + roi) % 4 == 0)
     polygons = []
     for site in scene.sites:
@@ -107,33 +104,29 @@ def qupath_geojson(polygons, x: float, y: float, downsample: float) -> str:
     features = []
     for class_id, ring in polygons:
         points = np.round(ring * downsample + (x, y), 2).tolist()
+        named = DEFAULT_CLASSES.classes[class_id]
         features.append({
             "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [points + points[:1]]},
-            "properties": {"objectType": "annotation", "classification": {
-                "name": DEFAULT_CLASSES.names[class_id],
-                "color": list(DEFAULT_CLASSES.classes[class_id].color)}}})
+            "properties": {"objectType": "annotation",
+                           "classification": {"name": named.name, "color": list(named.color)}}})
     return json.dumps({"type": "FeatureCollection", "features": features}, indent=1)
 
 
 def _row(preset: Preset, slide: int, roi: int) -> dict:
     """One line of slides.csv."""
-    geojson = (slide + slide // 4) % 2 == 1
-    name = f"slide{slide:02d}_roi{roi}"
-    downsample = round(preset.um_per_px / LEVEL0, 6) if geojson else 1
-    x, y = (2000 + roi * int(1.25 * preset.size * downsample), 3000) if geojson else (0, 0)
+    name, ending, x, y, downsample = f"slide{slide:02d}_roi{roi}", "json", 0, 0, 1
     train, val, _ = preset.slides
-    return {"image": f"images/{name}.png",
-            "annotations": f"annotations/{name}.{'geojson' if geojson else 'json'}",
-            "x": x, "y": y, "downsample": downsample, "slide": f"slide{slide:02d}",
-            "score": SCORES[slide % 4],
+    if (slide + slide // 4) % 2:                        # half of the slides are in QuPath: in the whole slide
+        ending, downsample = "geojson", round(preset.um_per_px / LEVEL0, 6)
+        x, y = 2000 + roi * int(1.25 * preset.size * downsample), 3000
+    return {"image": f"images/{name}.png", "annotations": f"annotations/{name}.{ending}", "x": x, "y": y,
+            "downsample": downsample, "slide": f"slide{slide:02d}", "score": SCORES[slide % 4],
             "split": "train" if slide < train else "val" if slide < train + val else "test"}
 
 
 def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True) -> Path:
-    """Write the phantom to the folder `out`, or finish it, or find it complete. Returns the folder.
-
-    Raises UserError when `out` holds another phantom, or a dataset that is none.
-    """
+    """Write the phantom to the folder `out`, or finish it, or find it complete. Returns the folder. Raises
+    UserError when `out` holds another phantom, or a dataset that is none."""
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     out, size = Path(out), PRESETS[preset]
@@ -155,8 +148,7 @@ def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True
         atomic_write(annotations, exact_json(polygons) if annotations.suffix == ".json" else
                      qupath_geojson(polygons, row["x"], row["y"], row["downsample"]))
         atomic_write(image, lambda file: picture.save(file, format="PNG", compress_level=4))
-    lines = [",".join(rows[0][2])] + [",".join(str(value) for value in row.values()) for _, _, row in rows]
-    atomic_write(out / "slides.csv", "\n".join(lines) + "\n")
+    atomic_write(out / "slides.csv", csv_text([row for _, _, row in rows]))
     print(measure(out, size, seed, [row for row in rows if row[1] < MEASURED_ROIS]))
     atomic_write(out / "phantom.json", json.dumps({"complete": True, **settings}, indent=1))
     return out
@@ -179,31 +171,28 @@ def _found(out: Path, settings: dict) -> bool:
         complete = found.pop("complete")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not readable ({error}); remove the folder {out} and run again") from error
-    if found != settings:
-        differences = ", ".join(f"{key} is {found.get(key)}, asked for {settings.get(key)}"
-                                for key in {**settings, **found} if found.get(key) != settings.get(key))
+    differences = ", ".join(f"{key} is {found.get(key)}, asked for {settings.get(key)}"
+                            for key in {**settings, **found} if found.get(key) != settings.get(key))
+    if differences:
         raise UserError(f"{out}: holds another phantom ({differences}); choose another --out or remove it")
     return complete
 
 
 def measure(out: Path, preset: Preset, seed: int, rows, at_most: int = 1024) -> str:
-    """Write preview.png and return a table: area share per split and DAB density per class.
-
-    Images are read at every n-th pixel where they are larger than `at_most`; white is the 99th percentile
-    per channel of each image. "10-90 %" is the spread of the means of single instances.
-    """
-    names, thumbnails = DEFAULT_CLASSES.names, []
-    splits = ("train", "val", "test")
+    """Write preview.png and return a table: area share per split and DAB density per class. Images are read
+    at every n-th pixel where they are larger than `at_most`; white is the 99th percentile per channel of each
+    image. "10-90 %" is the spread of the means of single instances."""
+    names, splits, thumbnails = DEFAULT_CLASSES.names, ("train", "val", "test"), []
     area = np.zeros((len(names), len(splits)))
-    density: list[list[tuple[float, int]]] = [[] for _ in names]
+    density = [[] for _ in names]                       # per class: (mean of an instance, its pixels)
     for slide, roi, row in rows:
         with Image.open(out / row["image"]) as file:
             picture = np.asarray(file)
         n = -(-preset.size // at_most)
         rgb = picture[n // 2::n, n // 2::n]
         _, polygons = scene_of(preset, seed, slide, roi)
-        rings, ids = [[ring / n] for _, ring in polygons], [class_id for class_id, _ in polygons]
-        label, instance = paint(rings, ids, *rgb.shape[:2])
+        label, instance = paint([[ring / n] for _, ring in polygons], [class_id for class_id, _ in polygons],
+                                *rgb.shape[:2])
         dab = deconvolve(rgb, white_point(rgb))[1]
         area[:, splits.index(row["split"])] += np.bincount(label.ravel(), minlength=len(names))
         for k in np.unique(instance):
@@ -217,10 +206,9 @@ def measure(out: Path, preset: Preset, seed: int, rows, at_most: int = 1024) -> 
     atomic_write(out / "preview.png", lambda file: Image.fromarray(sheet).save(file, format="PNG"))
     lines = [f"{'class':12}{'instances':>10}{'train':>8}{'val':>8}{'test':>8}{'DAB':>9}{'10-90 %':>12}"]
     for k, name in enumerate(names):
-        values = np.array([v for v, _ in density[k]] or [np.nan])
-        mean = np.average(values, weights=[n for _, n in density[k]] or [1])
+        values, weights = np.array(density[k] or [(np.nan, 1)]).T
+        mean, (low, high) = np.average(values, weights=weights), np.percentile(values, (10, 90))
         share = area[k] / (area[1:].sum(axis=0) if k else area.sum(axis=0))
-        low, high = np.percentile(values, (10, 90))
         lines.append(f"{name:12}{len(density[k]) if k else '-':>10}" + "".join(f"{s:8.3f}" for s in share)
                      + f"{mean:9.3f}{low:8.2f}{high:6.2f}")
     lines.append("shares: of the tumor area of the split, Background: of all; DAB: mean density")
@@ -239,14 +227,12 @@ def _thumbnail(picture, polygons, side: int = 320) -> np.ndarray:
 
 
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m her2.phantom", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default=os.path.join("data", "phantom"),
-                        help="the dataset folder (default: %(default)s)")
-    parser.add_argument("--preset", default="tiny", help=", ".join(
-        f"{name}: {'-'.join(map(str, p.slides))} slides x {p.rois} ROIs of {p.size} px at {p.um_per_px} um"
-        for name, p in PRESETS.items()) + " (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="another seed, other slides (default: %(default)s)")
+    parser = Parser(prog="python -m her2.phantom", description=(__doc__ or "").split("\n\n")[0])
+    sizes = ", ".join(f"{name}: {'-'.join(map(str, one.slides))} slides x {one.rois} ROIs of {one.size} px "
+                      f"at {one.um_per_px} um" for name, one in PRESETS.items())
+    parser.add_argument("--out", default=str(Path("data", "phantom")), help="dataset folder [%(default)s]")
+    parser.add_argument("--preset", default="tiny", help=f"{sizes} [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other slides [%(default)s]")
     args = parser.parse_args(argv)
     make_phantom(args.out, args.preset, args.seed)
     return 0

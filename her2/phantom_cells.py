@@ -2,15 +2,14 @@
 
 A cell is one record of the table CELL. Its body is the region nearer to it than to any other cell, at most
 `reach` away (a Voronoi cell with a cap: free borders come out scalloped, as of real nests), and within the
-outline of its site; `microscope` draws it. Nests are filled by a jittered hexagonal lattice, walls of ducts
-by layers along the outline.
+outline of its site. Nests are filled by a jittered hexagonal lattice, walls of ducts by layers along the
+outline.
 
-HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of the
-membrane that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they
-were tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07,
-.18, .25, .65 for 0, 1+, 2+, 3+, and single nests of neighbouring subtypes overlap. Eight photographs of
-stained tissue gave .19, .21, .29, 1.1 inside polygons and less over whole images; there, too, neighbours
-overlap, and the pattern tells more than the amount.
+HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of it
+that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they were
+tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07, .18,
+.25, .65 for 0, 1+, 2+, 3+. Eight photographs of stained tissue gave .19, .21, .29, 1.1. In both, nests of
+neighbouring subtypes overlap, and the pattern tells more than the amount.
 
 All lengths are micrometres; dyes are amounts as in `stains`.
 """
@@ -229,12 +228,10 @@ def site_cells(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarray:
-    """Fibroblasts and single lymphocytes wherever no site lies.
-
-    distance, angle, tissue: coarse maps (n, n) of the distance to the next site, the direction of the fibres
-    and how much of them there is (nuclei do not float in glass); axis: (n,) their coordinates;
-    patchy: (n, n) field that makes the stroma cellular in places.
-    """
+    """Fibroblasts and single lymphocytes wherever no site lies. distance, angle, tissue: coarse maps (n, n)
+    of the distance to the next site, the direction of the fibres and how much of them there is (nuclei do not
+    float in glass); axis: (n,) their coordinates; patchy: (n, n) field that makes the stroma cellular in
+    places."""
     middle, half = (axis[0] + axis[-1]) / 2, (axis[-1] - axis[0]) / 2
     points = hexagons(middle, middle, 1.45 * half, 13.0, 0.62, rng)
     points = points[(np.abs(points - middle) < half).all(axis=1)]       # within the maps

@@ -11,9 +11,8 @@ d1), and lies (d2 - d1) / 2 from the border to the second nearest i2. The membra
 border; whether the border between i1 and i2 is stained at all is a coin thrown once per pair, by hash.
 Distances are taken in slightly warped coordinates, which makes borders and nuclei irregular.
 
-A ROI is rendered in tiles of TILE pixels. Everything is a function of the position (the noise of the sensor
-of the tile), so memory does not grow with the ROI, and tiles fit without seams.
-Letters: (h, w) samples of a tile with its halo.
+Everything is a function of the position (the noise of the sensor of the tile), so memory does not grow with
+the ROI, and tiles fit without seams. Letters: (h, w) samples of a tile with its halo.
 """
 
 import numpy as np

@@ -1,8 +1,7 @@
 """Smooth random fields and wobbly outlines: the two shapes that everything in the phantom is made of.
 
-Noise       a periodic grid of independent normal numbers, smoothed. On an axis-aligned tile the cubic
-            B-spline is separable, value(y, x) = sum_i B(y - i) sum_j B(x - j) grid[i, j]: two passes of
-            four rows each instead of sixteen gathers per pixel; at scattered points it is bilinear.
+Noise       a periodic grid of independent normal numbers, smoothed: on an axis-aligned tile by the cubic
+            B-spline, value(y, x) = sum_i B(y - i) sum_j B(x - j) grid[i, j], at scattered points linearly.
             Every value is a function of the position alone, so tiles need no common border.
 Star        an outline r(theta) around a centre. Its signed distance is approximated to first order,
                 (rho - r) / sqrt(1 + (r' / r) ** 2),   rho = distance of the point from the centre,
@@ -28,7 +27,8 @@ class Noise:
 
     def tile(self, ys, xs, scale: float) -> np.ndarray:
         """Values on the grid ys x xs (micrometres): (h,), (w,) -> (h, w) float32."""
-        # Columns first, on the transposed grid, so that both passes gather whole rows.
+        # Separable: two passes of four rows each instead of sixteen gathers per pixel. Columns first, on the
+        # transposed grid, so that both passes gather whole rows.
         columns = sum(w[:, None] * self.grid.T[j] for w, j in _spline(xs, scale))          # (w, PERIOD)
         columns = np.ascontiguousarray(columns.T)                                          # (PERIOD, w)
         return sum(w[:, None] * columns[i] for w, i in _spline(ys, scale)) / np.float32(SPLINE_SD)
@@ -82,9 +82,8 @@ class Star:
     def ring(self, depth: float, spacing: float, rng) -> np.ndarray:
         """(n, 3): x, y and tangent angle of points about `spacing` apart, `depth` inside the outline."""
         radii = self.radii - depth
-        length = 2 * np.pi * max(radii.mean(), 0)
-        count = int(length / spacing)
-        if count < 3:
+        count = int(2 * np.pi * max(radii.mean(), 0) / spacing)
+        if count < 3:                                   # too small a site for a layer this deep
             return np.zeros((0, 3))
         angle = (np.arange(count) + rng.uniform(-0.25, 0.25, count) + rng.random()) * (2 * np.pi / count)
         k = (angle * (ANGLES / (2 * np.pi))).astype(int) % ANGLES
@@ -96,9 +95,9 @@ class Star:
         """(n, 2) vertices as a hand would click them: about `spacing` apart, off by `wobble` (normal)."""
         count = max(8, int(2 * np.pi * self.radii.mean() / spacing))
         angle = (np.arange(count) + rng.uniform(-0.3, 0.3, count)) * (2 * np.pi / count)
-        radius = np.interp(angle, np.arange(-ANGLES, 2 * ANGLES) * (2 * np.pi / ANGLES),
-                           np.tile(self.radii, 3)) + wobble * rng.standard_normal(count)
-        radius = np.maximum(radius, 1.0)
+        around = np.arange(-ANGLES, 2 * ANGLES) * (2 * np.pi / ANGLES)
+        radius = np.interp(angle, around, np.tile(self.radii, 3))
+        radius = np.maximum(radius + wobble * rng.standard_normal(count), 1.0)
         return np.stack([self.x + radius * np.cos(angle), self.y + radius * np.sin(angle)], axis=1)
 
 
@@ -114,11 +113,9 @@ def wobbly_radii(radius: float, wobble: float, aspect: float, angle: float, rng)
 
 
 def squeeze(radii, site: int, x, y, weight, gap: float) -> np.ndarray:
-    """Cut the outline of one site where its neighbours begin, leaving `gap` between them (a septum).
-
-    The border to site j is the line of equal power distance (a Voronoi cell with weights): along the
-    direction u it lies at ((d^2 + w^2 - w_j^2) / (2 d)) / cos(angle between u and the neighbour).
-    """
+    """Cut the outline of one site where its neighbours begin, leaving `gap` between them (a septum). The
+    border to site j is the line of equal power distance (a Voronoi cell with weights): along the direction u
+    it lies at ((d^2 + w^2 - w_j^2) / (2 d)) / cos(angle between u and the neighbour)."""
     theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
     dx, dy = np.delete(x, site) - x[site], np.delete(y, site) - y[site]
     d = np.maximum(np.hypot(dx, dy), 1e-6)

@@ -1,12 +1,10 @@
 """What lies where in one region of interest (ROI): nests, ducts, fat, stroma.
 
-    style = draw_style(rng)                               one per slide: stain, scanner, habit of the tissue
-    scene = lay_out(style, mix, tumor_share, size, rng)   one per ROI; `microscope` makes the picture
-
 Order of events. (1) Sites (tumor nests, ducts, lobules, fat, ...) are placed with a size each, nests close
 to each other, so that they squeeze one another into sheets with septa between them. (2) Each site gets an
-outline: a wobbly ellipse, cut where its neighbours begin. (3) `cells` fills them. (4) Two coarse maps
-(signed distance to the next site, direction of the fibres) carry the stroma.
+outline: a wobbly ellipse, cut where its neighbours begin. (3) `phantom_cells` fills them. (4) Two coarse maps
+(signed distance to the next site, direction of the fibres) carry the stroma. `phantom_microscope` makes the
+picture of the scene.
 
 Only a tumor site has a HER2 subtype, 0 to 3 (for 0, 1+, 2+, 3+). LCIS/DCIS has one as well, since it is
 stained like the tumor beside it, but its label does not tell. Everything else is background, however much
@@ -15,6 +13,7 @@ hard, as normal breast tissue does in the paper. All lengths are micrometres, af
 """
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +29,6 @@ SMALLEST_NEST = 15.0   # mean radius; what neighbours squeeze below it disappear
 TOWARDS_BLUE = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
 TOWARDS_YELLOW = np.array([[0.0, 0.0, 0.0], [-0.5, -1.0, 0.4]])
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
-
 
 
 class Kind(NamedTuple):
@@ -49,46 +47,33 @@ KINDS = {"tumor":       Kind(0, 24, 95, 0.22, 0.50, 7),   "dcis": Kind(0, 38, 62
          "fat":         Kind(6, 40, 75, 0.12, 0.30, 4),   "vessel": Kind(12, 7, 14, 0.08, 0.30, 8)}
 
 
-@dataclass
-class Style:
-    """What all ROIs of a slide share. The spreads are such that subtype effects still stand out of the
+def draw_style(rng: np.random.Generator) -> SimpleNamespace:
+    """What all ROIs of one slide share. The spreads are such that subtype effects still stand out of the
     differences between slides: twice as wide, false positives on unseen slides drowned them."""
-    haematoxylin: float       # strength of the two stains (the thickness of the section scales both)
-    dab: float
-    hue: np.ndarray           # (2, 3) added to the two stain vectors: another batch of dye, another scanner
-    glass: np.ndarray         # (3,) colour of clear glass, 0..1
-    blur: float               # standard deviation of the optics
-    noise: float              # of the sensor, 0..1
-    breath: float             # DAB in the cytoplasm of every epithelium: unspecific, not HER2
-    stroma: float             # haematoxylin of the fibres
-    cytoplasm: float
-    nucleus_size: float
-    nucleus_stain: float
-    fibre: float              # contrast of the fibres
-    loose: float              # how much glass shows between them
-    fat: float
-    lymph: float
-    retraction: float         # how often nests have shrunk away from the stroma
-    rim: float                # DAB that settled along free edges
-    flow: float               # direction of the fibres
-
-
-def draw_style(rng: np.random.Generator) -> Style:
-    """One slide's style."""
     normal, uniform = rng.standard_normal, rng.uniform
-    thickness = np.exp(0.06 * normal())                            # a thicker section holds more of both dyes
-    return Style(
-        haematoxylin=thickness * np.exp(0.13 * normal()), dab=thickness * np.exp(0.13 * normal()),
-        # Photographed dyes are bluer and yellower than the published vectors, by an amount of its own each.
+    thickness = np.exp(0.06 * normal())                     # a thicker section holds more of both dyes
+    return SimpleNamespace(
+        haematoxylin=thickness * np.exp(0.13 * normal()),   # strength of the two stains
+        dab=thickness * np.exp(0.13 * normal()),
+        # (2, 3) added to their vectors: another batch of dye, another scanner. Photographed dyes are bluer
+        # and yellower than the published vectors, by an amount of its own each.
         hue=(0.015 * normal((2, 3)) + uniform(0.02, 0.10) * TOWARDS_BLUE
              + uniform(0.02, 0.13) * TOWARDS_YELLOW),
-        glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),
-        blur=uniform(0.25, 0.60), noise=uniform(0.006, 0.018),
+        glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),   # (3,) its colour, 0..1
+        blur=uniform(0.25, 0.60),                           # standard deviation of the optics
+        noise=uniform(0.006, 0.018),                        # of the sensor, 0..1
+        # DAB in the cytoplasm of every epithelium: unspecific, not HER2
         breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),
-        stroma=0.115 * np.exp(0.22 * normal()), cytoplasm=0.075 * np.exp(0.22 * normal()),
-        nucleus_size=np.exp(0.05 * normal()), nucleus_stain=0.41 * np.exp(0.11 * normal()),
-        fibre=np.exp(0.25 * normal()), loose=uniform(-0.4, 0.7), fat=uniform(0, 1), lymph=uniform(0, 1),
-        retraction=uniform(0.15, 0.7), rim=max(0.0, 0.3 * normal()), flow=uniform(0, np.pi))
+        stroma=0.115 * np.exp(0.22 * normal()),             # haematoxylin of the fibres
+        cytoplasm=0.075 * np.exp(0.22 * normal()),
+        nucleus_size=np.exp(0.05 * normal()),
+        nucleus_stain=0.41 * np.exp(0.11 * normal()),
+        fibre=np.exp(0.25 * normal()),                      # contrast of the fibres
+        loose=uniform(-0.4, 0.7),                           # how much glass shows between them
+        fat=uniform(0, 1), lymph=uniform(0, 1),
+        retraction=uniform(0.15, 0.7),                      # how often nests have shrunk from the stroma
+        rim=max(0.0, 0.3 * normal()),                       # DAB that settled along free edges
+        flow=uniform(0, np.pi))                             # direction of the fibres
 
 
 @dataclass
@@ -108,7 +93,7 @@ class Site:
 
 @dataclass
 class Scene:
-    style: Style
+    style: SimpleNamespace    # of `draw_style`
     size: float
     sites: list[Site]
     cells: np.ndarray         # CELL records with a body
@@ -123,11 +108,8 @@ class Scene:
 
 
 def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, duct: bool = False) -> Scene:
-    """One ROI of `size` x `size` um.
-
-    mix: (4,) shares of the subtypes; tumor_share: of the area; first: subtype of the first nest, so that
-    a slide shows its own score; duct: whether an LCIS/DCIS is certain.
-    """
+    """One ROI of `size` x `size` um. mix: (4,) shares of the subtypes; tumor_share: of the area; first:
+    subtype of the first nest, so that a slide shows its own score; duct: whether an LCIS/DCIS is certain."""
     assert len(mix) == 4 and size > 0, f"four shares and a positive size, found {mix}, {size}"
     noise = {name: Noise(rng) for name in FIELDS}                       # one law of texture for the whole ROI
     edge = None
@@ -266,10 +248,8 @@ def fibre_angle(noise, style, distance, axis) -> np.ndarray:
 
 def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray]:
     """(streaks, tissue) on the grid ys x xs: texture of the fibres (mean 0), and where there are any (0..1).
-
     Streaks are noise stretched along the flow, and around a site along its outline; where they and slower
-    noise are low, or beyond the edge of the section, glass shows.
-    """
+    noise are low, or beyond the edge of the section, glass shows."""
     along, across = flow_coordinates(noise, style, ys, xs)
     free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0)
             + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)

@@ -23,9 +23,10 @@ import glob
 import io
 import json
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,9 +48,8 @@ from her2.stains import deconvolve, white_point
 OVERLAY = 2048      # longest side of an overlay picture
 GRID = 1024         # the white point is measured on a grid of at least this many points per side
 STRIP = 256         # rows measured at a time: bounds the memory of float64 copies
-# QuPath's own name and colour of this class.
 TISSUE = ClassTable([TissueClass(0, "Background", False, False, (255, 255, 255)),
-                     TissueClass(1, "Tumor", True, False, (200, 0, 0))])
+                     TissueClass(1, "Tumor", True, False, (200, 0, 0))])   # as in QuPath
 KINDS = {"probability": ".png", "masks": ".png", "overlays": ".png", "polygons": ".geojson"}
 COLUMNS = ["image", "x", "y", "downsample", "width", "height", "tumor_share", "mean_probability",
            "dab_density", "polygons", "area", "sha256"]
@@ -72,14 +72,8 @@ class Config:
 
 
 PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
-
-
-class Input(NamedTuple):
-    name: str                       # where it lies in the folder that was given
-    path: Path
-    x: float = 0.0
-    y: float = 0.0
-    downsample: float = 1.0
+# name: where it lies in the folder that was given.
+Input = namedtuple("Input", "name path x y downsample", defaults=(0.0, 0.0, 1.0))
 
 
 def main(argv):
@@ -87,8 +81,7 @@ def main(argv):
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="images, or folders that hold them")
     configuration.add_fields(parser, Config, PRESETS)
     given = vars(parser.parse_args(argv))
-    names = given.pop("images")
-    config = configuration.build(Config, PRESETS, given)
+    names, config = given.pop("images"), configuration.build(Config, PRESETS, given)
     check_tiles(config.tile, config.overlap)
     images = find_images(names, config.out)
 
@@ -100,16 +93,20 @@ def main(argv):
     out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv],
                        {"model": {model.name: file_hash(model)}})
 
-    rows = read_rows(out / "predictions.csv")
+    path = out / "predictions.csv"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows = {row["image"]: row for row in csv.DictReader(io.StringIO(text))
+            if list(row) == COLUMNS and None not in row.values()}       # whole ones
     for image in tqdm(images, desc="predict", unit="image", disable=None):
-        paths = {kind: out / kind / Path(image.name).with_suffix(end) for kind, end in KINDS.items()}
+        files = {kind: out / kind / Path(image.name).with_suffix(end) for kind, end in KINDS.items()}
         row = {"image": image.name, "sha256": file_hash(image.path),
-               **{key: f"{image._asdict()[key]:.12g}" for key in ("x", "y", "downsample")}}
+               **{key: f"{getattr(image, key):.12g}" for key in ("x", "y", "downsample")}}
+        # Done: the same content at the same place has its row, and the row is written after all files.
         done = row.items() <= rows.get(image.name, {}).items()
-        if not done or not all(path.is_file() for path in paths.values()):
-            rows[image.name] = {**row, **predict(image, paths, network, config, precision, device)}
-            atomic_write(out / "predictions.csv", csv_text([rows[name] for name in sorted(rows)], COLUMNS))
-    print(f"done: {out / 'predictions.csv'}, {len(images)} images, threshold {config.threshold:g}, "
+        if not done or not all(map(Path.is_file, files.values())):
+            rows[image.name] = {**row, **predict(image, files, network, config, precision, device)}
+            atomic_write(path, csv_text([rows[name] for name in sorted(rows)], COLUMNS))
+    print(f"done: {path}, {len(images)} images, threshold {config.threshold:g}, "
           f"{sum(int(rows[image.name]['polygons']) for image in images)} polygons in {out / 'polygons'}")
     return 0
 
@@ -124,15 +121,16 @@ def find_images(names, out) -> list:
                 raise UserError(problems[0])
             images += [Input(roi.name, roi.image, roi.x, roi.y, roi.downsample) for roi in rois]
             continue
+        # An output folder among the images would be predicted again by the next start.
         files = [path] if path.is_file() else [
             file for file in sorted(path.rglob("[!.]*")) if file.suffix.lower() in ENDINGS
             and not file.resolve().is_relative_to(Path(out).resolve())]
         if not files:
             raise UserError(f"{path}: no image there ({', '.join(ENDINGS)}); give images or their folders")
-        images += [Input(file.relative_to(path if path.is_dir() else path.parent).as_posix(), file)
-                   for file in files]
+        root = path if path.is_dir() else path.parent
+        images += [Input(file.relative_to(root).as_posix(), file) for file in files]
     for image in images:
-        read_size(image.path)
+        read_size(image.path)                   # now, and not after hours of predicting the ones before it
         other = seen.setdefault(str(Path(image.name).with_suffix("")).casefold(), image)
         if other is not image:
             raise UserError(f"{other.path} and {image.path}: their files in {out} would have one name; give "
@@ -143,30 +141,22 @@ def find_images(names, out) -> list:
 def best_threshold(model, content) -> float:
     """The threshold of the best Dice on val, from the metrics.json beside a model.pt; 0.5 without one."""
     path = model.with_name("metrics.json")
-    if path.is_file():
-        try:
-            metrics, classes = run.read_json(path), ClassTable.from_json(content["classes"], model)
-            if metrics["key"]["model"] == file_hash(model):
-                val = sum(ProbabilityHistogram.from_json(part, classes) for part in metrics["val"].values())
-                return val.best_threshold() or 0.5
-        except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
-            print(f"note: {path}: damaged ({error}), the threshold is 0.5", file=sys.stderr)
+    if not path.is_file():
+        return 0.5
+    try:
+        metrics, classes = run.read_json(path), ClassTable.from_json(content["classes"], model)
+        if metrics["key"]["model"] == file_hash(model):                 # else they are of another training
+            val = sum(ProbabilityHistogram.from_json(part, classes) for part in metrics["val"].values())
+            return val.best_threshold() or 0.5
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"note: {path}: damaged ({error}), the threshold is 0.5", file=sys.stderr)
     return 0.5
 
 
-def read_rows(path) -> dict:
-    """{image: row} of a predictions.csv; {} where there is none."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return {row["image"]: row for row in csv.DictReader(io.StringIO(text))
-            if list(row) == COLUMNS and None not in row.values()}
-
-
 def predict(image, paths, network, config, precision, device) -> dict:
-    """Predict one image and write its four files; returns its figures for predictions.csv.
-
-    dab_density is the mean amount of DAB (optical density) of the predicted tumor's pixels against the
-    image's own white point: where an image shows no glass, it is too low. area is in pixels of the slide.
-    """
+    """Predict one image and write its four files; returns its figures for predictions.csv. dab_density is the
+    mean amount of DAB (optical density) of the predicted tumor's pixels against the image's own white point:
+    where an image shows no glass, it is too low. area is in pixels of the slide."""
     pixels = read_image(image.path)                                                     # (H, W, 3) uint8
     height, width, _ = pixels.shape
     with precision.autocast():
@@ -176,6 +166,7 @@ def predict(image, paths, network, config, precision, device) -> dict:
         raise UserError(f"{config.model}: predicts NaN for {image.path}; its training failed, train it again")
     draw.save_png(paths["probability"], np.rint(prob * 255).astype(np.uint8))
 
+    # The mask is painted from its polygons, so that what QuPath shows and what is measured are one thing.
     polygons = tumor_polygons(prob >= config.threshold, config.min_area)
     label, instance = paint(polygons, [1] * len(polygons), height, width)               # (H, W) each
     draw.save_png(paths["masks"], label, TISSUE.palette())
@@ -190,47 +181,43 @@ def predict(image, paths, network, config, precision, device) -> dict:
 
     size = [max(1, round(side * min(1, OVERLAY / max(height, width)))) for side in (width, height)]
     small = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
-    label = np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+    label = np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))     # ids are not averaged
     draw.save_png(paths["overlays"], draw.outline(small, label, TISSUE, width=2))
 
-    area, tumor = count * image.downsample ** 2, count[1:].sum()
-    features = [feature(polygons[k - 1], image, config.simplify,
-                        {"Area px^2": area[k], "Mean tumor probability": round(total[k] / count[k], 6)})
-                for k in range(1, len(count))]
+    area, tumor = count[1:] * image.downsample ** 2, count[1:].sum()
+    features = [feature(rings, image, config.simplify,
+                        {"Area px^2": a, "Mean tumor probability": round(mean, 6)})
+                for rings, a, mean in zip(polygons, area, total[1:] / count[1:])]
     atomic_write(paths["polygons"], json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
-    return {"width": width, "height": height, "polygons": len(polygons), "area": f"{area[1:].sum():.12g}",
+    return {"width": width, "height": height, "polygons": len(polygons), "area": f"{area.sum():.12g}",
             "tumor_share": f"{tumor / count.sum():.6f}", "dab_density": f"{dab / tumor:.6f}" if tumor else "",
             "mean_probability": f"{total.sum() / count.sum():.6f}"}
 
 
 def tumor_polygons(mask, smallest: int) -> list:
-    """Polygons (lists of rings, outer first) of a mask (H, W), without holes and specks below `smallest`.
-
-    Holes are filled first: what lies in a hole that is too small is itself too small.
-    """
+    """Polygons (lists of rings, outer first) of a mask (H, W), without holes and specks below `smallest`."""
+    # Holes are filled first: what lies in a hole that is too small is itself too small.
     polygons = [[outer, *(hole for hole in holes if polygon_area([hole]) >= smallest)]
                 for outer, *holes in outlines(mask, corners=False)]
     return [rings for rings in polygons if polygon_area(rings) >= smallest]
 
 
 def simplify(ring, tolerance: float) -> np.ndarray:
-    """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays.
-
-    A pixel changes sides only where its centre is within `tolerance` of the ring, so below half a pixel none
+    """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays. A
+    pixel changes sides only where its centre is within `tolerance` of the ring, so below half a pixel none
     does on a ring of pixel borders. A ring that would lose its area stays as it is. Source: Douglas and
-    Peucker, Cartographica 10 (1973), with the distance to the segment, not to its line.
-    """
+    Peucker, Cartographica 10 (1973), with the distance to the segment, not to its line."""
     points = np.vstack([ring, ring[:1]]).astype(np.float64)                   # closed: (n + 1, 2)
+    # The method is for open lines: a ring is two, between its first point and the one farthest from that.
     far = int(np.hypot(*(points - points[0]).T).argmax())
-    keep = np.isin(np.arange(len(points)), [0, far])
-    todo = [(0, far), (far, len(ring))]
+    keep, todo = np.isin(np.arange(len(points)), [0, far]), [(0, far), (far, len(ring))]
     while todo:
         a, b = todo.pop()
         arm, between = points[b] - points[a], points[a + 1:b] - points[a]
         along = np.clip(between @ arm / max(arm @ arm, 1e-300), 0, 1)
-        away = np.hypot(*(between - along[:, None] * arm).T)
-        if b - a > 1 and away.max() > tolerance:
-            middle = a + 1 + int(away.argmax())
+        away = np.hypot(*(between - along[:, None] * arm).T)                  # (b - a - 1,) from the segment
+        if away.max(initial=0) > tolerance:
+            middle = a + 1 + int(away.argmax())             # it stays, and both its sides are looked at
             keep[middle] = True
             todo += [(a, middle), (middle, b)]
     return points[keep] if keep.sum() > 2 else points[:-1]

@@ -36,7 +36,7 @@ TITLES = {**METHODS, **CONTROLS}        # how the methods of generate.py are cal
 COLORS = {REAL: GREY, "GAN": ORANGE, "diffusion": BLUE, "inpainting": GREEN,
           **dict.fromkeys(CONTROLS.values(), PURPLE)}
 # Fields in which runs of one comparison differ on purpose, or that do not change the result.
-FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp",
+FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp", "cwd",
         "log_every", "save_every", "data"}
 
 

@@ -120,11 +120,13 @@ def read_inputs(folder) -> dict:
 
 
 def read_fields(folder) -> dict:
-    """The configuration of the run in `folder` and "cwd", where it was started; {} without config.json."""
+    """The configuration of the run in `folder`, its "script" and "cwd", where it was started. Empty without
+    config.json."""
     path = Path(folder) / "config.json"
     content = read_json(path) if path.exists() else {"fields": {}}
     fields = content.get("fields") if isinstance(content, dict) else None
-    fields = {"cwd": content.get("cwd", ""), **fields} if isinstance(fields, dict) else {"fields": fields}
+    fields = ({"cwd": content.get("cwd", ""), "script": content.get("script"), **fields}
+              if isinstance(fields, dict) else {"fields": fields})
     wrong = [name for name, kind in KINDS.items() if type(fields.get(name, kind())) is not kind]
     if wrong:
         raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); {REMEDY}")

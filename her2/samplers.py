@@ -9,10 +9,9 @@ from alpha_bar = now, at timestep t, to the larger alpha_bar = after of the next
             + sigma noise                             fresh noise in place of the rest
 
 The squares of the last two factors add up to 1 - after: whatever eta is, the noise has the strength that the
-network expects there. eta 0 adds none and is deterministic (DDIM). eta 1 with S = T is DDPM's ancestral
-sampling: sigma^2 is then the variance of the posterior (diffusion.py, eq. 3) and the sum its mean plus noise.
-With S < T it is the same for the shorter chain of the visited levels alone, whose beta is 1 - now / after.
-Source: Song et al., Denoising Diffusion Implicit Models, ICLR 2021, eq. 12 and 16.
+network expects there. eta 0 is deterministic (DDIM). eta 1 with S = T is DDPM's ancestral sampling: sigma^2
+is then the variance of the posterior (diffusion.py, eq. 3); with S < T it is the same for the chain of the
+visited levels alone. Source: Song et al., Denoising Diffusion Implicit Models, ICLR 2021, eq. 12 and 16.
 
 DPM-Solver++(2M). With eta 0 the step follows an ordinary differential equation, and holds the guess x0 fixed
 on the way, as Euler's method would. But the guess drifts, nearly in a straight line over
@@ -24,29 +23,22 @@ lambda, h_before the one before it), and takes the deterministic step with the r
 
     x0 <- x0 + h / (2 h_before) (x0 - x0_before)
 
-Twice as many steps then divide the error by 4, not by 2. The first step has no guess before it, and where
-lambda is infinite (the step from pure noise, the last one to x0) there is no line: the guess is taken as it
-is. Source: Lu et al., DPM-Solver++, 2022, algorithm 2 (data prediction, multistep). Theirs is written with
-exp(-h) and divides 0 by 0 at a signal-to-noise ratio of 0. It wants timesteps evenly spaced in lambda.
+Twice as many steps then divide the error by 4, not by 2. Where there is no line (first step; lambda infinite:
+the step from pure noise, the last one to x0) the guess is taken as it is. Source: Lu et al., DPM-Solver++,
+2022, algorithm 2 (data prediction, multistep), which divides 0 by 0 at a signal-to-noise ratio of 0.
 
 Timesteps. "trailing" (ours): exactly S steps for every S <= T, from T-1 down; the last step ends at x0
 (after = 1). Lin et al., WACV 2024, section 3.3. "leading" is latent-diffusion's "uniform": every (T // S)-th
-level plus one. It never visits T-1, makes other numbers of steps when S does not divide T (7 -> 8,
-300 -> 334), and for some S asks for level T, which does not exist: an IndexError there, a ValueError here.
-"quadratic" is its "quad". "log-snr": see `log_snr_timesteps`.
+level plus one. It never visits T-1, makes other numbers of steps when S does not divide T (7 -> 8), and for
+some S asks for level T: an IndexError there, a ValueError here. "quadratic" is its "quad".
 
-Inpainting. Before every step the known latent, noised to the level of xt, replaces xt outside `repaint`: the
-network was trained on latents with the noise of t everywhere, and would take clean cells for something else.
-After the last step the clean known latent does. Source: Lugmayr et al., RePaint, CVPR 2022, algorithm 1
-without resampling. Officially the last replacement is missing (DDIMSampler: it keeps the network's guess), or
-the replacement comes after the step at the step's own level, so that noise of t = 0 remains (p_sample_loop).
-The arguments `final_alpha_bar`, `blend` and `clip_x0` of `trajectory` repeat the official samplers.
+Inpainting. The known latent is put back before every step and, clean, after the last: Lugmayr et al.,
+RePaint, CVPR 2022, algorithm 1 without resampling. Officially the last one is missing (DDIMSampler), or the
+replacement comes after the step at the step's own level, so that noise of t = 0 remains (p_sample_loop). The
+arguments `final_alpha_bar`, `blend` and `clip_x0` of `trajectory` repeat the official samplers.
 
 PAPER: neither sampler nor number of steps is given. Default: 50 steps with eta 1; eta 0 gave washed-out
 images from models that were trained briefly.
-
-Noise is a function noise(purpose, i) of the image's seed, the purpose and the step alone, so that an image
-does not depend on the batch it is made in (after Karras et al., EDM, 2022: one generator per image).
 
 Key: B batch, C latent channels, h w latent height and width, T number of noise levels, S of steps.
 """
@@ -70,7 +62,7 @@ def ddim_timesteps(T: int, S: int, spacing: str = "trailing") -> list:
     if spacing == "leading":
         return [t + 1 for t in range(0, T, T // S)]       # official, for comparison: S may come out otherwise
     if spacing == "quadratic":
-        roots = torch.linspace(0, (T * 0.8) ** 0.5, S, dtype=torch.float64)  # official too
+        roots = torch.linspace(0, (T * 0.8) ** 0.5, S, dtype=torch.float64)      # official too
         return [int(root ** 2) + 1 for root in roots]
     raise ValueError(f"spacing is 'trailing', 'leading', 'quadratic' or 'log-snr', found {spacing!r}")
 
@@ -82,24 +74,22 @@ def half_log_snr(schedule) -> torch.Tensor:
 
 
 def log_snr_timesteps(schedule, S: int) -> list:
-    """S levels evenly spaced in lambda, ascending, T-1 and (from two on) 0 among them.
-
-    Where alpha_bar is below LOWEST, lambda falls far (with a terminal signal-to-noise ratio of 0 without end)
-    while the guess hardly moves: one step is enough. Levels near 0 lie far apart in lambda; where the spacing
-    is finer than that, each of them is visited.
-    """
-    T, levels = schedule.T, half_log_snr(schedule)  # (T,) falling: later levels hold less of x0
+    """S levels evenly spaced in lambda, ascending, T-1 and (from two on) 0 among them."""
+    T, levels = schedule.T, half_log_snr(schedule)                      # (T,) falling: later hold less
     if not 1 <= S <= T:
         raise ValueError(f"the number of steps should be 1 to {T}, found {S}")
-    if S == 1:                                                          # from pure noise at once
-        return [T - 1]
-    seen = max(1, int((schedule.alpha_bar >= LOWEST).sum()))                     # levels 0 .. seen - 1
+    if S == 1:
+        return [T - 1]                                                  # from pure noise at once
+    # Below LOWEST lambda falls far (with a terminal signal-to-noise ratio of 0 without end) while the guess
+    # hardly moves: one step is enough.
+    seen = max(1, int((schedule.alpha_bar >= LOWEST).sum()))            # levels 0 .. seen - 1
     jump = [T - 1] if seen < T else []
     wanted = torch.linspace(float(levels[0]), float(levels[seen - 1]), S - len(jump), dtype=torch.float64)
     steps = (levels[:seen] - wanted[:, None]).abs().argmin(1).tolist() + jump    # (S,) the nearest levels
+    # Levels near 0 lie far apart in lambda: where the spacing is finer than that, each of them is visited.
     for k in range(1, S):
-        steps[k] = max(steps[k], steps[k - 1] + 1)                               # duplicates move up,
-    return [min(t, T - S + k) for k, t in enumerate(steps)]                      # and none beyond T-1
+        steps[k] = max(steps[k], steps[k - 1] + 1)                      # duplicates move up,
+    return [min(t, T - S + k) for k, t in enumerate(steps)]             # and none beyond T-1
 
 
 def ddim_tables(schedule, timesteps, eta: float, final_alpha_bar: float = 1.0):
@@ -107,29 +97,24 @@ def ddim_tables(schedule, timesteps, eta: float, final_alpha_bar: float = 1.0):
     if not 0 <= min(timesteps) or not max(timesteps) < schedule.T:
         raise ValueError(f"timesteps {min(timesteps)} to {max(timesteps)} are not among 0 to "
                          f"{schedule.T - 1}: for spacing 'leading', take a number of steps that divides T")
-    alpha_bar = schedule.alpha_bar.cpu()
-    now = alpha_bar[torch.tensor(timesteps)]                            # (S,)
+    now = schedule.alpha_bar.cpu()[torch.tensor(timesteps)]             # (S,)
     after = torch.cat([now.new_tensor([final_alpha_bar]), now[:-1]])    # (S,) the level that a step leads to
     sigma = eta * ((1 - after) / (1 - now)).sqrt() * (1 - now / after).clamp(min=0).sqrt()
-    return now, after, sigma  # in float64: 1 - after / now loses digits near 0
+    return now, after, sigma                        # in float64: 1 - after / now loses digits near 0
 
 
 def extrapolation(schedule, timesteps) -> torch.Tensor:
     """h / (2 h_before) of the step from each timestep, (S,) ascending; 0 where no line can be continued."""
-    levels = half_log_snr(schedule)[torch.tensor(timesteps)]                     # (S,) falling
-    h = -levels.diff()                                                           # h[k]: from k + 1 to k
-    middle = h[:-1] / (2 * h[1:])               # 0 after the step from pure noise, whose h is infinite
-    return torch.cat([levels.new_zeros(1), middle, levels.new_zeros(1)])[:len(timesteps)]
+    h = -half_log_snr(schedule)[torch.tensor(timesteps)].diff()         # (S - 1,) h[k]: from k + 1 to k
+    middle = h[:-1] / (2 * h[1:])                   # 0 after the step from pure noise, whose h is infinite
+    return torch.cat([h.new_zeros(1), middle, h.new_zeros(1)])[:len(timesteps)]
 
 
 def image_noise(seeds, shape, device="cpu"):
-    """-> noise(purpose, i), standard normal (B, *shape): one independent stream per image seed (int or str).
-
-    Drawn on the CPU, so that every device gets the same numbers.
-    """
-    seeds = list(seeds)                                                 # one per image
-
+    """-> noise(purpose, i), standard normal (B, *shape): one independent stream per image seed (int or str),
+    so that an image does not depend on the batch it is made in (after Karras et al., EDM, 2022)."""
     def noise(purpose: str, i: int) -> torch.Tensor:
+        # Drawn on the CPU, so that every device gets the same numbers.
         images = [torch.randn(shape, generator=generator(seed, purpose, i)) for seed in seeds]
         return torch.stack(images).to(device)                           # (B, *shape)
 
@@ -140,12 +125,10 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
                final_alpha_bar: float = 1.0, blend: str = "before", clip_x0: bool = False,
                multistep: bool = False):
     """Yields (xt, x0) after every step: the new latent and the guess that led to it, (B, C, h, w) each.
-
     predict(xt, t) -> the network's output, t (B,). noise(purpose, i) with purpose "start" (i = 0), "step" and
-    "known" (i = number of the step). timesteps ascending. multistep: DPM-Solver++(2M), with eta 0.
-    Official samplers: final_alpha_bar = schedule.alpha_bar[0]; blend "after" the step, at its level; clip_x0
-    to [-1, 1] (for images, not for latents).
-    """
+    "known" (i = number of the step). timesteps ascending. multistep: DPM-Solver++(2M), with eta 0. Official
+    samplers: final_alpha_bar = schedule.alpha_bar[0]; blend "after" the step, at its level; clip_x0 to [-1,
+    1] (for images, not for latents)."""
     if blend not in ("before", "after"):
         raise ValueError(f"blend is 'before' or 'after', found {blend!r}")
     if multistep and eta:
@@ -157,29 +140,29 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
             f"repaint {repaint.dtype} {tuple(repaint.shape)} should be bool {(len(xt), 1, *xt.shape[2:])}"
 
     def keep_known(xt, t, i):
-        # Fresh noise would make the guesses jump from step to step, and a line through two of them would
-        # point anywhere. With one noise throughout, the known cells follow their own equation exactly.
+        # At the noise of t: the network was trained on that everywhere, and would misread clean cells. Fresh
+        # noise makes the guesses jump from step to step, and a line through two of them points anywhere; with
+        # one noise throughout, the known cells follow their own equation exactly.
         eps = noise("start", 0) if multistep else noise("known", i)
         return torch.where(repaint, xt, schedule.q_sample(known, t, eps))
 
     _, after, sigma = (table.tolist() for table in ddim_tables(schedule, timesteps, eta, final_alpha_bar))
-    middle = extrapolation(schedule, timesteps).tolist()
-    guess = None  # of the step before; a line needs two points
-    for i, k in enumerate(reversed(range(len(timesteps)))):                  # i: number of the step
-        t = torch.full((len(xt),), timesteps[k], dtype=torch.int64, device=xt.device)  # (B,)
+    middle, guess = extrapolation(schedule, timesteps).tolist(), None
+    for i, k in enumerate(reversed(range(len(timesteps)))):             # i: number of the step
+        t = torch.full((len(xt),), timesteps[k], dtype=torch.int64, device=xt.device)           # (B,)
         if known is not None and blend == "before":
             xt = keep_known(xt, t, i)
-        x0, eps = schedule.x0_and_eps(predict(xt, t), xt, t)                 # (B, C, h, w) each
-        if clip_x0:  # images end at -1 and 1; latents do not
+        x0, eps = schedule.x0_and_eps(predict(xt, t), xt, t)            # (B, C, h, w) each
+        if clip_x0:                                         # images end at -1 and 1; latents do not
             x0 = x0.clamp(-1, 1)
             eps = schedule.eps_from_x0(x0, xt, t)                       # so that x0 and eps still make xt
         if multistep:
-            guess, guess_before = x0, guess                         # the line goes through unextended guesses
+            guess, guess_before = x0, guess                 # the line goes through unextended guesses
             if middle[k] > 0:
                 x0 = guess + middle[k] * (guess - guess_before)         # (B, C, h, w) half a step ahead
-                eps = schedule.eps_from_x0(x0, xt, t)    # xt is given: another x0 means another noise in it
-        xt = after[k] ** 0.5 * x0 + max(0.0, 1 - after[k] - sigma[k] ** 2) ** 0.5 * eps  # guess + direction
-        if sigma[k] > 0:                                   # the last step draws none: nothing would remove it
+                eps = schedule.eps_from_x0(x0, xt, t)       # of the same xt: another x0, another noise
+        xt = after[k] ** 0.5 * x0 + max(0.0, 1 - after[k] - sigma[k] ** 2) ** 0.5 * eps
+        if sigma[k] > 0:                            # the last step draws none: nothing would remove it
             xt = xt + sigma[k] * noise("step", i)                       # (B, C, h, w)
         if known is not None and blend == "after":
             xt = keep_known(xt, t, i)
@@ -188,7 +171,7 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
 
 @torch.no_grad()
 def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler: str = "ddim",
-           spacing: str = "auto", known=None, repaint=None, progress=None) -> torch.Tensor:
+           spacing: str = "auto", known=None, repaint=None) -> torch.Tensor:
     """A batch of latents x0 (B, C, h, w) from noise.
 
     predict    function(xt (B, C, h, w), t (B,)) -> output, as `schedule.parametrisation` says
@@ -196,26 +179,24 @@ def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler:
     sampler    "ddim" with `steps` and `eta`; "ddpm", ancestral sampling in all T steps; or "dpm", which is
                DPM-Solver++(2M) with `steps`, without fresh noise
     spacing    of the timesteps; "auto" is "log-snr" for "dpm" and "trailing" for the others
-    known      clean latent (B, C, h, w) to keep where `repaint` (B, 1, h, w) bool is False
-    progress   function(iterable, total) -> iterable, such as tqdm
-    """
+    known      clean latent (B, C, h, w) to keep where `repaint` (B, 1, h, w) bool is False"""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is one of {', '.join(SAMPLERS)}, found {sampler!r}")
     if (known is None) != (repaint is None):
         raise ValueError("known and repaint are given together or not at all")  # an image needs its region
     eta = {"ddim": eta, "ddpm": 1.0, "dpm": 0.0}[sampler]               # fresh noise: some, all, none
     timesteps = spaced_timesteps(schedule, steps, sampler, spacing)
-    states = trajectory(predict, schedule, noise, timesteps, eta, known, repaint, multistep=sampler == "dpm")
-    for xt, _ in progress(states, total=len(timesteps)) if progress else states:
+    for xt, _ in trajectory(predict, schedule, noise, timesteps, eta, known, repaint,
+                            multistep=sampler == "dpm"):
         pass
+    # What is known needs no guess: clean, and not as the last step left it.
     return xt if known is None else torch.where(repaint, xt, known)
 
 
 def spaced_timesteps(schedule, steps: int, sampler: str, spacing: str) -> list:
     """The timesteps that `sample` visits, ascending; its arguments."""
-    if sampler == "ddpm":  # the chain of training, level by level
-        steps, spacing = schedule.T, "trailing"
-    if spacing == "auto":
-        spacing = "log-snr" if sampler == "dpm" else "trailing"
-    return (log_snr_timesteps(schedule, steps) if spacing == "log-snr"
-            else ddim_timesteps(schedule.T, steps, spacing))
+    if sampler == "ddpm":
+        return list(range(schedule.T))              # the chain of training, level by level
+    if spacing == "log-snr" or (spacing, sampler) == ("auto", "dpm"):
+        return log_snr_timesteps(schedule, steps)
+    return ddim_timesteps(schedule.T, steps, "trailing" if spacing == "auto" else spacing)

@@ -43,7 +43,7 @@ def test_bytes_live_until_their_storage_dies():
 def test_arithmetic_is_that_of_the_convolutions():
     """2 k^2 Cin Cout per output pixel forward, as much for either gradient; the image needs none."""
     c, total = script_config("segmenter", "tiny"), 0
-    (network,), _, _, step = one_step("segmenter", c, "cpu")
+    (network,), _, step = one_step("segmenter", c, "cpu")
 
     def add(module, inputs, output):
         nonlocal total
