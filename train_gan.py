@@ -145,11 +145,8 @@ def train(config, argv) -> int:
 # ---- what the loop calls -----------------------------------------------------------------------------------
 
 def calibrate(averaged, sampler, num_classes, config, step, device):
-    """A copy of the averaged generator whose batch-norm statistics fit its weights and z ~ N(0, I).
-
-    The running statistics were gathered with other weights and with encoded z; at test time they would shift
-    the colours. So they are estimated again from 16 batches of training labels (PAPER: not discussed there).
-    """
+    """A copy of the averaged generator whose batch-norm statistics are those of 16 batches of training labels
+    with z ~ N(0, I): the ones of the training would shift the colours at test time (see spade.py)."""
     def conditions():
         for k in range(16):
             label = sampler.batch(step + k, config.batch)["label"]

@@ -26,9 +26,8 @@ counts, and the levels are averaged. Everything is summed up in float32, under a
 import torch
 import torch.nn.functional as F
 
-# What a logit x costs its owner: D on a real and on a fake image, G on its own. D stops pulling where it is
-# right by a margin of 1, and spends itself on what it still mistakes; G has no margin, so that its gradient
-# never vanishes.
+# What a logit x costs: D on a real and on a fake image, G on its own fake. D stops pulling where it is right
+# by a margin of 1, and spends itself on what it still mistakes. G has no margin: every logit pulls alike.
 HINGE = {"real": lambda x: F.relu(1 - x), "fake": lambda x: F.relu(1 + x), "generator": lambda x: -x}
 
 
@@ -52,9 +51,9 @@ def feature_matching(fake_features: list, real_features: list, weight: float = 1
     """L1 distance between D's features of fake and real, all layers but the logits; no gradient into real."""
     counts = [[len(level) for level in features] for features in (fake_features, real_features)]
     assert counts[0] == counts[1], f"fake has {counts[0]} features per scale, real {counts[1]}"
-    # The adversarial gradient dies when D is sure of every fake. The distance to real features does not: it
-    # tells G in which direction real images lie, whoever is ahead. The logits are left out: they are the
-    # other loss. `detach`: it is the fake that has to move.
+    # Where D is sure of every fake, the slope of its logits says little about how to become real. The
+    # distance to real features still does. The logits are left out: they are the other loss. `detach`: it is
+    # the fake that has to move.
     distances = [F.l1_loss(fake.float(), real.detach().float())
                  for fake_level, real_level in zip(fake_features, real_features)
                  for fake, real in zip(fake_level[:-1], real_level[:-1])]

@@ -1,16 +1,15 @@
 """Perceptual distances: two images are close when a network trained on photographs sees the same in both.
 
     VGG19Loss   sum over five layers of weight * mean |features(fake) - features(real)|, weight 1/32, 1/16,
-                1/8, 1/4, 1 from the first layer to the last: SPADE's third generator loss, used times 10
+                1/8, 1/4, 1 from the first layer to the last: SPADE's third generator loss, used times 10.
+                Its file: torchvision's vgg19 (vgg19-dcbb9e9d.pth)
     LPIPS       features normalised per pixel to length 1, squared difference, a learned weight per channel,
-                mean over the image, sum over five layers: part of the VQ autoencoder's reconstruction loss
+                mean over the image, sum over five layers: part of the VQ autoencoder's reconstruction loss.
+                Its file: a checkpoint of a CompVis autoencoder that holds loss.perceptual_loss.*, or
+                torchvision's vgg16 (vgg16-397923af.pth) with the linear maps of LPIPS 0.1 (vgg.pth)
 
 Neither network is trained here and neither is worth anything without its weights, so both are off unless
 the user gives a file. Until it is loaded a network lives on torch's meta device, without memory.
-
-    VGG19Loss   torchvision's vgg19 (vgg19-dcbb9e9d.pth)
-    LPIPS       a checkpoint of a CompVis autoencoder that holds loss.perceptual_loss.*, or torchvision's
-                vgg16 (vgg16-397923af.pth) together with the five linear maps of LPIPS 0.1 (vgg.pth)
 
 Source: Park et al., CVPR 2019, appendix A (from Wang et al., pix2pixHD, CVPR 2018); Zhang et al., "The
 unreasonable effectiveness of deep features as a perceptual metric", CVPR 2018, eq. 1.
