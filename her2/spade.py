@@ -68,7 +68,7 @@ class SPADENorm(nn.Module):
         onehot = F.interpolate(onehot, size=x.shape[2:], mode="nearest")              # (B, K, h, w)
         h = self.mlp_shared(onehot)                                                   # (B, hidden, h, w)
         gamma, beta = self.mlp_gamma(h), self.mlp_beta(h)                             # (B, C, h, w)
-        # gamma starts below 1e-4 (init_weights): without the 1 every layer would begin as a zero, and nothing
+        # gamma starts at a few 1e-5 (init_weights): without the 1 every layer would begin as a zero, and nothing
         # would pass; with it the network begins as one with plain normalisation, and learns the label's part.
         return self.param_free_norm(x) * (1 + gamma) + beta                           # (B, C, h, w)
 
@@ -90,7 +90,7 @@ class SPADEResBlock(nn.Module):
             self.norm_s = SPADENorm(in_channels, num_classes, norm, hidden)
 
     def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
-        # The label enters before each convolution, the shortcut's too: no path goes around it.
+        # The label enters before each convolution, the shortcut's too: no learned path goes around it.
         skip = self.conv_s(self.norm_s(x, onehot)) if self.shortcut else x            # (B, C', h, w)
         x = self.conv_0(F.leaky_relu(self.norm_0(x, onehot), SLOPE))                  # (B, min, h, w)
         x = self.conv_1(F.leaky_relu(self.norm_1(x, onehot), SLOPE))                  # (B, C', h, w)
