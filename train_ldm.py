@@ -68,7 +68,7 @@ def train_autoencoder(config, argv) -> None:
                     "collapsing; try a lower --lr, a larger --beta or fewer --codes")
 
     def publish():
-        with torch.no_grad(), precision.autocast():
+        with precision.autocast():
             again = model(fixed)[0]
         draw.samples_png(folder, step, image=fixed, reconstruction=again)
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
@@ -114,8 +114,8 @@ def train_autoencoder(config, argv) -> None:
                 reconstruction, z, codes, l1, nll, vq_loss = reconstruct(image)
                 loss = nll + vq_loss                                                    # ()
 
-                # 2 look real: L1 alone blurs (the mean of all likely textures costs least). Late, since D
-                #   would drive the first rough reconstructions anywhere; weighted to pull as hard as L1.
+                # 2 look real: L1 alone blurs (the middle of all likely textures costs least). Late, since D
+                #   would drive the first rough reconstructions anywhere; `disc_weight` times the pull of L1.
                 if adversarial:
                     g_loss = hinge_generator(disc(reconstruction))                      # ()
                     weight = config.disc_weight * adaptive_weight(
