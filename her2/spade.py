@@ -68,8 +68,8 @@ class SPADENorm(nn.Module):
         onehot = F.interpolate(onehot, size=x.shape[2:], mode="nearest")              # (B, K, h, w)
         h = self.mlp_shared(onehot)                                                   # (B, hidden, h, w)
         gamma, beta = self.mlp_gamma(h), self.mlp_beta(h)                             # (B, C, h, w)
-        # gamma starts at a few 1e-5 (init_weights): without the 1 every layer would begin as a zero and nothing
-        # would pass; with it the network begins as one with plain normalisation, and learns the label's part.
+        # gamma starts at a few 1e-5 (init_weights): without the 1 every layer would begin as a zero and let
+        # nothing pass; with it the network begins with plain normalisation, and learns the label's part.
         return self.param_free_norm(x) * (1 + gamma) + beta                           # (B, C, h, w)
 
 
