@@ -1,0 +1,85 @@
+"""What the README says came out is what the files of the seeds say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from her2 import report_study
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDY = ROOT / ".github" / "study"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """(results, report.md) made again from the files of the seeds."""
+    out = tmp_path_factory.mktemp("report")
+    return report_study.write_report(sorted(STUDY.glob("seed*.json")), out), (out / "report.md").read_text("utf-8")
+
+
+def section() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8").split("## What came out\n")[1].split("\n## ")[0]
+
+
+def tables(text) -> list:
+    """[[{header: cell}, ...], ...] of the tables in markdown."""
+    found, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            found.append([dict(zip(rows[0], row)) for row in rows[2:]])
+            rows = []
+    return found
+
+
+def same(one, other) -> bool:
+    """Equal but for the last digits, in which machines differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) or isinstance(other, float):
+        return one == pytest.approx(other, rel=1e-9, abs=1e-12)
+    return one == other
+
+
+def test_the_published_results_follow_from_the_seeds(report):
+    published = json.loads((STUDY / "results.json").read_text(encoding="utf-8"))
+    assert same(published, json.loads(json.dumps(report[0])))
+    changed = json.loads(json.dumps(report[0]))
+    changed["verdicts"][0]["mean"] += 1e-4
+    assert not same(published, changed)
+
+
+def test_every_verdict_stands_in_the_readme_word_by_word(report):
+    for claim in report[0]["verdicts"]:
+        assert claim["sentence"] in section()
+
+
+def test_every_cell_is_the_one_of_the_report(report):
+    """The tables of the README are rows and columns of those in report.md, named by their first cell."""
+    known = {}
+    for table in tables(report[1]):
+        for row in table:
+            first = next(iter(row))
+            known.setdefault((first, row[first]), {}).update(row)
+    shown = tables(section())
+    assert shown and all(shown)
+    for row in (row for table in shown for row in table):
+        first = next(iter(row))
+        assert row.items() <= known[first, row[first]].items(), row
+
+
+def test_no_number_comes_from_elsewhere(report):
+    """Every number with a decimal point in the prose stands in the report too, or in a command beside it."""
+    prose = re.sub(r"```.*?```", "", section(), flags=re.S)
+    for number in re.findall(r"\d*\.\d+", prose):
+        assert number in report[1], number
+
+
+def test_every_figure_is_small_and_shown_or_linked():
+    for path in STUDY.glob("*.png"):
+        assert path.stat().st_size < 300_000, path.name
