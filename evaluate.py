@@ -22,7 +22,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -40,18 +39,12 @@ from her2.segmenter import UNet, check_tiles, predict_roi
 
 
 @dataclass
-class Config:
+class Config(configuration.Tiles):  # device, preset, size and number of the tiles, as in her2.predict
     data: str = ""                  # dataset folder; empty: the one that the runs were trained on
     out: str = "runs/report"        # folder of the report
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
     seed: int = 0                   # which examples Fig. 4 shows
     judge: str = ""                 # run of train_seg.py on other tissue, which looks at --synthetic: do the
                                     # images obey their masks, how far are they from real patches?
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
-    batch: int = 4                  # tiles at a time; changes nothing but speed and memory
-    tile: int = 256                 # side of the tiles in which an ROI is predicted, divisible by 32
-    overlap: int = 64               # pixels that neighbouring tiles share; only their centres are kept
     cache: str = "cache"            # folder for the decoded images
 
 
@@ -209,7 +202,7 @@ def predict(one, dataset, config, device, precision) -> None:
     if ClassTable.from_json(content.get("classes"), one.folder) != dataset.classes:
         raise UserError(f"{one.folder}: was trained with another class table than that of {dataset.root}; "
                         "use the dataset that it was trained on")
-    network = run.build_model(UNet, content, one.folder).to(device, memory_format=torch.channels_last)
+    network = run.build_model(UNet, content, one.folder, device)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):

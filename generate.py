@@ -27,18 +27,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, inpainting, run, run_distributed, run_training, study_controls
+from her2 import draw, inpainting, run, run_distributed, run_setup, run_training, study_controls
 from her2.autoencoder import VQAutoencoder
 from her2.data_classes import IGNORE, csv_text
-from her2.data_folder import load_dataset, write_split
+from her2.data_folder import write_split
 from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.run_errors import UserError, atomic_write, command
-from her2.phantom import default_phantom
 from her2.run_log import Manifest
 from her2.run_provenance import file_hash, input_hashes
 from her2.relabel import relabel, renumber, repaint_mask
-from her2.data_patches import PatchSampler, to_tensors
+from her2.data_patches import to_tensors
 from her2.data_regions import open_roi
 from her2.samplers import image_noise, sample, spaced_timesteps
 from her2.run_seeds import generator, hashed_seed, numpy_generator
@@ -46,14 +45,9 @@ from her2.spade import SPADEGenerator
 
 
 @dataclass
-class Config:
-    data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
+class Config(configuration.Patches):    # data, patch, uniform, device and what else scripts share
     out: str = ""                   # folder of the synthetic dataset; empty: data/synth-METHOD
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the patches, the new subtypes and the noise
-    split_seed: int = 0             # decides the split of slides when slides.csv has none
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     method: Literal["gan", "ldm", "inpaint", "oracle", "fresh", "restain", "reconstruct"] = "ldm"  # what
                                     # paints: a generative model, or a control of her2/study_controls.py
     model: str = ""                 # its run folder; empty: runs/gan, runs/vq for reconstruct, else runs/ldm
@@ -61,9 +55,7 @@ class Config:
                                     # 1.0 = +100 %
     count: int = 0                  # number of images; 0: from --ratio
     batch: int = 16                 # images at a time; changes nothing but speed and memory
-    patch: int = 64                 # side of an image in pixels
     sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
-    uniform: float = 0.0            # share of the source patches taken from anywhere, whatever --sampling is
     relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
     relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
                                     # empty: all tumor classes of the training slides
@@ -80,7 +72,6 @@ class Config:
     erase: bool = False             # inpaint: fill the tumor with the local background before encoding, so
                                     # that the encoder, which sees the whole patch, sees no old staining
     grain: bool = False             # give what a network painted the sensor noise of the source image
-    cache: str = "cache"            # folder for the decoded images
 
     def __post_init__(self):
         self.out = self.out or f"data/synth-{self.method}"
@@ -183,17 +174,14 @@ def main(argv):
 def source_data(config, content) -> tuple:
     """(dataset, sampler of patches of its training slides); `content` of model.pt, or {}. UserError where the
     network of `content` knows a slide that is not for training here, or other classes."""
-    with run_distributed.in_turn():
-        config.data = config.data or str(default_phantom(config.preset))
-    dataset = load_dataset(config.data, seed=config.split_seed)
+    # Flips are left to the segmenter's training: a source is shown as it lies in its slide.
+    dataset, sampler = run_setup.training_data(config, flips=False)
     for part in filter(None, (content, content.get("autoencoder"))):
         run_training.refuse_leak(part, dataset, config.model)       # it would paint what it is tested on
     if content and content.get("classes") != dataset.classes.to_json():
         raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
                         "use the dataset that it was trained on")
-    # Flips are left to the segmenter's training: a source is shown as it lies in its slide.
-    return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
-                                 cache=config.cache, uniform=config.uniform)
+    return dataset, sampler
 
 
 def draw_patch(sampler, seed, i) -> dict:
@@ -274,8 +262,7 @@ class SpadePainter:
     """paint(batch) -> (B, 3, H, W) in [-1, 1] by the GAN, from the label; `batch`: see study_controls."""
 
     def __init__(self, content, config, device):
-        self.network = run.build_model(SPADEGenerator, content, config.model).to(
-            device, memory_format=torch.channels_last)
+        self.network = run.build_model(SPADEGenerator, content, config.model, device)
         self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
 
     def paint(self, batch):
@@ -288,10 +275,8 @@ class DiffusionPainter:
     """The same by latent diffusion: whole images, or only the tumor of `image` (method "inpaint")."""
 
     def __init__(self, content, config, device):
-        parts = (run.build_model(VQAutoencoder, content["autoencoder"], config.model),
-                 run.build_model(LatentDenoiser, content, config.model))
-        self.autoencoder, self.denoiser = (part.to(device, memory_format=torch.channels_last)
-                                           for part in parts)
+        self.autoencoder = run.build_model(VQAutoencoder, content["autoencoder"], config.model, device)
+        self.denoiser = run.build_model(LatentDenoiser, content, config.model, device)
         self.schedule = run.build(Schedule, content["schedule"], config.model).to(device)
         if config.guidance != 1 and content.get("drop_label") == 0:
             raise UserError(f"--guidance: found {config.guidance}; this model was trained with "
@@ -313,8 +298,8 @@ class DiffusionPainter:
             image, region = batch["image"], inpainting.grow(batch["repaint"], config.blend)     # (B, H, W)
             # The encoder sees the whole patch: what it shall not carry on is taken out before.
             source = inpainting.erase(image, region) if config.erase else image
-            known = self.denoiser.scale(self.autoencoder.encode(
-                source.to(self.device, memory_format=torch.channels_last)).float())     # (B, C, h, w)
+            z = self.autoencoder.encode(run_training.to_device(source, self.device))    # (B, C, h, w)
+            known = self.denoiser.scale(z.float())
             cells = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
         side = config.patch // factor
         noise = image_noise(batch["seeds"], (self.denoiser.config["z_channels"], side, side), self.device)

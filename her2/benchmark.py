@@ -56,15 +56,13 @@ LOOPS = list(run.KINDS)                                 # autoencoder, diffusion
 
 
 @dataclass
-class Config:
+class Config(configuration.Machine):
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes to measure and to count
     steps: int = 20                 # steps per loop; the second half of them is timed
     batch: int = 16                 # patches per step that are counted
     data: str = ""                  # dataset folder; empty: a phantom of this preset, made for the purpose
     out: str = ""                   # JSON file for the figures; empty: only print
     against: str = ""               # JSON file of an earlier run: prints ratios, above 1 = faster now
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
 
 
 def script_config(loop: str, preset: str):
@@ -243,8 +241,7 @@ def measure(config, data, folder, device):
         return rate(4, lambda: painter.paint(batch), repeats)
 
     _, roi, *_ = next(iterate_rois(dataset, "val", cache=folder / "cache"))                     # (1, 3, H, W)
-    network = run.build_model(UNet, run.load_model(folder / "segmenter", "segmenter"), folder)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = run.build_model(UNet, run.load_model(folder / "segmenter", "segmenter"), folder, device)
     with torch.no_grad(), run_training.Precision(device, config.amp).autocast():
         yield "DDIM, 50 steps", "images", images("diffusion", 3, eta=0.0)
         yield "DPM-Solver++, 15 steps", "images", images("diffusion", 3, steps=15, sampler="dpm")

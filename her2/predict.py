@@ -26,7 +26,6 @@ import sys
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -56,19 +55,13 @@ COLUMNS = ["image", "x", "y", "downsample", "width", "height", "tumor_share", "m
 
 
 @dataclass
-class Config:
+class Config(configuration.Tiles):  # device, preset, size and number of the tiles, as in evaluate.py
     model: str = "runs/seg"         # run folder of train_seg.py, or its model.pt
     out: str = "runs/predictions"   # output folder
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
     threshold: float = 0.0          # probability from which a pixel is tumor; 0: that of the best Dice on val
                                     # if evaluate.py was run on the model, else 0.5
     min_area: int = 64              # pixels; smaller specks are left out, smaller holes are filled
     simplify: float = 0.0           # pixels by which an outline may move to save points
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on CUDA only
-    batch: int = 4                  # tiles at a time; changes nothing but speed and memory
-    tile: int = 256                 # side of the tiles in which an image is predicted, divisible by 32
-    overlap: int = 64               # pixels that neighbouring tiles share; only their centres are kept
 
 
 PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
@@ -88,7 +81,7 @@ def main(argv):
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     content, model = run.load_model(config.model, "segmenter"), run.model_file(config.model)
-    network = run.build_model(UNet, content, config.model).to(device, memory_format=torch.channels_last)
+    network = run.build_model(UNet, content, config.model, device)
     config.threshold = config.threshold or best_threshold(model, content)
     out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv],
                        {"model": {model.name: file_hash(model)}})

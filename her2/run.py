@@ -252,13 +252,15 @@ def load_model(path, kind: str, data: str = "") -> dict:
     return content
 
 
-def build_model(cls, content: dict, path):
-    """The network of a loaded model.pt, in eval mode. UserError when its tensors do not fit `cls`."""
+def build_model(cls, content: dict, path, device=None):
+    """The network of a loaded model.pt, in eval mode; on a given `device` with channels last. UserError when
+    its tensors do not fit `cls`."""
     for name, value in content.get("state_dict", {}).items():
         if isinstance(value, torch.Tensor) and not value.isfinite().all():
             raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({name}); its training "
                             "diverged or the file was changed, train it again")
-    return build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
+    network = build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
+    return network if device is None else network.to(device, memory_format=torch.channels_last)
 
 
 def build(cls, kwargs: dict, path, state_dict=None):

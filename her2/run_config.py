@@ -117,24 +117,41 @@ def parse(cls, presets: dict, argv, description: str, prog: str):
 
 
 @dataclasses.dataclass
-class Training:
-    """The fields that all training scripts share. The Config of a script adds its own."""
-    # ---- the run
+class Machine:
+    """Fields that many commands share; the Config of each adds its own. The result does not depend on these,
+    but for the rounding."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
+
+
+@dataclasses.dataclass
+class Tiles(Machine):
+    """The fields of what predicts whole images, tile by tile."""
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
+    batch: int = 4                  # tiles at a time; changes nothing but speed and memory
+    tile: int = 256                 # side of the tiles in which an image is predicted, divisible by 32
+    overlap: int = 64               # pixels that neighbouring tiles share; only their centres are kept
+
+
+@dataclasses.dataclass
+class Patches(Machine):
+    """The fields of what draws patches from training slides."""
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
     seed: int = 0                   # decides the initial weights, the batches, noise and augmentation
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-    # ---- patches
     patch: int = 64                 # side of a patch in pixels; a multiple of 32 suits every network
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor
                                     # pixel, a subtype drawn uniformly (the paper's baselines), or anywhere
     uniform: float = 0.0            # share of the real patches taken from anywhere, whatever --sampling is
+    cache: str = "cache"            # folder for the decoded images
+
+
+@dataclasses.dataclass
+class Training(Patches):
+    """The fields that all training scripts share."""
     accumulate: int = 1             # pieces in which a batch passes, one after the other: less memory, the
                                     # same gradient (but batch norm sees each piece by itself)
-    # ---- machine and reports: the result does not depend on them, but for the rounding
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
     compile: bool = False           # torch.compile: fewer, larger kernels after a minute or more of compiling
     log_every: int = 20             # steps between two lines of the log
     workers: int = 0                # processes that read patches ahead
-    cache: str = "cache"            # folder for the decoded images

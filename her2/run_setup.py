@@ -24,13 +24,13 @@ from her2.segmenter import UNet, encoder_weights
 from her2.spade import SPADEGenerator, VAEEncoder
 
 
-def training_data(config, stain: float = 0.0):
+def training_data(config, stain: float = 0.0, flips: bool = True):
     """Dataset and sampler of the training split. stain: jitter; painters learn the true colours: 0."""
     with run_distributed.in_turn():         # process 0 makes the phantom and the cache, the others find them
         config.data = config.data or str(default_phantom(config.preset))
         dataset = load_dataset(config.data, seed=config.split_seed)
         return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
-                                     stain=stain, cache=config.cache, uniform=config.uniform)
+                                     flips=flips, stain=stain, cache=config.cache, uniform=config.uniform)
 
 
 def segmenter(config, device):

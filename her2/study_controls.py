@@ -28,7 +28,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from her2 import phantom, report_staining, run
+from her2 import phantom, report_staining, run, run_training
 from her2.autoencoder import VQAutoencoder
 from her2.data_folder import NEW_TISSUE
 from her2.phantom_cells import hollow, site_cells
@@ -147,10 +147,9 @@ class ReconstructPainter:
     """paint(batch) by the autoencoder alone; the labels of the batch are the real ones."""
 
     def __init__(self, content, config, device):
-        self.autoencoder = run.build_model(VQAutoencoder, content, config.model).to(
-            device, memory_format=torch.channels_last)
+        self.autoencoder = run.build_model(VQAutoencoder, content, config.model, device)
         self.device, self.multiple = device, self.autoencoder.factor
 
     def paint(self, batch):
-        image = batch["image"].to(self.device, memory_format=torch.channels_last)
+        image = run_training.to_device(batch["image"], self.device)
         return self.autoencoder.decode(self.autoencoder.encode(image)).float().clamp(-1, 1)
