@@ -205,6 +205,7 @@ def predict(one, dataset, config, device, precision) -> None:
     network = run.build_model(UNet, content, one.folder, device)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
+    worse = dict(key=lambda item: (-item[0], item[2]))      # ties by name: the same whatever the processes
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         tile = open_roi(roi, dataset.classes, config.cache)
         image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
@@ -216,14 +217,15 @@ def predict(one, dataset, config, device, precision) -> None:
         # tumor pixels would weigh as much as a full one.
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":
-            worst.append((*draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL), roi.name))
+            share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
+            worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]     # not all in memory
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
     for k, part in sorted(counts, key=lambda item: item[0]):        # by slide, the unit of the bootstrap
         roi, part = rois[k], ProbabilityHistogram(dataset.classes, part)
         slides = one.val if roi.split == "val" else one.test
         slides[roi.slide] = part + slides.get(roi.slide, 0)
         one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
-    worst = sorted(worst, key=lambda item: (-item[0], item[2]))[:WORST]     # ties by name: in any order
+    worst = sorted(worst, **worse)[:WORST]
     run_distributed.rank() or draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
         [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[
