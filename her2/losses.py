@@ -31,32 +31,35 @@ import torch.nn.functional as F
 from her2.data_classes import IGNORE
 
 
-def class_sums(logits: torch.Tensor, target: torch.Tensor, pool=None) -> tuple:
-    """I, P, V of the module's docstring, (K,) each, from logits (B, K, H, W) and target (B, H, W).
+def class_sums(logits: torch.Tensor, target: torch.Tensor, pool=None, first: int = 0) -> tuple:
+    """I, P, V of the module's docstring, (K - first,) each, from logits (B, K, H, W) and target (B, H, W).
 
-    pool: turns sums over a part of the batch into those over all of it, where the rest is elsewhere.
+    first: the classes before it are left out. pool: turns sums over a part of the batch into those over all
+    of it, where the rest is elsewhere.
     """
     assert logits.ndim == 4 and target.shape == (logits.shape[0], *logits.shape[2:]), \
         f"logits (B, K, H, W) and target (B, H, W), found {tuple(logits.shape)} and {tuple(target.shape)}"
     # Probabilities instead of a decision per pixel: a threshold has no gradient.
-    prob = logits.float().softmax(dim=1).flatten(2)                               # (B, K, H*W)
-    index = target.long().flatten(1).unsqueeze(1)                                 # (B, 1, H*W)
-    counts = (index != IGNORE).to(prob.dtype)                                     # (B, 1, H*W) 0 or 1
-    onehot = torch.zeros_like(prob).scatter_(1, index.where(index != IGNORE, 0), counts)    # (B, K, H*W)
-    prob = prob * counts                                                          # (B, K, H*W)
+    prob = logits.float().softmax(dim=1).flatten(2)[:, first:]                    # (B, k, H*W) k = K - first
+    target = target.flatten(1).unsqueeze(1)                                       # (B, 1, H*W)
+    classes = torch.arange(first, logits.shape[1], dtype=target.dtype, device=target.device)    # (k,)
+    onehot = target == classes[:, None]                                           # (B, k, H*W) IGNORE: none
     # Over the whole batch: a patch without tumor has no Dice of its own. Its term would be 1 whatever the
     # network does short of exact zeros, and a few such patches would drown the rest.
-    sums = [over.sum(2).sum(0) for over in (prob * onehot, prob, onehot)]         # (K,) each
+    zero = prob.new_zeros(())
+    kept = prob.where(onehot, zero), prob.where(target != IGNORE, zero), onehot   # (B, k, H*W) each
+    sums = [values.sum(2, dtype=torch.float32).sum(0) for values in kept]         # (k,) each
     return pool(torch.stack(sums)).unbind() if pool else tuple(sums)
 
 
 def soft_dice_loss(logits, target, include_background: bool = False, eps: float = 0.01, pool=None):
     """1 - mean over the classes of (2 I + eps) / (P + V + eps): ()."""
-    intersection, predicted, volume = class_sums(logits, target, pool)            # (K,) each
+    # Without background: it is most of all pixels, always found, and would only lift the mean.
+    first = 0 if include_background else 1
+    intersection, predicted, volume = class_sums(logits, target, pool, first)     # (K - first,) each
     # Where nothing is there and nothing is predicted, eps / eps = 1: the loss is 0, and not 0 / 0.
     scores = (2 * intersection + eps) / (predicted + volume + eps).clamp_min(1e-7)
-    # Without background: it is most of all pixels, always found, and would only lift the mean.
-    return 1 - scores[0 if include_background else 1:].mean()
+    return 1 - scores.mean()
 
 
 def generalised_dice_loss(logits, target, eps: float = 1e-5, pool=None) -> torch.Tensor:
@@ -84,11 +87,12 @@ def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 
     # gets lost in the first steps. Cross-entropy gives every pixel a gradient of its own, prob - target.
     target = target.long()
     counts = target != IGNORE                                                     # (B, H, W)
-    whole = counts if class_weight is None else class_weight[target.where(counts, 0)] * counts
+    weights = counts if class_weight is None else class_weight[target.where(counts, 0)] * counts
+    whole = weights.sum(dtype=torch.float32)                                      # ()
     ce = F.cross_entropy(logits.float(), target, weight=class_weight, label_smoothing=label_smoothing,
                          ignore_index=IGNORE, reduction="sum")
     # A mean over the pixels that count, of all parts together: a mean per part would weigh them unevenly.
-    ce, whole = pool(torch.stack([ce, whole.sum().float()])) if pool else (ce, whole.sum())
+    ce, whole = pool(torch.stack([ce, whole])) if pool else (ce, whole)
     ce = ce / whole.clamp_min(1e-7)                                               # ()
     return dice_weight * dice_loss + ce_weight * ce, {"dice": dice_loss.detach(), "ce": ce.detach()}
 
