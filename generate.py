@@ -276,7 +276,8 @@ class DiffusionPainter:
 
     def __init__(self, content, config, device):
         self.autoencoder = run.build_model(VQAutoencoder, content["autoencoder"], config.model, device)
-        self.denoiser = run.build_model(LatentDenoiser, content, config.model, device)
+        self.denoiser = run.build_model(LatentDenoiser, content, config.model, device).laid_out(
+            config.patch // self.autoencoder.factor)
         self.schedule = run.build(Schedule, content["schedule"], config.model).to(device)
         if config.guidance != 1 and content.get("drop_label") == 0:
             raise UserError(f"--guidance: found {config.guidance}; this model was trained with "

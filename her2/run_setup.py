@@ -95,4 +95,4 @@ def diffusion(config, autoencoder, num_classes, device):
     run_training.load_official(denoiser, config.init)
     schedule = Schedule(T=config.timesteps, zero_terminal_snr=config.zero_terminal_snr,
                         parametrisation=config.parametrisation)
-    return schedule.to(device), denoiser.to(device, memory_format=torch.channels_last)
+    return schedule.to(device), denoiser.to(device).laid_out(config.patch // autoencoder.factor)

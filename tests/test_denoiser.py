@@ -45,6 +45,20 @@ def test_time_embedding_is_cosines_then_sines(dim):
         assert found[b].tolist() == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_layout_follows_the_coarsest_maps_and_changes_no_result():
+    """channel_mult (1, 2): latents of 8 end in maps of 4 x 4, latents of 16 in maps of 8 x 8."""
+    for side, layout in ((8, torch.contiguous_format), (16, torch.channels_last)):
+        model, seen = small(), []
+        xt, code, t = draw(2, 3, side, side), draw(2, 3, side, side, seed=1), torch.tensor([3, 700])
+        plain = small()(xt, t, code).detach()
+        middle = model.laid_out(side).unet.middle_block
+        middle.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for given in (torch.contiguous_format, torch.channels_last):         # the encoder's latents: the latter
+            torch.testing.assert_close(model(xt.to(memory_format=given), t, code), plain,
+                                       rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+        assert all(maps.is_contiguous(memory_format=layout) for maps in seen) and len(seen) == 2
+
+
 def test_label_code_is_the_share_of_every_class_times_the_weights():
     label = torch.randint(0, 6, (2, 16, 24), generator=torch.Generator().manual_seed(0))
     onehot = torch.nn.functional.one_hot(label, 6).permute(0, 3, 1, 2).float()
