@@ -207,8 +207,8 @@ def predict(one, dataset, config, device, precision) -> None:
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
     worse = dict(key=lambda item: (-item[0], item[2]))      # ties by name: the same whatever the processes
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
-        tile = open_roi(roi, dataset.classes, config.cache)
-        image, label, _ = tile.window(0, 0, tile.height, tile.width)                # (H, W, 3), (H, W) uint8
+        region = open_roi(roi, dataset.classes, config.cache)
+        image, label, _ = region.window(0, 0, region.height, region.width)          # (H, W, 3), (H, W) uint8
         # Tiles overlap and only their centres count: at a border a network with padding sees less.
         with precision.autocast():
             prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,

@@ -237,9 +237,9 @@ def noise_levels(sampler, classes, cache):
     """A function: name of a region -> level of the sensor's noise in it, measured in its middle, once."""
     @lru_cache(maxsize=None)
     def level(name):
-        tile = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, cache)
-        corner = [max(0, side // 2 - 512) for side in (tile.height, tile.width)]
-        window = tile.window(*corner, min(tile.height, 1024), min(tile.width, 1024))
+        region = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, cache)
+        corner = [max(0, side // 2 - 512) for side in (region.height, region.width)]
+        window = region.window(*corner, min(region.height, 1024), min(region.width, 1024))
         return inpainting.noise_level(to_tensors(*window)[0][None])[0]
     return level
 

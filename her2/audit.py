@@ -85,9 +85,9 @@ class Tissue:
         # One size for all, so that a template is transformed once; multiples of 16 transform fast.
         self.size = [-(-max(sides) // step // 16) * 16 for sides in zip(*((r.height, r.width) for r in rois))]
         for roi in tqdm(rois, desc="training tissue", unit="ROI", leave=False, disable=None):
-            tile = open_roi(roi, classes, cache)
-            image, _, instance = tile.window(0, 0, tile.height, tile.width)
-            places = [(side - patch) // step + 1 for side in (tile.height, tile.width)]
+            region = open_roi(roi, classes, cache)
+            image, _, instance = region.window(0, 0, region.height, region.width)
+            places = [(side - patch) // step + 1 for side in (region.height, region.width)]
             maps = [scale.to(device) for scale in features(image, instance, patch)]
             self.regions.append(([[self.spectrum(x) for x in (m, m.square())] for m in maps], places))
 
@@ -243,8 +243,8 @@ def main(argv):
     for i in shown:                         # the image as it would have to be turned, above what it is like
         image = torch.from_numpy(pictures[kept[i]][0]).movedim(-1, 0)
         pairs[0].append(dihedral(image, nearest[i]["turn"]).movedim(0, -1).numpy())
-        tile = open_roi(train[where[i, 0]], dataset.classes, args.cache)
-        pairs[1].append(tile.window(nearest[i]["y"], nearest[i]["x"], patch, patch)[0])
+        region = open_roi(train[where[i, 0]], dataset.classes, args.cache)
+        pairs[1].append(region.window(nearest[i]["y"], nearest[i]["x"], patch, patch)[0])
     draw.save_png(out / "audit.png", draw.image_grid(
         pairs, ["synthetic", "nearest\ntraining\npatch"], [f"{found[i]:.3f}" for i in shown],
         title=f"Threshold {threshold:.3f} (held-out patches)"))

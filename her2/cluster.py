@@ -71,21 +71,21 @@ def main(argv):
     configuration.check_ranges(config)
     config.out = config.out or config.data.rstrip("/\\") + ("-merged" if config.merge else "-clusters")
     dataset = load_dataset(config.data, seed=config.split_seed)
-    tiles = [open_roi(roi, dataset.classes, config.cache) for roi in dataset.rois]
+    regions = [open_roi(roi, dataset.classes, config.cache) for roi in dataset.rois]
     if not config.merge:
-        found = instances(dataset, tiles)
+        found = instances(dataset, regions)
         member, record = cluster(dataset, found, config)
     table, meaning = (merged(dataset.classes, config.merge) if config.merge
                       else clusters_table(dataset.classes, member.max() + 1))
-    class_of = [meaning[tile.class_of] for tile in tiles]       # per region: the new class of each instance
+    class_of = [meaning[region.class_of] for region in regions]   # per region: the new class of each instance
     folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
                           input_hashes(config, dataset))
     if not config.merge:
         for roi, i, k in zip(found["roi"], found["id"], member):
             class_of[roi][i] = table.tumor_ids[k]
         run.write_json(folder / "clusters.json", record)
-        draw.save_png(folder / "clusters.png", examples(found, member, tiles, class_of, table))
-    write_dataset(folder, dataset, table, tiles, class_of)
+        draw.save_png(folder / "clusters.png", examples(found, member, regions, class_of, table))
+    write_dataset(folder, dataset, table, regions, class_of)
     print(f"done: {folder}, tumor classes {', '.join(table.names[k] for k in table.tumor_ids)}; "
           f"next: python train_ldm.py --stage autoencoder --data {folder}")
     return 0
@@ -131,27 +131,27 @@ def clusters_table(classes, K: int):
 
 # ---- clusters ----------------------------------------------------------------------------------------------
 
-def instances(dataset, tiles) -> dict:
+def instances(dataset, regions) -> dict:
     """The n tumor instances of all regions: {"roi", "id", "pixels", "subtype": (n,), "x": (n, 3)}."""
     parts = []
-    for roi, tile in enumerate(tqdm(tiles, desc="instances", leave=False, disable=None)):
-        pixels, *sums = instance_sums(tile)
-        ids = np.flatnonzero(np.isin(tile.class_of, dataset.classes.tumor_ids) & (pixels > 0))
+    for roi, region in enumerate(tqdm(regions, desc="instances", leave=False, disable=None)):
+        pixels, *sums = instance_sums(region)
+        ids = np.flatnonzero(np.isin(region.class_of, dataset.classes.tumor_ids) & (pixels > 0))
         mean, square, gradient = (total[ids] / pixels[ids] for total in sums)
         x = np.stack([mean, np.sqrt(np.maximum(square - mean ** 2, 0)), gradient], axis=1)
         # Logarithms: staining differs by factors, and the spread of 3+ would drown that of 0 and 1+.
-        parts.append((np.full(len(ids), roi), ids, pixels[ids], tile.class_of[ids],
+        parts.append((np.full(len(ids), roi), ids, pixels[ids], region.class_of[ids],
                       np.log(np.maximum(x, FAINT))))
     return dict(zip(("roi", "id", "pixels", "subtype", "x"), map(np.concatenate, zip(*parts))))
 
 
-def instance_sums(tile, strip: int = 512) -> np.ndarray:
+def instance_sums(region, strip: int = 512) -> np.ndarray:
     """(4, N + 1): pixels of each instance; sums over them of DAB, of its square, of its gradient's length."""
-    white, sums = white_point(tile.image[::8, ::8]), np.zeros((4, len(tile.class_of)))
-    for top in range(0, tile.height, strip):                    # a whole region in float64 takes gigabytes
-        dab = deconvolve(tile.image[top:top + strip], white)[1]                         # (strip, W)
+    white, sums = white_point(region.image[::8, ::8]), np.zeros((4, len(region.class_of)))
+    for top in range(0, region.height, strip):                  # a whole region in float64 takes gigabytes
+        dab = deconvolve(region.image[top:top + strip], white)[1]                       # (strip, W)
         gradient = np.hypot(np.diff(dab, axis=0, append=dab[-1:]), np.diff(dab, axis=1, append=dab[:, -1:]))
-        which = np.array(tile.instance[top:top + strip]).reshape(-1)
+        which = np.array(region.instance[top:top + strip]).reshape(-1)
         for total, values in zip(sums, (np.ones_like(dab), dab, dab ** 2, gradient)):
             total += np.bincount(which, weights=values.reshape(-1), minlength=len(total))
     return sums
@@ -237,27 +237,28 @@ def cluster(dataset, found, config):
     return member, {"bic": bic, "adjusted_rand": agreement, "table": rows}
 
 
-def examples(found, member, tiles, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
+def examples(found, member, regions, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
     """A row of instances per cluster, evenly spread over all of it that are not too small, with outlines."""
     rows = []
     for k in range(member.max() + 1):
         here = np.flatnonzero((member == k) & (found["pixels"] >= SMALLEST))
         rows.append([])
         for j in here[np.linspace(0, len(here) - 1, min(columns, len(here))).astype(int)]:
-            tile, new = tiles[found["roi"][j]], class_of[found["roi"][j]]
-            shape = tile.instance.shape
+            region, new = regions[found["roi"][j]], class_of[found["roi"][j]]
+            shape = region.instance.shape
             corner = [int(np.clip(np.median(at) - side // 2, 0, max(0, size - side)))
-                      for at, size in zip(np.nonzero(tile.instance == found["id"][j]), shape)]
-            image, _, instance = tile.window(*corner, *(min(side, size) for size in shape))
+                      for at, size in zip(np.nonzero(region.instance == found["id"][j]), shape)]
+            image, _, instance = region.window(*corner, *(min(side, size) for size in shape))
             rows[-1].append(draw.outline(image, new[instance], table, instance, width=1))
     return draw.image_grid(rows, [table.names[k] for k in table.tumor_ids], cell=128)
 
 
-def write_dataset(folder, dataset, table, tiles, class_of) -> None:
+def write_dataset(folder, dataset, table, regions, class_of) -> None:
     """Images as they are, masks by `class_of` (N + 1,) of each region, classes.json, and slides.csv last."""
     rows = []
-    for roi, tile, new in zip(tqdm(dataset.rois, desc="writing", leave=False, disable=None), tiles, class_of):
-        instance = np.array(tile.instance, dtype=np.int32)                              # (H, W)
+    rois = tqdm(dataset.rois, desc="writing", leave=False, disable=None)
+    for roi, region, new in zip(rois, regions, class_of):
+        instance = np.array(region.instance, dtype=np.int32)                              # (H, W)
         if instance.max() > 65535:
             raise UserError(f"{roi.image}: {instance.max()} instances, too many for a 16-bit PNG; cut it up")
         mask, numbers = (f"{kind}/{roi.name.removesuffix('.png')}.png" for kind in ("masks", "instances"))

@@ -24,9 +24,9 @@ from her2.data_leaks import double_slides
 from her2.run_errors import UserError, command, one_line
 from her2.draw import save_png
 from her2.data_index import SLIDE_PATTERN, draft_classes, index
-from her2.data_regions import in_threads, tile_path
+from her2.data_regions import in_threads, region_path
 from her2.data_slides import SPLITS
-from her2.data_tiles import prune_tiles
+from her2.data_mapped import prune_regions
 from her2.data_survey import Survey, doubts
 from her2.draw_overlay import COLUMNS, ROWS, sheet
 
@@ -150,9 +150,9 @@ def check(root, seed: int, out, um_per_px=None) -> int:
 
 def prune_cache(root, cache) -> None:
     dataset = load_dataset(root, require=())
-    current = {tile_path(roi, dataset.classes, cache) for roi in dataset.rois}
+    current = {region_path(roi, dataset.classes, cache) for roi in dataset.rois}
     images = {roi.image.resolve() for roi in dataset.rois}
-    removed, size, kept = prune_tiles(cache, current, images, dataset.root.resolve())
+    removed, size, kept = prune_regions(cache, current, images, dataset.root.resolve())
     print(f"{cache}: {removed} files removed ({size / 1e6:.1f} MB), {kept} kept")
 
 

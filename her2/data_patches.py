@@ -33,10 +33,10 @@ from her2.data_classes import IGNORE
 from her2.data_folder import Dataset, empty_splits
 from her2.data_slides import generating_command
 from her2.run_errors import UserError, check_line, script_line
-from her2.data_regions import open_roi, tile_files
+from her2.data_regions import open_roi, region_files
 from her2.run_seeds import generator, numpy_generator
 from her2.stains import stain_jitter
-from her2.data_tiles import open_tile
+from her2.data_mapped import open_region
 
 SAMPLINGS = ("tumor", "subtype", "uniform")
 TRIES = 100     # positions drawn until one is not centred on a pixel to be ignored; else the last one stays
@@ -94,9 +94,9 @@ class PatchSampler(Sampler):
             raise UserError(problem)
         _check_patch(self.rois, patch, dataset.root)
         self.num_patches = patches_that_tile(self.rois, patch)
-        self.files = tile_files(self.rois, dataset.classes, cache)
+        self.files = region_files(self.rois, dataset.classes, cache)
         tumor = dataset.classes.tumor_ids
-        counts = {c: np.array([open_tile(file).count([c]) for file in self.files]) for c in tumor}
+        counts = {c: np.array([open_region(file).count([c]) for file in self.files]) for c in tumor}
         self.present = [c for c in tumor if counts[c].any()]
         if sampling != "uniform" and not self.present:
             raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
@@ -112,7 +112,7 @@ class PatchSampler(Sampler):
         self.uniform = 1.0 if sampling == "uniform" else uniform
         if self.uniform:             # all pixels but those to be ignored
             every = list(range(len(dataset.classes)))
-            self.area = np.cumsum([open_tile(file).count(every) for file in self.files])
+            self.area = np.cumsum([open_region(file).count(every) for file in self.files])
             if not self.area[-1]:
                 raise UserError(f"{dataset.root}: every pixel of the split {split!r} is to be ignored; "
                                 "annotate its images or use another split")
@@ -122,19 +122,19 @@ class PatchSampler(Sampler):
         p = self.patch
         if rng.random() < self.uniform:
             which = int(np.searchsorted(self.area, rng.integers(self.area[-1]), side="right"))
-            tile = open_tile(self.files[which])
+            region = open_region(self.files[which])
             for _ in range(TRIES):
-                y, x = int(rng.integers(tile.height - p + 1)), int(rng.integers(tile.width - p + 1))
-                if tile.class_of[tile.instance[y + p // 2, x + p // 2]] != IGNORE:
+                y, x = int(rng.integers(region.height - p + 1)), int(rng.integers(region.width - p + 1))
+                if region.class_of[region.instance[y + p // 2, x + p // 2]] != IGNORE:
                     break
             return which, y, x
         k = int(rng.integers(len(self.groups)))
         rank = int(rng.integers(self.ends[k][-1]))
         which = int(np.searchsorted(self.ends[k], rank, side="right"))
-        tile = open_tile(self.files[which])
-        centre = tile.pixel(self.groups[k], rank - (int(self.ends[k][which - 1]) if which else 0))
+        region = open_region(self.files[which])
+        centre = region.pixel(self.groups[k], rank - (int(self.ends[k][which - 1]) if which else 0))
         y, x = np.array(centre) - p // 2 + rng.integers(-(p // 4), p // 4 + 1, size=2)
-        return which, int(np.clip(y, 0, tile.height - p)), int(np.clip(x, 0, tile.width - p))
+        return which, int(np.clip(y, 0, region.height - p)), int(np.clip(x, 0, region.width - p))
 
     def draw(self, rng: np.random.Generator, coin: float = 0.0):
         """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch, not augmented.
@@ -142,12 +142,12 @@ class PatchSampler(Sampler):
         `coin` is for `MixedSampler`, whose interface is the same.
         """
         which, y, x = self.place(rng)
-        pixels = open_tile(self.files[which]).window(y, x, self.patch, self.patch)
+        pixels = open_region(self.files[which]).window(y, x, self.patch, self.patch)
         return *pixels, f"{self.rois[which].name} x={x} y={y}"
 
     def window(self, which: int, y: int, x: int):
         """The tensors of the patch of region `which` at row y, column x, not augmented."""
-        return to_tensors(*open_tile(self.files[which]).window(y, x, self.patch, self.patch))
+        return to_tensors(*open_region(self.files[which]).window(y, x, self.patch, self.patch))
 
 
 class MixedSampler(Sampler):
@@ -170,7 +170,7 @@ class MixedSampler(Sampler):
                             f" give a lower --ratio, or delete the folder and make more: {more}")
         self.rois = synthetic.rois[:wanted]
         _check_patch(self.rois, real.patch, synthetic.root)
-        self.files = tile_files(self.rois, synthetic.classes, cache)
+        self.files = region_files(self.rois, synthetic.classes, cache)
         self.meaning = np.arange(256, dtype=np.uint8)           # label of `synthetic` -> label of `real`
         if synthetic.classes != real.classes:
             print(f"note: {synthetic.root}: has other classes; only tumor or not is used", file=sys.stderr)
@@ -185,9 +185,9 @@ class MixedSampler(Sampler):
         if coin < 1 / (1 + self.ratio):
             return self.real.draw(rng)
         which = int(rng.integers(len(self.rois)))
-        tile = open_tile(self.files[which])
-        y, x = int(rng.integers(tile.height - self.patch + 1)), int(rng.integers(tile.width - self.patch + 1))
-        image, label, instance = tile.window(y, x, self.patch, self.patch)
+        region = open_region(self.files[which])
+        y, x = (int(rng.integers(side - self.patch + 1)) for side in (region.height, region.width))
+        image, label, instance = region.window(y, x, self.patch, self.patch)
         return image, self.meaning[label], instance, self.rois[which].name
 
 
@@ -238,6 +238,6 @@ def loader(sampler, first_step: int, last_step: int, indices, workers: int = 0,
 def iterate_rois(dataset: Dataset, split: str, cache="cache"):
     """The regions of a split, whole, one at a time: (roi, image, label, instance) with a batch axis of 1."""
     for roi in dataset.split(split):
-        tile = open_roi(roi, dataset.classes, cache)
-        image, label, instance = to_tensors(*tile.window(0, 0, tile.height, tile.width))
+        region = open_roi(roi, dataset.classes, cache)
+        image, label, instance = to_tensors(*region.window(0, 0, region.height, region.width))
         yield roi, image[None], label[None], instance[None]

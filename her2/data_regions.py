@@ -6,7 +6,7 @@ An instance is what the paper calls a tumor tissue instance (section 2.1): a gro
 drawn as one polygon. It is the unit of relabelling, so two rules hold for every image, whatever its format:
 instance != 0 exactly where label != 0, and an instance has one class.
 
-`read_roi` decodes; `open_roi` gives the memory-mapped copy of the same (see `data_tiles`), made on first use.
+`read_roi` decodes; `open_roi` gives the memory-mapped copy of it (see `data_mapped`), made on first use.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from her2.run_errors import UserError
 from her2.data_images import read_image, read_instances, read_mask
 from her2.polygons import connected_components, paint
 from her2.data_slides import ROI
-from her2.data_tiles import VERSION, Tile, classes_of, ensure_tile, open_tile, tile_arrays
+from her2.data_mapped import VERSION, MappedRegion, classes_of, ensure_region, open_region, region_arrays
 
 
 def read_roi(roi: ROI, classes: ClassTable):
@@ -130,8 +130,8 @@ def _of_size(pixels, path, roi):
     return pixels
 
 
-def tile_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """Where in the folder `cache` the tile of a region lies: a hash of all that its content depends on.
+def region_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """Where in the folder `cache` the mapped file of a region lies: a hash of all that its content depends on.
 
     The labels' files enter whole; the image with its place, size, time and last bytes (which in a PNG hold a
     checksum of all its pixels).
@@ -145,13 +145,13 @@ def tile_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
                        roi.downsample, classes.to_json(), classes.aliases, classes.masks,
                        classes.masks == "score" and roi.score, [len(content) for content in labels]])
     key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
-    return Path(cache) / f"{roi.image.stem[:60]}-{key}.tile"
+    return Path(cache) / f"{roi.image.stem[:60]}-{key}.region"
 
 
-def tile_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """The tile of one region in the folder `cache`, made if it is not there yet."""
-    return ensure_tile(tile_path(roi, classes, cache),
-                       lambda: tile_arrays(*read_roi(roi, classes), len(classes)), str(roi.image.resolve()))
+def region_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
+    """The mapped file of a region in the folder `cache`, made if it is not there yet."""
+    return ensure_region(region_path(roi, classes, cache),
+                         lambda: region_arrays(*read_roi(roi, classes), len(classes)), str(roi.image.resolve()))
 
 
 def in_threads(function, rois: list[ROI], **bar) -> list:
@@ -167,17 +167,17 @@ def in_threads(function, rois: list[ROI], **bar) -> list:
         pool.shutdown(cancel_futures=True)
 
 
-def tile_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
-    """`tile_file` for many regions, with a progress bar when it takes longer than a moment."""
-    return in_threads(lambda roi: tile_file(roi, classes, cache), rois, desc="reading regions", delay=3)
+def region_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Path]:
+    """`region_file` for many regions, with a progress bar when it takes longer than a moment."""
+    return in_threads(lambda roi: region_file(roi, classes, cache), rois, desc="reading regions", delay=3)
 
 
-def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> Tile:
-    """The memory-mapped region; decoded only on first use. See `data_tiles` for what it holds and costs."""
-    return open_tile(tile_file(roi, classes, cache))
+def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> MappedRegion:
+    """The memory-mapped region; decoded only on first use. See `data_mapped` for what it holds and costs."""
+    return open_region(region_file(roi, classes, cache))
 
 
 def class_pixels(rois: list[ROI], classes: ClassTable, cache="cache") -> dict:
     """{class id: pixels} over all of `rois`."""
-    counts = [open_tile(path).row_counts.sum(axis=1) for path in tile_files(rois, classes, cache)]
+    counts = [open_region(path).row_counts.sum(axis=1) for path in region_files(rois, classes, cache)]
     return dict(enumerate(sum(counts, np.zeros(len(classes), np.int64)).tolist()))

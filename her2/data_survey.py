@@ -12,7 +12,7 @@ import numpy as np
 from her2.data_classes import IGNORE
 from her2.data_regions import read_polygons, read_roi
 from her2.data_slides import ROI
-from her2.data_tiles import classes_of
+from her2.data_mapped import classes_of
 from her2.draw_overlay import overlay
 from her2.stains import deconvolve, optical_density, white_point
 

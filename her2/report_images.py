@@ -60,8 +60,8 @@ def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") 
         batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
         pairs[f"real, {split}"] = batch["image"], batch["label"]        # (N, 3, P, P), (N, P, P)
     for name, rois in sets.items():
-        tiles = (open_roi(roi, dataset.classes, cache) for roi in rois[:MOST])
-        parts = [to_tensors(*tile.window(0, 0, tile.height, tile.width))[:2] for tile in tiles]
+        regions = (open_roi(roi, dataset.classes, cache) for roi in rois[:MOST])
+        parts = [to_tensors(*region.window(0, 0, region.height, region.width))[:2] for region in regions]
         pairs[name] = tuple(torch.stack(part) for part in zip(*parts))
     result, reference, scale, blur = {}, None, None, None
     for name, (image, label) in pairs.items():
@@ -98,8 +98,8 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
     one is taken that comes nearest to being half of this subtype and a third background: where all is tumor,
     nobody sees whether the outlines of the label are obeyed."""
     def content(roi):
-        tile = open_roi(roi, dataset.classes, cache)
-        return tile.window(0, 0, tile.height, tile.width)[:2]                           # (H, W, 3), (H, W)
+        region = open_roi(roi, dataset.classes, cache)
+        return region.window(0, 0, region.height, region.width)[:2]                     # (H, W, 3), (H, W)
 
     def source_of(entry):           # what images share that were painted on the same relabelled patch
         instances = json.dumps(entry.get("instances"), sort_keys=True)
@@ -122,14 +122,14 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
             continue
         source = max(shares, key=shares.get)
         label, (name, x, y, _) = labels.pop(source), source
-        tile = open_roi(originals[name], dataset.classes, cache)
+        region = open_roi(originals[name], dataset.classes, cache)
         height, width = label.shape
         if not (isinstance(x, int) and isinstance(y, int)
-                and 0 <= x <= tile.width - width and 0 <= y <= tile.height - height):
+                and 0 <= x <= region.width - width and 0 <= y <= region.height - height):
             raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
                             "make the images again with generate.py")
         rows.append({"caption": dataset.classes.names[k], "label": label,
-                     "original": tile.window(y, x, height, width)[0],
+                     "original": region.window(y, x, height, width)[0],
                      **{method: content(rois[source])[0] for method, rois in by_source.items()
                         if source in rois}})
     if not rows:

@@ -48,12 +48,12 @@ def measure(sources: dict, classes, white, cache="cache") -> dict:
     for source, rois in sources.items():
         for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,
                         disable=None):
-            tile = open_roi(roi, classes, cache)
-            step = max(1, min(tile.height, tile.width) // GRID)
-            found = instance_densities(tile.image[::step, ::step], np.array(tile.instance[::step, ::step]),
-                                       len(tile.class_of), white, step ** 2)
-            here = np.flatnonzero(np.isin(tile.class_of, classes.tumor_ids) & ~np.isnan(found))
-            records[source] += [(roi.name, int(i), int(tile.class_of[i]), float(found[i])) for i in here]
+            region = open_roi(roi, classes, cache)
+            step = max(1, min(region.height, region.width) // GRID)
+            image, instance = region.image[::step, ::step], np.array(region.instance[::step, ::step])
+            found = instance_densities(image, instance, len(region.class_of), white, step ** 2)
+            here = np.flatnonzero(np.isin(region.class_of, classes.tumor_ids) & ~np.isnan(found))
+            records[source] += [(roi.name, int(i), int(region.class_of[i]), float(found[i])) for i in here]
     return records
 
 

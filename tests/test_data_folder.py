@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from data_factory import memory_dataset, rectangles, save, write_csv, write_dataset, write_manifest
-from her2 import data_regions, data_tiles
+from her2 import data_regions, data_mapped
 from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import (check_synthetic, empty_splits, inspect_dataset, load_dataset, load_synthetic,
                           read_split, write_split)
 from her2.run_errors import UserError
 from her2.data_images import read_image
-from her2.data_regions import class_pixels, open_roi, read_roi, tile_file
+from her2.data_regions import class_pixels, open_roi, read_roi, region_file
 from her2.data_patches import SAMPLINGS, MixedSampler, PatchSampler, iterate_rois
 from her2.data_slides import SPLITS, assign_splits
 
@@ -275,7 +275,7 @@ def random_label(rng, height, width, blobs):
 
 
 @pytest.mark.parametrize("blobs, dtype", [(6, np.uint8), (900, np.uint16)])
-def test_windows_of_a_tile_are_windows_of_the_region(tmp_path, blobs, dtype):
+def test_windows_of_a_mapped_region_are_windows_of_the_decoded_one(tmp_path, blobs, dtype):
     rng = np.random.default_rng(blobs)
     size = (37, 53) if blobs < 10 else (150, 210)
     image, label = rng.integers(0, 256, (*size, 3), dtype=np.uint8), random_label(rng, *size, blobs)
@@ -307,7 +307,7 @@ def test_a_region_is_decoded_once_and_again_when_anything_it_depends_on_changes(
         write_csv(tmp_path, [{**rows[0], **change}])
         dataset = load_dataset(tmp_path, require=("train",))
         before = len(decoded)
-        path = tile_file(dataset.rois[0], dataset.classes, tmp_path / "cache")
+        path = region_file(dataset.rois[0], dataset.classes, tmp_path / "cache")
         assert path.is_file() and path.parent == tmp_path / "cache"
         return len(decoded) > before
 
@@ -329,33 +329,33 @@ def test_damaged_cache_files_are_made_again(tmp_path, capsys):
     label = random_label(rng, 30, 40, 8)
     dataset = memory_dataset(tmp_path, [(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8), label)],
                              DEFAULT_CLASSES)
-    path = tile_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache")
+    path = region_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache")
     whole = path.read_bytes()
     cases = [b"", b"x", whole[:-1], whole + b"\0", b"\0" * len(whole), whole[200:],
              *(whole[:n] for n in range(1, 900, 60))]
     for content in cases:
-        data_tiles.open_tile.cache_clear()
+        data_mapped.open_region.cache_clear()
         path.unlink()
         path.write_bytes(content)
-        assert tile_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache") == path
+        assert region_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache") == path
         assert path.read_bytes() == whole
         assert "made again" in capsys.readouterr().err
     header = bytearray(whole)
     for at in range(0, 300):                                  # every byte of the first headers
         header[at] ^= 0x21
-        data_tiles.open_tile.cache_clear()
+        data_mapped.open_region.cache_clear()
         path.write_bytes(header)
-        tile_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache")
+        region_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache")
         header[at] ^= 0x21
-    data_tiles.open_tile.cache_clear()
+    data_mapped.open_region.cache_clear()
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [path.name]
 
 
 def test_a_crash_while_writing_leaves_nothing_behind(tmp_path):
-    arrays = data_tiles.tile_arrays(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8),
+    arrays = data_mapped.region_arrays(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8),
                                np.zeros((4, 5), np.int32), 6)
     with pytest.raises(KeyError):
-        data_tiles.write_tile(tmp_path / "a.tile",
+        data_mapped.write_region(tmp_path / "a.region",
                          {key: arrays[key] for key in ("class_of", "row_counts", "instance")})
     assert not list(tmp_path.iterdir())
 

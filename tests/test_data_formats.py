@@ -18,7 +18,7 @@ from her2.data_annotations import read_file
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, load_classes
 from her2.data_folder import inspect_dataset, load_dataset
 from her2.data_index import stem
-from her2.data_regions import in_threads, read_roi, tile_files, tile_path
+from her2.data_regions import in_threads, read_roi, region_files, region_path
 from her2.run_errors import UserError, command
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
@@ -271,34 +271,34 @@ def test_pruning_removes_what_no_program_reads_again(tmp_path, capsys):
     one, other, cache = tmp_path / "one", tmp_path / "other", tmp_path / "cache"
     for root in (one, other):
         write_dataset(root, slides=4)
-        tile_files(load_dataset(root).rois, DEFAULT_CLASSES, cache)
+        region_files(load_dataset(root).rois, DEFAULT_CLASSES, cache)
     assert "0 files removed (0.0 MB), 8 kept" in prune(one, cache, capsys)
     save(one / "masks/roi0.png", LABEL[:, ::-1])                                    # changed, decoded again
-    tile_files(load_dataset(one).rois, DEFAULT_CLASSES, cache)
+    region_files(load_dataset(one).rois, DEFAULT_CLASSES, cache)
     (other / "images/roi3.png").unlink()                                            # gone, in another dataset
-    (cache / "broken-0.tile").write_bytes(b"HER2TILE")
-    (cache / "new.tile.77.tmp").write_bytes(b"a program may be writing this now")
+    (cache / "broken-0.region").write_bytes(b"HER2MAPD")
+    (cache / "new.region.77.tmp").write_bytes(b"a program may be writing this now")
     size = sum(path.stat().st_size for path in cache.iterdir())
     said = prune(one, cache, capsys)
     assert "3 files removed" in said and "8 kept" in said, said
     left = set(cache.iterdir())
     freed = (size - sum(path.stat().st_size for path in left)) / 1e6
     assert float(re.search(r"\((.*) MB\)", said)[1]) == round(freed, 1)
-    current = {tile_path(roi, DEFAULT_CLASSES, cache)
+    current = {region_path(roi, DEFAULT_CLASSES, cache)
                for root in (one, other) for roi in inspect_dataset(root)[0].rois}
-    assert {path for path in left if path.suffix == ".tile"} == current and len(current) == 7
+    assert {path for path in left if path.suffix == ".region"} == current and len(current) == 7
 
 
 def test_threads_keep_the_order_and_stop_at_the_first_error(tmp_path, monkeypatch):
     write_dataset(tmp_path, slides=12)
     dataset = load_dataset(tmp_path)
     assert in_threads(lambda roi: roi.name, dataset.rois) == [roi.name for roi in dataset.rois]
-    files = tile_files(dataset.rois, dataset.classes, tmp_path / "cache")
+    files = region_files(dataset.rois, dataset.classes, tmp_path / "cache")
     assert [file.name.split("-")[0] for file in files] == [f"roi{k}" for k in range(12)]
     alone = {file.name: file.read_bytes() for file in files}
     monkeypatch.setattr(data_regions.os, "cpu_count", lambda: 1)
-    again = tile_files(dataset.rois, dataset.classes, tmp_path / "cache2")
+    again = region_files(dataset.rois, dataset.classes, tmp_path / "cache2")
     assert {file.name: file.read_bytes() for file in again} == alone
     save(tmp_path / "masks/roi2.png", LABEL[:9])
     with pytest.raises(UserError, match="roi2.png"):
-        tile_files(load_dataset(tmp_path).rois, load_classes(tmp_path), tmp_path / "cache3")
+        region_files(load_dataset(tmp_path).rois, load_classes(tmp_path), tmp_path / "cache3")

@@ -35,11 +35,11 @@ from her2.run_errors import atomic_write
 VERSION = 2  # part of every key: raise it when the layout or the meaning of the file changes
 # The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
 # class_of (in this order each is aligned to its item size), and the path of the image that it was made from.
-MAGIC = b"HER2TILE"
+MAGIC = b"HER2MAPD"
 NUMBERS = struct.Struct("<6q")  # H, W, K, N + 1, bytes per instance id, bytes of the path
 
 
-class Tile:
+class MappedRegion:
     """The mapped arrays of one region; see the module's docstring for their shapes. Never write to them."""
 
     def __init__(self, class_of, row_counts, instance, image, source=""):
@@ -68,8 +68,8 @@ class Tile:
         return y, int(columns[rank - (ends[y] - len(columns))])
 
 
-def tile_arrays(image, label, instance, num_classes: int) -> dict:
-    """The four arrays of a tile, from image (H, W, 3) uint8, label (H, W) uint8 and instance (H, W) int32."""
+def region_arrays(image, label, instance, num_classes: int) -> dict:
+    """The arrays of a region, from image (H, W, 3) uint8, label (H, W) uint8 and instance (H, W) int32."""
     class_of = classes_of(instance, label)
     assert (class_of[instance] == label).all(), "an instance has more than one class"
     rows = [np.bincount(row, minlength=num_classes)[:num_classes] for row in label]    # without IGNORE
@@ -84,7 +84,7 @@ def classes_of(instance, label) -> np.ndarray:
     return class_of
 
 
-def write_tile(path, arrays: dict, source="") -> None:
+def write_region(path, arrays: dict, source="") -> None:
     """Write header, arrays and the path of the image; atomic."""
     height, width = arrays["instance"].shape
     numbers = NUMBERS.pack(height, width, len(arrays["row_counts"]), len(arrays["class_of"]),
@@ -103,9 +103,9 @@ def _checksum(numbers, row_counts, class_of) -> bytes:
     return zlib.crc32(class_of, zlib.crc32(row_counts, zlib.crc32(numbers))).to_bytes(4, "little")
 
 
-@lru_cache(maxsize=128)  # an open tile holds a file handle, and systems grant as few as 256 of them
-def open_tile(path) -> Tile:
-    """Map a tile file. Raises ValueError when it is not whole, FileNotFoundError when there is none."""
+@lru_cache(maxsize=128)  # an open file holds a handle, and systems grant as few as 256 of them
+def open_region(path) -> MappedRegion:
+    """Map a region file. Raises ValueError when it is not whole, FileNotFoundError when there is none."""
     size, start = Path(path).stat().st_size, len(MAGIC) + NUMBERS.size + 4
     if size < start:
         raise ValueError(f"{size} bytes")
@@ -124,34 +124,34 @@ def open_tile(path) -> Tile:
         start += length
     if checksum != _checksum(numbers, arrays["row_counts"].data, arrays["class_of"].data):
         raise ValueError("wrong checksum")
-    return Tile(**arrays, source=os.fsdecode(content[start:].tobytes()))
+    return MappedRegion(**arrays, source=os.fsdecode(content[start:].tobytes()))
 
 
-def ensure_tile(path, build, source="") -> Path:
-    """Make the tile file `path` from `build() -> arrays` unless a whole one is there. Returns `path`."""
+def ensure_region(path, build, source="") -> Path:
+    """Make the region file `path` from `build() -> arrays` unless a whole one is there. Returns `path`."""
     path = Path(path)
     if path.exists():
         try:
-            open_tile(path)
+            open_region(path)
             return path
         except ValueError as error:
             print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
-    write_tile(path, build(), source)
+    write_region(path, build(), source)
     return path
 
 
-def prune_tiles(cache, current: set, images: set, root) -> tuple[int, int, int]:
-    """Remove the tiles in the folder `cache` that no program will read again: (files, bytes, files kept).
+def prune_regions(cache, current: set, images: set, root) -> tuple[int, int, int]:
+    """Remove the region files in `cache` that no program will read again: (files, bytes, files kept).
 
-    These are tiles whose image is gone, tiles of the dataset in `root` (its `images`, or others below it) not
-    among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago.
+    These are files whose image is gone, those of the dataset in `root` (its `images` or others below it) that
+    are not among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago.
     """
-    paths, sizes = sorted(Path(cache).glob("*.tile*")), []
+    paths, sizes = sorted(Path(cache).glob("*.region*")), []
     for path in paths:
         old = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 86400
-        if path.suffix == ".tile":
+        if path.suffix == ".region":
             try:
-                source = Path(open_tile.__wrapped__(path).source)   # not kept open: Windows needs that
+                source = Path(open_region.__wrapped__(path).source)   # not kept open: Windows needs that
                 old = not source.exists() or path not in current and (
                     source in images or source.is_relative_to(root))
             except ValueError:
