@@ -131,7 +131,7 @@ def _of_size(pixels, path, roi):
 
 
 def region_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """Where in the folder `cache` the mapped file of a region lies: a hash of all that its content depends on.
+    """Where in the folder `cache` the file of a region lies: a hash of all that its content depends on.
 
     The labels' files enter whole; the image with its place, size, time and last bytes (which in a PNG hold a
     checksum of all its pixels).
@@ -150,8 +150,10 @@ def region_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
 
 def region_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
     """The mapped file of a region in the folder `cache`, made if it is not there yet."""
-    return ensure_region(region_path(roi, classes, cache),
-                         lambda: region_arrays(*read_roi(roi, classes), len(classes)), str(roi.image.resolve()))
+    def build():
+        return region_arrays(*read_roi(roi, classes), len(classes))
+
+    return ensure_region(region_path(roi, classes, cache), build, str(roi.image.resolve()))
 
 
 def in_threads(function, rois: list[ROI], **bar) -> list:
