@@ -52,6 +52,7 @@ def to_tensors(image, label, instance):
 def dihedral(tensor: torch.Tensor, k: int) -> torch.Tensor:
     """One of the 8 flips and rotations, on the last two axes: k % 4 quarter turns, then k // 4 flips."""
     assert k in range(8), f"k is {k}, expected 0..7"
+    # Tissue on a glass slide has neither up nor left: eight equally true images for the price of one.
     tensor = torch.rot90(tensor, k % 4, (-2, -1))
     return tensor.flip(-1) if k >= 4 else tensor
 
@@ -129,11 +130,14 @@ class PatchSampler(Sampler):
                     break
             return which, y, x
         k = int(rng.integers(len(self.groups)))
+        # A rank among the group's pixels of all regions, found in the running sums: exactly uniform, while one
+        # region first and then a pixel in it would favour the pixels of regions that hold few.
         rank = int(rng.integers(self.ends[k][-1]))
         which = int(np.searchsorted(self.ends[k], rank, side="right"))
         region = open_region(self.files[which])
         centre = region.pixel(self.groups[k], rank - (int(self.ends[k][which - 1]) if which else 0))
         y, x = np.array(centre) - p // 2 + rng.integers(-(p // 4), p // 4 + 1, size=2)
+        # Pushed back, not padded: a frame that no real patch has would be learned, and painted.
         return which, int(np.clip(y, 0, region.height - p)), int(np.clip(x, 0, region.width - p))
 
     def draw(self, rng: np.random.Generator, coin: float = 0.0):
@@ -209,7 +213,7 @@ def make_batch(sampler, step: int, indices) -> dict:
     image, label, instance = map(torch.stack, zip(*samples))
     image = image.float().div_(127.5).sub_(1)                                          # (B, 3, P, P)
     if sampler.stain > 0:
-        for one, index in zip(image, indices):
+        for one, index in zip(image, indices):          # one by one: each has a key of its own
             one[:] = stain_jitter(one[None], generator(sampler.seed, "stain", step, index),
                                   scale=0.1 * sampler.stain, shift=0.01 * sampler.stain)[0]
     return {"image": image, "label": label.long(), "instance": instance, "names": names}

@@ -55,6 +55,8 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     assert len(test) == len(scores), f"{len(test)} test slides, {len(scores)} scores"
     whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
+    # At its own threshold an arm can buy recall with false alarms, and with it a lower variance: the same
+    # false-positive rate for all takes that away. Matched on test, so it describes and chooses nothing.
     equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
     best = ProbabilityHistogram(classes, np.sum(val, axis=0)).best_threshold()
     thresholds = {"best": best or 0.5, "half": 0.5, "matched": equal or 0.5}
@@ -89,6 +91,7 @@ def t_within(t: float, freedom: int) -> float:
 def t_quantile(level: float, freedom: int) -> float:
     """The t with P(|T| <= t) = level, by bisection: t_quantile(0.95, 4) = 2.776."""
     assert 0 < level < 1, level
+    # An angle has bounds, t has none.
     low, high = 0.0, math.pi / 2                # of the angle whose tangent is t / sqrt(freedom)
     for _ in range(60):
         middle = (low + high) / 2
@@ -103,7 +106,7 @@ def t_interval(differences, level: float = 1 - ALPHA) -> dict:
     d = np.asarray(differences, dtype=np.float64)
     n, mean, low, high, p = len(d), float(d.mean()), None, None, 1.0
     if n > 1:
-        error = float(d.std(ddof=1)) / math.sqrt(n)
+        error = float(d.std(ddof=1)) / math.sqrt(n)      # n - 1: the mean was taken from the same n
         width = t_quantile(level, n - 1) * error
         low, high = mean - width, mean + width
         p = 1 - t_within(abs(mean) / error, n - 1) if error else float(mean == 0)
@@ -114,6 +117,7 @@ def sign_flip(differences) -> float:
     """Exact two-sided p-value of 1 to 20 paired differences."""
     d = np.asarray(differences, dtype=np.float64)
     assert 1 <= len(d) <= 20, f"{len(d)} pairs: no sign pattern, or too many"
+    # Were the arms alike, each difference might as well have come out with the other sign.
     signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)          # (2^n, n) of +-1
     return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).mean())  # but for rounding
 
@@ -138,7 +142,7 @@ def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list
     which, weights = rng.integers(len(scores), size=(replicates, len(scores))), []
     for seed, strata in enumerate(map(np.array, scores)):
         weights.append(np.zeros(((which == seed).sum(), len(strata))))
-        for score in np.unique(strata):
+        for score in np.unique(strata):     # a draw without slides of a score would have no recall of it
             here = np.flatnonzero(strata == score)
             weights[-1][:, here] = rng.multinomial(len(here), [1 / len(here)] * len(here), len(weights[-1]))
     return which, weights
