@@ -130,8 +130,8 @@ class PatchSampler(Sampler):
                     break
             return which, y, x
         k = int(rng.integers(len(self.groups)))
-        # A rank among the group's pixels of all regions, found in the running sums: exactly uniform, while one
-        # region first and then a pixel in it would favour the pixels of regions that hold few.
+        # A rank among the group's pixels of all regions, found in the running sums: exactly uniform. A region
+        # first and then a pixel in it would favour the pixels of regions that hold few.
         rank = int(rng.integers(self.ends[k][-1]))
         which = int(np.searchsorted(self.ends[k], rank, side="right"))
         region = open_region(self.files[which])
