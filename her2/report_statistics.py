@@ -43,10 +43,10 @@ CLAIMS = {"P1": ("subtype", "tumor", "best", "dice"),               # better arm
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm in one seed, at its three points of operation."""
+    """One arm in one seed, at its three points of operation: the mean of its R segmenters (`together`)."""
     scores: tuple           # of the S test slides: the strata of the bootstrap
     thresholds: dict        # {point: threshold}
-    tables: dict            # {point: (S, K, 2) int64}, pixels called no | tumor
+    tables: dict            # {point: (R, S, K, 2) int64}, pixels called no | tumor
     figures: dict           # {point: {figure: float}}, over all slides
 
 
@@ -65,7 +65,20 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     for point, table in tables.items():
         figures[point] = {name: float(value) for name, value in rates(table.sum(axis=0), classes).items()}
         figures[point]["average_precision"] = average_precision(whole.counts, classes)
+    tables = {point: table[None] for point, table in tables.items()}                    # (1, S, K, 2)
     return Outcome(tuple(scores), thresholds, tables, figures)
+
+
+def together(runs: list) -> Outcome:
+    """R segmenters of one arm and seed -> one Outcome. The unit stays the seed: trained again on the same
+    images a network tells nothing new about the images, but its own luck averages out."""
+    def mean(tables):
+        return {name: mean([one[name] for one in tables]) if isinstance(value, dict)
+                else float(np.mean([one[name] for one in tables])) for name, value in tables[0].items()}
+
+    tables = {point: np.concatenate([one.tables[point] for one in runs]) for point in runs[0].tables}
+    return Outcome(runs[0].scores, mean([one.thresholds for one in runs]), tables,
+                   mean([one.figures for one in runs]))
 
 
 def average_precision(counts, classes) -> float:
@@ -174,9 +187,8 @@ class Study:
         which, weights = resample(tuple(one.scores for one in runs), self.replicates, self.key)
         drawn = np.empty(which.shape)                                                   # (R, n)
         for i, (one, rows) in enumerate(zip(runs, weights)):
-            table = one.tables[point]                                                   # (S, K, 2)
-            sums = (rows @ table.reshape(len(table), -1)).reshape(len(rows), *table.shape[1:])
-            drawn[which == i] = rates(sums, self.classes)[figure]
+            sums = np.tensordot(rows, one.tables[point], axes=(1, 1))                   # (places, R, K, 2)
+            drawn[which == i] = rates(sums, self.classes)[figure].mean(axis=1)
         return drawn.mean(axis=1)
 
     def difference(self, new, old, point, figure):

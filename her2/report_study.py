@@ -119,6 +119,7 @@ def write_report(files, out) -> dict:
     configs = sorted(configs.values(), key=lambda config: report.order(config["name"]))
     numbers, preset = [seed["seed"] for seed in seeds], seeds[0]["preset"]
     machines = sorted({seed["machine"] for seed in seeds})
+    repeats = sorted({len(one.tables["half"]) for arm in arms.values() for one in arm.values()})
     pictures = ladder(out, found) + report.figures(out, configs, study.classes)
     moved = report_staining.over_seeds([seed["old and new"] for seed in seeds], study.classes)
     if moved:
@@ -137,7 +138,7 @@ def write_report(files, out) -> dict:
             minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
-             "and segmenters. The plan that was fixed before stands in her2/study.py. \u00b1 is the standard "
+             f"and segmenters ({' or '.join(map(str, repeats))} per arm). The plan that was fixed before stands in her2/study.py. \u00b1 is the standard "
              "deviation over seeds, brackets are 95 % intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
              "## Arms", report.markdown(arm_table(study, names)),

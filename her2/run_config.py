@@ -25,7 +25,7 @@ OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": 
 SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
 RANGES = {name: ends for ends, names in {
-    (1, 10**9): "steps batch accumulate sample_steps log_every save_every seeds jobs",
+    (1, 10**9): "steps batch accumulate sample_steps log_every save_every seeds repeats jobs",
     (0, 10**9): "trial warmup count disc_start min_area", (0, 10**7): "latent_pool",
     (0, 2**31 - 1): "seed split_seed", (1e-12, 1e3): "lr disc_lr", (1e-12, 1e12): "clip beta",
     (0.0, 1.0): "eta dice_weight jitter uniform threshold", (0.0, 0.9): "drop_label", (0.0, 0.999999): "ema",

@@ -32,7 +32,8 @@ def to_json(one: Outcome) -> dict:
 
 
 def from_json(content: dict) -> Outcome:
-    tables = {point: np.array(table) for point, table in content["tables"].items()}
+    tables = {point: np.array(table) for point, table in content["tables"].items()}     # ([R,] S, K, 2)
+    tables = {point: table.reshape(-1, *table.shape[-3:]) for point, table in tables.items()}
     figures = {point: {name: math.nan if value is None else value for name, value in found.items()}
                for point, found in content["figures"].items()}
     return Outcome(tuple(content["scores"]), content["thresholds"], tables, figures)
@@ -43,22 +44,24 @@ def write_seed(config, seed: int, seconds: dict) -> None:
     `study`; what decides the figures is written with them."""
     root = Path(config.out) / f"seed{seed}"
     results = run.read_json(root / "report" / "results.json")
-    folders = {arm["name"]: Path(arm["runs"][0].pop("folder")) for arm in results["configs"]}
-    baseline = folders[report.BASELINE]
+    folders = {arm["name"]: [Path(one.pop("folder")) for one in arm["runs"]] for arm in results["configs"]}
+    baseline = folders[report.BASELINE][0]
     dataset = load_dataset(run.read_json(baseline / "config.json")["fields"]["data"],
                            split=read_split(baseline / "split.json"))
-    scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, None
+    scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, {}
     for name in sorted(folders, key=lambda name: name != report.BASELINE):  # the baseline first
-        metrics = run.read_json(folders[name] / "metrics.json")
-        val, test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
-                      for slide, part in metrics[split].items()} for split in ("val", "test"))
-        one = report_statistics.outcome(np.stack(list(val.values())), np.stack(list(test.values())),
-                                        [scores[slide] for slide in test], dataset.classes, fpr)
-        fpr = one.figures["half"]["fpr"] if fpr is None else fpr
-        arms[name] = to_json(one)
-    for arm in results["configs"]:
-        arm["runs"][0].pop("slides")
-        arm["runs"][0]["seed"] = seed
+        runs = []
+        for again, folder in enumerate(folders[name]):      # matched to the baseline of the same repetition
+            metrics = run.read_json(folder / "metrics.json")
+            val, test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
+                          for slide, part in metrics[split].items()} for split in ("val", "test"))
+            runs.append(report_statistics.outcome(
+                np.stack(list(val.values())), np.stack(list(test.values())),
+                [scores[slide] for slide in test], dataset.classes, fpr.get(again)))
+            fpr.setdefault(again, runs[-1].figures["half"]["fpr"])
+        arms[name] = to_json(report_statistics.together(runs))
+    for one in sum([arm["runs"] for arm in results["configs"]], []):
+        one.pop("slides")
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     measured = {key: results.get(key, {}) for key in ("images", "staining", "old and new")}
     run.write_json(root.parent / "seeds" / f"seed{seed}.json", {

@@ -35,7 +35,7 @@ def made(tables, scores=None):
                "average_precision": 0.5}
     points = ("best", "half", "matched")
     return Outcome(tuple(scores or ["0"] * len(tables)), dict.fromkeys(points, 0.5),
-                   dict.fromkeys(points, tables), dict.fromkeys(points, figures))
+                   dict.fromkeys(points, tables[None]), dict.fromkeys(points, figures))
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -97,9 +97,25 @@ def test_outcome_takes_its_thresholds_as_it_says():
     assert other.figures["half"]["fpr"] != pytest.approx(base.figures["half"]["fpr"], abs=0.01)
     report = ProbabilityHistogram(classes, test.sum(axis=0)).report(base.thresholds["best"])
     assert base.figures["best"]["dice"] == report["dice"]
-    assert base.tables["best"].sum(axis=0).tolist() == report["confusion"]
+    assert base.tables["best"].sum(axis=(0, 1)).tolist() == report["confusion"]
     with pytest.raises(AssertionError, match="4 test slides, 2 scores"):
         outcome(val, test, "ab", classes)
+
+
+def test_segmenters_of_one_seed_count_as_their_mean():
+    """In every figure and every replicate of the bootstrap; what one lacks, their mean lacks."""
+    rng = np.random.default_rng(11)
+    one, two = ({seed: made(rng.integers(1, 90, size=(4, K, 2)), "aabb") for seed in (1, 2, 3)} for _ in "ab")
+    both = {seed: st.together([one[seed], two[seed]]) for seed in one}
+    study = Study({"one": one, "two": two, "both": both}, DEFAULT_CLASSES, replicates=200)
+    for figure in ("dice", "log_variance", "recall 0"):
+        _, (a, b, mean) = study.values(("one", "two", "both"), "half", figure)
+        assert mean == pytest.approx((a + b) / 2, rel=1e-12)
+        a, b, mean = (study.replicated(name, [1, 2, 3], "half", figure) for name in ("one", "two", "both"))
+        assert mean == pytest.approx((a + b) / 2, rel=1e-12) and mean.std() > 0
+    lacking = made(one[1].tables["half"][0] * np.array([1, 0, 1, 1, 1, 1])[:, None], "aabb")
+    assert math.isnan(st.together([one[1], lacking]).figures["half"]["recall 0"])
+    assert st.together([one[1]]).figures == one[1].figures
 
 
 # ---- intervals and tests -----------------------------------------------------------------------------------
@@ -169,7 +185,7 @@ def test_bootstrap_has_the_law_of_all_resamples():
             for name in ("new", "old")}
 
     def dice(name, seed, slides):
-        table = sum(arms[name][seed].tables["half"][s] for s in slides)
+        table = sum(arms[name][seed].tables["half"][0, s] for s in slides)
         tp, fn, fp = table[1:, 1].sum(), table[1:, 0].sum(), table[0, 1]
         return 2 * tp / (2 * tp + fp + fn)
 

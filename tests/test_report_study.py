@@ -89,7 +89,10 @@ def test_a_seed_survives_its_file(files):
     for arm in ARMS:
         again = study_seed.from_json(content["arms"][arm])
         assert study_seed.to_json(again) == content["arms"][arm]
-        assert again.tables["half"].shape == (4, 6, 2)
+        assert again.tables["half"].shape == (1, 4, 6, 2)
+        old = {**content["arms"][arm], "tables": {point: table[0] for point, table in    # before there were R
+                                                  content["arms"][arm]["tables"].items()}}
+        assert study_seed.to_json(study_seed.from_json(old)) == content["arms"][arm]
 
 
 def test_wrong_files_are_refused(files, tmp_path):

@@ -197,7 +197,7 @@ for line, flags in (
                                                   "nowhere", "no*", "data"]),
         (["her2.phantom", "--out", "new"], ["--preset huge", "--seed x", "--out data", "--nonsense"]),
         (["her2.study", "--out", "new"], ["--ratios 0", "--ratios a", "--ratios nan", "--seeds -1", "--seeds 0",
-                                          "--jobs 0", "--jobs -1", "--data nowhere", "--out data",
+                                          "--repeats 0", "--jobs 0", "--jobs -1", "--data nowhere", "--out data",
                                           "--preset huge"])):
     for flag in flags:
         words = [part for part in flag.split() if part.startswith("--")][-1:] or [flag]

@@ -182,6 +182,21 @@ def test_split_holds_everywhere(finished):
             assert splits[0]["slides"][json.loads(line)["source_slide"]] == "train"
 
 
+def test_repetitions_are_other_segmenters_on_the_same_images(finished):
+    folder, command, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
+    more = run(folder, *command[:-1], "tumor", "--repeats", "2")
+    assert more.returncode == 0, more.stderr
+    after = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("model.pt")}
+    assert before.items() <= after.items() and len(after) == len(before) + 2
+    seed = json.loads((folder / "out/seeds/seed0.json").read_text(encoding="utf-8"))
+    assert [[one["seed"] for one in config["runs"]] for config in seed["configs"]] == [[0, 1000]] * 2
+    for config in seed["configs"]:
+        dice = [one["dice"] for one in config["runs"]]
+        assert seed["arms"][config["name"]]["figures"]["half"]["dice"] == pytest.approx(sum(dice) / 2)
+        assert len(seed["arms"][config["name"]]["tables"]["half"]) == 2
+
+
 def test_the_protocol_has_its_arms():
     """The paper's 14 configurations, the controls, and a seed that shares nothing with another."""
     config = study.Config(**{"preset": "paper", **study.PRESETS["paper"]})
