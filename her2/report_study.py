@@ -138,8 +138,9 @@ def write_report(files, out) -> dict:
             minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
-             f"and segmenters ({' or '.join(map(str, repeats))} per arm). The plan that was fixed before stands in her2/study.py. \u00b1 is the standard "
-             "deviation over seeds, brackets are 95 % intervals of the paired difference.",
+             f"and segmenters ({' or '.join(map(str, repeats))} per arm). The plan that was fixed before "
+             "stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
+             "intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
              "## Arms", report.markdown(arm_table(study, names)),
              "## Comparisons", report.markdown(difference_table(found, study)),
