@@ -162,7 +162,7 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
 class Config(configuration.Training):               # data, seed, patch, device and what else scripts share
     out: str = "runs/gan"           # run folder; the same command again goes on where it stopped
     # ---- networks
-    width: int = 16                 # ngf and ndf, channels of the widest resolution; 64 is the official one
+    width: int = 16                 # ngf and ndf, channels at the finest resolution; 64 is the official one
     hidden: int = 32                # channels inside each SPADE layer; 128 is the official number
     z_dim: int = 64                 # length of z; 256 is the official one
     init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth;

@@ -12,7 +12,7 @@ the middle alone. Kept as it is.
 Differs from the official code (latent-diffusion): LatentDenoiser owns the label code with the U-Net, so that
 the moving average covers both (officially the U-Net alone: sampling then pairs averaged weights with a label
 code they were never trained with); the scale of the latents is stored with the weights (officially measured
-on the first batch and lost on resuming); no gradient checkpointing; the number of groups is an argument.
+on the first batch alone); no gradient checkpointing; the number of groups is an argument.
 
 PAPER: guidance is not mentioned. A dropped label (classifier-free guidance, Ho and Salimans 2022) is a code
 of zeros: the label conv has no bias, so only pixels without any class (IGNORE) have the same.

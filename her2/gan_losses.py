@@ -12,6 +12,7 @@ SPADE adds, for the generator (Park et al., CVPR 2019, appendix A):
 
 Taming's autoencoder weighs its adversarial loss so that both losses pull equally hard on the last layer
 (Esser et al., CVPR 2021, eq. 7):   |d nll / d last_layer| / (|d g / d last_layer| + 1e-4)
+with nll the reconstruction loss (its official name) and g the loss of the generator.
 
 PAPER: the HER2 paper gives no weights; 10 and 0.05 are the numbers of the official code.
 Differs from the official code in one point: NVlabs/SPADE sums the KL divergence over the batch, so that its

@@ -44,7 +44,8 @@ def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> to
 def paste(image: torch.Tensor, generated: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     """`generated` where `repaint` (B, H, W) is True, `image` bit for bit elsewhere; images (B, 3, H, W)."""
     assert image.shape == generated.shape, f"{tuple(image.shape)} and {tuple(generated.shape)} differ"
-    # The decoder moves every pixel a little. Without this a network could learn the label from its blur.
+    # Decoding moves every pixel a little; here the background stays real. The price: only tumor is smooth,
+    # and a network could learn the label from that. `add_grain` takes it away.
     return torch.where(repaint[:, None], generated, image)                   # (B, 3, H, W)
 
 

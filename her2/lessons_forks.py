@@ -25,7 +25,7 @@ def heun(predict, schedule, xt, timesteps):
     angle = schedule.alpha_bar.sqrt().acos()
 
     def slope(xt, t):
-        t = torch.full((len(xt),), t)
+        t = torch.full((len(xt),), t, device=xt.device)
         x0, eps = schedule.x0_and_eps(predict(xt, t), xt, t)
         signal, noise = schedule.roots(t, xt)
         return signal * eps - noise * x0                        # v, whatever the network puts out

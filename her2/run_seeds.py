@@ -2,7 +2,7 @@
 
 A run must give the same bits whether it was interrupted or not, and whatever the batch size or the
 number of processes. So no generator is carried along: each use builds its own from a key that says what
-the numbers are for, such as (seed, "batch", step, index). The key is hashed, because neighbouring seeds
+the numbers are for, such as (seed, "patch", step, index). The key is hashed, because neighbouring seeds
 give correlated streams in many generators, and hashed keys are never neighbours.
 """
 

@@ -29,7 +29,7 @@ the step from pure noise, the last one to x0) the guess is taken as it is. Sourc
 
 Timesteps. "trailing" (ours): exactly S steps for every S <= T, from T-1 down; the last step ends at x0
 (after = 1). Lin et al., WACV 2024, section 3.3. "leading" is latent-diffusion's "uniform": every (T // S)-th
-level plus one. It never visits T-1, makes other numbers of steps when S does not divide T (7 -> 8), and for
+level plus one. It rarely visits T-1, makes other numbers of steps when S does not divide T (7 -> 8), and for
 some S asks for level T: an IndexError there, a ValueError here. "quadratic" is its "quad".
 
 Inpainting. The known latent is put back before every step and, clean, after the last: Lugmayr et al.,
@@ -100,7 +100,7 @@ def ddim_tables(schedule, timesteps, eta: float, final_alpha_bar: float = 1.0):
     now = schedule.alpha_bar.cpu()[torch.tensor(timesteps)]             # (S,)
     after = torch.cat([now.new_tensor([final_alpha_bar]), now[:-1]])    # (S,) the level that a step leads to
     sigma = eta * ((1 - after) / (1 - now)).sqrt() * (1 - now / after).clamp(min=0).sqrt()
-    return now, after, sigma                        # in float64: 1 - after / now loses digits near 0
+    return now, after, sigma                        # in float64: 1 - now / after loses digits near 0
 
 
 def extrapolation(schedule, timesteps) -> torch.Tensor:

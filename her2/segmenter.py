@@ -254,7 +254,7 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     """Tumor probability of every pixel of an ROI of any size: (3, H, W) -> (H, W) float32, on the CPU.
 
     `image` is float in [-1, 1] or uint8 (a view of a memory-mapped file is fine: only tiles are copied). The
-    network sees overlapping tiles of which only the centres are kept, so each pixel is predicted once.
+    network sees overlapping tiles of which only the centres are kept, so each pixel comes from one tile.
     `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be in eval mode.
     """
     if model.training:

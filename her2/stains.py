@@ -15,7 +15,7 @@ whether a generated instance carries the staining that was asked for.
 Difference from the common implementations: the white point is an argument instead of a fixed 255,
 because glass is not 255 in any scanner, and a wrong white point reads as dye everywhere. `stain_jitter`
 takes 255 all the same, since a training patch need not show glass: glass of 242 counts as a little dye
-there, and the jitter makes 235 to 252 of it, as lamps and scanners do.
+there, and the jitter makes 231 to 253 of it, as lamps and scanners do.
 """
 
 import math
@@ -58,7 +58,7 @@ def deconvolve(rgb, white=255.0, stains=STAINS) -> tuple[np.ndarray, np.ndarray]
 
 
 def compose(haematoxylin, dab, white=255.0, stains=STAINS) -> np.ndarray:
-    """Amounts (...) of both dyes -> image (..., 3), float in 0..white. Inverse of `deconvolve`."""
+    """Amounts (...) of both dyes -> image (..., 3), float in 0..white. `deconvolve` inverts it."""
     assert np.shape(haematoxylin) == np.shape(dab), f"{np.shape(haematoxylin)} against {np.shape(dab)}"
     amounts = np.stack([haematoxylin, dab], axis=-1)                    # (..., 2): a picture has no residual
     return white * 10.0 ** -(amounts @ np.asarray(stains[:2], dtype=amounts.dtype))
