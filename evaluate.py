@@ -205,10 +205,12 @@ def predict(one, dataset, config, device, precision) -> None:
     network = run.build_model(UNet, content, one.folder, device)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
-    worse = dict(key=lambda item: (-item[0], item[2]))      # ties by name: the same whatever the processes
+
+    def most_wrong(items):                      # ties by name: the same whatever the number of processes
+        return sorted(items, key=lambda item: (-item[0], item[2]))[:WORST]
+
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
-        region = open_roi(roi, dataset.classes, config.cache)
-        image, label, _ = region.window(0, 0, region.height, region.width)          # (H, W, 3), (H, W) uint8
+        image, label, _ = open_roi(roi, dataset.classes, config.cache).whole()      # (H, W, 3), (H, W) uint8
         # Tiles overlap and only their centres count: at a border a network with padding sees less.
         with precision.autocast():
             prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
@@ -218,14 +220,14 @@ def predict(one, dataset, config, device, precision) -> None:
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":
             share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
-            worst = sorted([*worst, (share, pictures, roi.name)], **worse)[:WORST]     # not all in memory
+            worst = most_wrong([*worst, (share, pictures, roi.name)])                # not all in memory
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
     for k, part in sorted(counts, key=lambda item: item[0]):        # by slide, the unit of the bootstrap
         roi, part = rois[k], ProbabilityHistogram(dataset.classes, part)
         slides = one.val if roi.split == "val" else one.test
         slides[roi.slide] = part + slides.get(roi.slide, 0)
         one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
-    worst = sorted(worst, **worse)[:WORST]
+    worst = most_wrong(worst)
     run_distributed.rank() or draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
         [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[

@@ -86,7 +86,7 @@ class Tissue:
         self.size = [-(-max(sides) // step // 16) * 16 for sides in zip(*((r.height, r.width) for r in rois))]
         for roi in tqdm(rois, desc="training tissue", unit="ROI", leave=False, disable=None):
             region = open_roi(roi, classes, cache)
-            image, _, instance = region.window(0, 0, region.height, region.width)
+            image, _, instance = region.whole()
             places = [(side - patch) // step + 1 for side in (region.height, region.width)]
             maps = [scale.to(device) for scale in features(image, instance, patch)]
             self.regions.append(([[self.spectrum(x) for x in (m, m.square())] for m in maps], places))

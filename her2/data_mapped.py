@@ -35,7 +35,7 @@ from her2.run_errors import atomic_write
 VERSION = 2  # part of every key: raise it when the layout or the meaning of the file changes
 # The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
 # class_of (in this order each is aligned to its item size), and the path of the image that it was made from.
-MAGIC = b"HER2MAPD"
+MAGIC = b"HER2TILE"     # and .tile: the names in caches that exist
 NUMBERS = struct.Struct("<6q")  # H, W, K, N + 1, bytes per instance id, bytes of the path
 
 
@@ -53,6 +53,10 @@ class MappedRegion:
         area = slice(y, y + height), slice(x, x + width)
         instance = np.array(self.instance[area])                                       # (h, w)
         return np.array(self.image[area]), self.class_of.take(instance), instance.astype(np.int32)
+
+    def whole(self):
+        """The same of the whole region."""
+        return self.window(0, 0, self.height, self.width)
 
     def count(self, class_ids) -> int:
         """Number of pixels whose class is one of `class_ids`."""
@@ -146,10 +150,10 @@ def prune_regions(cache, current: set, images: set, root) -> tuple[int, int, int
     These are files whose image is gone, those of the dataset in `root` (its `images` or others below it) that
     are not among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago.
     """
-    paths, sizes = sorted(Path(cache).glob("*.region*")), []
+    paths, sizes = sorted(Path(cache).glob("*.tile*")), []
     for path in paths:
         old = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 86400
-        if path.suffix == ".region":
+        if path.suffix == ".tile":
             try:
                 source = Path(open_region.__wrapped__(path).source)   # not kept open: Windows needs that
                 old = not source.exists() or path not in current and (

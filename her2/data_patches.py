@@ -242,6 +242,5 @@ def loader(sampler, first_step: int, last_step: int, indices, workers: int = 0,
 def iterate_rois(dataset: Dataset, split: str, cache="cache"):
     """The regions of a split, whole, one at a time: (roi, image, label, instance) with a batch axis of 1."""
     for roi in dataset.split(split):
-        region = open_roi(roi, dataset.classes, cache)
-        image, label, instance = to_tensors(*region.window(0, 0, region.height, region.width))
+        image, label, instance = to_tensors(*open_roi(roi, dataset.classes, cache).whole())
         yield roi, image[None], label[None], instance[None]

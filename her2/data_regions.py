@@ -145,7 +145,7 @@ def region_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
                        roi.downsample, classes.to_json(), classes.aliases, classes.masks,
                        classes.masks == "score" and roi.score, [len(content) for content in labels]])
     key = hashlib.sha256(b"".join([text.encode(), tail, *labels])).hexdigest()[:24]
-    return Path(cache) / f"{roi.image.stem[:60]}-{key}.region"
+    return Path(cache) / f"{roi.image.stem[:60]}-{key}.tile"
 
 
 def region_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from her2 import draw
+from her2 import draw, run_training
 from her2.data_patches import PatchSampler, to_tensors
 from her2.data_regions import open_roi
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
@@ -35,8 +35,7 @@ def judge(network, image, device, batch: int = 64):
     """(tumor probability (N, P, P), features (N, F)) of images (N, 3, P, P) in [-1, 1]."""
     prob, features = [], []
     for part in image.split(batch):
-        part = part.to(device, memory_format=torch.channels_last)
-        maps = network.encoder(network.normalised(part))
+        maps = network.encoder(network.normalised(run_training.to_device(part, device)))
         prob.append(network.segmentation_head(network.decoder(maps)).float().softmax(1)[:, 1].cpu())
         features.append(torch.cat([maps[k].float().mean((2, 3)) for k in (2, 3)], dim=1).cpu())
     return torch.cat(prob), torch.cat(features)
@@ -60,8 +59,7 @@ def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") 
         batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
         pairs[f"real, {split}"] = batch["image"], batch["label"]        # (N, 3, P, P), (N, P, P)
     for name, rois in sets.items():
-        regions = (open_roi(roi, dataset.classes, cache) for roi in rois[:MOST])
-        parts = [to_tensors(*region.window(0, 0, region.height, region.width))[:2] for region in regions]
+        parts = [to_tensors(*open_roi(roi, dataset.classes, cache).whole())[:2] for roi in rois[:MOST]]
         pairs[name] = tuple(torch.stack(part) for part in zip(*parts))
     result, reference, scale, blur = {}, None, None, None
     for name, (image, label) in pairs.items():
@@ -98,8 +96,7 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
     one is taken that comes nearest to being half of this subtype and a third background: where all is tumor,
     nobody sees whether the outlines of the label are obeyed."""
     def content(roi):
-        region = open_roi(roi, dataset.classes, cache)
-        return region.window(0, 0, region.height, region.width)[:2]                     # (H, W, 3), (H, W)
+        return open_roi(roi, dataset.classes, cache).whole()[:2]                        # (H, W, 3), (H, W)
 
     def source_of(entry):           # what images share that were painted on the same relabelled patch
         instances = json.dumps(entry.get("instances"), sort_keys=True)

@@ -21,7 +21,7 @@ false-positive rate = that of the baseline of the seed at 0.5). Figures: the key
 Sources: Student's law, Abramowitz & Stegun 26.7.3-4; Holm, Scand J Stat 6 (1979); Efron & Tibshirani, An
 Introduction to the Bootstrap (1993); expanded percentiles, Hesterberg, Am Stat 69 (2015). PAPER: five
 repetitions and no test are reported; margins, floor and the family of four are decisions of this study.
-Key: S slides, K classes, n seeds, R replicates.
+Key: S slides, K classes, n seeds, M segmenters of an arm and seed, R replicates.
 """
 
 import math
@@ -43,10 +43,10 @@ CLAIMS = {"P1": ("subtype", "tumor", "best", "dice"),               # better arm
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm in one seed, at its three points of operation: the mean of its R segmenters (`together`)."""
+    """One arm in one seed, at its three points of operation: the mean of its M segmenters (`together`)."""
     scores: tuple           # of the S test slides: the strata of the bootstrap
     thresholds: dict        # {point: threshold}
-    tables: dict            # {point: (R, S, K, 2) int64}, pixels called no | tumor
+    tables: dict            # {point: (M, S, K, 2) int64}, pixels called no | tumor
     figures: dict           # {point: {figure: float}}, over all slides
 
 
@@ -70,7 +70,7 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
 
 
 def together(runs: list) -> Outcome:
-    """R segmenters of one arm and seed -> one Outcome. The unit stays the seed: trained again on the same
+    """M segmenters of one arm and seed -> one Outcome. The unit stays the seed: trained again on the same
     images a network tells nothing new about the images, but its own luck averages out."""
     def mean(tables):
         return {name: mean([one[name] for one in tables]) if isinstance(value, dict)
@@ -187,7 +187,7 @@ class Study:
         which, weights = resample(tuple(one.scores for one in runs), self.replicates, self.key)
         drawn = np.empty(which.shape)                                                   # (R, n)
         for i, (one, rows) in enumerate(zip(runs, weights)):
-            sums = np.tensordot(rows, one.tables[point], axes=(1, 1))                   # (places, R, K, 2)
+            sums = np.tensordot(rows, one.tables[point], axes=(1, 1))                   # (places, M, K, 2)
             drawn[which == i] = rates(sums, self.classes)[figure].mean(axis=1)
         return drawn.mean(axis=1)
 

@@ -36,7 +36,7 @@ Changes   2026-11-25, before a generator of a final seed was trained: 3000 steps
           images of seed 0: obedience .829 against .812, kernel distance 43 against 50, a third of the time).
           2026-11-25, before a network of a final seed was trained: `--amp bf16` in all arms, with which
           a CPU with avx512_bf16 trains 1.4 to 1.5 times as fast. The pilot ran in fp32.
-          2026-11-25, after the results of seeds 10 to 14: `--repeats R` trains R segmenters per arm and
+          2026-11-25, after the results of seeds 10 to 14: `--repeats M` trains M segmenters per arm and
           seed, whose figures are averaged; the unit stays the seed. Two more runs of seed 14 on the same
           images moved the recall of 0 from .75 to .92 and .96 (`subtype`) and from .43 to .92 and .95
           (`oracle-100`). For seeds 10 to 14 it is exploratory, and reported beside the one-run verdicts.
@@ -127,7 +127,8 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
     data = config.data or root / "phantom"
     sizes = ["--preset", config.preset]
     machine = ["--device", config.device, "--amp", config.amp, "--cache", config.cache]
-    common = [*sizes, "--data", data, "--split-seed", config.split_seed, *machine, "--seed", seed]
+    unseeded = [*sizes, "--data", data, "--split-seed", config.split_seed, *machine, "--seed"]
+    common = [*unseeded, seed]
     short = ["--steps", config.trial] if config.trial else []
     plan = []
 
@@ -179,11 +180,12 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
     for arm, (name, ratio) in parts.items():
         steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short
         synthetic = ["--synthetic", images[name].folder, "--ratio", ratio] if name else []
+        sampling = "tumor" if arm == "tumor" else "subtype"
         for again in range(config.repeats):
-            runs.append(add("segmentation", f"segmentation {arm}" + f" again {again}" * (again > 0), [
-                "train_seg.py", *common[:-1], seed + 1000 * again, "--sampling",
-                "tumor" if arm == "tumor" else "subtype", *UNIFORM, *steps, *synthetic, "--name", arm],
-                f"seg-{arm}" + f"-again{again}" * (again > 0), tissue, images.get(name)))
+            more = f"-again{again}" if again else ""
+            runs.append(add("segmentation", f"segmentation {arm}{more}", [
+                "train_seg.py", *unseeded, seed + 1000 * again, "--sampling", sampling, *UNIFORM, *steps,
+                *synthetic, "--name", arm], f"seg-{arm}{more}", tissue, images.get(name)))
     # The judge of images: a segmenter of other tissue, which never saw a slide of this seed, real or
     # generated, so it likes neither. Real data have no other tissue: their own baseline has to do.
     judge = runs[0]

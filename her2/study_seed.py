@@ -32,7 +32,7 @@ def to_json(one: Outcome) -> dict:
 
 
 def from_json(content: dict) -> Outcome:
-    tables = {point: np.array(table) for point, table in content["tables"].items()}     # ([R,] S, K, 2)
+    tables = {point: np.array(table) for point, table in content["tables"].items()}     # ([M,] S, K, 2)
     tables = {point: table.reshape(-1, *table.shape[-3:]) for point, table in tables.items()}
     figures = {point: {name: math.nan if value is None else value for name, value in found.items()}
                for point, found in content["figures"].items()}

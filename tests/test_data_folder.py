@@ -353,10 +353,10 @@ def test_damaged_cache_files_are_made_again(tmp_path, capsys):
 
 def test_a_crash_while_writing_leaves_nothing_behind(tmp_path):
     arrays = data_mapped.region_arrays(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8),
-                               np.zeros((4, 5), np.int32), 6)
+                                       np.zeros((4, 5), np.int32), 6)
     with pytest.raises(KeyError):
-        data_mapped.write_region(tmp_path / "a.region",
-                         {key: arrays[key] for key in ("class_of", "row_counts", "instance")})
+        data_mapped.write_region(tmp_path / "a.tile",
+                                 {key: arrays[key] for key in ("class_of", "row_counts", "instance")})
     assert not list(tmp_path.iterdir())
 
 

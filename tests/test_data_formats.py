@@ -276,8 +276,8 @@ def test_pruning_removes_what_no_program_reads_again(tmp_path, capsys):
     save(one / "masks/roi0.png", LABEL[:, ::-1])                                    # changed, decoded again
     region_files(load_dataset(one).rois, DEFAULT_CLASSES, cache)
     (other / "images/roi3.png").unlink()                                            # gone, in another dataset
-    (cache / "broken-0.region").write_bytes(b"HER2MAPD")
-    (cache / "new.region.77.tmp").write_bytes(b"a program may be writing this now")
+    (cache / "broken-0.tile").write_bytes(b"HER2TILE")
+    (cache / "new.tile.77.tmp").write_bytes(b"a program may be writing this now")
     size = sum(path.stat().st_size for path in cache.iterdir())
     said = prune(one, cache, capsys)
     assert "3 files removed" in said and "8 kept" in said, said
@@ -286,7 +286,7 @@ def test_pruning_removes_what_no_program_reads_again(tmp_path, capsys):
     assert float(re.search(r"\((.*) MB\)", said)[1]) == round(freed, 1)
     current = {region_path(roi, DEFAULT_CLASSES, cache)
                for root in (one, other) for roi in inspect_dataset(root)[0].rois}
-    assert {path for path in left if path.suffix == ".region"} == current and len(current) == 7
+    assert {path for path in left if path.suffix == ".tile"} == current and len(current) == 7
 
 
 def test_threads_keep_the_order_and_stop_at_the_first_error(tmp_path, monkeypatch):
