@@ -1,9 +1,9 @@
 """Check a dataset folder, or write the table of one that has none yet.
 
-    python -m her2.data DIR            every problem with its file and remedy, or, if there is none, the
-                                       dataset as a table, a picture (the paper's Fig. 2), and sheets of all
-                                       regions with their outlines: look at these
-    python -m her2.data DIR --index    write slides.csv for images/ with masks/ or annotations/
+    python -m her2.data DIR    every problem with its file and remedy, or, if there is none, the dataset as a
+                               table, a picture (the paper's Fig. 2), and sheets of all regions with their
+                               outlines: look at these
+    python -m her2.data DIR --index            write slides.csv for images/ with masks/ or annotations/
     python -m her2.data DIR --draft-classes    write classes.json with all class names and a guess at each
     python -m her2.data DIR --prune-cache      remove what the cache holds of images that are gone or changed
 
@@ -56,26 +56,18 @@ def listed(counts: Counter) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-def per_split(dataset: Dataset, found: list[Survey], what: str) -> dict:
-    """{split: (K,) sum over its regions} of `what`, "pixels" or "instances"."""
-    zero = np.zeros(len(dataset.classes), np.int64)
-    return {split: sum((getattr(one, what) for one in found if one.roi.split == split), zero)
-            for split in SPLITS}
-
-
 def sheets(dataset: Dataset, found: list[Survey], out: Path) -> list[Path]:
     """Write the overlay sheets beside the picture `out`; returns their paths."""
-    cells, names = [], dataset.classes.names
+    cells, paths, page = [], [], COLUMNS * ROWS
     for one in found:
         most, color = "no tumor", None
         if one.majority:
-            subtype, share = one.majority
-            most, color = f"{share:.0%} of the tumor is {names[subtype]}", dataset.classes.colors[subtype]
+            c, share = one.majority
+            most, color = f"{share:.0%} of the tumor is {dataset.classes.names[c]}", dataset.classes.colors[c]
         texts = [f"slide {one.roi.slide}, score {one.roi.score or 'none'}; {most}", one.roi.name]
         if one.left_out:
             texts.append(f"left out: {listed(one.left_out)}")
         cells.append((one.picture, texts, color))
-    paths, page = [], COLUMNS * ROWS
     for first in range(0, len(cells), page):
         last = min(first + page, len(cells))
         title = f"{dataset.root.resolve().name}: regions {first + 1} to {last} of {len(cells)}"
@@ -113,13 +105,15 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     if not problems:
         synthetic = (dataset.root / "manifest.jsonl").exists()
         problems += empty_splits(dataset, ("train",) if synthetic else SPLITS)
-    notes = list(dataset.notes)
+    notes = dataset.notes
     found = survey_all(dataset, problems, notes)
     leaks, doubles = double_slides([one.roi for one in found], [one.content for one in found])
     for lines, more in ((problems, leaks), (notes, doubles)):
         more = [f"{dataset.root / 'slides.csv'}: {line}" for line in more]
         lines += [line for line in more if line not in lines]
-    pixels, instances = (per_split(dataset, found, what) for what in ("pixels", "instances"))
+    zero = np.zeros(len(dataset.classes), np.int64)
+    pixels, instances = ({split: sum((getattr(one, what) for one in found if one.roi.split == split), zero)
+                          for split in SPLITS} for what in ("pixels", "instances"))             # (K,) each
     tumor = dataset.classes.tumor_ids
     bare = [split for split in SPLITS if dataset.split(split) and not pixels[split][tumor].any()]
     if "train" in bare and not problems:
@@ -143,8 +137,8 @@ def check(root, seed: int, out, um_per_px=None) -> int:
     save_png(out, distribution({split: pixels[split] for split in shown}, dataset.classes,
                                {split: instances[split] for split in shown}))
     pages = sheets(dataset, found, out)
-    print(f"usable. Pictures: {out}, and to check the outlines {pages[0]}"
-          + (f" to {pages[-1].name}" if len(pages) > 1 else ""))
+    more = f" to {pages[-1].name}" if len(pages) > 1 else ""
+    print(f"usable. Pictures: {out}, and to check the outlines {pages[0]}{more}")
     return 0
 
 

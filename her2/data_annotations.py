@@ -13,19 +13,15 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
-from her2.data_checks import REMEDY, Found, Polygon, plain_path, show
+from her2.data_checks import REMEDY, Found, plain_path, show
 from her2.data_classes import NO_CLASS, ClassTable, normal_form, parse_json, read_text
 from her2.run_errors import UserError, one_line
 
 
 def read_file(path, image=None) -> Found:
-    """What an annotation file (gzipped or not) holds.
-
-    `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. UserError for a
-    file of no known format, and where polygons are broken: of fewer than three points, without area, with
-    coordinates that are no finite numbers, with an id that stands twice. Polygons may cross themselves, lie
-    partly outside the image and have any number of points.
-    """
+    """What an annotation file (gzipped or not) holds. UserError for an unknown format and broken polygons.
+    `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. Polygons may
+    cross themselves, lie partly outside the image and have any number of points."""
     found = Found(path)
     reader, content = _reader(read_text(path, REMEDY), path)
     reader(content, found, image)
@@ -37,18 +33,15 @@ def read_file(path, image=None) -> Found:
 
 
 def check_image(found: Found, image, slide: str, height: int, width: int) -> None:
-    """UserError where the file itself says that it belongs to an image of another name or size.
-
-    For images in their own coordinates: a crop of a slide has neither the slide's name nor its size. Programs
-    add to names (a folder, a hash, an ending), so one name inside the other is the same image.
-    """
+    """UserError where the file says that it belongs to an image of another name or size. For images in their
+    own coordinates: a crop of a slide has neither the slide's name nor its size."""
     name, *size = found.about
     if size != [None, None] and size != [width, height]:
         raise UserError(f"{found.path}: annotations of an image of {show(size[0])} x {show(size[1])} pixels, "
-                        f"but {image} has {width} x {height}; annotate the image itself, or give x, y and "
-                        "downsample in slides.csv")
+                        f"but {image} has {width} x {height}; annotate it, or give x, y and downsample")
     theirs, ours, known = (normal_form(unicodedata.normalize("NFC", text))
                            for text in (plain_path(name or "").stem, Path(image).stem, slide))
+    # Programs add to names (a folder, a hash, an ending): one name inside the other is the same image.
     if name and not (theirs in ours or ours in theirs or known in theirs):
         raise UserError(f"{found.path}: annotations of the image {show(name)}, not of {image}; correct the "
                         "annotations cell, or give the image that name if it is the one")
@@ -76,28 +69,21 @@ def _reader(text, path):
     raise UserError(f"{path}: JSON of another kind ({show(obj)}); {REMEDY}")
 
 
-def transform_polygons(polygons, x: float = 0.0, y: float = 0.0, downsample: float = 1.0) -> list[Polygon]:
-    """p_image = (p - (x, y)) / downsample, for all polygons."""
+def place_polygons(polygons, path, height, width, x=0.0, y=0.0, downsample=1.0) -> tuple[list, list]:
+    """The polygons in pixels of an image, p_image = (p - (x, y)) / downsample, and those outside of it.
+    Annotations of an image that is not moved or scaled are its own: one outside is a mistake (x, y swapped,
+    or of the slide). A crop of a slide (x, y, downsample given) leaves annotations of the slide outside, but
+    where it leaves all of them the numbers are wrong. Both mistakes are a UserError."""
     assert downsample > 0, f"downsample is an image pixel in annotation pixels, found {downsample}"
-    return [replace(p, rings=[(ring - (x, y)) / downsample for ring in p.rings]) for p in polygons]
-
-
-def place_polygons(polygons, path, height: int, width: int, x: float = 0.0, y: float = 0.0,
-                   downsample: float = 1.0) -> tuple[list[Polygon], list[Polygon]]:
-    """The polygons in pixels of an image of this size, and those that lie outside of it.
-
-    Annotations of an image that is not moved or scaled are its own: one outside is a mistake (x and y
-    swapped, or coordinates of the slide). A crop of a slide (x, y, downsample given) leaves annotations of
-    the slide outside, but where it leaves all of them the numbers are wrong. Both mistakes are a UserError.
-    """
-    placed, kept, outside = transform_polygons(polygons, x, y, downsample), [], []
-    for polygon in placed:
+    kept, outside = [], []
+    for polygon in polygons:
+        polygon = replace(polygon, rings=[(ring - (x, y)) / downsample for ring in polygon.rings])
         low, high = polygon.rings[0].min(axis=0), polygon.rings[0].max(axis=0)
-        (kept if (high > 0).all() and low[0] < width and low[1] < height else outside).append(polygon)
+        (kept if (high > 0).all() and (low < (width, height)).all() else outside).append(polygon)
     if outside and (not kept or (x, y, downsample) == (0, 0, 1)):
         (left, top), (right, bottom) = outside[0].rings[0].min(axis=0), outside[0].rings[0].max(axis=0)
         raise UserError(
-            f"{path}: {len(outside)} of {len(placed)} polygons lie outside the image of {width} x {height} "
+            f"{path}: {len(outside)} of {len(polygons)} polygons lie outside the image of {width} x {height} "
             f"pixels (annotation {show(outside[0].source_id)}: x {left:g} to {right:g}, y {top:g} to "
             f"{bottom:g}); correct x, y, downsample in slides.csv (now {x:g}, {y:g}, {downsample:g})")
     return kept, outside
@@ -120,10 +106,8 @@ def polygon_classes(polygons, classes: ClassTable, path) -> list[int]:
 
 def likely_class(name: str, classes: ClassTable) -> str:
     """The class of a name, or a guess at it for a person to check: a class's name, or "ignore" if unclear.
-
     Never a tumor class without a sign of which, and the background only for what is named as other tissue: a
-    wrong guess that nobody corrects must not teach a network anything.
-    """
+    wrong guess that nobody corrects must not teach a network anything."""
     if classes.knows(name):
         return dict(enumerate(classes.names)).get(classes.id_of(name), "ignore")
     text = name.casefold()

@@ -1,15 +1,8 @@
 """The class table: one list of tissue classes for drawing, sampling, one-hot coding, metrics and figures.
 
-A pixel's label is the id of a class, 0 = background. The default table is the paper's (section 2.1): the four
-HER2 scores and the carcinoma in situ, whose subtype an annotator cannot score:
-
-    id  name        tumor  variance        `tumor`     counts as tumor for the segmentation network
-    0   Background  no     no              `variance`  its recall enters the subtype variance
-    1   0           yes    yes
-    2   1+          yes    yes
-    3   2+          yes    yes
-    4   3+          yes    yes
-    5   LCIS/DCIS   yes    no
+A pixel's label is the id of a class, 0 = background. The default table (`DEFAULT_CLASSES`) is the paper's
+(section 2.1): the four HER2 scores and the carcinoma in situ, a tumor class that has no score and is not in
+the subtype variance. Where the paper samples or relabels "subtypes", we take all five tumor classes.
 
 A dataset may bring `classes.json`, in one of three forms:
 
@@ -46,8 +39,8 @@ IGNORE = 255       # the label of pixels that neither train nor count
 NO_CLASS = "(none)"  # the name of no class in messages and aliases
 MAX_TEXT = 1 << 30  # bytes of a gzipped file
 IGNORE_COLOR = (150, 150, 150)
-REMEDY = ("write a list of {\"id\", \"name\", \"tumor\", \"variance\", \"color\", \"aliases\"}, or "
-          "{\"aliases\": {\"your name\": \"class name\"}}, or remove the file to get the default table")
+REMEDY = ('write a list of {"id", "name", "tumor", "variance", "color", "aliases"}, or {"aliases": {"your '
+          'name": "class name"}}, or remove the file to get the default table')
 
 
 @dataclass(frozen=True)
@@ -65,27 +58,31 @@ def normal_form(name: str) -> str:
 
 
 class ClassTable:
-    """Classes with ids 0..K-1, found by id or by name. Raises ValueError where the table contradicts itself.
+    """Classes with ids 0..K-1, found by id or by name. ValueError where the table contradicts itself.
 
-    `aliases` maps further names to ids. len(table) is K.
-    """
+    aliases  further names: {name: id}          colors      (256, 3) uint8: colors[label] is a picture
+    masks    "score", "ids", or "" = not said   len(table)  K, the channels of a one-hot map"""
 
     def __init__(self, classes, aliases=None, masks: str = ""):
-        self.classes, self.masks = list(classes), masks     # masks: "score", "ids", or "" = not said
-        ids = [c.id for c in self.classes]
+        self.classes, self.masks = list(classes), masks
+        self.names, ids = [c.name for c in self.classes], [c.id for c in self.classes]
+        self.tumor_ids = [c.id for c in self.classes if c.tumor]
+        self.variance_ids = [c.id for c in self.classes if c.variance]
         if ids != list(range(len(ids))) or not 2 <= len(ids) <= IGNORE:
             raise ValueError(f"ids are {ids}; they must be 0, 1, 2, ... in order, 2 to {IGNORE} classes")
         if self.classes[0].tumor:
             raise ValueError(f"class 0 ({self.classes[0].name!r}) is the background and cannot be tumor")
         if not self.tumor_ids:
-            raise ValueError("no class is tumor; at least one must have \"tumor\": true")
+            raise ValueError('no class is tumor; at least one must have "tumor": true')
         if len(set(c.color for c in self.classes)) < len(ids):
             raise ValueError("two classes have the same color; give each its own")
+        colors = [c.color for c in self.classes] + [IGNORE_COLOR] * (256 - len(ids))
+        self.colors = np.array(colors, np.uint8)
 
         self._ids = {}                                                  # normal form of a name -> id
         for c in self.classes:
             if c.variance and not c.tumor:
-                raise ValueError(f"class {c.id} ({c.name!r}) has \"variance\": true but is no tumor")
+                raise ValueError(f'class {c.id} ({c.name!r}) has "variance": true but is no tumor')
             if self._ids.setdefault(normal_form(c.name), c.id) != c.id or not normal_form(c.name):
                 raise ValueError(f"name {c.name!r} is empty or used twice (case and spaces do not count)")
         self.aliases = {}
@@ -96,33 +93,14 @@ class ClassTable:
             if known != class_id:
                 raise ValueError(f"alias {alias!r} has two meanings: class {known} and class {class_id}")
             self.aliases[alias] = class_id
+        # Which names are ignored says how annotations are read, not what an id means to a network.
+        self._meaning = self.classes, {name: k for name, k in self._ids.items() if k != IGNORE}
 
     def __len__(self) -> int:
-        return len(self.classes)                                        # K, the channels of a one-hot map
+        return len(self.classes)
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, ClassTable) and self._meaning() == other._meaning()
-
-    def _meaning(self) -> tuple:
-        # Which names are ignored says how annotations are read, not what an id means to a network.
-        return self.classes, {name: class_id for name, class_id in self._ids.items() if class_id != IGNORE}
-
-    @property
-    def names(self) -> list[str]:
-        return [c.name for c in self.classes]
-
-    @property
-    def tumor_ids(self) -> list[int]:
-        return [c.id for c in self.classes if c.tumor]
-
-    @property
-    def variance_ids(self) -> list[int]:
-        return [c.id for c in self.classes if c.variance]
-
-    @property
-    def colors(self) -> np.ndarray:
-        """(256, 3) uint8: colors[label] is the label as a picture."""
-        return np.array([*(c.color for c in self.classes), *[IGNORE_COLOR] * (256 - len(self))], np.uint8)
+        return isinstance(other, ClassTable) and self._meaning == other._meaning
 
     def palette(self) -> list[int]:
         """The colors as one flat list, for a Pillow image of mode 'P' (`image.putpalette`)."""
@@ -136,7 +114,7 @@ class ClassTable:
         return normal_form(name) in self._ids                           # a class, an alias, or one to ignore
 
     def to_json(self) -> list[dict]:
-        """What `from_json` and `classes.json` take: one object per class."""
+        """What `from_json` and `classes.json` take."""
         return [{"id": c.id, "name": c.name, "tumor": c.tumor, "variance": c.variance, "color": list(c.color),
                  "aliases": [alias for alias, class_id in self.aliases.items() if class_id == c.id]}
                 for c in self.classes]
@@ -153,17 +131,16 @@ class ClassTable:
 def _table_from_json(obj) -> ClassTable:
     obj = obj if isinstance(obj, dict) else {"classes": obj}            # the three forms become one
     if not obj or obj.keys() - {"classes", "aliases", "masks"}:
-        raise ValueError(f"the object is not made of \"classes\", \"aliases\" and \"masks\": {show(obj)}")
+        raise ValueError(f'the object is not made of "classes", "aliases" and "masks": {show(obj)}')
     default = [{**row, "aliases": []} for row in DEFAULT_CLASSES.to_json()]  # aliases: below
     rows, more = obj.get("classes", default), obj.get("aliases", {})    # more: aliases beside the classes
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"the classes are {show(rows)}, not a list of objects")
     if obj.get("masks", "ids") not in ("score", "ids"):
-        raise ValueError(f"\"masks\" is {show(obj['masks'])}, not \"score\" or \"ids\"")
+        raise ValueError(f'"masks" is {show(obj["masks"])}, not "score" or "ids"')
     if not isinstance(more, dict):
-        raise ValueError(f"\"aliases\" is {show(more)}, not an object of alias: class name")
+        raise ValueError(f'"aliases" is {show(more)}, not an object of alias: class name')
     classes = [_class_from_json(row) for row in rows]
-
     by_name = {"ignore": IGNORE, **{normal_form(c.name): c.id for c in classes}}
     aliases = [(alias, row["id"]) for row in rows for alias in row.get("aliases", [])]
     for alias, target in more.items():
@@ -190,21 +167,20 @@ def _class_from_json(row) -> TissueClass:
     color, aliases = row["color"], row.get("aliases", [])
     if isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color):
         color = list(bytes.fromhex(color[1:]))                          # as CVAT writes it
+    rgb = isinstance(color, list) and [type(v) is int and 0 <= v <= 255 for v in color] == [True] * 3
     for key, good, wanted in (                                          # to isinstance, True is the number 1
-        ("id", type(row["id"]) is int, "a whole number"), ("name", isinstance(row["name"], str), "a text"),
-        ("tumor", isinstance(row["tumor"], bool), "true or false"),
-        ("variance", isinstance(row["variance"], bool), "true or false"),
-        ("color", isinstance(color, list) and [type(v) is int and 0 <= v <= 255 for v in color] == [True] * 3,
-         "[red, green, blue] from 0 to 255 or \"#rrggbb\""),
-        ("aliases", isinstance(aliases, list) and all(isinstance(alias, str) for alias in aliases),
-         "a list of names"),
-    ):
+            ("id", type(row["id"]) is int, "a whole number"),
+            ("name", isinstance(row["name"], str), "a text"),
+            *((key, isinstance(row[key], bool), "true or false") for key in ("tumor", "variance")),
+            ("color", rgb, '[red, green, blue] from 0 to 255 or "#rrggbb"'),
+            ("aliases", isinstance(aliases, list) and all(isinstance(alias, str) for alias in aliases),
+             "a list of names")):
         if not good:
             raise ValueError(f"class {show(row['name'])}: {key} is {show(row[key])}, not {wanted}")
     return TissueClass(*(row[key] for key in keys[:-1]), tuple(color))
 
 
-# PAPER: the paper names no class ids; these follow its order of the subtypes, background first.
+# PAPER: the paper names no class ids; these follow its order of the tumor classes, background first.
 # Hard Negative, Necrosis and To Verify are what the authors' annotation server calls background.
 DEFAULT_ALIASES = {
     "negative": 1, "HER2 0": 1, "HER2 1+": 2, "1": 2, "HER2 2+": 3, "2": 3, "HER2 3+": 4, "3": 4,
@@ -212,7 +188,7 @@ DEFAULT_ALIASES = {
     "Hard Negative": 0, "Necrosis": 0, "To Verify": 0, "Stroma": 0, "Normal": 0,
     "Ignore": IGNORE, "Ignore*": IGNORE,                                # as QuPath names it
 }
-DEFAULT_CLASSES = ClassTable([
+DEFAULT_CLASSES = ClassTable([      # id, name, tumor, in the variance, color
     TissueClass(0, "Background", False, False, (255, 255, 255)),        # white, as glass is
     TissueClass(1, "0", True, True, (214, 39, 199)),                    # no staining: shape alone tells it
     TissueClass(2, "1+", True, True, (23, 190, 207)),                   # faint, incomplete membranes
@@ -224,10 +200,11 @@ DEFAULT_CLASSES = ClassTable([
 
 def read_text(path, remedy: str) -> str:
     """A text file in UTF-8, gzipped or not, with or without a byte-order mark. UserError otherwise."""
-    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path}: is no ordinary file; {remedy}")       # a pipe would wait for a writer
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.open(io.BytesIO(content)).read(MAX_TEXT)     # a bomb stays a text cut off
         return content.decode("utf-8-sig")
@@ -269,6 +246,6 @@ def parse_json(text: str, path, remedy: str):
 def load_classes(folder) -> ClassTable:
     """The class table of a dataset folder: its `classes.json`, or the default. UserError on a bad file."""
     path = Path(folder) / "classes.json"
-    if not path.exists():                                               # most datasets need no file
+    if not path.exists():
         return DEFAULT_CLASSES
     return ClassTable.from_json(parse_json(read_text(path, REMEDY), path, REMEDY), path)

@@ -4,11 +4,10 @@
 business of `data_regions` and `data_patches`. Runs that are compared must share their split, so it depends
 on a seed of its own and is written into every run folder (`write_split`).
 
-A synthetic dataset is the same kind of folder with `manifest.jsonl`, one JSON object per image:
+A synthetic dataset is the same kind of folder with `manifest.jsonl`, one JSON object per image, in which
+`check_synthetic` reads that no synthetic image was made from a validation or test slide:
 
     {"image": "images/00001.png", "source_image": "images/a.png", "source_slide": "A", "x": .., "y": .., ...}
-
-`check_synthetic` reads there that no synthetic image was made from a validation or test slide.
 """
 
 import json
@@ -46,10 +45,8 @@ class Dataset:
 
 
 def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
-    """(dataset, problems): everything that can be said without decoding an image. Problems: one line each.
-
-    The dataset leaves out the rows that have a problem. Arguments as in `load_dataset`.
-    """
+    """(dataset, problems): everything that can be said without decoding an image. Problems: one line each,
+    their rows left out of the dataset. Arguments as in `load_dataset`."""
     root = Path(root)
     rois, problems, notes = read_slides(root)
     try:
@@ -85,10 +82,8 @@ def _split_table(root, scores, seed, split, problems, notes) -> dict:
 
 def load_dataset(root, seed: int = 0, require=SPLITS, split=None) -> Dataset:
     """The dataset in the folder `root`, headers checked, nothing decoded. UserError names the first problem.
-
     `seed` draws the split where slides.csv has none (it is not the seed of a training run); `split` is
-    another run's `read_split` and takes its place. The splits in `require` must hold an image each.
-    """
+    another run's `read_split` and takes its place. The splits in `require` must hold an image each."""
     dataset, problems = inspect_dataset(root, seed, split)
     problems += [] if problems else empty_splits(dataset, require)
     if problems:
@@ -104,7 +99,7 @@ def empty_splits(dataset: Dataset, require=SPLITS) -> list[str]:
 
 
 def write_split(path, dataset: Dataset) -> None:
-    """Write {slide: split} of the dataset as JSON, so that later programs use the same split."""
+    """Write {slide: split} as JSON, so that later programs use the same split."""
     atomic_write(path, json.dumps({"slides": dataset.slides()}, indent=1, ensure_ascii=False))
 
 
@@ -131,13 +126,10 @@ def load_synthetic(folder) -> Dataset:
 
 
 def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> dict:
-    """The manifest of `synthetic`, {image: its line}.
+    """The manifest of `synthetic`, {image: its line}. UserError when an image, or (split.json in the folder)
+    the network that made it, has seen a slide that is not a training slide of `real`.
 
-    UserError when an image was made from a slide that is not a training slide of `real`.
-
-    If the folder holds the split.json of the generating networks, their training slides are checked as well.
-    `same_classes`: whether another class table is refused too.
-    """
+    same_classes  whether another class table is refused too"""
     again = generating_command(synthetic.root, "--data", real.root) or script_line(
         "generate.py", "--data", real.root, "--out", synthetic.root)
     remedy = f"delete {synthetic.root} and make the images again: {again}"

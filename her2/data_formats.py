@@ -51,14 +51,14 @@ def read_exact_text(text, found, image=None):
     for number, (name, *parts) in lines:
         with found.annotation(f"line {number}"):
             last = "|".join(parts).rstrip("|").rpartition("|")[2].strip()
-            if not parts:       # cut off: as the name of another image it would be passed over
-                raise Malformed(f"is {show(name)}, not slide|class|{{\"x1\": 1, \"y1\": 2, ...}}|")
-            if name != slide or last.lower() == "not in image":
-                found.leave_out("not in image" if name == slide else "of another image")
-                continue
-            if len(parts) < 2 or not last.startswith("{"):
+            other = "of another image" if name != slide else "not in image" * (last.lower() == "not in image")
+            # A line that is cut off would be passed over as the name of another image.
+            if not parts or not other and (len(parts) < 2 or not last.startswith("{")):
                 raise Malformed(f"is {show('|'.join([name, *parts]))}, not "
-                                "slide|class|{\"x1\": 1, \"y1\": 2, ...}|")
+                                'slide|class|{"x1": 1, "y1": 2, ...}|')
+            if other:
+                found.leave_out(other)
+                continue
             try:
                 numbers = exact_vector(parse_json(re.sub(r",\s*}$", "}", last), "cut off or damaged", ""))
             except UserError as error:
@@ -85,7 +85,7 @@ def read_exact_rest(obj, found, image=None):
     stay in it, and so do those that say something of the whole image (vector null)."""
     page = obj if isinstance(obj, dict) else {"results": obj}
     if page.get("next") or page.get("previous"):
-        raise UserError(f"{found.path}: one page of several (\"next\" or \"previous\" is set), the rest is "
+        raise UserError(f'{found.path}: one page of several ("next" or "previous" is set), the rest is '
                         "missing; ask EXACT for all annotations with a larger limit")
     sources = set()
     for number, row in enumerate(rows_of(page["results"], "results", found.path), 1):
@@ -95,7 +95,7 @@ def read_exact_rest(obj, found, image=None):
             name, vector_type = exact_type(row.get("annotation_type"))
             deleted, vector = row.get("deleted"), row["vector"]
             if deleted not in (None, False, True):
-                raise Malformed(f"has \"deleted\": {show(deleted)}, neither true nor false")
+                raise Malformed(f'has "deleted": {show(deleted)}, neither true nor false')
             reason = "deleted" if deleted else "vector null" if vector is None else EXACT_OTHERS.get(
                 vector_type, f"vector_type {vector_type}")
             if reason:
@@ -120,19 +120,15 @@ def qupath_class(properties) -> str:
 
 def qupath_object(feature, properties) -> str:
     """"annotation", or what else QuPath exports as polygons: "cell", "detection", "tile", "tma_core", ...
-
-    QuPath says it in properties.objectType since 0.3, before in the id that all objects of a kind share.
-    """
+    QuPath says it in properties.objectType since 0.3, before in the id that all objects of a kind share."""
     match = re.fullmatch("(?:Path)?([A-Za-z]+)Object", str(feature.get("id")))
     kind = properties.get("objectType") or (match[1] if match else "annotation")
     return "cell" if "nucleusGeometry" in feature else str(kind).lower()
 
 
 def read_geojson(obj, found, image=None):
-    """QuPath's export: a FeatureCollection, a list of features, or one. Rings after the first are holes.
-
-    What QuPath detected by itself (cells, tiles) is left out: its classes are a score per cell.
-    """
+    """QuPath's export: a FeatureCollection, a list of features, or one. Rings after the first are holes. What
+    QuPath detected by itself (cells, tiles) is left out: its classes are a score per cell."""
     if isinstance(obj, dict):
         obj = [obj] if obj["type"] == "Feature" else obj.get("features")
     for number, feature in enumerate(rows_of(obj, "features", found.path), 1):
@@ -182,8 +178,7 @@ def read_asap(text, found, image=None):
     except ElementTree.ParseError as error:
         raise UserError(f"{found.path}: not whole XML ({error}); {REMEDY}") from error
     if root.tag != "ASAP_Annotations" and root.find(".//Annotation/Coordinates") is None:
-        raise UserError(f"{found.path}: XML of another kind, the outermost element is {show(root.tag)}, not "
-                        f"ASAP_Annotations; {REMEDY}")
+        raise UserError(f"{found.path}: XML of another kind ({show(root.tag)}); {REMEDY}")
     for number, annotation in enumerate(root.iter("Annotation"), 1):
         with found.annotation(f"annotation {number} ({show(annotation.get('Name'))})"):
             kind, group = annotation.get("Type"), annotation.get("PartOfGroup")
@@ -193,9 +188,8 @@ def read_asap(text, found, image=None):
             if kind not in ASAP_POLYGONS:
                 raise Malformed(f"has the type {show(kind)}, which ASAP does not know")
             points = annotation.findall("Coordinates/Coordinate")
-            orders = [point.get("Order") for point in points]
-            if any(order is not None for order in orders):
-                numbers = [asap_number(order) for order in orders]
+            if any(point.get("Order") is not None for point in points):
+                numbers = [asap_number(point.get("Order")) for point in points]
                 if len(set(numbers)) < len(numbers):
                     raise Malformed("has two coordinates of the same Order")
                 points = [points[k] for k in np.argsort(numbers)]
@@ -234,10 +228,9 @@ def run_length_polygons(code) -> list:
     if not 0 < height * width <= MAX_MASK_PIXELS or sum(counts) != height * width:
         raise Malformed(f"has counts that sum to {sum(counts)} in a mask of {height} x {width} pixels")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    polygons = outlines(flat.reshape(width, height).T)
-    if not polygons:
+    if not flat.any():
         raise Malformed("has a mask without a pixel")
-    return [[ring.ravel().tolist() for ring in rings] for rings in polygons]
+    return [[ring.ravel().tolist() for ring in rings] for rings in outlines(flat.reshape(width, height).T)]
 
 
 def read_coco(obj, found, image=None):

@@ -4,10 +4,8 @@ A dataset promises 8-bit RGB (`image`), class ids or their colours (`mask`) and 
 (`instances`). An alpha channel that hides nothing is dropped, of a pyramid the level of full size is read.
 Pillow converts much else without a word: a 16-bit colour PNG loses its low byte, a 4-bit grey one is
 multiplied by 17, a rotated photograph comes back with sides swapped beside its own polygons. So whatever is
-not exactly the promised kind is refused in one line that says how to convert it.
-
-Everything but the pixels is decided from the header, before any memory is taken for them. A PNG carries
-checksums: they are verified, because the decoder alone reads some damaged files without complaint.
+not exactly the promised kind is refused in one line that says how to convert it; everything but the pixels
+from the header, before any memory is taken for them.
 """
 
 import struct
@@ -18,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from her2.run_errors import UserError, one_line
 
@@ -110,20 +108,17 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
     with picture:
         if kind != wanted:
             raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
-        if frames != 1 and not _is_pyramid(picture, frames):
+        if frames != 1 and not (kind == "TIFF" and _is_pyramid(picture)):
             raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant alone")
         _check_upright(path, orientation)
         yield picture
 
 
-def _is_pyramid(picture, frames) -> bool:
+def _is_pyramid(picture) -> bool:
     """Whether the first page of a TIFF is the image, all others smaller: its levels, label, overview."""
-    sizes = []
-    for k in range(frames if picture.format == "TIFF" else 0):
-        picture.seek(k)
-        sizes.append(picture.size)
+    (width, height), *others = [page.size for page in ImageSequence.Iterator(picture)]
     picture.seek(0)
-    return bool(sizes) and all(width < sizes[0][0] and height < sizes[0][1] for width, height in sizes[1:])
+    return all(w < width and h < height for w, h in others)
 
 
 def _check_upright(path, orientation):
@@ -158,11 +153,12 @@ def _pixels(path, picture) -> np.ndarray:
     try:
         if picture.format == "PNG":
             with Image.open(path, formats=["PNG"]) as again:
-                again.verify()  # the checksums; a verified picture cannot be decoded, hence a second handle
+                # The checksums: the decoder alone reads some damaged files without complaint. A verified
+                # picture cannot be decoded, hence a second handle.
+                again.verify()
         pixels = np.array(picture)
         if picture.mode == "RGBA":
-            clear = int((pixels[..., 3] < 255).sum())
-            if clear:
+            if clear := int((pixels[..., 3] < 255).sum()):
                 raise UserError(f"{path}: {clear} pixels are transparent (alpha channel), so their colour is "
                                 f"not what viewers show; {OPAQUE}")
             pixels = np.ascontiguousarray(pixels[..., :3])

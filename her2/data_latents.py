@@ -15,10 +15,8 @@ from her2.run_seeds import generator
 
 
 def latent_std(sampler, encode, batch: int) -> float:
-    """Standard deviation of all latents, over 256 patches.
-
-    The official code takes the first batch's and loses it on resuming; here it is saved with the weights.
-    """
+    """Standard deviation of all latents, over 256 patches. The official code takes the first batch's and
+    loses it on resuming; here it is saved with the weights."""
     return float(torch.cat([encode(sampler.batch(k, batch)["image"])
                             for k in range(max(1, 256 // batch))]).std())
 
@@ -26,14 +24,12 @@ def latent_std(sampler, encode, batch: int) -> float:
 def pooled_latents(config, dataset, encode, first_step: int):
     """Batches for the steps first_step..config.steps-1, each a function of (config.seed, step) alone; under
     torchrun this process's samples of them. {"z": (B, C, h, w) on the CPU, "label": (B, H, W), "names": [B]}.
-
     encode(image (B, 3, H, W)) -> z (B, C, h, w). An encoder is not exactly equivariant, so a flipped image is
-    encoded again; its latent is not flipped instead.
-    """
+    encoded again; its latent is not flipped instead."""
     upright = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
                            cache=config.cache, uniform=config.uniform)
     z, label, names = [[] for _ in range(8)], [], []
-    for part in tqdm(range(math.ceil(config.latent_pool / config.batch)), desc="latents", leave=False,
+    for part in tqdm(range(math.ceil(config.latent_pool / config.batch)), "latents", leave=False,
                      disable=None):
         batch = upright.batch(part, config.batch)       # its pixels are not kept
         label.append(batch["label"].to(torch.uint8))

@@ -13,16 +13,15 @@ The label needs no map of its own because an instance has one class. With the ro
 drawn exactly uniformly without a list of them: its rank is looked up in the running sum over rows, and only
 the one row that holds it is read (`pixel`).
 
-Cost on disk: 4 bytes per pixel up to 255 instances in a region, 5 up to 65,535: 154 MB for 6200 x 6200.
-The files can be deleted whenever no program runs. One of the wrong length or with a damaged index is made
-again. Flipped bits among the pixels are not looked for: each start would have to read every file to its end.
+Cost on disk: 4 bytes per pixel up to 255 instances in a region, 5 up to 65,535: 154 MB for 6200 x 6200. Files
+can be deleted whenever no program runs; one of the wrong length or with a damaged index is made again.
+Flipped bits among the pixels are not looked for: each start would have to read every file to its end.
 
 Dimension letters: H, W region; h, w window; K classes; N largest instance id.
 """
 
 import os
 import struct
-import sys
 import time
 import zlib
 from functools import lru_cache
@@ -72,15 +71,6 @@ class MappedRegion:
         return y, int(columns[rank - (ends[y] - len(columns))])
 
 
-def region_arrays(image, label, instance, num_classes: int) -> dict:
-    """The arrays of a region, from image (H, W, 3) uint8, label (H, W) uint8 and instance (H, W) int32."""
-    class_of = classes_of(instance, label)
-    assert (class_of[instance] == label).all(), "an instance has more than one class"
-    rows = [np.bincount(row, minlength=num_classes)[:num_classes] for row in label]    # without IGNORE
-    return {"class_of": class_of, "row_counts": np.array(rows, np.int32).T, "image": image,
-            "instance": instance.astype(np.min_scalar_type(len(class_of) - 1))}
-
-
 def classes_of(instance, label) -> np.ndarray:
     """(N + 1,) uint8: the class of each instance, from the maps (H, W); one of them if it has several."""
     class_of = np.zeros(int(instance.max()) + 1, np.uint8)
@@ -88,18 +78,19 @@ def classes_of(instance, label) -> np.ndarray:
     return class_of
 
 
-def write_region(path, arrays: dict, source="") -> None:
-    """Write header, arrays and the path of the image; atomic."""
-    height, width = arrays["instance"].shape
-    numbers = NUMBERS.pack(height, width, len(arrays["row_counts"]), len(arrays["class_of"]),
-                           arrays["instance"].dtype.itemsize, len(os.fsencode(source)))
-    contents = {name: np.ascontiguousarray(array).data for name, array in arrays.items()}
+def write_region(path, image, label, instance, num_classes: int, source="") -> None:
+    """Write image (H, W, 3) uint8, label (H, W) uint8, instance (H, W) int32 and the image's path; atomic."""
+    class_of, source = classes_of(instance, label), os.fsencode(source)
+    assert (class_of[instance] == label).all(), "an instance has more than one class"
+    rows = [np.bincount(row, minlength=num_classes)[:num_classes] for row in label]    # without IGNORE
+    row_counts = np.array(rows, np.int32).T.copy()                                     # (K, H)
+    instance = instance.astype(np.min_scalar_type(len(class_of) - 1))
+    numbers = NUMBERS.pack(*instance.shape, num_classes, len(class_of), instance.itemsize, len(source))
 
     def write(file):
-        file.write(MAGIC + numbers + _checksum(numbers, contents["row_counts"], contents["class_of"]))
-        for name in ("row_counts", "instance", "image", "class_of"):
-            file.write(contents[name])
-        file.write(os.fsencode(source))
+        file.write(MAGIC + numbers + _checksum(numbers, row_counts, class_of))
+        for part in (row_counts, instance, np.ascontiguousarray(image), class_of, source):
+            file.write(part)
     atomic_write(path, write)
 
 
@@ -126,30 +117,15 @@ def open_region(path) -> MappedRegion:
     for name, shape, dtype, length in table:
         arrays[name] = np.ndarray(shape, dtype, buffer=content, offset=start)
         start += length
-    if checksum != _checksum(numbers, arrays["row_counts"].data, arrays["class_of"].data):
+    if checksum != _checksum(numbers, arrays["row_counts"], arrays["class_of"]):
         raise ValueError("wrong checksum")
     return MappedRegion(**arrays, source=os.fsdecode(content[start:].tobytes()))
 
 
-def ensure_region(path, build, source="") -> Path:
-    """Make the region file `path` from `build() -> arrays` unless a whole one is there. Returns `path`."""
-    path = Path(path)
-    if path.exists():
-        try:
-            open_region(path)
-            return path
-        except ValueError as error:
-            print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
-    write_region(path, build(), source)
-    return path
-
-
 def prune_regions(cache, current: set, images: set, root) -> tuple[int, int, int]:
-    """Remove the region files in `cache` that no program will read again: (files, bytes, files kept).
-
-    These are files whose image is gone, those of the dataset in `root` (its `images` or others below it) that
-    are not among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago.
-    """
+    """Remove the region files in `cache` that no program will read again: (files, bytes, files kept). These
+    are files whose image is gone, those of the dataset in `root` (its `images` or others below it) that are
+    not among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago."""
     paths, sizes = sorted(Path(cache).glob("*.tile*")), []
     for path in paths:
         old = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 86400

@@ -3,7 +3,7 @@
 How a patch is chosen decides what a network learns (section 3 of the paper compares the first two):
 
     tumor     a pixel uniform over all tumor pixels of the split, whatever their subtype
-    subtype   a subtype uniform over those present, then a pixel uniform over its pixels
+    subtype   a tumor class uniform over those present, then a pixel uniform over its pixels
     uniform   a region in proportion to its pixels, then a position uniform over all that fit into it and are
               not centred on a pixel to be ignored
 
@@ -14,10 +14,11 @@ the sampling is (`uniform`): around tumor alone, most of the tissue that resembl
 Sample `index` of the batch of `step` is a function of (seed, step, index) alone, so a run that is interrupted
 or split over processes sees the same patches as one that is not.
 
-Synthetic images join as the paper adds them (+ 50 % ... + 400 %): the training set is `num_patches` real
-patches, as many as tile the training regions once, and the first ratio * num_patches synthetic images, drawn
-from uniformly: a sample is real with probability 1 / (1 + ratio). A key of its own decides it, so that two
-runs of one seed differ in what the synthetic images replace, and in nothing else.
+Synthetic images join as the paper adds them (+ 50 % ... + 400 %). Real patches are drawn anew at every step,
+so there is no fixed set of them to count; the number that + 100 % doubles is `num_patches`, as many as tile
+the training regions once. The synthetic images are a fixed set, the first ratio * num_patches of the folder.
+A sample is one of these (uniformly) with probability ratio / (1 + ratio), else a real patch. A key of its own
+decides it, so that two runs of one seed differ in what the synthetic images replace, and in nothing else.
 
 Dimension letters: B batch, P side of the patch, H, W region.
 """
@@ -58,8 +59,7 @@ def dihedral(tensor: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def patches_that_tile(rois, patch: int) -> int:
-    """The "dataset size" of the paper's + 50 % ... + 400 %."""
-    # PAPER: not defined there; ours is the number of patches that cover the training regions once.
+    # PAPER: the size that + 50 % ... + 400 % refer to is not defined; ours: as many as cover all pixels once.
     return sum(math.ceil(roi.height / patch) * math.ceil(roi.width / patch) for roi in rois)
 
 
@@ -71,11 +71,32 @@ def _check_patch(rois, patch, where):
 
 
 class Sampler:
-    """What gives random samples: `draw`, `patch`, `seed`, `flips` and `stain`."""
+    """What gives random samples: `draw`, `seed`, `flips`, `stain`. A map-style dataset for a DataLoader."""
 
-    def batch(self, step: int, batch_size: int, start: int = 0, stop=None) -> dict:
-        """Samples start..stop-1 of the batch of `step`; see `make_batch`."""
-        return make_batch(self, step, range(batch_size)[start:stop])
+    def batch(self, step: int, batch_size: int) -> dict:
+        """The whole batch of `step`."""
+        return self[step, range(batch_size)]
+
+    def __getitem__(self, key) -> dict:
+        """The samples `indices` of the batch of `step`, drawn and augmented; key = (step, indices). Returns a
+        dict of image (B, 3, P, P) float32 in [-1, 1], label (B, P, P) int64, instance (B, P, P) int32 and
+        names, a list of B texts that say where each sample comes from."""
+        (step, indices), samples, names = key, [], []
+        for index in indices:
+            rng = numpy_generator(self.seed, "patch", step, index)
+            # The coin has a key of its own: taken from `rng`, it would move the place of every real patch.
+            coin = numpy_generator(self.seed, "coin", step, index).random()
+            image, label, instance, name = self.draw(rng, coin)
+            arrays, k = (image.transpose(2, 0, 1), label, instance), int(rng.integers(8)) if self.flips else 0
+            samples.append([dihedral(torch.from_numpy(array), k) for array in arrays])
+            names.append(name)
+        image, label, instance = map(torch.stack, zip(*samples))
+        image = image.float().div_(127.5).sub_(1)                                      # (B, 3, P, P)
+        if self.stain > 0:
+            for one, index in zip(image, indices):          # one by one: each has a key of its own
+                one[:] = stain_jitter(one[None], generator(self.seed, "stain", step, index),
+                                      scale=0.1 * self.stain, shift=0.01 * self.stain)[0]
+        return {"image": image, "label": label.long(), "instance": instance, "names": names}
 
 
 class PatchSampler(Sampler):
@@ -83,8 +104,7 @@ class PatchSampler(Sampler):
 
     uniform share of the patches that come from anywhere in the regions, whatever `sampling` says
     flips   augment with the 8 flips and rotations, the same for image, label and instance
-    stain   strength of the stain jitter: 1 = mild, 0 = off (generative models learn the stain as it is)
-    """
+    stain   strength of the stain jitter: 1 = mild, 0 = off (generative models learn the stain as it is)"""
 
     def __init__(self, dataset: Dataset, split: str, patch: int, sampling: str = "subtype", seed: int = 0,
                  flips: bool = True, stain: float = 0.0, cache="cache", uniform: float = 0.0):
@@ -102,17 +122,17 @@ class PatchSampler(Sampler):
         if sampling != "uniform" and not self.present:
             raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
                             f"left out and why: {check_line(dataset.root)})")
-        if sampling == "subtype" and len(self.present) < len(tumor):
-            absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
-            print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other subtypes "
-                  "are sampled uniformly", file=sys.stderr)
+        absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
+        if sampling == "subtype" and absent:
+            print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other tumor "
+                  "classes are sampled uniformly", file=sys.stderr)
         # Groups of classes whose pixels are drawn from alike, and the running sum of these over regions.
-        # PAPER: "uniformly across all tumor subtypes": all five, LCIS/DCIS is one of them.
+        # PAPER: "uniformly across all tumor subtypes": ours are all five tumor classes, LCIS/DCIS among them.
         self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
         self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups]
         self.uniform = 1.0 if sampling == "uniform" else uniform
         if self.uniform:             # all pixels but those to be ignored
-            every = list(range(len(dataset.classes)))
+            every = range(len(dataset.classes))
             self.area = np.cumsum([open_region(file).count(every) for file in self.files])
             if not self.area[-1]:
                 raise UserError(f"{dataset.root}: every pixel of the split {split!r} is to be ignored; "
@@ -141,10 +161,8 @@ class PatchSampler(Sampler):
         return which, int(np.clip(y, 0, region.height - p)), int(np.clip(x, 0, region.width - p))
 
     def draw(self, rng: np.random.Generator, coin: float = 0.0):
-        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch, not augmented.
-
-        `coin` is for `MixedSampler`, whose interface is the same.
-        """
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch. The coin is for
+        `MixedSampler.draw`."""
         which, y, x = self.place(rng)
         pixels = open_region(self.files[which]).window(y, x, self.patch, self.patch)
         return *pixels, f"{self.rois[which].name} x={x} y={y}"
@@ -156,11 +174,9 @@ class PatchSampler(Sampler):
 
 class MixedSampler(Sampler):
     """Patches of `real` and images of `synthetic` (`load_synthetic`), the latter `ratio` times as many.
-
     `ratio` inf: all images of `synthetic`, and no real patch (section 5 of the paper asks what that gives).
     Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`. Where `synthetic` has
-    other classes (`cluster`), only tumor or not is kept: its tumor gets the id of the first tumor class.
-    """
+    other classes (`cluster`), only tumor or not is kept: its tumor gets the id of the first tumor class."""
 
     def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
         assert ratio > 0, f"ratio is {ratio}, it must be positive; without synthetic images use PatchSampler"
@@ -182,10 +198,7 @@ class MixedSampler(Sampler):
             self.meaning[synthetic.classes.tumor_ids] = real.classes.tumor_ids[0]
 
     def draw(self, rng: np.random.Generator, coin: float):
-        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name), real or synthetic, not augmented.
-
-        coin: uniform in [0, 1); below 1 / (1 + ratio) the patch is real.
-        """
+        """As `PatchSampler.draw`; `coin` is uniform in [0, 1), below 1 / (1 + ratio) the patch is real."""
         if coin < 1 / (1 + self.ratio):
             return self.real.draw(rng)
         which = int(rng.integers(len(self.rois)))
@@ -195,46 +208,11 @@ class MixedSampler(Sampler):
         return image, self.meaning[label], instance, self.rois[which].name
 
 
-def make_batch(sampler, step: int, indices) -> dict:
-    """Draw and augment the samples `indices` of the batch of `step`.
-
-    Returns a dict of image (B, 3, P, P) float32 in [-1, 1], label (B, P, P) int64, instance (B, P, P) int32
-    and names, a list of B texts that say where each sample comes from.
-    """
-    samples, names = [], []
-    for index in indices:
-        rng = numpy_generator(sampler.seed, "patch", step, index)
-        # The coin has a key of its own: taken from `rng`, it would move the place of every real patch.
-        coin = numpy_generator(sampler.seed, "coin", step, index).random()
-        image, label, instance, name = sampler.draw(rng, coin)
-        arrays, k = (image.transpose(2, 0, 1), label, instance), int(rng.integers(8)) if sampler.flips else 0
-        samples.append([dihedral(torch.from_numpy(array), k) for array in arrays])
-        names.append(name)
-    image, label, instance = map(torch.stack, zip(*samples))
-    image = image.float().div_(127.5).sub_(1)                                          # (B, 3, P, P)
-    if sampler.stain > 0:
-        for one, index in zip(image, indices):          # one by one: each has a key of its own
-            one[:] = stain_jitter(one[None], generator(sampler.seed, "stain", step, index),
-                                  scale=0.1 * sampler.stain, shift=0.01 * sampler.stain)[0]
-    return {"image": image, "label": label.long(), "instance": instance, "names": names}
-
-
-class _Steps:
-    """The batches of all steps as a map-style dataset, for worker processes."""
-
-    def __init__(self, sampler, indices):
-        self.sampler, self.indices = sampler, indices
-
-    def __getitem__(self, step):
-        return make_batch(self.sampler, step, self.indices)
-
-
-def loader(sampler, first_step: int, last_step: int, indices, workers: int = 0,
-           pin_memory: bool = False) -> DataLoader:
-    """The samples `indices` of the batches of steps first_step..last_step-1; `workers` make them ahead."""
+def loader(sampler: Sampler, first_step: int, last_step: int, indices, workers=0, pin_memory=False):
+    """A DataLoader of the samples `indices` of steps first_step..last_step-1; `workers` make them ahead."""
     # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
     # make other random numbers depend on how often a run was resumed. No batch uses it.
-    return DataLoader(_Steps(sampler, indices), batch_size=None, sampler=range(first_step, last_step),
+    return DataLoader(sampler, batch_size=None, sampler=[(k, indices) for k in range(first_step, last_step)],
                       num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
                       multiprocessing_context="spawn" if workers else None)
 

@@ -2,7 +2,7 @@
 
     image (H, W, 3) uint8        label (H, W) uint8 class ids        instance (H, W) int32, 0 = none
 
-An instance is what the paper calls a tumor tissue instance (section 2.1): a group of cells of one subtype,
+An instance is what the paper calls a tumor tissue instance (section 2.1): a group of cells of one class,
 drawn as one polygon. It is the unit of relabelling, so two rules hold for every image, whatever its format:
 instance != 0 exactly where label != 0, and an instance has one class.
 
@@ -12,6 +12,7 @@ instance != 0 exactly where label != 0, and an instance has one class.
 import hashlib
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from her2.run_errors import UserError
 from her2.data_images import read_image, read_instances, read_mask
 from her2.polygons import connected_components, paint
 from her2.data_slides import ROI
-from her2.data_mapped import VERSION, MappedRegion, classes_of, ensure_region, open_region, region_arrays
+from her2.data_mapped import VERSION, MappedRegion, classes_of, open_region, write_region
 
 
 def read_roi(roi: ROI, classes: ClassTable):
@@ -41,10 +42,8 @@ def read_roi(roi: ROI, classes: ClassTable):
 
 
 def read_polygons(roi: ROI, classes: ClassTable):
-    """The annotations of one region, in pixels of its image: (polygons, class ids, left out).
-
-    The third is a list of (reason, rings, source id) of those left out; rings is [] for one without outline.
-    """
+    """The annotations of one region, in pixels of its image: (polygons, class ids, left out). The third is a
+    list of (reason, rings, source id); rings is [] for one without outline."""
     if roi.annotations is None:
         return [], [], []
     found = read_file(roi.annotations, image=roi.image)
@@ -64,17 +63,16 @@ def _read_mask_and_instances(roi, classes):
     if label.ndim == 3:
         label = _ids_of_colors(roi.mask, label, classes)
     ids = np.flatnonzero(np.bincount(label.reshape(-1))).tolist()
-    if roi.instances is None and classes.masks == "score":
-        label = (label != 0) * _tumor_of_score(roi, ids, classes)
-        return label, connected_components(label)
-    unknown = [str(i) for i in ids if i >= len(classes) and i != IGNORE]
     table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
     two_valued = label.dtype == bool or IGNORE in ids and set(ids) <= {0, IGNORE}
-    if two_valued and roi.instances is None and classes.masks != "ids":
+    unknown = [str(i) for i in ids if i >= len(classes) and i != IGNORE]
+    if roi.instances is None and classes.masks == "score":
+        label = (label != 0) * _tumor_of_score(roi, ids, classes)
+    elif two_valued and roi.instances is None and classes.masks != "ids":
         raise UserError(f"{roi.mask}: a black-and-white picture; write the class id into each pixel ({table})"
                         ', or into classes.json {"masks": "score"} if white is tumor of the subtype in the '
                         'column score, or {"masks": "ids"} if white is to be ignored')
-    if unknown:
+    elif unknown:
         raise UserError(f"{roi.mask}: ids {', '.join(unknown[:8])} are not in the class table ({table}); "
                         "correct the mask or add the classes in classes.json")
     label = label.astype(np.uint8)
@@ -110,16 +108,16 @@ def _ids_of_colors(path, colors, classes):
     """Class ids (H, W) of a mask that is a picture (H, W, 3) in the class table's colours."""
     packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)      # (H, W)
     values, places = np.unique(packed, return_inverse=True)
-    table = {**{"#%02x%02x%02x" % c.color: c.id for c in classes.classes},
-             **{name.lower(): class_id for name, class_id in classes.aliases.items()}}
+    table = {"#%02x%02x%02x" % c.color: c.id for c in classes.classes}
+    table |= {name.lower(): class_id for name, class_id in classes.aliases.items()}
     names = [f"#{value:06x}" for value in values.tolist()]
     unknown = [name for name in names if name not in table]
     if unknown:
         aliases = json.dumps({"aliases": {name: "ignore" for name in unknown[:8]}})
-        raise UserError(
-            f"{path}: {len(unknown)} colours that are not in the class table ({', '.join(unknown[:8])}); "
-            + (f"give each its class in classes.json: {aliases}" if len(unknown) <= 64 else
-               "save the mask without smoothing, as a PNG in which a pixel's value is its class id"))
+        remedy = (f"give each its class in classes.json: {aliases}" if len(unknown) <= 64 else
+                  "save the mask without smoothing, as a PNG in which a pixel's value is its class id")
+        raise UserError(f"{path}: {len(unknown)} colours that are not in the class table "
+                        f"({', '.join(unknown[:8])}); {remedy}")
     return np.array([table[name] for name in names], np.uint8)[places.reshape(packed.shape)]
 
 
@@ -131,11 +129,8 @@ def _of_size(pixels, path, roi):
 
 
 def region_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """Where in the folder `cache` the file of a region lies: a hash of all that its content depends on.
-
-    The labels' files enter whole; the image with its place, size, time and last bytes (which in a PNG hold a
-    checksum of all its pixels).
-    """
+    """Where a region's file lies in `cache`: its name is a hash of all that it depends on, of the labels'
+    files whole, of the image's place, size, time and last bytes (in a PNG they hold a checksum)."""
     status = roi.image.stat()
     with open(roi.image, "rb") as file:
         file.seek(max(0, status.st_size - 4096))
@@ -149,18 +144,21 @@ def region_path(roi: ROI, classes: ClassTable, cache="cache") -> Path:
 
 
 def region_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
-    """The mapped file of a region in the folder `cache`, made if it is not there yet."""
-    def build():
-        return region_arrays(*read_roi(roi, classes), len(classes))
-
-    return ensure_region(region_path(roi, classes, cache), build, str(roi.image.resolve()))
+    """The mapped file of a region in the folder `cache`, made unless a whole one is there."""
+    path = region_path(roi, classes, cache)
+    if path.exists():
+        try:
+            open_region(path)
+            return path
+        except ValueError as error:
+            print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
+    write_region(path, *read_roi(roi, classes), len(classes), str(roi.image.resolve()))
+    return path
 
 
 def in_threads(function, rois: list[ROI], **bar) -> list:
-    """[function(roi), ...] in order, by a few threads (decoders and numpy release the lock), with a tqdm bar.
-
-    At most 100 million pixels are worked on at a time, so that large regions do not fill the memory.
-    """
+    """[function(roi), ...] in order, with a tqdm bar, by a few threads (decoders and numpy free the lock)."""
+    # At most 100 million pixels are worked on at a time, so that large regions do not fill the memory.
     largest = max((roi.height * roi.width for roi in rois), default=1)
     pool = ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1, 10**8 // largest)))
     try:
@@ -175,7 +173,7 @@ def region_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Pa
 
 
 def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> MappedRegion:
-    """The memory-mapped region; decoded only on first use. See `data_mapped` for what it holds and costs."""
+    """The memory-mapped region; decoded only on first use."""
     return open_region(region_file(roi, classes, cache))
 
 

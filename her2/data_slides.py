@@ -4,10 +4,10 @@ Every problem is collected as one line with file, line and remedy, so that a use
 inside the folder: a table that comes from somewhere else must not make a program read other files.
 
 The split. Patches of one slide resemble each other far more than patches of two, so slides are split, never
-images. Without a `split` column 60/20/20 per cent of the slides go to train, val and test, stratified by
-HER2 score: slides are put in order of their scores, shuffled among equals, and the held-out ones are taken
-at even distances n/m from a random start. A score that s of the n slides have then gives floor or ceil of
-s m/n of the m held-out ones (systematic sampling), and they go to val and test in turn.
+images. Without a `split` column 60/20/20 per cent of the slides go to train, val and test, stratified by HER2
+score: slides are put in order of their scores, shuffled among equals, and the m held-out ones are taken at
+even distances n/m from a random start (systematic sampling: a score that s of the n slides have gives floor
+or ceil of s m/n of them). They go to val and test in turn.
 """
 
 import csv
@@ -15,11 +15,10 @@ import io
 import json
 import math
 import os
-import unicodedata
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from unicodedata import normalize
 
 from her2.data_classes import read_text
 from her2.run_errors import UserError, one_line, script_line
@@ -51,16 +50,12 @@ class ROI:
 
 
 def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
-    """(regions, problems, notes) of the dataset folder `root`; regions with a problem are left out.
-
-    A problem makes the dataset unusable; a note is something that the user should know.
-    """
+    """(regions, problems, notes) of the dataset folder `root`; regions with a problem are left out."""
     path = Path(root) / "slides.csv"
     try:
         header, rows = _read_table(path)
     except UserError as error:
         return [], [str(error)], []
-
     rois, problems, notes, seen = [], [], [], {}
     unknown = [name for name in header if name not in COLUMNS]
     if unknown:
@@ -95,11 +90,11 @@ def _read_table(path) -> tuple[list[str], list]:
     root, how = path.parent, f"write one row per image, {INDEX_REMEDY}"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds slides.csv")
-    again = generating_command(root)
-    if not path.is_file() and (again or (root / "manifest.jsonl").exists()):
-        raise UserError(f"{root}: a synthetic set that is not finished; give the command of generate.py "
-                        f"again: {again or 'it had this --out'}")
     if not path.is_file():
+        again = generating_command(root)
+        if again or (root / "manifest.jsonl").exists():
+            raise UserError(f"{root}: a synthetic set that is not finished; give the command of generate.py "
+                            f"again: {again or 'it had this --out'}")
         raise UserError(f"{path}: no such file; {how}")
     text = read_text(path, "save the table as CSV with the encoding UTF-8")
     try:
@@ -131,9 +126,8 @@ def _read_table(path) -> tuple[list[str], list]:
         if name not in COLUMNS and meant:  # ignored, a mistyped x or split would change the data in silence
             raise UserError(f"{path}: column {name!r} is not known; write {meant[0]!r} if that is meant, "
                             "else give it another name")
-    rows = [(line, cells if any(cells[len(header):]) else cells[:len(header)]) for line, cells in rows]
     for line, cells in rows:
-        if len(cells) != len(header):
+        if len(cells) < len(header) or any(cells[len(header):]):
             raise UserError(f"{path}: line {line} has {len(cells)} cells, the first line has {len(header)}; "
                             "put a text that holds a comma in quotation marks")
     return header, [(line, dict(zip(header, cells))) for line, cells in rows]
@@ -175,28 +169,25 @@ def _read_row(root, row):
 
 def _path_inside(root, text, column) -> Path:
     """root/text if it is a file of the user's own. UserError otherwise, without the table's name and line."""
-    parts, base, cell = PurePosixPath(text), Path(os.path.realpath(root)), f"{column} {text[:200]!r}"
+    parts, cell = PurePosixPath(text), f"{column} {text[:200]!r}"
     if parts.is_absolute() or PureWindowsPath(text).drive or ".." in parts.parts:
         raise UserError(f"{cell} is not a path inside the dataset folder; write it relative to slides.csv")
     path = _spelled_as_on_disk(root, parts)
     if not os.path.isfile(path):
         raise UserError(f"{cell}: no such file in {root}; correct the path or remove the line")
     # Users link to their own images; a table from elsewhere must not reach what is not in their own tree.
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(Path.home()))
-    if not any(real.is_relative_to(tree) for tree in (base, base.parent, home)):
-        raise UserError(f"{cell} is a link that leads out of your own files, to {real}; put the file itself "
-                        "there")
+    real, base, home = (Path(os.path.realpath(one)) for one in (path, root, Path.home()))
+    if not (real.is_relative_to(base.parent) or real.is_relative_to(home)):
+        raise UserError(f"{cell} is a link that leads out of your own files, to {real}; put the file there")
     return path
 
 
 def _spelled_as_on_disk(root, parts) -> Path:
     """root/parts, or if there is none, names that differ in their Unicode form alone (macOS writes NFD)."""
-    if os.path.exists(root / parts):
-        return root / parts
-    path, form = root, partial(unicodedata.normalize, "NFC")
+    path = root
     for name in parts.parts:
-        there = os.listdir(path) if os.path.isdir(path) else []
-        same = [child for child in there if form(child) == form(name)]
+        there = os.listdir(path) if os.path.isdir(path) and not os.path.exists(path / name) else []
+        same = [child for child in there if normalize("NFC", child) == normalize("NFC", name)]
         path /= same[0] if len(same) == 1 else name
     return path
 
@@ -219,14 +210,10 @@ def _slide_problems(rois) -> list[str]:
 
 
 def assign_splits(scores: dict, seed: int) -> dict:
-    """{slide: split} for {slide: score}: 60/20/20 by slide, stratified by score, no split empty.
-
-    A function of the slides, their scores and `seed` alone; the order of the rows does not matter.
-    Raises ValueError for fewer than three slides.
-    """
+    """{slide: split} for {slide: score}: 60/20/20 by slide, stratified by score, no split empty. A function
+    of the slides, their scores and `seed` alone; the order of the rows does not matter."""
     n = len(scores)
-    if n < 3:
-        raise ValueError(f"{n} slides cannot be split into train, val and test")
+    assert n >= 3, f"{n} slides cannot be split into train, val and test"
     # PAPER: 24-8-8 slides with the same number of sections of each score per set; this is its 60/20/20.
     rng = numpy_generator(seed, "split")
     slides = [sorted(scores)[i] for i in rng.permutation(n)]

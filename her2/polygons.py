@@ -1,14 +1,19 @@
 """From polygons to labels and back: exact rasterisation, painter's order, connected components.
 
-Rule. Pixel (row j, column i) covers [i, i+1) x [j, j+1). It belongs to a polygon when its centre
-(xc, yc) = (i + 1/2, j + 1/2) is inside by the even-odd rule over all rings, with the half-open ray test
+Rule. Pixel (row j, column i) covers [i, i+1) x [j, j+1). It belongs to a polygon when its centre (xc, yc) is
+inside by the even-odd rule over all rings. Slow and readable (its twin is what the tests compare with):
 
-    an edge (x1, y1)-(x2, y2) is crossed  iff  (y1 > yc) != (y2 > yc)  and  xc < x
-    where  x = x1 + (yc - y1) / (y2 - y1) * (x2 - x1)
+    def inside(rings, i, j):
+        xc, yc, odd = i + Fraction(1, 2), j + Fraction(1, 2), False
+        for ring in rings:
+            for (x1, y1), (x2, y2) in zip(ring, ring[1:] + ring[:1]):       # vertices as pairs of Fractions
+                if (y1 > yc) != (y2 > yc) and xc < x1 + (yc - y1) / (y2 - y1) * (x2 - x1):
+                    odd = not odd
+        return odd
 
-so that a centre on a left or upper edge is in, on a right or lower edge out: polygons that share an edge
-share no pixel and leave none out. Drawing libraries colour the outline as well, 10 % and more of a small
-polygon, and make a line of every sliver.
+The ray test is half-open: a centre on a left or upper edge is in, on a right or lower edge out. So polygons
+that share an edge share no pixel and leave none out. Drawing libraries colour the outline as well, 10 % and
+more of a small polygon, and make a line of every sliver.
 
 How. In a row, a crossing at x toggles the pixels 0 .. n-1, n = ceil(x - 1/2) being the number of centres to
 its left. A ring is closed and crosses a row an even number of times, so toggling the pixels from n on is the
@@ -17,16 +22,6 @@ same: the sorted n of a row bound the runs of pixels inside. All crossings of al
 Rounding decides wrongly where x falls on a centre, and it often does: every edge at 45 degrees between whole
 pixels runs through centres. Crossings nearer to a centre than the rounding error are therefore computed
 again in exact arithmetic: whole numbers where the vertices are multiples of 1/256, else fractions.
-
-The rule alone, slow and readable, is what all this has to equal (its tests ask a twin of this):
-
-    def inside(rings, i, j):                                     # pixel (row j, column i), by the rule above
-        xc, yc, odd = i + Fraction(1, 2), j + Fraction(1, 2), False
-        for ring in rings:
-            for (x1, y1), (x2, y2) in zip(ring, ring[1:] + ring[:1]):       # vertices as pairs of Fractions
-                if (y1 > yc) != (y2 > yc) and xc < x1 + (yc - y1) / (y2 - y1) * (x2 - x1):
-                    odd = not odd
-        return odd
 
 Source: paper, section 2.1 (polygon annotations); it leaves rule and order open, see PAPER below.
 Letters: H, W the image; h, w the part of it under the polygon; E edges; C crossings; F flips; R runs.
@@ -89,10 +84,8 @@ def _centres_left(edges, rows):
 
 def _flips(rings, height, width):
     """Where the mask changes: slices (rows, columns) of the image around the polygon, (F,) sorted positions.
-
     Positions count along rows of w + 1, column w standing for all that lies right of the box; every row has
-    an even number of them. They are all that is kept of a polygon until it is painted: not its area.
-    """
+    an even number of them. They are all that is kept of a polygon until it is painted: not its area."""
     edges = _edges(rings)                                               # (E, 4)
     first = np.clip(np.ceil(edges[:, 1] - 0.5), 0, height).astype(np.int64)   # (E,) rows first <= j < last
     last = np.clip(np.ceil(edges[:, 3] - 0.5), 0, height).astype(np.int64)    # meet the edge
@@ -111,40 +104,21 @@ def _flips(rings, height, width):
         before = np.repeat(np.cumsum(count[a:b]) - count[a:b], count[a:b])
         rows = first[which] + np.arange(len(which)) - before                  # (C,) and its row
         n = np.clip(_centres_left(edges[which], rows), left, right).astype(np.int64)
-        flips = _odd_ones(np.concatenate([flips, (rows - top) * (w + 1) + n - left]))
+        positions = np.concatenate([flips, (rows - top) * (w + 1) + n - left])
+        positions, times = np.unique(positions, return_counts=True)
+        flips = positions[times % 2 == 1]                                     # two at one place cancel
     return slice(top, bottom), slice(left, right), flips
 
 
-def _odd_ones(positions):
-    """The positions that occur an odd number of times, sorted: two crossings at one place cancel."""
-    positions = np.sort(positions)                                      # (C,) equal ones side by side
-    first = np.flatnonzero(np.diff(positions, prepend=-1))               # where each value begins
-    return positions[first[np.diff(first, append=len(positions)) % 2 == 1]]
-
-
-def _fill(rows, columns, flips):
-    """The bool (h, w) mask of a polygon from its flips."""
-    h, w = rows.stop - rows.start, columns.stop - columns.start         # of its box
-    lengths = np.diff(flips, prepend=0, append=h * (w + 1))
-    # Runs in turn outside and inside; column w ends each row outside.
-    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
-
-
 def rasterize(rings, height: int, width: int) -> np.ndarray:
-    """The pixels of one polygon: bool (height, width).
-
-    `rings` is a list of (n, 2) arrays of x, y in pixels, closed or not (a repeated first one is harmless).
-    What lies outside the image is cut off; rings of fewer than three points hold no pixel.
-    """
-    mask = np.zeros((height, width), bool)                              # (H, W)
-    rows, columns, flips = _flips(_as_arrays(rings), height, width)
-    mask[rows, columns] = _fill(rows, columns, flips)
-    return mask
+    """The pixels of one polygon: bool (height, width). `rings` is a list of (n, 2) arrays of x, y in pixels,
+    closed or not (a repeated first one is harmless). What lies outside the image is cut off; rings of fewer
+    than three points hold no pixel."""
+    return paint([rings], [1], height, width)[0] > 0
 
 
 def polygon_area(rings) -> float:
     """Square pixels of a polygon, uncut: the first ring less its holes, the others. Either direction."""
-    # Rings of either direction: sizes count, not signs. Which is a hole is known by its place in the list.
     outer, *holes = [abs(_signed_area(ring)) for ring in _as_arrays(rings)] or [0.0]
     return max(0.0, outer - sum(holes))
 
@@ -154,29 +128,25 @@ def _signed_area(ring) -> float:
     return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
-def paint(polygons, class_ids, height: int, width: int, larger_first: bool = True):
-    """Polygons to pixels: (label uint8, instance int32), both (height, width).
-
-    `polygons` is a list of lists of rings, `class_ids` their classes. A pixel of several polygons belongs to
-    the one painted last: larger ones are painted first, equal ones in input order, so that an island drawn
-    inside a nest stays visible; larger_first=False paints in input order. The instance of polygon k is k + 1,
-    and 0 where the label is 0: a polygon of the background cuts a hole.
-    """
+def paint(polygons, class_ids, height: int, width: int):
+    """Polygons to pixels: (label uint8, instance int32), both (height, width). `polygons` is a list of lists
+    of rings, `class_ids` their classes. A pixel of several polygons belongs to the one painted last: larger
+    ones are painted first, equal ones in input order, so that an island drawn inside a nest stays visible.
+    The instance of polygon k is k + 1, and 0 where the label is 0: a polygon of the background cuts a
+    hole."""
     # PAPER: EXACT has no holes, and the paper does not say how nested polygons were read; this order is ours.
     assert len(polygons) == len(class_ids), f"{len(polygons)} polygons but {len(class_ids)} class ids"
     assert all(0 <= c <= 255 for c in class_ids), f"class ids must fit 8 bits, found {sorted(set(class_ids))}"
     polygons = [_as_arrays(rings) for rings in polygons]
     outlines = [_flips(rings, height, width) for rings in polygons]
-    order = range(len(polygons))                                        # as given
-    if larger_first:
-        sizes = [_size(rings, flips) for rings, (_, _, flips) in zip(polygons, outlines)]
-        order = sorted(order, key=lambda k: -sizes[k])   # keeps ties in input order
-
-    label = np.zeros((height, width), np.uint8)
-    instance = np.zeros((height, width), np.int32)
-    for k in order:
+    sizes = [_size(rings, flips) for rings, (_, _, flips) in zip(polygons, outlines)]
+    label, instance = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
+    for k in sorted(range(len(polygons)), key=lambda k: -sizes[k]):     # keeps ties in input order
         rows, columns, flips = outlines[k]
-        inside = _fill(rows, columns, flips)
+        h, w = rows.stop - rows.start, columns.stop - columns.start     # of its box
+        # Runs in turn outside and inside; column w ends each row outside.
+        lengths = np.diff(flips, prepend=0, append=h * (w + 1))
+        inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
         np.copyto(label[rows, columns], class_ids[k], where=inside)
         np.copyto(instance[rows, columns], k + 1 if class_ids[k] else 0, where=inside)
     return label, instance
@@ -184,26 +154,20 @@ def paint(polygons, class_ids, height: int, width: int, larger_first: bool = Tru
 
 def _size(rings, flips) -> float:
     """The area that ranks a polygon in the painter's order: polygon_area, unless its outline crosses itself.
-
     The shoelace sum of a figure of eight is the difference of its lobes: a large one would be painted last,
     over everything. A simple outline holds fewer centres than its area + its length (Jarnik 1925); one that
-    holds more crosses itself, and its centres are counted instead.
-    """
+    holds more crosses itself, and its centres are counted instead."""
     length = sum(float(np.hypot(*(np.roll(ring, -1, axis=0) - ring).T).sum()) for ring in rings)
     area, centres = polygon_area(rings), int((flips[1::2] - flips[::2]).sum())
     return centres if centres > area + length + 1 else area
 
 
 def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
-    """Instances of a label map that has none: int32 (H, W), 0 where label is 0, else 1, 2, ... as read.
-
-    Two pixels of one class are connected when they touch, `corners` included (8 neighbours) or not (4). Works
-    on runs, the maximal stretches of one class in a row: there are hundreds of times fewer than pixels.
-    """
+    """Instances of a label map that has none: int32 (H, W), 0 where label is 0, else 1, 2, ... as read. Two
+    pixels of one class are connected when they touch, `corners` included (8 neighbours) or not (4). Works on
+    runs, the maximal stretches of one class in a row: there are hundreds of times fewer than pixels."""
     assert label.ndim == 2, f"label is (H, W), found {label.shape}"
     height, width = label.shape
-    if label.size == 0:
-        return np.zeros((height, width), np.int32)
     change = np.ones((height, width), bool)
     change[:, 1:] = label[:, 1:] != label[:, :-1]
     at = np.flatnonzero(change)                                          # (R,) first pixel of each run
@@ -232,9 +196,8 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
 
 def _union(n, a, b):
     """(n,) the smallest member of each of n elements' sets, after joining a[k] with b[k] for all k at once.
-
-    Every round hangs the larger root of each pair below the smaller one, then lets all point to their roots.
-    """
+    Every round hangs the larger root of each pair below the smaller one, then lets all point to their
+    roots."""
     root = np.arange(n)                                                  # each a set of its own
     while len(a):
         np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
@@ -247,26 +210,19 @@ def _union(n, a, b):
 
 def outlines(mask: np.ndarray, corners: bool = True) -> list:
     """The way back: polygons (lists of rings, the outer one first) that hold exactly the pixels of a mask.
-
     `mask` is bool (H, W); there is one polygon per connected component, of 8 neighbours, or of 4 without
     `corners`: no ring passes a point twice then, as other programs demand of a valid polygon. Rings run along
     pixel borders with the inside on the right hand; only corners are kept. Directions d are clockwise: right,
-    down, left, up.
-    """
+    down, left, up."""
     height, width = mask.shape
-    padded = np.pad(mask, 1)                                            # outside the image is outside
-    steps = []
+    padded, keys = np.pad(mask, 1), []                                  # outside the image is outside
     for d, (dy, dx) in enumerate(((-1, 0), (0, 1), (1, 0), (0, -1))):         # the neighbour on the left
-        outside = ~padded[1 + dy:height + 1 + dy, 1 + dx:width + 1 + dx]
-        j, i = np.nonzero(mask & outside)                                     # the pixel on the right hand
+        j, i = np.nonzero(mask & ~padded[1 + dy:height + 1 + dy, 1 + dx:width + 1 + dx])    # on the right
         start = (j + (d in (2, 3))) * (width + 1) + i + (d in (1, 2))         # the corner where it begins
-        steps.append(np.stack([start * 4 + d, j, i], axis=1))
-    steps = np.concatenate(steps)
-    keys, j, i = steps[np.argsort(steps[:, 0])].T
-    if len(keys) == 0:
-        return []
-
+        keys.append(start * 4 + d)
+    keys = np.sort(np.concatenate(keys))
     corner, d = np.divmod(keys, 4)
+    y, x = np.divmod(corner, width + 1)
     end = corner + np.array([1, width + 1, -1, -width - 1])[d]
     following = np.zeros(len(keys), np.int64)
     for turn in (1, 0, 3) if corners else (3, 0, 1):   # where two pixels meet in a corner, a left turn joins
@@ -289,9 +245,9 @@ def outlines(mask: np.ndarray, corners: bool = True) -> list:
         if ring:
             loops.append(ring)
 
-    component, rings = connected_components(mask, corners)[j, i].tolist(), {}
+    j, i, rings = y - (d > 1), x - ((d == 1) | (d == 2)), {}                  # the pixel on the right hand
+    component = connected_components(mask, corners)[j, i].tolist()
     for ring in loops:
         bend = np.array(ring)[d[ring] != d[np.roll(ring, 1)]]
-        y, x = np.divmod(corner[bend], width + 1)
-        rings.setdefault(component[ring[0]], []).append(np.stack([x, y], axis=1).astype(np.float64))
+        rings.setdefault(component[ring[0]], []).append(np.stack([x[bend], y[bend]], axis=1).astype(float))
     return [sorted(part, key=_signed_area, reverse=True) for part in rings.values()]  # holes are negative

@@ -1,16 +1,16 @@
-"""New subtypes for the tumor instances of a patch: the masks from which synthetic images are made.
+"""New classes for the tumor instances of a patch: the masks from which synthetic images are made.
 
-The paper (section 2.2) takes a real patch and gives every tumor tissue instance a subtype drawn at random,
-so that the synthetic dataset as a whole is balanced:
+The paper (section 2.2) takes a real patch and gives every tumor tissue instance a new "subtype" at random, a
+tumor class, so that the synthetic dataset as a whole is balanced:
 
     new_label[instance == i] = new(i),   new(i) ~ U(relabel_class_ids)   for every tumor instance i
 
 Background and pixels to be ignored keep their label. The draw is per instance, never per pixel or connected
-region, so two touching instances get subtypes of their own and neither swallows the other: `instance` itself
+region, so two touching instances get classes of their own and neither swallows the other: `instance` itself
 does not change.
 
 Why this balances: new(i) does not depend on the instance, so every class is expected to get the same share
-of all tumor area, whatever the areas and the old subtypes were. With few instances the shares scatter: n of
+of all tumor area, whatever the areas and the old classes were. With few instances the shares scatter: n of
 equal area and K classes give 1/K with a deviation of sqrt((1 - 1/K) / (n K)), for 5 classes .08 at n = 25.
 
 Dimension letters: H, W patch.
@@ -19,20 +19,16 @@ Dimension letters: H, W patch.
 import torch
 
 
-def relabel(label: torch.Tensor, instance: torch.Tensor, classes, generator: torch.Generator,
-            relabel_class_ids=None):
-    """Draw a subtype for every tumor instance of a patch.
-
-    label (H, W) class ids and instance (H, W) ids -> new_label (H, W) and {instance id: (old, new)}.
-    `classes` is the class table; `relabel_class_ids` narrows the subtypes to draw from. The result depends
-    on the inputs and the generator's state alone: instances draw in the order of their ids.
-    """
+def relabel(label, instance, classes, generator: torch.Generator, relabel_class_ids=None):
+    """Draw a class for every tumor instance of a patch. label (H, W) class ids and instance (H, W) ids ->
+    new_label (H, W) and {instance id: (old, new)}. `classes` is the class table; `relabel_class_ids` narrows
+    the classes to draw from. The result depends on the inputs and the generator's state alone: instances
+    draw in the order of their ids."""
     assert label.ndim == 2 and label.shape == instance.shape, f"{tuple(label.shape)}, {tuple(instance.shape)}"
-    # PAPER: "a new, randomly selected subtype label": all five subtypes, LCIS/DCIS among them, for every
-    # tumor instance; the old subtype may be drawn again, else the balance would depend on what the patch
-    # held before.
-    # U(choices) for an instance as a whole. Drawn per pixel, one nest would be confetti of all subtypes:
-    # a label that no tissue has, and of which a generator can only paint the mean.
+    # PAPER: "a new, randomly selected subtype label": ours is one of all five tumor classes, LCIS/DCIS among
+    # them; the old one may be drawn again, else the balance would depend on what the patch held before.
+    # U(choices) for an instance as a whole. Drawn per pixel, one nest would be confetti of all classes: a
+    # label that no tissue has, and of which a generator can only paint the mean.
     choices = list(classes.tumor_ids if relabel_class_ids is None else relabel_class_ids)
     assert choices and set(choices) <= set(classes.tumor_ids), f"{choices} are not tumor classes"
     new_label, mapping = label.clone(), {}
@@ -55,8 +51,7 @@ def renumber(instance: torch.Tensor) -> torch.Tensor:
 
 def repaint_mask(instance: torch.Tensor, mapping: dict) -> torch.Tensor:
     """The pixels that inpainting regenerates: bool (H, W), True on every instance of `mapping`."""
-    # PAPER: inpainting "modifies the tumor tissue instances". An instance that drew its old subtype is
-    # repainted like the others: one rule, and no real tumor is left in a synthetic image for its label to
-    # be learned from.
+    # PAPER: inpainting "modifies the tumor tissue instances". One that drew its old class is repainted like
+    # the others: one rule, and no real tumor is left in a synthetic image for its label to be learned from.
     ids = torch.tensor(sorted(mapping), dtype=instance.dtype, device=instance.device)
     return torch.isin(instance, ids)                                                   # (H, W)

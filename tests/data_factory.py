@@ -3,6 +3,7 @@
 import csv
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,11 @@ def read_annotations(path, image=None):
     """(polygons of the file, {reason: annotations left out})"""
     found = read_file(path, image)
     return found.polygons, found.skipped
+
+
+def transform_polygons(polygons, x=0.0, y=0.0, downsample=1.0):
+    """p_image = (p - (x, y)) / downsample, for all polygons."""
+    return [replace(p, rings=[(ring - (x, y)) / downsample for ring in p.rings]) for p in polygons]
 
 
 def rectangles(height, width, class_ids):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_factory import read_annotations
 
-from her2.data_annotations import likely_class, place_polygons, polygon_classes, transform_polygons
+from her2.data_annotations import likely_class, place_polygons, polygon_classes
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, ClassTable
 from her2.data_formats import uncompressed
 from her2.run_errors import UserError
@@ -501,12 +501,12 @@ def test_mutated_files_are_read_or_refused(name, read):
 
 def test_transform_moves_then_scales(read):
     polygons, _ = read(geojson([("2+", [SQUARE, ISLAND])]))
-    [moved] = transform_polygons(polygons, x=2, y=-4, downsample=0.5)
+    ([moved], []) = place_polygons(polygons, "a.json", 99, 99, x=2, y=-4, downsample=0.5)
     assert np.array_equal(moved.rings[0], (np.array(SQUARE) - (2, -4)) * 2) and len(moved.rings) == 2
     assert (moved.name, moved.source_id) == ("2+", "id-0")
     assert np.array_equal(polygons[0].rings[0], SQUARE), "the polygons of the file stay as they are"
     with pytest.raises(AssertionError, match="found 0"):
-        transform_polygons(polygons, downsample=0)
+        place_polygons(polygons, "a.json", 99, 99, downsample=0)
 
 
 def test_polygons_outside_the_image(read):

@@ -10,9 +10,8 @@ from data_exports import KINDS, SIDE, SLIDES, SUBTYPES, label_of, write_export
 import evaluate
 import train_seg
 from PIL import Image
-from data_factory import read_annotations
+from data_factory import read_annotations, transform_polygons
 from her2 import data, predict
-from her2.data_annotations import transform_polygons
 from her2.data_classes import IGNORE
 from her2.data_folder import load_dataset
 from her2.data_regions import read_roi

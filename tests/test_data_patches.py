@@ -108,7 +108,7 @@ def test_a_batch_is_a_function_of_seed_step_and_index(tmp_path):
         "instance": ((10, 12, 12), torch.int32)}
     fresh = PatchSampler(dataset, "train", seed=3, **options)
     for start, stop in ((0, 10), (0, 4), (4, 10), (9, None)):       # slices as ranks take them, history apart
-        part = fresh.batch(7, 10, start, stop)
+        part = fresh[7, range(10)[start:stop]]
         for key in ("image", "label", "instance"):
             assert torch.equal(part[key], batch[key][start:stop])
         assert part["names"] == batch["names"][start:stop]
@@ -212,7 +212,7 @@ def test_synthetic_images_come_at_the_ratio_and_only_the_first_ones(tmp_path, ra
     assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / len(names))
     assert set(drawn) == {f"images/roi{k}.png" for k in range(round(12 * ratio))}
     assert chi_square([drawn[roi.name] for roi in sampler.rois], np.ones(len(sampler.rois))) < 4
-    part = sampler.batch(3, 10, 2, 5)
+    part = sampler[3, range(2, 5)]
     assert torch.equal(part["image"], sampler.batch(3, 10)["image"][2:5])
 
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from data_factory import read_annotations
+from data_factory import read_annotations, transform_polygons
 from PIL import Image
 
 from her2 import phantom, phantom_microscope
-from her2.data_annotations import transform_polygons
 from her2.data_classes import DEFAULT_CLASSES
 from her2.run_errors import UserError
 from her2.polygons import paint, polygon_area

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_factory import read_annotations, save, write_csv, write_dataset
+from data_factory import read_annotations, save, transform_polygons, write_csv, write_dataset
 from PIL import Image
 from test_evaluate import make_run
 from test_polygons import four_neighbours
 
 from her2 import predict, run
-from her2.data_annotations import transform_polygons
 from her2.data_classes import DEFAULT_CLASSES
 from her2.metrics import THRESHOLDS, ProbabilityHistogram
 from her2.polygons import outlines, rasterize

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from her2 import data_patches, run_training
+from her2 import run_training
+from her2.data_patches import Sampler
 from run_kill_harness import command_line, prepare
 from test_run_distributed import LOOPS, alone, apart, line_of
 from test_run_resume import in_process
@@ -49,7 +50,7 @@ def unseen(function):
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_step_reads_nothing_from_the_device(root, name, monkeypatch):
     """Two steps more, neither logged nor saved, read not one number more."""
-    monkeypatch.setattr(data_patches, "make_batch", unseen(data_patches.make_batch))
+    monkeypatch.setattr(Sampler, "__getitem__", unseen(Sampler.__getitem__))
     for kind in (torch.optim.Adam, torch.optim.AdamW):      # Adam's step counts lie on the host
         monkeypatch.setattr(kind, "step", unseen(kind.step))
     one_hot = run_training.F.one_hot                        # on a GPU it does not check its input
