@@ -22,9 +22,26 @@ def read_file(path, image=None) -> Found:
     """What an annotation file (gzipped or not) holds. UserError for an unknown format and broken polygons.
     `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. Polygons may
     cross themselves, lie partly outside the image and have any number of points."""
-    found = Found(path)
-    reader, content = _reader(read_text(path, REMEDY), path)
-    reader(content, found, image)
+    found, text = Found(path), read_text(path, REMEDY)
+    start = text.lstrip().partition("\n")[0]
+    obj = parse_json(text, path, REMEDY) if start.startswith(("{", "[")) else None
+    first = obj[0] if isinstance(obj, list) and obj else obj
+    if not start:
+        raise UserError(f"{path}: an empty file; {REMEDY}, or leave the column empty for an image without")
+    if start[0] == "<":
+        read_asap(text, found)
+    elif obj is None and "|" in start:
+        read_exact_text(text, found, image)
+    elif obj is None:
+        raise UserError(f"{path}: begins with {show(start[:30])}, no known format; {REMEDY}")
+    elif obj == [] or isinstance(first, dict) and first.get("type") in ("FeatureCollection", "Feature"):
+        read_geojson(obj, found)
+    elif isinstance(first, dict) and ("results" if first is obj else "vector") in first:
+        read_exact_rest(obj, found)
+    elif first is obj and "annotations" in obj:
+        read_coco(obj, found, image)
+    else:
+        raise UserError(f"{path}: JSON of another kind ({show(obj)}); {REMEDY}")
     if found.problems:
         more = f" (and {len(found.problems) - 3} more)" if len(found.problems) > 3 else ""
         raise UserError(one_line(f"{path}: {'; '.join(found.problems[:3])}{more}; correct or delete "
@@ -45,28 +62,6 @@ def check_image(found: Found, image, slide: str, height: int, width: int) -> Non
     if name and not (theirs in ours or ours in theirs or known in theirs):
         raise UserError(f"{found.path}: annotations of the image {show(name)}, not of {image}; correct the "
                         "annotations cell, or give the image that name if it is the one")
-
-
-def _reader(text, path):
-    """The reader that a file's content asks for, and what to give it: the text, or its JSON value."""
-    start = text.lstrip().partition("\n")[0]
-    if not start:
-        raise UserError(f"{path}: an empty file; {REMEDY}, or leave the column empty for an image without")
-    if start[0] == "<":
-        return read_asap, text
-    if start[0] not in "{[":
-        if "|" not in start:
-            raise UserError(f"{path}: begins with {show(start[:30])}, no known format; {REMEDY}")
-        return read_exact_text, text
-    obj = parse_json(text, path, REMEDY)
-    first = obj[0] if isinstance(obj, list) and obj else obj
-    if obj == [] or isinstance(first, dict) and first.get("type") in ("FeatureCollection", "Feature"):
-        return read_geojson, obj
-    if isinstance(first, dict) and ("results" if first is obj else "vector") in first:
-        return read_exact_rest, obj
-    if first is obj and "annotations" in obj:
-        return read_coco, obj
-    raise UserError(f"{path}: JSON of another kind ({show(obj)}); {REMEDY}")
 
 
 def place_polygons(polygons, path, height, width, x=0.0, y=0.0, downsample=1.0) -> tuple[list, list]:

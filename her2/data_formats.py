@@ -40,7 +40,7 @@ def exact_vector(vector) -> list:
     return [vector[key] for key in keys]
 
 
-def read_exact_text(text, found, image=None):
+def read_exact_text(text, found, image):
     """The text export. The last bar may be missing and a comma may stand before the brace; "not in image"
     says that an annotator found nothing there. The first column names the slide, there may be several."""
     lines = [(number, [part.strip() for part in line.split("|", 2)])
@@ -80,7 +80,7 @@ def exact_type(kind) -> tuple:
     return as_name(kind.get("name")), vector_type
 
 
-def read_exact_rest(obj, found, image=None):
+def read_exact_rest(obj, found):
     """What EXACT's REST interface answers: an object with "results", or the list alone. Deleted annotations
     stay in it, and so do those that say something of the whole image (vector null)."""
     page = obj if isinstance(obj, dict) else {"results": obj}
@@ -126,7 +126,7 @@ def qupath_object(feature, properties) -> str:
     return "cell" if "nucleusGeometry" in feature else str(kind).lower()
 
 
-def read_geojson(obj, found, image=None):
+def read_geojson(obj, found):
     """QuPath's export: a FeatureCollection, a list of features, or one. Rings after the first are holes. What
     QuPath detected by itself (cells, tiles) is left out: its classes are a score per cell."""
     if isinstance(obj, dict):
@@ -168,7 +168,7 @@ def asap_number(text) -> float:
     return float(text.strip().replace(",", "."))
 
 
-def read_asap(text, found, image=None):
+def read_asap(text, found):
     """ASAP's XML. Coordinates count by their Order, not by their place; the class is the group, if any."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise UserError(f"{found.path}: declares a document type or entities, refused since entities can "
@@ -233,7 +233,7 @@ def run_length_polygons(code) -> list:
     return [[ring.ravel().tolist() for ring in rings] for rings in outlines(flat.reshape(width, height).T)]
 
 
-def read_coco(obj, found, image=None):
+def read_coco(obj, found, image):
     """COCO's object detection format. One file usually covers many images: `image` chooses by file name."""
     tables = {"categories": {}, "images": {}}                   # {id: row}
     for what, table in tables.items():

@@ -46,10 +46,9 @@ def _as_arrays(rings):                     # list of (n, 2) float64
 
 
 def _edges(rings):
-    """(E, 4) x1, y1, x2, y2 of all edges, turned so that y1 < y2, without level ones: these cross no row."""
+    """(E, 4) x1, y1, x2, y2 of all edges, turned so that y1 <= y2."""
     pairs = [np.hstack([ring, np.roll(ring, -1, axis=0)]) for ring in rings]
     edges = np.concatenate([np.zeros((0, 4)), *pairs])
-    edges = edges[edges[:, 1] != edges[:, 3]]                         # level: (y1 > yc) == (y2 > yc)
     down = edges[:, 1] > edges[:, 3]
     edges[down] = edges[down][:, [2, 3, 0, 1]]                        # both directions round alike: no gaps
     return edges
@@ -88,7 +87,7 @@ def _flips(rings, height, width):
     an even number of them. They are all that is kept of a polygon until it is painted: not its area."""
     edges = _edges(rings)                                               # (E, 4)
     first = np.clip(np.ceil(edges[:, 1] - 0.5), 0, height).astype(np.int64)   # (E,) rows first <= j < last
-    last = np.clip(np.ceil(edges[:, 3] - 0.5), 0, height).astype(np.int64)    # meet the edge
+    last = np.clip(np.ceil(edges[:, 3] - 0.5), 0, height).astype(np.int64)    # cross it; level ones: none
     edges, first, count = edges[last > first], first[last > first], (last - first)[last > first]
     if len(edges) == 0:
         return slice(0, 0), slice(0, 0), np.zeros(0, np.int64)
@@ -132,8 +131,7 @@ def paint(polygons, class_ids, height: int, width: int):
     """Polygons to pixels: (label uint8, instance int32), both (height, width). `polygons` is a list of lists
     of rings, `class_ids` their classes. A pixel of several polygons belongs to the one painted last: larger
     ones are painted first, equal ones in input order, so that an island drawn inside a nest stays visible.
-    The instance of polygon k is k + 1, and 0 where the label is 0: a polygon of the background cuts a
-    hole."""
+    The instance of polygon k is k + 1, and 0 where the label is 0: a background polygon cuts a hole."""
     # PAPER: EXACT has no holes, and the paper does not say how nested polygons were read; this order is ours.
     assert len(polygons) == len(class_ids), f"{len(polygons)} polygons but {len(class_ids)} class ids"
     assert all(0 <= c <= 255 for c in class_ids), f"class ids must fit 8 bits, found {sorted(set(class_ids))}"
@@ -196,8 +194,7 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
 
 def _union(n, a, b):
     """(n,) the smallest member of each of n elements' sets, after joining a[k] with b[k] for all k at once.
-    Every round hangs the larger root of each pair below the smaller one, then lets all point to their
-    roots."""
+    Every round hangs the larger root of each pair below the smaller one, then all point to their roots."""
     root = np.arange(n)                                                  # each a set of its own
     while len(a):
         np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
