@@ -1,9 +1,11 @@
 """Lessons: each is drawn once, and the numbers behind its sentences are checked against what must hold."""
 
+import inspect
 import io
 import math
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data_factory import memory_dataset
-from her2 import lessons, lessons_forks, run
+from her2 import lessons, lessons_forks, run, samplers
 from her2.data_classes import load_classes
 from her2.data_patches import PatchSampler
 from her2.diffusion import Schedule
@@ -20,15 +22,17 @@ from her2.lessons_diffusion import FLOWER, SCHEDULE, Mixture, flat_noise
 from her2.losses import soft_dice_loss
 from her2.metrics import ProbabilityHistogram
 from her2.run_errors import UserError
-from her2.samplers import ddim_timesteps, sample
+from her2.samplers import sample
 from her2.segmenter import predict_roi
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=None)
 def drawn(name):
-    return lessons.LESSONS[name].draw()
+    return lessons.LESSONS[name]()
 
 
 def numbers(name):
@@ -54,12 +58,11 @@ def test_timetable_and_commands(tmp_path, capsys):
     assert lessons.main([]) == 0
     listed = capsys.readouterr().out
     assert all(f" {name} " in listed for name in lessons.LESSONS)
-    files = [lesson.file for lesson in lessons.LESSONS.values()]
-    assert all((lessons.Path(lessons.__file__).parent / file).exists() for file in files)
-    clock = [(one.when[:3], int(one.when[4:6]) * 60 + int(one.when[7:]), one.minutes)
-             for one in lessons.LESSONS.values()]
+    assert all((ROOT / file).exists() and f" {file}\n" in listed for file in re.findall(r"\S+\.py", listed))
+    clock = [(when[:3], int(when[4:6]) * 60 + int(when[7:]), sum(session.values()))
+             for when, session in lessons.TIMETABLE.items()]
     for (day, start, minutes), (later, then, _) in zip(clock, clock[1:]):
-        assert day != later or start + minutes <= then, "two lessons at once"
+        assert day != later or start + minutes <= then, "two sessions at once"
     assert lessons.main(["seeds", "--answer", "--out", str(tmp_path / "new" / "a.png")]) == 0
     printed = capsys.readouterr().out
     assert "Exercise:" in printed and "Answer:" in printed and (tmp_path / "new" / "a.png").exists()
@@ -68,6 +71,17 @@ def test_timetable_and_commands(tmp_path, capsys):
     for bad in (["sedes"], ["seeds", "--out", "a.jpg"], ["seeds", "--anser"]):
         with pytest.raises(UserError):
             lessons.main(bad)
+
+
+def test_readme_has_the_same_timetable():
+    rows = re.findall(r"^\| (S\w+day [\d:]+) \| ([^|]+) \|", README, re.MULTILINE)
+    days = {"Sat": "Saturday", "Sun": "Sunday"}
+    for (when, session), (day_hour, words) in zip(lessons.TIMETABLE.items(), rows, strict=True):
+        assert day_hour == f"{days[when[:3]]} {when[3:].strip()}"
+        told = [(name, int(minutes)) for name, minutes in re.findall(r"`([^`]+)`(?: \(`\S+`\))? (\d+)", words)]
+        assert told == [(item.__name__ if callable(item) else item, minutes) for item, minutes in session.items()]
+    for name, stem in lessons.FILES.items():
+        assert f"`{name}` (`{stem}`)" in README
 
 
 # ---- tissue --------------------------------------------------------------------------------------
@@ -254,16 +268,48 @@ def test_frechet_bias_falls_as_one_over_n_and_kernel_has_none():
 
 # ---- forks: a toy of each kind through the contracts ------------------------------------------------
 
-def test_fork_heun_is_a_sampler_of_second_order_for_v_and_eps():
+def with_heun():
+    """her2/samplers.py as the docstring of `heun` says to change it, run from its source."""
+    source = inspect.getsource(samplers)
+    branch = re.search(r"^    if sampler == .*?\n\n", inspect.getdoc(lessons_forks.heun), re.M | re.S)[0]
+    for old, new in (("\nSAMPLERS = (", '\nSAMPLERS = ("heun", '), ("    eta = {", branch.rstrip() + "\n    eta = {"),
+                     ("@torch.no_grad()\ndef sample", inspect.getsource(lessons_forks.heun) + "\n\n"
+                      "@torch.no_grad()\ndef sample")):
+        assert source.count(old) == 1, f"samplers.py should have {old!r} once"
+        source = source.replace(old, new)
+    module = {}
+    exec(source, module)
+    return module["sample"]
+
+
+def test_fork_heun_through_sample_is_of_second_order_for_v_and_eps():
     found = numbers("forks")["curves"]
-    heun = found["heun, dense near 0"]
-    assert math.log2(heun[0] / heun[1]) > 1.5 and heun[2] < found["ddim, dense near 0"][2] / 3
-    start, levels = flat_noise(50, 2, 1, 1)("start", 0), ddim_timesteps(999, 40)
-    ends = []
+    heun = found["heun, log-snr"]
+    assert math.log2(heun[0] / heun[1]) > 1.5 and heun[2] < found["ddim, log-snr"][2] / 3
+    sample, noise, ends = with_heun(), flat_noise(50, 2, 1, 1), []
     for schedule in (Schedule(), Schedule(parametrisation="v")):
         law = Mixture(FLOWER.means.tolist(), FLOWER.std, schedule)
-        ends.append(lessons_forks.heun(law.predict, schedule, start, levels))
+        ends.append(sample(law.predict, schedule, noise, steps=40, sampler="heun", spacing="log-snr"))
     assert torch.allclose(*ends, atol=1e-6)
+    exact = sample(law.predict, schedule, noise, steps=1000, sampler="ddim", eta=0.0)
+    assert (ends[1] - exact).abs().mean() < 0.01
+
+
+def test_fork_heun_inpaints_through_sample():
+    sample, noise, repaint = with_heun(), flat_noise(50, 2, 1, 1), torch.arange(50).view(50, 1, 1, 1) < 20
+    options = dict(steps=20, sampler="heun", spacing="log-snr")
+    known = FLOWER.means[:1, :, None, None].repeat(50, 1, 1, 1)
+    free = sample(FLOWER.predict, SCHEDULE, noise, **options)
+    found = sample(FLOWER.predict, SCHEDULE, noise, known=known, repaint=repaint, **options)
+    assert torch.equal(found[20:], known[20:]) and torch.equal(found[:20], free[:20])
+    seen = []
+
+    def watch(xt, t):               # what the network sees of the known ones is known at the level t
+        seen.append((xt[20:] - SCHEDULE.q_sample(known, t, noise("start", 0))[20:]).abs().max())
+        return FLOWER.predict(xt, t)
+
+    sample(watch, SCHEDULE, noise, known=known, repaint=repaint, **options)
+    assert len(seen) == 39 and max(seen) == 0
 
 
 def test_fork_another_sampler_through_predict():
