@@ -33,18 +33,15 @@ TIMETABLE = {
                   tissue.patches: 25},
     "Sat 11:00": {noise.diffusion: 40, noise.samplers: 45, noise.inpainting: 20},
     "Sat 14:00": {noise.quantizer: 25, networks.autoencoder: 40, noise.denoiser: 45},
-    "Sun  9:00": {networks.spade: 45, networks.discriminator: 25, networks.gan_losses: 25, networks.seeds: 10},
+    "Sun  9:00": {networks.spade: 45, networks.discriminator: 25, networks.gan_losses: 25,
+                  networks.seeds: 10},
     "Sun 11:00": {networks.segmenter: 40, networks.losses: 30, networks.metrics: 30, networks.frechet: 15},
     "Sun 14:00": {"train_seg.py": 20, "train_gan.py": 20, "train_ldm.py": 30, "generate.py": 20,
                   "evaluate.py": 15, "her2/study.py": 15},
     "Sun 16:00": {forks: 120}}
 LESSONS = {draw.__name__: draw for session in TIMETABLE.values() for draw in session if callable(draw)}
-FILES = {"patches": "data_patches", "seeds": "run_seeds", "forks": "lessons_forks"}     # else as the lesson
-
-
-def file_of(name: str) -> str:
-    """The file that a lesson explains."""
-    return f"her2/{FILES.get(name, name)}.py"
+FILES = {**{name: f"her2/{name}.py" for name in LESSONS}, "patches": "her2/data_patches.py",
+         "seeds": "her2/run_seeds.py", "forks": "her2/lessons_forks.py"}
 
 
 def texts(name: str, numbers: dict) -> list:
@@ -76,8 +73,8 @@ def main(argv=None) -> int:
         print(f"{'when':11}{'minutes':>7}  {'lesson':15}file to read")
         for when, session in TIMETABLE.items():
             for item, minutes in session.items():
-                name, file = (item.__name__, file_of(item.__name__)) if callable(item) else ("", item)
-                print(f"{when:11}{minutes:7}  {name:15}{file}")
+                name = item.__name__ if callable(item) else ""
+                print(f"{when:11}{minutes:7}  {name:15}{FILES.get(name, item)}")
                 when = ""                       # the next begins when this one is done
         print("\na figure, three sentences and an exercise: python -m her2.lessons NAME")
         return 0
@@ -90,7 +87,7 @@ def main(argv=None) -> int:
     save_png(out, sheet(rows + answer_rows if args.answer else rows))
     for paragraph in texts(args.name, numbers)[:3 if args.answer else 2]:
         print(textwrap.fill(paragraph, 100), end="\n\n")
-    print(f"figure: {out}; code: {file_of(args.name)}")
+    print(f"figure: {out}; code: {FILES[args.name]}")
     return 0
 
 

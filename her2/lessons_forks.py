@@ -83,7 +83,8 @@ def forks():
         once = [sample(*given, count, 0.0, spacing=spacing) for count in answers]
         twice = [heun(*given, spaced_timesteps(SCHEDULE, count // 2, "heun", spacing)) for count in answers]
         for name, ends in (("ddim", once), ("heun", twice)):
-            curves[f"{name}, {spacing}"] = [float((end - exact).square().sum(1).mean().sqrt()) for end in ends]
+            off = [(end - exact).square().sum(1).mean().sqrt().item() for end in ends]
+            curves[f"{name}, {spacing}"] = off
     chart = plot({name: (answers, curve) for name, curve in curves.items()},
                  "error by answers of the network", "answers", (405, 250), "xy")
     network, histogram, pictures = BrownSegmenter().eval(), ProbabilityHistogram(DEFAULT_CLASSES), []

@@ -22,6 +22,7 @@ from her2.lessons_diffusion import FLOWER, SCHEDULE, Mixture, flat_noise
 from her2.losses import soft_dice_loss
 from her2.metrics import ProbabilityHistogram
 from her2.run_errors import UserError
+from her2.run_seeds import numpy_generator
 from her2.samplers import sample
 from her2.segmenter import predict_roi
 
@@ -78,10 +79,10 @@ def test_readme_has_the_same_timetable():
     days = {"Sat": "Saturday", "Sun": "Sunday"}
     for (when, session), (day_hour, words) in zip(lessons.TIMETABLE.items(), rows, strict=True):
         assert day_hour == f"{days[when[:3]]} {when[3:].strip()}"
-        told = [(name, int(minutes)) for name, minutes in re.findall(r"`([^`]+)`(?: \(`\S+`\))? (\d+)", words)]
-        assert told == [(item.__name__ if callable(item) else item, minutes) for item, minutes in session.items()]
-    for name, stem in lessons.FILES.items():
-        assert f"`{name}` (`{stem}`)" in README
+        told = re.findall(r"`([^`]+)`(?: \(`(\S+)`\))? (\d+)", words)
+        for (item, minutes), (name, stem, number) in zip(session.items(), told, strict=True):
+            assert minutes == int(number) and name == getattr(item, "__name__", item)
+            assert not callable(item) or lessons.FILES[name] == f"her2/{stem or name}.py"
 
 
 # ---- tissue --------------------------------------------------------------------------------------
@@ -120,11 +121,17 @@ def test_polygons_against_winding_numbers_and_half_planes():
     assert found["union"][least > 0].all() and not found["union"][least < 0].any()
 
 
-def test_patches_are_drawn_as_named():
-    found, spread = numbers("patches"), 4 * math.sqrt(0.25 / 2000)
-    assert abs(found["tumor"] - found["area"]).max() < spread
-    assert abs(found["subtype"][1:] - 1 / 5).max() < spread and found["subtype"][0] == found["tumor"][0] == 0
-    assert abs(found["uniform"][1:] / found["uniform"][1:].sum() - found["area"][1:]).max() < 0.1
+def test_patches_are_drawn_as_named(tmp_path):
+    found, spread, shares = numbers("patches"), 4 * math.sqrt(0.25 / 2000), {}
+    dataset = memory_dataset(tmp_path, [(np.zeros((256, 256, 3), np.uint8), found["label"])])
+    for mode in ("tumor", "subtype", "uniform"):    # a patch of one pixel is the pixel that was drawn
+        sampler = PatchSampler(dataset, "train", 1, mode, cache=tmp_path / "cache")
+        drawn = np.array([sampler.place(numpy_generator("place", k))[1:] for k in range(2000)])
+        shares[mode] = np.bincount(found["label"][tuple(drawn.T)], minlength=6) / 2000
+    assert abs(shares["tumor"] - found["area"]).max() < spread
+    assert abs(shares["subtype"][1:] - 1 / 5).max() < spread
+    assert shares["subtype"][0] == shares["tumor"][0] == 0
+    assert abs(shares["uniform"][1:] / shares["uniform"][1:].sum() - found["area"][1:]).max() < 0.1
     assert found["never"] > 0.1 and found["never_uniform"] < 0.03
     assert found["root"] @ found["root"] < found["area"] @ found["area"]    # nearer to equal shares
 
@@ -272,7 +279,8 @@ def with_heun():
     """her2/samplers.py as the docstring of `heun` says to change it, run from its source."""
     source = inspect.getsource(samplers)
     branch = re.search(r"^    if sampler == .*?\n\n", inspect.getdoc(lessons_forks.heun), re.M | re.S)[0]
-    for old, new in (("\nSAMPLERS = (", '\nSAMPLERS = ("heun", '), ("    eta = {", branch.rstrip() + "\n    eta = {"),
+    for old, new in (("\nSAMPLERS = (", '\nSAMPLERS = ("heun", '),
+                     ("    eta = {", branch.rstrip() + "\n    eta = {"),
                      ("@torch.no_grad()\ndef sample", inspect.getsource(lessons_forks.heun) + "\n\n"
                       "@torch.no_grad()\ndef sample")):
         assert source.count(old) == 1, f"samplers.py should have {old!r} once"
