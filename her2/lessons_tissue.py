@@ -92,18 +92,18 @@ def relabel():
     maps = {"real scores": label, "draw 1": draw(label, instance, 1), "draw 2": draw(label, instance, 2),
             "per pixel": torch.randint(1, 6, label.shape, generator=generator("pixel")) * (label > 0),
             "per component": draw((merged > 0).long(), merged, 0)}
-    rng, total, sizes = numpy_generator("windows"), np.zeros((2, 600, 5)), []
+    rng, counts, sizes, pools = numpy_generator("windows"), [], [], (CLASSES.tumor_ids, (1, 4))
     for n in range(600):
         k, y, x = int(rng.integers(4)), *rng.integers(192, size=2)
         window = [torch.tensor(array[y:y + 64, x:x + 64]).long() for array in region(k)[1:]]
         sizes.extend(np.bincount(window[1].ravel())[1:].astype(float))
-        total[:, n:] += [[np.bincount(draw(*window, n, allowed).ravel(), minlength=6)[1:]]
-                         for allowed in (None, (1, 4))]             # (2, 1, 5): in all sums from here on
+        counts.append([np.bincount(draw(*window, n, pool).ravel(), minlength=6)[1:] for pool in pools])
+    total = np.cumsum(counts, axis=0).swapaxes(0, 1)                                    # (2, 600, 5)
     shares = total / total.sum(axis=-1, keepdims=True).clip(1)
     charts = [plot({CLASSES.names[i]: (range(1, 601), one[:, i - 1]) for i in ids}, "share of the tumor area",
                    "patches", (405, 230), "x", y_range=(0, 1), notes=[(1 / len(ids), f"1 / {len(ids)}")],
                    colors=[CLASSES.classes[i].color for i in ids])
-              for one, ids in zip(shares, (CLASSES.tumor_ids, (1, 4)))]
+              for one, ids in zip(shares, pools)]
     root = np.linalg.norm(sizes) / sum(sizes)
     return [[(name, colorize(one, CLASSES)) for name, one in maps.items()], charts[:1]], [charts[1:]], {
         "instances": int(instance.max()), "components": int(merged.max()), "shares": shares[0, -1],

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_factory import memory_dataset
 from her2 import lessons, lessons_forks, run, samplers
-from her2.data_classes import load_classes
+from her2.data_classes import DEFAULT_CLASSES, load_classes
 from her2.data_patches import PatchSampler
 from her2.diffusion import Schedule
 from her2.lessons_diffusion import FLOWER, SCHEDULE, Mixture, flat_noise
@@ -123,7 +123,7 @@ def test_polygons_against_winding_numbers_and_half_planes():
 
 def test_patches_are_drawn_as_named(tmp_path):
     found, spread, shares = numbers("patches"), 4 * math.sqrt(0.25 / 2000), {}
-    dataset = memory_dataset(tmp_path, [(np.zeros((256, 256, 3), np.uint8), found["label"])])
+    dataset = memory_dataset(tmp_path, [(np.zeros((256, 256, 3), np.uint8), found["label"])], DEFAULT_CLASSES)
     for mode in ("tumor", "subtype", "uniform"):    # a patch of one pixel is the pixel that was drawn
         sampler = PatchSampler(dataset, "train", 1, mode, cache=tmp_path / "cache")
         drawn = np.array([sampler.place(numpy_generator("place", k))[1:] for k in range(2000)])
@@ -341,6 +341,15 @@ def test_fork_segmenter_is_saved_built_and_predicts(tmp_path):
     image[:, :, 30:] = torch.tensor([120, 70, 30]).view(3, 1, 1) / 127.5 - 1
     prob = predict_roi(again, image, tile=32, overlap=0)
     assert prob.shape == (40, 70) and (prob[:, 30:] > 0.9).all() and (prob[:, :30] < 0.1).all()
+
+
+def test_fork_segmenter_recipe_names_what_stands_in_the_code():
+    for file, function, line in (("her2/run_setup.py", "segmenter", "UNet(num_classes=2, width=config.width)"),
+                                 ("evaluate.py", "predict", "build_model(UNet, content, "),
+                                 ("her2/predict.py", "main", "build_model(UNet, content, ")):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        body = re.search(rf"^def {function}\(.*?(?=^def )", text, re.M | re.S)[0]
+        assert body.count(line) == 1 and file.removeprefix("her2/") in README and f"`{function}`" in README
 
 
 def test_fork_seven_classes_are_one_file(tmp_path):
