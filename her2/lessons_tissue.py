@@ -167,8 +167,9 @@ def polygons():
     (x1, y1), (x2, y2) = star.T, np.roll(star, -1, axis=0).T                            # (5,) each: the edges
     centre = np.arange(12)[:, None] + 0.5                                               # (12, 1) both ways
     crosses = (y1 > centre) != (y2 > centre)                                            # (12, 5): row, edge
-    x = np.where(crosses, x1 + (centre - y1) / (y2 - y1) * (x2 - x1), np.inf)           # (12, 5): and where
-    winding = (np.sign(y2 - y1) * (x[:, None] < centre)).sum(axis=-1)                   # (12, 12): down - up
+    fall = np.where(y1 == y2, np.inf, y2 - y1)                      # (5,); a level edge crosses no row
+    x = np.where(crosses, x1 + (centre - y1) / fall * (x2 - x1), np.inf)                # (12, 5): and where
+    winding = (np.sign(fall) * (x[:, None] < centre)).sum(axis=-1)  # (12, 12): of edges to the left
     added = (winding != 0) & ~inside
 
     def panel(fills, *rings):
@@ -189,7 +190,7 @@ def polygons():
              panel([(first, BLUE), (extra, VERMILION)], left)]], [
             [panel([(inside, BLUE), (added, VERMILION)], star)]], {
         "extra": extra.sum() / first.sum(), "added": int(added.sum()), "winding": winding, "inside": inside,
-        "twice": int((first & second).sum()), "union": first | second, "both": (left, right)}
+        "both": (left, right), "pixels": (first, second)}
 
 
 def patches():
