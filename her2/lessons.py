@@ -14,7 +14,6 @@ lessons_*.py that calls the code it explains. Its docstring is what is printed, 
 import inspect
 import re
 import textwrap
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -27,35 +26,27 @@ from her2.lessons_forks import forks
 from her2.run_config import Parser
 from her2.run_errors import UserError, command
 
-# When it starts, minutes to read the file (in her2/), see the figure and try the exercise, and the function.
-Lesson = namedtuple("Lesson", "when minutes file draw")
-LESSONS = {
-    "phantom": Lesson("Sat  9:00", 20, "phantom.py", tissue.phantom),
-    "relabel": Lesson("Sat  9:20", 15, "relabel.py", tissue.relabel),
-    "stains": Lesson("Sat  9:35", 20, "stains.py", tissue.stains),
-    "polygons": Lesson("Sat  9:55", 40, "polygons.py", tissue.polygons),
-    "patches": Lesson("Sat 10:35", 25, "data_patches.py", tissue.patches),
-    "diffusion": Lesson("Sat 11:00", 40, "diffusion.py", noise.diffusion),
-    "samplers": Lesson("Sat 11:40", 45, "samplers.py", noise.samplers),
-    "inpainting": Lesson("Sat 12:25", 20, "inpainting.py", noise.inpainting),
-    "quantizer": Lesson("Sat 14:00", 25, "quantizer.py", noise.quantizer),
-    "autoencoder": Lesson("Sat 14:25", 40, "autoencoder.py", networks.autoencoder),
-    "denoiser": Lesson("Sat 15:05", 45, "denoiser.py", noise.denoiser),
-    "spade": Lesson("Sun  9:00", 45, "spade.py", networks.spade),
-    "discriminator": Lesson("Sun  9:45", 25, "discriminator.py", networks.discriminator),
-    "gan_losses": Lesson("Sun 10:10", 25, "gan_losses.py", networks.gan_losses),
-    "seeds": Lesson("Sun 10:35", 10, "run_seeds.py", networks.seeds),
-    "segmenter": Lesson("Sun 11:00", 40, "segmenter.py", networks.segmenter),
-    "losses": Lesson("Sun 11:40", 30, "losses.py", networks.losses),
-    "metrics": Lesson("Sun 12:10", 30, "metrics.py", networks.metrics),
-    "frechet": Lesson("Sun 12:40", 15, "frechet.py", networks.frechet),
-    "forks": Lesson("Sun 14:00", 120, "lessons_forks.py", forks),
-}
+# By the start of a session: minutes to read the file, see the figure and try the exercise. The scripts have
+# neither: their loops are what the lessons before explain, put together.
+TIMETABLE = {
+    "Sat  9:00": {tissue.phantom: 20, tissue.relabel: 15, tissue.stains: 20, tissue.polygons: 40,
+                  tissue.patches: 25},
+    "Sat 11:00": {noise.diffusion: 40, noise.samplers: 45, noise.inpainting: 20},
+    "Sat 14:00": {noise.quantizer: 25, networks.autoencoder: 40, noise.denoiser: 45},
+    "Sun  9:00": {networks.spade: 45, networks.discriminator: 25, networks.gan_losses: 25,
+                  networks.seeds: 10},
+    "Sun 11:00": {networks.segmenter: 40, networks.losses: 30, networks.metrics: 30, networks.frechet: 15},
+    "Sun 14:00": {"train_seg.py": 20, "train_gan.py": 20, "train_ldm.py": 30, "generate.py": 20,
+                  "evaluate.py": 15, "her2/study.py": 15},
+    "Sun 16:00": {forks: 120}}
+LESSONS = {draw.__name__: draw for session in TIMETABLE.values() for draw in session if callable(draw)}
+FILES = {**{name: f"her2/{name}.py" for name in LESSONS}, "patches": "her2/data_patches.py",
+         "seeds": "her2/run_seeds.py", "forks": "her2/lessons_forks.py"}
 
 
 def texts(name: str, numbers: dict) -> list:
     """The text of a lesson, its exercise and its answer, with the numbers in their places."""
-    parts = re.split(r"\n(?=Exercise: |Answer: )", inspect.getdoc(LESSONS[name].draw))
+    parts = re.split(r"\n(?=Exercise: |Answer: )", inspect.getdoc(LESSONS[name]))
     return [" ".join(part.split()).format(**numbers) for part in parts]
 
 
@@ -80,8 +71,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.name is None:
         print(f"{'when':11}{'minutes':>7}  {'lesson':15}file to read")
-        for name, lesson in LESSONS.items():
-            print(f"{lesson.when:11}{lesson.minutes:7}  {name:15}her2/{lesson.file}")
+        for when, session in TIMETABLE.items():
+            for item, minutes in session.items():
+                name = item.__name__ if callable(item) else ""
+                print(f"{when:11}{minutes:7}  {name:15}{FILES.get(name, item)}")
+                when = ""                       # the next begins when this one is done
         print("\na figure, three sentences and an exercise: python -m her2.lessons NAME")
         return 0
     if args.name not in LESSONS:
@@ -89,11 +83,11 @@ def main(argv=None) -> int:
     out = Path(args.out or f"runs/lesson_{args.name}.png")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the figure is a PNG file; give a name that ends in .png")
-    rows, answer_rows, numbers = LESSONS[args.name].draw()
+    rows, answer_rows, numbers = LESSONS[args.name]()
     save_png(out, sheet(rows + answer_rows if args.answer else rows))
     for paragraph in texts(args.name, numbers)[:3 if args.answer else 2]:
         print(textwrap.fill(paragraph, 100), end="\n\n")
-    print(f"figure: {out}; code: her2/{LESSONS[args.name].file}")
+    print(f"figure: {out}; code: {FILES[args.name]}")
     return 0
 
 

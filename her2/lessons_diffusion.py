@@ -99,13 +99,13 @@ def samplers():
     clouds = [plot({"_ends": (*one[-1].T, "dots"), **{f"_{k}": one[:, k].T for k in range(6)}},
                    f"eta {eta}, {S} steps", size=(200, 200), x_range=(-2.6, 2.6), y_range=(-2.4, 2.4),
                    colors=[GREY, *CYCLE[:6]]) for (eta, S), one in paths.items() if S in (5, 80)]
-    twice = [[distance(paths[eta, S], paths[eta, 2 * S]) for S in steps[:-1]] for eta in (0, 1)]
-    lines = {f"eta {eta}": (steps[:-1], twice[eta]) for eta in (0, 1)}
+    twice = {f"eta {eta}": (steps[:-1], [distance(paths[eta, S], paths[eta, 2 * S]) for S in steps[:-1]])
+             for eta in (0, 1)}
     orders = {"eta 0": (steps, errors), "first order": (steps, [errors[5] * 160 / S for S in steps])}
-    return [clouds, [plot(lines, "distance between the ends of S and 2 S steps", "S", (405, 230), "x")]], [
+    return [clouds, [plot(twice, "distance between the ends of S and 2 S steps", "S", (405, 230), "x")]], [
             [plot(orders, "distance to the end of 1000 steps", "S", (405, 230), "xy")]], {
-        "errors": errors, "order": math.log2(errors[4] / errors[5]), "apart": twice[1][3],
-        "close": twice[0][3], "ends": paths[1, 160][-1]}
+        "errors": errors, "order": math.log2(errors[4] / errors[5]), "apart": twice["eta 1"][1][3],
+        "close": twice["eta 0"][1][3], "ends": paths[1, 160][-1]}
 
 
 def inpainting():
@@ -171,26 +171,22 @@ def quantizer():
                 usage.zero_()
         return book
 
-    def picture(name, book):
+    pictures, used, slow, rest = [], [], {}, []
+    for name, book in (("start", train(0)), ("200 steps", train(200)), ("with restarts", train(200, True))):
         nearest, codes = book.nearest(latents).flatten(), book.weight.detach()
         cells = {f"_{k}": (*data[nearest == k].T, "dots") for k in range(16)}
-        return plot({**cells, "_codes": (*codes.T, "dots")}, name, x_range=(-1.5, 2.5), y_range=(-1, 2.5),
-                    colors=[CYCLE[k % 6] for k in range(16)] + [INK])
-
-    def settled(beta):              # z between x = 0 and its code 1: where the slope, linear in z, is 0
-        z = torch.tensor([0.0, 1.0], requires_grad=True)
-        at_x, at_code = torch.autograd.grad((z ** 2).mean() + vq_loss(z, torch.ones(2), beta), z)[0]
-        return float(at_x / (at_x - at_code))
-
-    books = {"start": train(0), "200 steps": train(200), "with restarts": train(200, True)}
-    slow = {}
+        pictures.append(plot({**cells, "_codes": (*codes.T, "dots")}, name, x_range=(-1.5, 2.5),
+                             y_range=(-1, 2.5), colors=[CYCLE[k % 6] for k in range(16)] + [INK]))
+        used.append(len(nearest.unique()))
     for kind in (torch.optim.SGD, torch.optim.Adam):    # the length of the first step
         ours, official = ((train(1, False, kind, legacy).weight - train(0).weight).norm().item()
                           for legacy in (False, True))
         slow[kind.__name__] = ours / official
-    return [[picture(*one) for one in books.items()]], [], {
-        "used": [len(books[name].nearest(latents).unique()) for name in ("200 steps", "with restarts")],
-        "slow": slow, "rest": [settled(beta) for beta in (0.05, 0.25, 4)]}
+    z = torch.tensor([0.0, 1.0], requires_grad=True)    # at x = 0, and at its code 1
+    for beta in (0.05, 0.25, 4):        # between them the slope is linear in z: where is it 0?
+        at_x, at_code = torch.autograd.grad((z ** 2).mean() + vq_loss(z, torch.ones(2), beta), z)[0]
+        rest.append(float(at_x / (at_x - at_code)))
+    return [pictures], [], {"used": used[1:], "slow": slow, "rest": rest}
 
 
 def denoiser():

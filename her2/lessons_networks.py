@@ -133,25 +133,25 @@ def seeds():
     def batches(*randoms):          # one row of the figure: what each step draws, a tile of 6 x 6 grey values
         return torch.cat([torch.randint(256, (6, 6), generator=random) for random in randoms], 1).byte()
 
-    def after(state, draws=0):      # six more batches, after `draws` numbers for something else
-        random = torch.Generator().set_state(state)
-        torch.rand(draws, generator=random)
-        return batches(*[random] * 6)
-
     def equal(a, b):                # how many of the batches
         return sum(bool((x == y).all()) for x, y in zip(a.split(6, 1), b.split(6, 1)))
 
-    random = torch.Generator().manual_seed(0)
+    random, rows = torch.Generator().manual_seed(0), {}
     start, before, state = random.get_state(), batches(*[random] * 6), random.get_state()
-    keyed = batches(*(generator(0, "batch", step) for step in range(12)))
-    resumed = batches(*(generator(0, "batch", step) for step in range(6, 12)))
-    rows = {"global": after(state), "started again": after(start), "state put back": after(state),
-            "one draw more": after(state, 1)}
+    places = {"global": state, "started again": start, "state put back": state, "one draw more": state}
+    for name, place in places.items():
+        random.set_state(place)
+        if name == "one draw more":
+            torch.rand(1, generator=random)                 # for something else
+        rows[name] = batches(*[random] * 6)
     _, again, restored, shifted = (equal(one, rows["global"]) for one in rows.values())
     strips = [(f"{name}: steps 0 to 11", torch.cat([before, one], 1)) for name, one in rows.items()]
-    keys = [("keys: steps 0 to 11", keyed), ("keys, resumed at 6", torch.cat([keyed[:, :36], resumed], 1))]
+    first, last, resumed = (batches(*(generator(0, "batch", step) for step in steps))
+                            for steps in (range(6), range(6, 12), range(6, 12)))
+    keys = [("keys: steps 0 to 11", torch.cat([first, last], 1)),
+            ("keys, resumed at 6", torch.cat([first, resumed], 1))]
     return [keys, strips[:2]], [strips[2:]], {
-        "same": equal(keyed[:, 36:], resumed), "again": again, "state": len(state), "restored": restored,
+        "same": equal(last, resumed), "again": again, "state": len(state), "restored": restored,
         "shifted": shifted}
 
 
@@ -213,15 +213,6 @@ def losses():
     return [charts], [], {"small": pull[0] / pull[1], "missed": missed, "excess": excess, "tversky": tversky}
 
 
-def made_up(shift: float = 0.0):
-    """Pixel counts of a network whose logits are Gaussian per class, 20,000 pixels each, moved by `shift`."""
-    histogram = ProbabilityHistogram(CLASSES)
-    for k, mean in enumerate((-2.5, 0.5, 1.2, 1.8, 3.0, 1.5)):
-        logit = numpy_generator("lesson", "logits", k).normal(mean, 1.2, 20000) + shift
-        histogram.add(1 / (1 + np.exp(-logit)), np.full(20000, k))
-    return histogram
-
-
 def metrics():
     """A low threshold calls more tissue tumor, and every recall rises towards 1. So their variance falls
     ({low:.4f} at 0.2, {middle:.4f} at 0.5, {high:.4f} at 0.8), and nothing was learned: false positives rise
@@ -230,7 +221,12 @@ def metrics():
     hand.
     Answer: at a threshold of sigmoid(-1) = {sigmoid:.3f} it is the same network: there its false-positive
     rate is that of the first, {fpr:.4f}, and its variance {matched[subtype_variance]:.4f}."""
-    first, second, thresholds = made_up(), made_up(-1.0), np.arange(20, 981, 20) / 1000
+    first, second = ProbabilityHistogram(CLASSES), ProbabilityHistogram(CLASSES)
+    for k, mean in enumerate((-2.5, 0.5, 1.2, 1.8, 3.0, 1.5)):          # Gaussian logits in every class
+        for histogram, shift in ((first, 0), (second, -1)):
+            logit = numpy_generator("lesson", "logits", k).normal(mean, 1.2, 20000) + shift
+            histogram.add(1 / (1 + np.exp(-logit)), np.full(20000, k))
+    thresholds = np.arange(20, 981, 20) / 1000
     reports = [first.report(threshold) for threshold in thresholds]
     recalls = {name: (thresholds, [one["recall"][name] for one in reports]) for name in CLASSES.names[1:]}
     rates = {key: (thresholds, [one[key] for one in reports]) for key in ("dice", "precision", "fpr")}

@@ -2,7 +2,7 @@
 
 import tempfile
 from functools import lru_cache
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -39,21 +39,18 @@ def ink(values) -> np.ndarray:
     return (255 - 255 * np.asarray(values).clip(0, 1)).round().astype(np.uint8)
 
 
-def specimens(kind: str, subtype: int) -> list:
-    """Six times image (192, 192, 3) at 0.5 um and inside (192, 192) bool, with a site of this kind."""
+def specimens(kind: str, subtype: int):
+    """Yields image (192, 192, 3) at 0.5 um and inside (192, 192) bool, with a site of this kind."""
     # One slide for all, with little unspecific brown: the differences are those between the classes.
-    style = draw_style(numpy_generator("lesson", "style"))
-    style.noise, style.breath = 0.004, 0.05
-    found, axis = [], np.arange(192) / 2
+    style, share = draw_style(numpy_generator("lesson", "style")), 0.02 if kind == "acinus" else 0.3
+    style.noise, style.breath, axis = 0.004, 0.05, np.arange(192) / 2
     for attempt in count(1):
-        scene = lay_out(style, np.eye(4)[subtype], 0.02 if kind == "acinus" else 0.3, 96,
-                        numpy_generator(kind, subtype, attempt), subtype, kind == "dcis")
+        rng = numpy_generator(kind, subtype, attempt)
+        scene = lay_out(style, np.eye(4)[subtype], share, 96, rng, subtype, kind == "dcis")
         sites = [s for s in scene.sites if s.kind == kind and max(abs(s.x - 48), abs(s.y - 48)) < 30]
         if sites:
             inside = np.min([s.star.distance(axis[None], axis[:, None]) for s in sites], axis=0) < 0
-            found.append((render(scene, 0.5, 192, (kind, attempt)), inside))
-        if len(found) == 6:
-            return found
+            yield render(scene, 0.5, 192, (kind, attempt)), inside
 
 
 def phantom():
@@ -64,9 +61,9 @@ def phantom():
     Exercise: why is 0 the hard one? Look for what tells it from a lobule, then from 3+.
     Answer: brown tells 3+ from a lobule, but not 0: the mean DAB density is {dab[5]:.2f} in lobules,
     {dab[0]:.2f} in nests of 0, {dab[3]:.2f} in 3+. What is left are the size and order of the cells."""
-    kinds = {f"HER2 {score}": ("tumor", k) for k, score in enumerate(("0", "1+", "2+", "3+"))}
-    kinds.update({"in situ": ("dcis", 2), "lobule": ("acinus", 0)})
-    found = {name: specimens(*kind) for name, kind in kinds.items()}
+    kinds = {f"HER2 {score}": ("tumor", k) for k, score in enumerate(CLASSES.names[1:5])}
+    kinds |= {"in situ": ("dcis", 2), "lobule": ("acinus", 0)}
+    found = {name: [*islice(specimens(*kind), 6)] for name, kind in kinds.items()}
     dab = {name: [deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one]
            for name, one in found.items()}
     colors = dict(zip(kinds, [*(entry.color for entry in CLASSES.classes[1:]), GREY]))
@@ -95,19 +92,18 @@ def relabel():
     maps = {"real scores": label, "draw 1": draw(label, instance, 1), "draw 2": draw(label, instance, 2),
             "per pixel": torch.randint(1, 6, label.shape, generator=generator("pixel")) * (label > 0),
             "per component": draw((merged > 0).long(), merged, 0)}
-    rng, counts, sizes = numpy_generator("windows"), np.zeros((2, 600, 6)), []
+    rng, counts, sizes, pools = numpy_generator("windows"), [], [], (CLASSES.tumor_ids, (1, 4))
     for n in range(600):
         k, y, x = int(rng.integers(4)), *rng.integers(192, size=2)
         window = [torch.tensor(array[y:y + 64, x:x + 64]).long() for array in region(k)[1:]]
         sizes.extend(np.bincount(window[1].ravel())[1:].astype(float))
-        for row, allowed in enumerate((None, (1, 4))):
-            counts[row, n] = np.bincount(draw(*window, n, allowed).ravel(), minlength=6)
-    total = counts.cumsum(axis=1)[..., 1:]                                              # (2, 600, 5)
+        counts.append([np.bincount(draw(*window, n, pool).ravel(), minlength=6)[1:] for pool in pools])
+    total = np.cumsum(counts, axis=0).swapaxes(0, 1)                                    # (2, 600, 5)
     shares = total / total.sum(axis=-1, keepdims=True).clip(1)
     charts = [plot({CLASSES.names[i]: (range(1, 601), one[:, i - 1]) for i in ids}, "share of the tumor area",
                    "patches", (405, 230), "x", y_range=(0, 1), notes=[(1 / len(ids), f"1 / {len(ids)}")],
                    colors=[CLASSES.classes[i].color for i in ids])
-              for one, ids in zip(shares, (CLASSES.tumor_ids, (1, 4)))]
+              for one, ids in zip(shares, pools)]
     root = np.linalg.norm(sizes) / sum(sizes)
     return [[(name, colorize(one, CLASSES)) for name, one in maps.items()], charts[:1]], [charts[1:]], {
         "instances": int(instance.max()), "components": int(merged.max()), "shares": shares[0, -1],
@@ -136,15 +132,16 @@ def stains():
         changed = to_uint8(stain_jitter(batch, generator("jitter", seed), 0.3, 0.0))[0]
         return np.rint(changed * (white / 255)).astype(np.uint8)
 
-    dyes = {"image": image, "haematoxylin": compose(haematoxylin, 0 * dab), "DAB": compose(0 * dab, dab)}
-    row = [(name, one.clip(0, 255).astype(np.uint8)) for name, one in dyes.items()]
+    def to_bytes(values):
+        return values.clip(0, 255).astype(np.uint8)
+
+    dyes = [("image", image), ("haematoxylin", to_bytes(compose(haematoxylin, 0 * dab))),
+            ("DAB", to_bytes(compose(0 * dab, dab))), ("residual, 10 times", ink(10 * residual(image)))]
     density = [jitter(image, k) for k in range(4)]
-    rgb = [(image * numpy_generator("rgb", k).uniform(0.7, 1.3, 3)).clip(0, 255).astype(np.uint8)
-           for k in range(4)]
+    rgb = [to_bytes(image * numpy_generator("rgb", k).uniform(0.7, 1.3, 3)) for k in range(4)]
     glass = np.full((8, 8, 3), 220.0)
     seen, mended = ([jitter(glass, k, one).mean() for k in range(20)] for one in (255.0, 220.0))
-    return [[*row, ("residual, 10 times", ink(10 * residual(image)))],
-            [("jitter in density", one) for one in density], [("in RGB", one) for one in rgb]], [], {
+    return [dyes, [("jitter in density", one) for one in density], [("in RGB", one) for one in rgb]], [], {
         "residual": residual(image).mean(), "density": np.mean([residual(one).mean() for one in density]),
         "rgb": np.mean([residual(one).mean() for one in rgb]), "low": min(seen), "high": max(seen),
         "mended": np.mean(mended)}
@@ -167,14 +164,12 @@ def polygons():
     pillow = Image.new("1", (12, 12))
     ImageDraw.Draw(pillow).polygon(list(map(tuple, left.tolist())), fill=1)
     extra = np.array(pillow) & ~first
-
-    def crossings(row):             # of the star with the centres of a row: [(x, +1 down or -1 up), ...]
-        y = row + 0.5
-        return [(x1 + (y - y1) / (y2 - y1) * (x2 - x1), 1 if y2 > y1 else -1)
-                for (x1, y1), (x2, y2) in zip(star, np.roll(star, -1, axis=0)) if (y1 > y) != (y2 > y)]
-
-    winding = np.array([[sum(sign for x, sign in crossings(row) if x < column + 0.5) for column in range(12)]
-                        for row in range(12)])
+    (x1, y1), (x2, y2) = star.T, np.roll(star, -1, axis=0).T                            # (5,) each: the edges
+    centre = np.arange(12)[:, None] + 0.5                                               # (12, 1) both ways
+    crosses = (y1 > centre) != (y2 > centre)                                            # (12, 5): row, edge
+    fall = np.where(y1 == y2, np.inf, y2 - y1)                      # (5,); a level edge crosses no row
+    x = np.where(crosses, x1 + (centre - y1) / fall * (x2 - x1), np.inf)                # (12, 5): and where
+    winding = (np.sign(fall) * (x[:, None] < centre)).sum(axis=-1)  # (12, 12): of edges to the left
     added = (winding != 0) & ~inside
 
     def panel(fills, *rings):
@@ -187,15 +182,15 @@ def polygons():
             canvas.line(np.concatenate([ring, ring[:1]]) * side, INK, 1.5)
         if rings[0] is star:
             canvas.line([(0, 8.5 * side), (12 * side, 8.5 * side)], VERMILION, 1, dash=(4, 3))
-            for x, _ in crossings(8):
-                canvas.diamond(x * side, 8.5 * side, 5, VERMILION)
+            for cut in x[8, crosses[8]]:
+                canvas.diamond(cut * side, 8.5 * side, 5, VERMILION)
         return canvas.array()
 
     return [[panel([(inside, BLUE)], star), panel([(first, BLUE), (second, ORANGE)], left, right),
              panel([(first, BLUE), (extra, VERMILION)], left)]], [
             [panel([(inside, BLUE), (added, VERMILION)], star)]], {
         "extra": extra.sum() / first.sum(), "added": int(added.sum()), "winding": winding, "inside": inside,
-        "twice": int((first & second).sum()), "union": first | second, "both": (left, right)}
+        "both": (left, right), "pixels": (first, second)}
 
 
 def patches():
@@ -209,7 +204,7 @@ def patches():
     y, x = np.mgrid[:256, :256]
     discs = ((1, 60, 50, 14), (2, 110, 90, 18), (3, 50, 110, 24), (4, 120, 170, 44), (5, 200, 60, 20))
     label = sum(c * (np.hypot(y - cy, x - cx) < r) for c, cy, cx, r in discs).astype(np.uint8)
-    pictures, never, shares = [], {}, {}
+    pictures, never = [], {}
     with tempfile.TemporaryDirectory() as folder:
         image, mask = Path(folder) / "image.png", Path(folder) / "mask.png"
         save_png(image, colorize(label, CLASSES))
@@ -217,19 +212,16 @@ def patches():
         roi = ROI("image.png", image, None, mask, None, 0.0, 0.0, 1.0, "slide", "", "train", 256, 256)
         dataset = Dataset(Path(folder), CLASSES, [roi])
         for mode in ("tumor", "subtype", "uniform"):
-            # A patch of one pixel is the pixel that was drawn, before the shift of up to a quarter patch.
-            samplers = (PatchSampler(dataset, "train", side, mode, cache=folder) for side in (48, 1))
-            found, drawn = (np.array([one.place(numpy_generator("place", k))[1:] for k in range(2000)])
-                            for one in samplers)
-            shares[mode] = np.bincount(label[tuple(drawn.T)], minlength=6) / 2000
+            sampler = PatchSampler(dataset, "train", 48, mode, cache=folder)
+            corners = [sampler.place(numpy_generator("place", k))[1:] for k in range(2000)]
             seen, picture = np.zeros((256, 256), bool), colorize(label, CLASSES) // 2 + 127
-            for top, left in found:
+            for top, left in corners:
                 seen[top:top + 48, left:left + 48] = True
             picture[~seen] = GREY
-            for top, left in found[:500]:
+            for top, left in corners[:500]:
                 picture[top + 23:top + 25, left + 23:left + 25] = INK
             never[mode] = 1 - seen.mean()
             pictures.append((f"{mode}: {never[mode]:.0%} never seen", picture))
     area = np.bincount(label.ravel(), minlength=6) * (np.arange(6) > 0)
-    return [pictures], [], {"never": never["tumor"], "never_uniform": never["uniform"], **shares,
+    return [pictures], [], {"never": never["tumor"], "never_uniform": never["uniform"], "label": label,
                             "area": area / area.sum(), "root": np.sqrt(area) / np.sqrt(area).sum()}

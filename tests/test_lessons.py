@@ -1,9 +1,11 @@
 """Lessons: each is drawn once, and the numbers behind its sentences are checked against what must hold."""
 
+import inspect
 import io
 import math
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,23 +14,26 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data_factory import memory_dataset
-from her2 import lessons, lessons_forks, run
-from her2.data_classes import load_classes
+from her2 import lessons, lessons_forks, run, samplers
+from her2.data_classes import DEFAULT_CLASSES, load_classes
 from her2.data_patches import PatchSampler
 from her2.diffusion import Schedule
 from her2.lessons_diffusion import FLOWER, SCHEDULE, Mixture, flat_noise
 from her2.losses import soft_dice_loss
 from her2.metrics import ProbabilityHistogram
 from her2.run_errors import UserError
-from her2.samplers import ddim_timesteps, sample
+from her2.run_seeds import numpy_generator
+from her2.samplers import sample
 from her2.segmenter import predict_roi
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=None)
 def drawn(name):
-    return lessons.LESSONS[name].draw()
+    return lessons.LESSONS[name]()
 
 
 def numbers(name):
@@ -54,12 +59,11 @@ def test_timetable_and_commands(tmp_path, capsys):
     assert lessons.main([]) == 0
     listed = capsys.readouterr().out
     assert all(f" {name} " in listed for name in lessons.LESSONS)
-    files = [lesson.file for lesson in lessons.LESSONS.values()]
-    assert all((lessons.Path(lessons.__file__).parent / file).exists() for file in files)
-    clock = [(one.when[:3], int(one.when[4:6]) * 60 + int(one.when[7:]), one.minutes)
-             for one in lessons.LESSONS.values()]
+    assert all((ROOT / file).exists() and f" {file}\n" in listed for file in re.findall(r"\S+\.py", listed))
+    clock = [(when[:3], int(when[4:6]) * 60 + int(when[7:]), sum(session.values()))
+             for when, session in lessons.TIMETABLE.items()]
     for (day, start, minutes), (later, then, _) in zip(clock, clock[1:]):
-        assert day != later or start + minutes <= then, "two lessons at once"
+        assert day != later or start + minutes <= then, "two sessions at once"
     assert lessons.main(["seeds", "--answer", "--out", str(tmp_path / "new" / "a.png")]) == 0
     printed = capsys.readouterr().out
     assert "Exercise:" in printed and "Answer:" in printed and (tmp_path / "new" / "a.png").exists()
@@ -68,6 +72,17 @@ def test_timetable_and_commands(tmp_path, capsys):
     for bad in (["sedes"], ["seeds", "--out", "a.jpg"], ["seeds", "--anser"]):
         with pytest.raises(UserError):
             lessons.main(bad)
+
+
+def test_readme_has_the_same_timetable():
+    rows = re.findall(r"^\| (S\w+day [\d:]+) \| ([^|]+) \|", README, re.MULTILINE)
+    days = {"Sat": "Saturday", "Sun": "Sunday"}
+    for (when, session), (day_hour, words) in zip(lessons.TIMETABLE.items(), rows, strict=True):
+        assert day_hour == f"{days[when[:3]]} {when[3:].strip()}"
+        told = re.findall(r"`([^`]+)`(?: \(`(\S+)`\))? (\d+)", words)
+        for (item, minutes), (name, stem, number) in zip(session.items(), told, strict=True):
+            assert minutes == int(number) and name == getattr(item, "__name__", item)
+            assert not callable(item) or lessons.FILES[name] == f"her2/{stem or name}.py"
 
 
 # ---- tissue --------------------------------------------------------------------------------------
@@ -98,19 +113,27 @@ def test_stains_jitter_in_density_keeps_the_two_dyes():
 def test_polygons_against_winding_numbers_and_half_planes():
     found = numbers("polygons")
     assert np.array_equal(found["winding"] % 2 == 1, found["inside"])
-    assert found["added"] == (abs(found["winding"]) == 2).sum() > 0 and found["twice"] == 0
+    assert found["added"] == (abs(found["winding"]) == 2).sum() > 0
+    first, second = found["pixels"]
+    assert not (first & second).any()
     y, x = np.mgrid[:12, :12] + 0.5
     turns = [np.min([(b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])
                      for a, b in zip(ring, np.roll(ring, -1, axis=0))], axis=0) for ring in found["both"]]
     least = np.max(turns, axis=0)       # convex: positive inside, 0 on an edge, where sides take turns
-    assert found["union"][least > 0].all() and not found["union"][least < 0].any()
+    assert (first | second)[least > 0].all() and not (first | second)[least < 0].any()
 
 
-def test_patches_are_drawn_as_named():
-    found, spread = numbers("patches"), 4 * math.sqrt(0.25 / 2000)
-    assert abs(found["tumor"] - found["area"]).max() < spread
-    assert abs(found["subtype"][1:] - 1 / 5).max() < spread and found["subtype"][0] == found["tumor"][0] == 0
-    assert abs(found["uniform"][1:] / found["uniform"][1:].sum() - found["area"][1:]).max() < 0.1
+def test_patches_are_drawn_as_named(tmp_path):
+    found, spread, shares = numbers("patches"), 4 * math.sqrt(0.25 / 2000), {}
+    dataset = memory_dataset(tmp_path, [(np.zeros((256, 256, 3), np.uint8), found["label"])], DEFAULT_CLASSES)
+    for mode in ("tumor", "subtype", "uniform"):    # a patch of one pixel is the pixel that was drawn
+        sampler = PatchSampler(dataset, "train", 1, mode, cache=tmp_path / "cache")
+        drawn = np.array([sampler.place(numpy_generator("place", k))[1:] for k in range(2000)])
+        shares[mode] = np.bincount(found["label"][tuple(drawn.T)], minlength=6) / 2000
+    assert abs(shares["tumor"] - found["area"]).max() < spread
+    assert abs(shares["subtype"][1:] - 1 / 5).max() < spread
+    assert shares["subtype"][0] == shares["tumor"][0] == 0
+    assert abs(shares["uniform"][1:] / shares["uniform"][1:].sum() - found["area"][1:]).max() < 0.1
     assert found["never"] > 0.1 and found["never_uniform"] < 0.03
     assert found["root"] @ found["root"] < found["area"] @ found["area"]    # nearer to equal shares
 
@@ -254,16 +277,49 @@ def test_frechet_bias_falls_as_one_over_n_and_kernel_has_none():
 
 # ---- forks: a toy of each kind through the contracts ------------------------------------------------
 
-def test_fork_heun_is_a_sampler_of_second_order_for_v_and_eps():
+def with_heun():
+    """her2/samplers.py as the docstring of `heun` says to change it, run from its source."""
+    source = inspect.getsource(samplers)
+    branch = re.search(r"^    if sampler == .*?\n\n", inspect.getdoc(lessons_forks.heun), re.M | re.S)[0]
+    for old, new in (("\nSAMPLERS = (", '\nSAMPLERS = ("heun", '),
+                     ("    eta = {", branch.rstrip() + "\n    eta = {"),
+                     ("@torch.no_grad()\ndef sample", inspect.getsource(lessons_forks.heun) + "\n\n"
+                      "@torch.no_grad()\ndef sample")):
+        assert source.count(old) == 1, f"samplers.py should have {old!r} once"
+        source = source.replace(old, new)
+    module = {}
+    exec(source, module)
+    return module["sample"]
+
+
+def test_fork_heun_through_sample_is_of_second_order_for_v_and_eps():
     found = numbers("forks")["curves"]
-    heun = found["heun, dense near 0"]
-    assert math.log2(heun[0] / heun[1]) > 1.5 and heun[2] < found["ddim, dense near 0"][2] / 3
-    start, levels = flat_noise(50, 2, 1, 1)("start", 0), ddim_timesteps(999, 40)
-    ends = []
+    heun = found["heun, log-snr"]
+    assert math.log2(heun[0] / heun[1]) > 1.5 and heun[2] < found["ddim, log-snr"][2] / 3
+    sample, noise, ends = with_heun(), flat_noise(50, 2, 1, 1), []
     for schedule in (Schedule(), Schedule(parametrisation="v")):
         law = Mixture(FLOWER.means.tolist(), FLOWER.std, schedule)
-        ends.append(lessons_forks.heun(law.predict, schedule, start, levels))
+        ends.append(sample(law.predict, schedule, noise, steps=40, sampler="heun", spacing="log-snr"))
     assert torch.allclose(*ends, atol=1e-6)
+    exact = sample(law.predict, schedule, noise, steps=1000, sampler="ddim", eta=0.0)
+    assert (ends[1] - exact).abs().mean() < 0.01
+
+
+def test_fork_heun_inpaints_through_sample():
+    sample, noise, repaint = with_heun(), flat_noise(50, 2, 1, 1), torch.arange(50).view(50, 1, 1, 1) < 20
+    options = dict(steps=20, sampler="heun", spacing="log-snr")
+    known = FLOWER.means[:1, :, None, None].repeat(50, 1, 1, 1)
+    free = sample(FLOWER.predict, SCHEDULE, noise, **options)
+    found = sample(FLOWER.predict, SCHEDULE, noise, known=known, repaint=repaint, **options)
+    assert torch.equal(found[20:], known[20:]) and torch.equal(found[:20], free[:20])
+    seen = []
+
+    def watch(xt, t):               # what the network sees of the known ones is known at the level t
+        seen.append((xt[20:] - SCHEDULE.q_sample(known, t, noise("start", 0))[20:]).abs().max())
+        return FLOWER.predict(xt, t)
+
+    sample(watch, SCHEDULE, noise, known=known, repaint=repaint, **options)
+    assert len(seen) == 39 and max(seen) == 0
 
 
 def test_fork_another_sampler_through_predict():
@@ -287,6 +343,16 @@ def test_fork_segmenter_is_saved_built_and_predicts(tmp_path):
     image[:, :, 30:] = torch.tensor([120, 70, 30]).view(3, 1, 1) / 127.5 - 1
     prob = predict_roi(again, image, tile=32, overlap=0)
     assert prob.shape == (40, 70) and (prob[:, 30:] > 0.9).all() and (prob[:, :30] < 0.1).all()
+
+
+def test_fork_segmenter_recipe_names_what_stands_in_the_code():
+    for file, function, call in (
+            ("her2/run_setup.py", "segmenter", "UNet(num_classes=2, width=config.width)"),
+            ("evaluate.py", "predict", "build_model(UNet, content, "),
+            ("her2/predict.py", "main", "build_model(UNet, content, ")):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        body = re.search(rf"^def {function}\(.*?(?=^def )", text, re.M | re.S)[0]
+        assert body.count(call) == 1 and file.removeprefix("her2/") in README and f"`{function}`" in README
 
 
 def test_fork_seven_classes_are_one_file(tmp_path):
