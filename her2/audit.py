@@ -12,17 +12,15 @@ normalised cross-correlation (both parts with mean 0 and norm 1), for all p at o
 
     num = sum_u T(u) R(p + u)      NCC = num / sqrt(sum w R^2 - (sum w R)^2 / n)      T = w (F - mean) / norm
 
-F, the features: amounts of haematoxylin and of DAB by colour deconvolution, standardised within each
-annotated instance and within the background, then averaged over boxes of P/16 and P/8 pixels, P the side of
-an image, on a grid of P/32. A gain or offset of a stain changes nothing, and the outlines of the label, which
-a synthetic image may share with its source by design, are gone.
-
-Real patches of val and test slides, drawn as the sources are, say what is normal. With M of them,
+F, the features: amounts of haematoxylin and of DAB by colour deconvolution, standardised within each instance
+and within the background, then averaged over boxes of P/16 and P/8 pixels, P the side of an image, on a grid
+of P/32: gain and offset of a stain do not matter, nor do the outlines of the label, shared by design. Real
+patches of val and test slides, drawn as the sources are, say what is normal:
 
     threshold   their quantile 1 - --false-alarm;   share: synthetic images above it
-    p           permutation test of the set: the statistic is the sum over the synthetic images of
-                max(0, (similarity - median) / MAD)^3, pooled median and MAD. Patches of one slide resemble
-                each other: where held-out slides are few p is too small, hence a verdict only from p < 0.01
+    p           permutation test of the sum over the synthetic images of max(0, (similarity - median) / MAD)^3
+                with pooled median and MAD. Where held-out slides are few p is too small, for patches of one
+                slide resemble each other: hence a verdict only from p < 0.01
 
 Inpainted images are compared on the tumor that was regenerated, held-out patches on the same places.
 Absence of evidence holds for these features only: a copy that is bent or scaled by much is not found.
@@ -85,9 +83,8 @@ class Tissue:
         # One size for all, so that a template is transformed once; multiples of 16 transform fast.
         self.size = [-(-max(sides) // step // 16) * 16 for sides in zip(*((r.height, r.width) for r in rois))]
         for roi in tqdm(rois, desc="training tissue", unit="ROI", leave=False, disable=None):
-            region = open_roi(roi, classes, cache)
-            image, _, instance = region.whole()
-            places = [(side - patch) // step + 1 for side in (region.height, region.width)]
+            image, _, instance = open_roi(roi, classes, cache).whole()
+            places = [(side - patch) // step + 1 for side in instance.shape]
             maps = [scale.to(device) for scale in features(image, instance, patch)]
             self.regions.append(([[self.spectrum(x) for x in (m, m.square())] for m in maps], places))
 
@@ -136,18 +133,18 @@ class Tissue:
 
 
 def permutation_p(synthetic, held_out, seed: int) -> float:
-    """Probability that the synthetic set is this much nearer by chance; see the module's docstring."""
+    """Probability that the synthetic set is this much nearer by chance."""
     both = np.concatenate([synthetic, held_out])
     away = both - np.median(both)
     # The third power: few copies weigh as much as a small shift of all.
     excess = np.maximum(0, away / max(1.4826 * np.median(np.abs(away)), 1e-9)) ** 3
     rng, n = numpy_generator(seed, "audit", "permutations"), len(synthetic)
+    chance = np.array([excess[rng.permutation(len(both))[:n]].sum() for _ in range(PERMUTATIONS)])
     # + 1: the division as it was found is one of the divisions that chance could have made, so p is never 0.
-    chance = [excess[rng.permutation(len(both))[:n]].sum() for _ in range(PERMUTATIONS)]
-    return (1 + int((np.array(chance) >= excess[:n].sum() * (1 - 1e-12)).sum())) / (1 + PERMUTATIONS)
+    return (1 + int((chance >= excess[:n].sum() * (1 - 1e-12)).sum())) / (1 + PERMUTATIONS)
 
 
-def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False, cache="cache"):
+def audit(pictures, held_out, rois, classes, patch: int, device, inpainted, cache):
     """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
     pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
     the synthetic images counts, and those are left out in which it is too small."""
@@ -203,10 +200,10 @@ def main(argv):
     if sizes != {(patch, patch)} or patch % GRID:
         raise UserError(f"{folder}: images of {len(sizes)} sizes, up to {patch} pixels; the audit needs "
                         f"squares of one size that is a multiple of {GRID}")
-    for roi in train:
-        if min(roi.height, roi.width) < patch:
-            raise UserError(f"{roi.image}: smaller than the synthetic images ({patch} pixels); make them of "
-                            "a smaller --patch")
+    small = next((roi for roi in train if min(roi.height, roi.width) < patch), None)
+    if small:
+        raise UserError(f"{small.image}: smaller than the synthetic images ({patch} pixels); make them of a "
+                        "smaller --patch")
 
     # ---- compare -------------------------------------------------------------------------------------------
     step = max(1, len(synthetic.rois) // args.count) if args.count else 1

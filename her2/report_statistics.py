@@ -6,17 +6,17 @@ paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
     t interval    mean(d) +- q s / sqrt(n), s with n - 1, P(|T| <= q) = level for n - 1 degrees of freedom
     bootstrap     n seeds drawn with replacement, in each its slides, as many per HER2 score as it has;
                   percentiles of mean(d). Both arms get the same slides; the thresholds stay
-    sign flip     share of the 2^n ways to swap the arms within seeds that give a mean at least as far from 0:
-                  exact without any law of d, and never below 2 / 2^n
+    sign flip     share of the 2^n swaps of the arms within seeds that give a mean at least as far from 0
     Holm          the i-th smallest of m p-values against .05 / (m + 1 - i), until the first that is larger
     efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
 
 Variances are compared by their ratio, as log(max(variance, 1e-4)). Decisions rest on the t interval; the
 bootstrap has only n seeds to draw from, and is shown beside.
 
-Points of operation: "best" (the threshold with the best Dice on val), "half" (0.5), "matched" (test
-false-positive rate = that of the baseline of the seed at 0.5). Figures: the keys of `rates`, and
-"average_precision" (no point, no bootstrap). A seed in which a figure does not exist (NaN) is left out.
+Points of operation: "best" (the threshold with the best Dice on val), "half" (0.5), "matched" (the threshold
+found on test, where the false-positive rate is that of the baseline of the seed at 0.5; `metrics.matched` in
+the tables of evaluate.py finds its threshold on val). Figures: the keys of `rates`, and "average_precision"
+(no point, no bootstrap). A seed in which a figure does not exist (NaN) is left out.
 
 Sources: Student's law, Abramowitz & Stegun 26.7.3-4; Holm, Scand J Stat 6 (1979); Efron & Tibshirani, An
 Introduction to the Bootstrap (1993); expanded percentiles, Hesterberg, Am Stat 69 (2015). PAPER: five
@@ -56,29 +56,35 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
     # At its own threshold an arm can buy recall with false alarms, and with it a lower variance: the same
-    # false-positive rate for all takes that away. Matched on test, so it describes and chooses nothing.
+    # false-positive rate for all takes that away. Found on test, so it describes and chooses nothing
+    # (`metrics.matched` finds its threshold on val, and leaves the rates on test apart).
     equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
     best = ProbabilityHistogram(classes, np.sum(val, axis=0)).best_threshold()
     thresholds = {"best": best or 0.5, "half": 0.5, "matched": equal or 0.5}
-    slides, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}
-    tables = {point: np.stack([slide.confusion(t) for slide in slides]) for point, t in thresholds.items()}
-    for point, table in tables.items():
-        figures[point] = {name: float(value) for name, value in rates(table.sum(axis=0), classes).items()}
+    slides, tables, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}, {}
+    for point, t in thresholds.items():
+        tables[point] = np.stack([slide.confusion(t) for slide in slides])[None]        # (1, S, K, 2)
+        figures[point] = {name: float(value) for name, value in rates(whole.confusion(t), classes).items()}
         figures[point]["average_precision"] = average_precision(whole.counts, classes)
-    tables = {point: table[None] for point, table in tables.items()}                    # (1, S, K, 2)
     return Outcome(tuple(scores), thresholds, tables, figures)
 
 
 def together(runs: list) -> Outcome:
     """M segmenters of one arm and seed -> one Outcome. The unit stays the seed: trained again on the same
     images a network tells nothing new about the images, but its own luck averages out."""
-    def mean(tables):
-        return {name: mean([one[name] for one in tables]) if isinstance(value, dict)
-                else float(np.mean([one[name] for one in tables])) for name, value in tables[0].items()}
-
     tables = {point: np.concatenate([one.tables[point] for one in runs]) for point in runs[0].tables}
-    return Outcome(runs[0].scores, mean([one.thresholds for one in runs]), tables,
-                   mean([one.figures for one in runs]))
+    return Outcome(runs[0].scores, averaged([one.thresholds for one in runs]), tables,
+                   averaged([one.figures for one in runs]))
+
+
+def averaged(dicts):
+    """Nested dicts of numbers -> the same with the mean over those that have the number; "n" is their sum."""
+    dicts = [one for one in dicts if one is not None]
+    if dicts and isinstance(dicts[0], dict):
+        return {key: sum(one[key] for one in dicts) if key == "n"
+                else averaged([one.get(key) for one in dicts]) for key in dicts[0]}
+    numbers = [one for one in dicts if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    return float(np.mean(numbers)) if numbers else None
 
 
 def average_precision(counts, classes) -> float:
@@ -90,7 +96,7 @@ def average_precision(counts, classes) -> float:
 
 
 def t_within(t: float, freedom: int) -> float:
-    """P(-t <= T <= t) of Student's law, a sum of powers of cos(theta), tan(theta) = t / sqrt(freedom)."""
+    """P(|T| <= t) of Student's law, a sum of powers of cos(theta), tan(theta) = t / sqrt(freedom)."""
     theta, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
     term = total = float(freedom > 1)
     for k in range(1 + odd, freedom - 2, 2):
@@ -104,8 +110,7 @@ def t_within(t: float, freedom: int) -> float:
 def t_quantile(level: float, freedom: int) -> float:
     """The t with P(|T| <= t) = level, by bisection: t_quantile(0.95, 4) = 2.776."""
     assert 0 < level < 1, level
-    # An angle has bounds, t has none.
-    low, high = 0.0, math.pi / 2                # of the angle whose tangent is t / sqrt(freedom)
+    low, high = 0.0, math.pi / 2    # of the angle with tangent t / sqrt(freedom): it has bounds, t has none
     for _ in range(60):
         middle = (low + high) / 2
         enough = t_within(math.sqrt(freedom) * math.tan(middle), freedom) >= level
@@ -114,11 +119,10 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def t_interval(differences, level: float = 1 - ALPHA) -> dict:
-    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0. A
-    single seed leaves everything open: low and high are None, p is 1."""
+    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0."""
     d = np.asarray(differences, dtype=np.float64)
     n, mean, low, high, p = len(d), float(d.mean()), None, None, 1.0
-    if n > 1:
+    if n > 1:                                            # a single seed leaves everything open
         error = float(d.std(ddof=1)) / math.sqrt(n)      # n - 1: the mean was taken from the same n
         width = t_quantile(level, n - 1) * error
         low, high = mean - width, mean + width
@@ -127,7 +131,7 @@ def t_interval(differences, level: float = 1 - ALPHA) -> dict:
 
 
 def sign_flip(differences) -> float:
-    """Exact two-sided p-value of 1 to 20 paired differences."""
+    """Exact two-sided p-value of 1 to 20 paired differences, without any law; never below 2 / 2^n."""
     d = np.asarray(differences, dtype=np.float64)
     assert 1 <= len(d) <= 20, f"{len(d)} pairs: no sign pattern, or too many"
     # Were the arms alike, each difference might as well have come out with the other sign.
@@ -150,7 +154,7 @@ def holm(p_values) -> tuple[list, list]:
 @lru_cache(maxsize=8)
 def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list]:
     """Draws of the bootstrap: the seed at each place (R, n); per seed the weights of its slides (places, S),
-    in the order of which == seed. `scores`: n tuples, the strata of the slides of each seed."""
+    in the order of which == seed. `scores`: per seed the strata of its slides."""
     rng = np.random.default_rng(key)
     which, weights = rng.integers(len(scores), size=(replicates, len(scores))), []
     for seed, strata in enumerate(map(np.array, scores)):
@@ -199,8 +203,8 @@ class Study:
         assert all(self.arms[new][s].scores == self.arms[old][s].scores for s in seeds), "not the same slides"
         drawn = None
         if self.replicates and figure != "average_precision":
-            a_drawn, b_drawn = (self.replicated(arm, seeds, point, figure) for arm in (new, old))
-            drawn = percentiles(a_drawn - b_drawn, len(seeds))
+            drawn = percentiles(self.replicated(new, seeds, point, figure)
+                                - self.replicated(old, seeds, point, figure), len(seeds))
         return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(),
                 "sign_flip": sign_flip(a - b), "bootstrap": drawn}
 
@@ -212,10 +216,9 @@ class Study:
             return None
         a, b, c = (self.replicated(name, seeds, point, figure) for name in names)
         low, high = percentiles(c - b, len(seeds))
-        if low <= 0 <= high:
-            return None
-        mean = table.mean(axis=1)
-        return [float((mean[0] - mean[1]) / (mean[2] - mean[1])), *percentiles((a - b) / (c - b), len(seeds))]
+        new, old, bound = table.mean(axis=1)
+        return (None if low <= 0 <= high else
+                [float((new - old) / (bound - old)), *percentiles((a - b) / (c - b), len(seeds))])
 
     def primaries(self) -> list:
         """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle", "verdict", "sentence".
@@ -250,10 +253,10 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
     margin, sign = abs(MARGIN[figure]), np.sign(MARGIN[figure])
 
     def has_zero(one):
-        return one["n"] < 2 or one["low"] <= 0 <= one["high"]
+        return one["low"] <= 0 <= one["high"]
 
     def shows(one):
-        return not has_zero(one) and sign * one["mean"] >= margin
+        return one["n"] > 1 and not has_zero(one) and sign * one["mean"] >= margin
 
     def amount(value):
         return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {ratio_text(value)}"
@@ -267,7 +270,7 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
         return name, f"{claim}: {name}; no seed has both {new} and {old}."
     if shows(found) and sign * (matched or 0) > 0:
         name = "reproduced"
-    elif oracle and has_zero(oracle) and oracle["n"] > 1:
+    elif oracle and oracle["n"] > 1 and has_zero(oracle):
         name = "not answerable"
     elif (oracle and shows(oracle) and found["n"] > 1
           and max(sign * found["low"], sign * found["high"]) < margin):

@@ -52,7 +52,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from her2 import report, report_study, run, run_config as configuration, study_seed
+from her2 import report, report_study, run, run_config as configuration
 from her2.data_folder import load_dataset
 from her2.data_slides import SPLITS
 from her2.run_errors import UserError, command
@@ -219,7 +219,7 @@ def main(argv):
     def finished(stage):
         if stage.kind == "evaluation":                  # at once, so that a finished seed is never lost
             seed = int(stage.name.split(":")[0].split()[1])
-            study_seed.write_seed(config, seed, {
+            report_study.write_seed(config, seed, {
                 name: one["seconds"] for name, one in record.done.items()
                 if name.startswith((f"seed {seed}:", "judge"))})
 
