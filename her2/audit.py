@@ -106,10 +106,9 @@ class Tissue:
                 # The larger counts: a blurred copy is still alike in coarse boxes.
                 ncc = [self.ncc(*one, *scale, places) for one, scale in zip(turned, scales)]
                 top, at = torch.maximum(*ncc).flatten(1).cpu().max(dim=1)               # (B,) each
-                here = torch.stack([torch.full_like(at, i), at // places[1], at % places[1],
-                                    torch.full_like(at, k)], dim=1)                     # (B, 4)
                 better = top > best[part]
-                where[part] = torch.where(better[:, None], here, where[part])
+                here = [torch.full_like(at, i), at // places[1], at % places[1], torch.full_like(at, k)]
+                where[part] = torch.where(better[:, None], torch.stack(here, dim=1), where[part])
                 best[part] = torch.where(better, top, best[part])
         return best.numpy(), where.numpy()
 
@@ -148,10 +147,11 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted, cach
     """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
     pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
     the synthetic images counts, and those are left out in which it is too small."""
-    tumor = [torch.from_numpy(np.isin(label, classes.tumor_ids) if inpainted else label >= 0)[None].float()
-             for _, label, _ in pictures]
-    # Only boxes that lie whole within the region: the rest holds pixels that were copied by design.
-    weights = [[(maps > 0.999).float() for maps in pooled(region, patch)] for region in tumor]
+    weights = []
+    for _, label, _ in pictures:
+        region = np.isin(label, classes.tumor_ids) if inpainted else label >= 0         # (P, P)
+        # Only boxes that lie whole within it: the rest holds pixels that were copied by design.
+        weights.append([(m > 0.999).float() for m in pooled(torch.from_numpy(region)[None].float(), patch)])
     kept = [i for i, scales in enumerate(weights) if scales[0].sum() >= SMALLEST]
     if not kept:
         raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, "
@@ -189,8 +189,7 @@ def main(argv):
         raise UserError("--count and --seed start at 0, --held-out at 20, --false-alarm at 1 / held-out; "
                         "give such numbers")
     folder = Path(args.synthetic)
-    synthetic = load_synthetic(folder)
-    fields, recorded = read_fields(folder), folder / "split.json"
+    synthetic, fields, recorded = load_synthetic(folder), read_fields(folder), folder / "split.json"
     dataset = load_dataset(args.data or trained_with(folder, args)["data"], seed=args.split_seed,
                            split=read_split(recorded) if recorded.is_file() else None)
     check_synthetic(synthetic, dataset)
@@ -205,7 +204,6 @@ def main(argv):
         raise UserError(f"{small.image}: smaller than the synthetic images ({patch} pixels); make them of a "
                         "smaller --patch")
 
-    # ---- compare -------------------------------------------------------------------------------------------
     step = max(1, len(synthetic.rois) // args.count) if args.count else 1
     rois = synthetic.rois[::step][:args.count or None]
     pictures = [open_roi(roi, synthetic.classes, args.cache).window(0, 0, patch, patch) for roi in rois]
@@ -217,7 +215,6 @@ def main(argv):
     found, where, normal, kept = audit(pictures, held_out, train, dataset.classes, patch,
                                        pick_device(args.device), inpainted, args.cache)
 
-    # ---- report --------------------------------------------------------------------------------------------
     # "higher": a value that was measured, so that no more than the share asked for lies above it.
     threshold = float(np.quantile(normal, 1 - args.false_alarm, method="higher"))
     p, share = permutation_p(found, normal, args.seed), float((found > threshold).mean())
@@ -248,8 +245,8 @@ def main(argv):
     print(plain(rows))
     print(f"{len(found)} images: median similarity {np.median(found):.3f}, held-out {np.median(normal):.3f}; "
           f"{share:.1%} above {threshold:.3f} (expected {args.false_alarm:.1%}); p = {p:.4f}")
-    print("The set is nearer to the training tissue than unseen tissue is." if p < 0.01 else
-          "Nothing says that the set is nearer to the training tissue than unseen tissue is.")
+    print("The set is" if p < 0.01 else "Nothing says that the set is",
+          "nearer to the training tissue than unseen tissue is.")
     print(f"done: {out / 'audit.json'}, {out / 'audit.png'}")
     return 0
 

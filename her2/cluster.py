@@ -115,7 +115,7 @@ def merged(classes, text: str):
 
 
 def clusters_table(classes, K: int):
-    """(table of the classes that are no tumor, then K clusters, (256,) uint8: the new id of each old one)."""
+    """As `merged`: the classes that are no tumor, then K clusters."""
     kept, meaning = [c for c in classes.classes if not c.tumor], np.arange(256, dtype=np.uint8)
     meaning[[c.id for c in kept]] = np.arange(len(kept))
     rows = [replace(c, id=i) for i, c in enumerate(kept)]
@@ -232,7 +232,7 @@ def cluster(dataset, found, config):
 
 
 def examples(found, member, regions, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
-    """A row of instances per cluster, evenly spread over all of it that are not too small, with outlines."""
+    """A row of instances per cluster, evenly spread over those that are not too small, with outlines."""
     rows = [[] for _ in range(member.max() + 1)]
     for k, row in enumerate(rows):
         here = np.flatnonzero((member == k) & (found["pixels"] >= SMALLEST))

@@ -160,13 +160,13 @@ MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3)) 
 
 def result_table(results: dict, *prefix) -> list:
     """Rows of texts, header first: mean +- sd per configuration; prefix "matched" for the matched figures."""
-    tumor = list(results["configs"][0]["runs"][0]["recall"])                # the names of its classes
+    rows, tumor = [], results["configs"][0]["runs"][0]["recall"]
     columns = [((key,), digits) for key, digits in MEASURES] + [(("recall", name), 3) for name in tumor]
-    return [["configuration", "runs", "Dice", "subtype variance", "precision", "FPR",
-             *(f"recall {name}" for name in tumor)],
-            *([config["name"], str(len(config["runs"])),
-               *(spread(figures_of(config, *prefix, *path), digits) for path, digits in columns)]
-              for config in results["configs"])]
+    for config in results["configs"]:
+        rows.append([config["name"], str(len(config["runs"])),
+                     *(spread(figures_of(config, *prefix, *path), digits) for path, digits in columns)])
+    header = ["configuration", "runs", "Dice", "subtype variance", "precision", "FPR"]
+    return [[*header, *(f"recall {name}" for name in tumor)], *rows]
 
 
 def change_table(results: dict) -> list:
@@ -237,9 +237,8 @@ def figures(out, configs, classes) -> list:
             if method in METHODS and name == f"{method}-{100 * (config['ratio'] or 0):.0f}":
                 name = f"+{name.split('-')[1]} %"
             groups.setdefault(name, []).append((TITLES.get(method, method), figures_of(config, key)))
-        base, oracle = ([value for config in configs if config["name"] == name
-                         for value in figures_of(config, key) if value is not None]
-                        for name in (BASELINE, ORACLE))
+        known = {c["name"]: [v for v in figures_of(c, key) if v is not None] for c in configs}
+        base, oracle = known.get(BASELINE), known.get(ORACLE)
         reference = (np.mean(base), f"{BASELINE} {np.mean(base):.{digits}f}") if base else None
         if base and oracle:
             reference += (min(oracle), max(oracle), PURPLE)
@@ -247,8 +246,8 @@ def figures(out, configs, classes) -> list:
     shown = {TITLES.get(config["method"], config["method"]) for config in configs}
     colors = {name: color for name, color in COLORS.items() if name in shown}
     save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
-    pair = [(f"{config['name']} ({len(config['runs'])} run{'s' * (len(config['runs']) > 1)})",
-             *row_normalised(config)) for config in figure_pair(configs)]
+    pair = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *row_normalised(c))
+            for c in figure_pair(configs)]
     save_png(out / "fig6.png", draw_charts.confusion_matrices(pair, classes))
     return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split, at 0.5. "
              f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean of "
@@ -270,7 +269,7 @@ def figure_pair(configs: list) -> list:
     """The configurations of Fig. 6: the baseline, and +100 % diffusion or what comes nearest to it."""
     # PAPER: it shows "the best-performing experiment", chosen on the test set. That was +100 % diffusion, so
     # we take this one whatever the results are: nothing is chosen by a test result.
-    before = [config for config in configs if config["name"] == BASELINE]
-    after = sorted((config for config in configs if config["method"] in METHODS),
+    before = [c for c in configs if c["name"] == BASELINE]
+    after = sorted((c for c in configs if c["method"] in METHODS),
                    key=lambda c: (c["method"] != "ldm", abs((c["ratio"] or 9) - 1), order(c["name"])))
     return (before + after[:1]) or configs[:1]

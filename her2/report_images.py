@@ -26,7 +26,6 @@ from her2.run_errors import UserError
 from her2.run_seeds import hashed_seed
 
 MOST = 512              # images per source
-REAL_UNIFORM = 0.25     # share of the real patches from anywhere, as in the synthetic sets of the study
 
 
 @torch.no_grad()
@@ -49,23 +48,21 @@ def sharpness(image, label, classes):
 
 
 def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") -> dict:
-    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]}. The
-    sources "real, train" and "real, val" are added; the first is what all distances are measured to."""
+    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]} and of
+    "real, val" and "real, train", to which all distances are measured."""
     patch, pairs = min(roi.height for rois in sets.values() for roi in rois), {}
-    for split in ("train", "val"):          # drawn as the sources of synthetic images are
-        sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
-                               uniform=REAL_UNIFORM)
+    for split in ("train", "val"):          # drawn as the study draws the sources of synthetic images
+        sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache, uniform=0.25)
         batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
         pairs[f"real, {split}"] = batch["image"], batch["label"]        # (N, 3, P, P), (N, P, P)
     for name, rois in sets.items():
         parts = [to_tensors(*open_roi(roi, dataset.classes, cache).whole())[:2] for roi in rois[:MOST]]
         pairs[name] = map(torch.stack, zip(*parts))
-    result, reference = {}, None
+    result = {}
     for name, (image, label) in pairs.items():
         prob, features = judge(network, image, device)
         sharp = sharpness(image, label, dataset.classes)
-        if reference is None:
-            # Half of the training patches stand for all of them, so that their own row has a distance too.
+        if name == "real, train":       # the first: half of it stands for all, so that it has a distance too
             scale, blur = features.std(0, keepdim=True) + 1e-6, sharp
             reference, features = (features[1::2] / scale).numpy(), features[::2]
         figures = ProbabilityHistogram(dataset.classes).add(prob, label).report()
@@ -123,10 +120,9 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
                 and 0 <= y <= region.height - height):
             raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
                             "make the images again with generate.py")
+        painted = {method: content(rois[source])[0] for method, rois in by_source.items() if source in rois}
         rows.append({"caption": dataset.classes.names[k], "label": label,
-                     "original": region.window(y, x, height, width)[0],
-                     **{method: content(rois[source])[0] for method, rois in by_source.items()
-                        if source in rois}})
+                     "original": region.window(y, x, height, width)[0], **painted})
     if not rows:
         raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
     return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)

@@ -11,12 +11,10 @@ paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
     efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
 
 Variances are compared by their ratio, as log(max(variance, 1e-4)). Decisions rest on the t interval; the
-bootstrap has only n seeds to draw from, and is shown beside.
-
-Points of operation: "best" (the threshold with the best Dice on val), "half" (0.5), "matched" (the threshold
-found on test, where the false-positive rate is that of the baseline of the seed at 0.5; `metrics.matched` in
-the tables of evaluate.py finds its threshold on val). Figures: the keys of `rates`, and "average_precision"
-(no point, no bootstrap). A seed in which a figure does not exist (NaN) is left out.
+bootstrap has only n seeds to draw from, and is shown beside. Points of operation: "best" (the threshold with
+the best Dice on val), "half" (0.5), "matched" (found on test: its false-positive rate is that of the baseline
+of the seed at 0.5, while `metrics.matched` finds the threshold on val). Figures: the keys of `rates`, and
+"average_precision" (no point, no bootstrap). A seed in which a figure does not exist (NaN) is left out.
 
 Sources: Student's law, Abramowitz & Stegun 26.7.3-4; Holm, Scand J Stat 6 (1979); Efron & Tibshirani, An
 Introduction to the Bootstrap (1993); expanded percentiles, Hesterberg, Am Stat 69 (2015). PAPER: five
@@ -70,8 +68,7 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
 
 
 def together(runs: list) -> Outcome:
-    """M segmenters of one arm and seed -> one Outcome. The unit stays the seed: trained again on the same
-    images a network tells nothing new about the images, but its own luck averages out."""
+    """M segmenters of one arm and seed -> one Outcome. The unit stays the seed: their luck averages out."""
     tables = {point: np.concatenate([one.tables[point] for one in runs]) for point in runs[0].tables}
     return Outcome(runs[0].scores, averaged([one.thresholds for one in runs]), tables,
                    averaged([one.figures for one in runs]))
@@ -88,8 +85,8 @@ def averaged(dicts):
 
 
 def average_precision(counts, classes) -> float:
-    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down; NaN without tumor. The
-    pixels of a bin are tied: they enter together, at the precision after the last of them."""
+    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down, the pixels of a bin at
+    the precision after the last of them; NaN without tumor."""
     tumor = counts[classes.tumor_ids].sum(axis=0)[::-1].cumsum()                        # (BINS,)
     called = np.maximum(counts.sum(axis=0)[::-1].cumsum(), 1)
     return float((np.diff(tumor, prepend=0) * tumor / called).sum() / tumor[-1]) if tumor[-1] else math.nan
@@ -140,13 +137,12 @@ def sign_flip(differences) -> float:
 
 
 def holm(p_values) -> tuple[list, list]:
-    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= ALPHA:
-    from the first hypothesis that stands on, the level stays, for nothing is tested after it."""
+    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= .05."""
     m, largest, stood = len(p_values), 0.0, None
     adjusted, levels = [0.0] * m, [0.0] * m
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (m - rank) * p_values[i]))
-        stood = rank if stood is None and largest > ALPHA else stood
+        stood = rank if stood is None and largest > ALPHA else stood    # nothing is tested after it
         adjusted[i], levels[i] = largest, 1 - ALPHA / (m - (rank if stood is None else stood))
     return adjusted, levels
 
@@ -223,16 +219,15 @@ class Study:
     def primaries(self) -> list:
         """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle", "verdict", "sentence".
         The bound of a claim is the oracle against its other arm. One without data stays in the family."""
-        found = {claim: self.difference(*what) for claim, what in CLAIMS.items()}
-        rows = []
-        for (claim, d), p, level in zip(found.items(), *holm([d["p"] if d else 1.0 for d in found.values()])):
+        found, rows = [self.difference(*what) for what in CLAIMS.values()], []
+        for claim, d, p, level in zip(CLAIMS, found, *holm([d["p"] if d else 1.0 for d in found])):
             new, old, point, figure = CLAIMS[claim]
             equal = self.difference(new, old, "matched", figure)
-            oracle = self.difference(ORACLE, old, point, figure)
+            equal, oracle = equal and equal["mean"], self.difference(ORACLE, old, point, figure)
             d = d and {**d, **t_interval(d["values"], level)}
-            name, sentence = verdict(claim, d, equal and equal["mean"], oracle)
-            rows.append({"claim": claim, **(d or {}), "p_holm": p, "matched": equal and equal["mean"],
-                         "oracle": oracle, "verdict": name, "sentence": sentence})
+            name, sentence = verdict(claim, d, equal, oracle)
+            rows.append({"claim": claim, **(d or {}), "p_holm": p, "matched": equal, "oracle": oracle,
+                         "verdict": name, "sentence": sentence})
         return rows
 
 
@@ -251,12 +246,14 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
     undecided        anything else"""
     new, old, point, figure = CLAIMS[claim]
     margin, sign = abs(MARGIN[figure]), np.sign(MARGIN[figure])
+    if not found:
+        return "undecided", f"{claim}: undecided; no seed has both {new} and {old}."
 
-    def has_zero(one):
-        return one["low"] <= 0 <= one["high"]
+    def ends(one):              # of the interval, seen from the paper's side; that of a single seed is open
+        return sorted([sign * one["low"], sign * one["high"]]) if one["n"] > 1 else [-math.inf, math.inf]
 
     def shows(one):
-        return one["n"] > 1 and not has_zero(one) and sign * one["mean"] >= margin
+        return ends(one)[0] > 0 and sign * one["mean"] >= margin
 
     def amount(value):
         return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {ratio_text(value)}"
@@ -266,14 +263,11 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
         return f"{amount(one['mean'])} ({100 * one['level']:.4g} %: {between}, n = {one['n']})"
 
     name = "undecided"
-    if not found:
-        return name, f"{claim}: {name}; no seed has both {new} and {old}."
     if shows(found) and sign * (matched or 0) > 0:
         name = "reproduced"
-    elif oracle and oracle["n"] > 1 and has_zero(oracle):
+    elif oracle and oracle["n"] > 1 and ends(oracle)[0] <= 0 <= ends(oracle)[1]:
         name = "not answerable"
-    elif (oracle and shows(oracle) and found["n"] > 1
-          and max(sign * found["low"], sign * found["high"]) < margin):
+    elif oracle and shows(oracle) and ends(found)[1] < margin:
         name = "contradicted"
     what = "Dice" if figure == "dice" else "subtype variance"
     equal = "" if point == "matched" or matched is None else f", {amount(matched)} at equal FPR"

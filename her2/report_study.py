@@ -45,8 +45,6 @@ COMPARED = (("dice", "best", "Dice, val-best"), ("dice", "half", "Dice at 0.5"),
 POINT = {"best": "val-best threshold", "half": "at 0.5", "matched": "at equal FPR"}
 
 
-# ---- the file of a seed ------------------------------------------------------------------------------------
-
 def to_json(one: Outcome) -> dict:
     """JSON has no NaN: a figure that does not exist is None there."""
     return {"scores": list(one.scores), "thresholds": one.thresholds,
@@ -113,16 +111,6 @@ def read_seeds(files) -> list:
     return [found[seed] for seed in sorted(found)]
 
 
-# ---- the report --------------------------------------------------------------------------------------------
-
-def comparisons(study, arms) -> dict:
-    """{"ARM against OTHER": {"dice best": ..., "log_variance matched": ...}} with intervals."""
-    pairs = [*((arm, report.BASELINE) for arm in arms if arm != report.BASELINE),
-             *(pair for pair in SECONDARY if set(pair) <= set(arms))]
-    return {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
-                                     for figure, point, _ in COMPARED} for new, old in pairs}
-
-
 def interval_text(found, ratio: bool) -> str:
     """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]"."""
     if found is None:
@@ -178,13 +166,17 @@ def write_report(files, out) -> dict:
     arms = {name: {seed["seed"]: from_json(seed["arms"][name]) for seed in seeds if name in seed["arms"]}
             for name in names}
     study = Study(arms, ClassTable.from_json(seeds[0]["classes"]))
-    found, claims, configs = comparisons(study, names), study.primaries(), {}
+    pairs = [*((arm, report.BASELINE) for arm in names if arm != report.BASELINE),
+             *(pair for pair in SECONDARY if set(pair) <= set(names))]
+    found = {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
+                                      for figure, point, _ in COMPARED} for new, old in pairs}
+    claims, configs = study.primaries(), {}
     for config in sum([seed["configs"] for seed in seeds], []):     # every arm once, with a run per seed
         configs.setdefault(config["name"], {**config, "runs": []})["runs"] += config["runs"]
     configs = sorted(configs.values(), key=lambda config: report.order(config["name"]))
     numbers, preset = [seed["seed"] for seed in seeds], seeds[0]["preset"]
     machines = sorted({seed["machine"] for seed in seeds})
-    repeats = sorted({len(one.tables["half"]) for arm in arms.values() for one in arm.values()})
+    repeats = sorted({str(len(one.tables["half"])) for arm in arms.values() for one in arm.values()})
     pictures = ladder(out, found) + report.figures(out, configs, study.classes)
     moved = report_staining.over_seeds([seed["old and new"] for seed in seeds], study.classes)
     if moved:
@@ -198,12 +190,11 @@ def write_report(files, out) -> dict:
                "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
     minutes = {}
-    for seed in seeds:
-        for stage, seconds in seed["seconds"].items():
-            minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
+    for stage, seconds in (one for seed in seeds for one in seed["seconds"].items()):
+        minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
-             f"and segmenters ({' or '.join(map(str, repeats))} per arm). The plan that was fixed before "
+             f"and segmenters ({' or '.join(repeats)} per arm). The plan that was fixed before "
              "stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
              "intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),

@@ -75,7 +75,6 @@ class OraclePainter:
         if found["recipe"] != phantom.RECIPE:
             raise UserError(f"{path}: made by another version of the phantom; make it again")
         self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
-        # scene(slide, roi) -> (scene, polygons)
         self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
 
     def paint(self, batch):
@@ -86,7 +85,7 @@ class OraclePainter:
     def render(self, source, instance, mapping, seed) -> np.ndarray:
         """(P, P, 3) uint8 of the patch at the slide, ROI and position of `source`."""
         slide, roi = map(int, re.findall(r"\d+", source["name"])[:2])           # images/slide03_roi0.png
-        scene, _ = self.scene(slide, roi)
+        scene, _ = self.scene(slide, roi)                                       # and its polygons
         um, wanted = self.preset.um_per_px, {}
         for i, (_, new) in mapping.items():
             # An annotated outline is drawn by a shaky hand: its nest is the one that owns most of its pixels.

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,43 +27,38 @@ from her2 import run
 from her2.run_errors import ROOT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     name: str               # unique, such as "seed 10: diffusion"
     kind: str               # stages of one kind cost about the same: "diffusion"
     line: tuple             # command line after `python`: a script and its flags, or -m and a module
     folder: Path            # what it fills
-    needs: tuple = ()       # names of other stages
+    needs: tuple = ()       # other stages
     data: str = ""          # hash of the user's data that it reads
 
     @property
     def command(self) -> str:
         return subprocess.list2cmdline(["python", *self.line])  # a path with spaces gets its quotes
 
-
-def keys_of(stages) -> dict:
-    """{name: key}; a stage stands behind those that it needs."""
-    keys = {}
-    for stage in stages:
-        parts = [stage.command, stage.data, *(keys[name] for name in stage.needs)]
-        keys[stage.name] = hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:16]
-    return keys
+    @cached_property
+    def key(self) -> str:
+        parts = [self.command, self.data, *(stage.key for stage in self.needs)]
+        return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:16]
 
 
 class Record:
     """stages.json: {stage: {"key", "command", "seconds"}} of what is complete."""
 
-    def __init__(self, path, stages):
-        self.path, self.keys = Path(path), keys_of(stages)
+    def __init__(self, path):
+        self.path = Path(path)
         self.done = run.read_json(path) if self.path.exists() else {}
 
     def complete(self, stage) -> bool:
-        return self.done.get(stage.name, {}).get("key") == self.keys[stage.name] and stage.folder.exists()
+        return self.done.get(stage.name, {}).get("key") == stage.key and stage.folder.exists()
 
     def add(self, stage, seconds: float) -> None:
         # Of a stage that went on from a checkpoint, the seconds are those since then.
-        self.done[stage.name] = {"key": self.keys[stage.name], "command": stage.command,
-                                 "seconds": round(seconds, 1)}
+        self.done[stage.name] = {"key": stage.key, "command": stage.command, "seconds": round(seconds, 1)}
         run.write_json(self.path, self.done)
 
     def set_aside(self, stage) -> None:
@@ -150,11 +146,11 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
         say(f"{len(ready)} of {len(stages)} stages are complete")
     try:
         while waiting or running:
-            for stage in [s for s in waiting if set(s.needs) & set(failed)]:
+            for stage in [s for s in waiting if {need.name for need in s.needs} & set(failed)]:
                 waiting.remove(stage)
                 failed[stage.name] = None           # named by what it needs
             for slot in set(range(jobs)) - set(running):
-                stage = next((s for s in waiting if set(s.needs) <= ready), None)
+                stage = next((s for s in waiting if {need.name for need in s.needs} <= ready), None)
                 if stage is None:
                     break
                 waiting.remove(stage)
