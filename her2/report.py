@@ -126,9 +126,9 @@ def mean_sd(numbers):
 
 
 def change(config: dict, baseline: dict, path):
-    """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline).
-    The baseline's figure is that at 0.5, where it is matched to itself. None without a common seed that has
-    both; the sd of a single seed and the percentage of a baseline of 0 are None."""
+    """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline),
+    or None; the sd of a single seed and the percentage of a baseline of 0 are None. The baseline's figure is
+    that at 0.5, where it is matched to itself."""
     base = dict(zip(figures_of(baseline, "seed"), figures_of(baseline, path[-1])))
     pairs = zip(figures_of(config, *path), map(base.get, figures_of(config, "seed")))
     pairs = [pair for pair in pairs if None not in pair]
@@ -211,8 +211,8 @@ def page(results: dict, data: str, notes, pictures) -> str:
 
 
 def gallery(results: dict, pictures, over: str = "") -> list:
-    """Paragraphs of report.md: what was measured of the images, and pictures [(file name, caption), ...].
-    `over`: a sentence that says over what the numbers are means."""
+    """Paragraphs of report.md: what was measured of the images (`over`: over what the numbers are means), and
+    pictures [(file name, caption), ...]."""
     parts = []
     if results.get("staining"):
         parts += ["## Is the staining what was asked for?", f"{over}Median DAB optical density of the "

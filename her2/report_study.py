@@ -147,13 +147,12 @@ def difference_table(found: dict, study) -> list:
 
 def ladder(out, found) -> list:
     """ladder.png into `out`; [(file, caption)]."""
-    rows = [arm for arm in LADDER if f"{arm} against {report.BASELINE}" in found]
-    dice, variance = ([one and (one["mean"], one["low"], one["high"]) for one in (
-        found[f"{arm} against {report.BASELINE}"][key] for arm in rows)]
-        for key in ("dice matched", "log_variance matched"))
-    draw.save_png(out / "ladder.png", draw_charts.intervals(
-        [("Dice, difference at equal FPR", dice, False),
-         ("subtype variance, ratio at equal FPR", variance, True)], rows))
+    rows, panels = [arm for arm in LADDER if f"{arm} against {report.BASELINE}" in found], []
+    for title, figure in (("Dice, difference", "dice"), ("subtype variance, ratio", "log_variance")):
+        parts = [found[f"{arm} against {report.BASELINE}"][f"{figure} matched"] for arm in rows]
+        ends = [one and (one["mean"], one["low"], one["high"]) for one in parts]
+        panels.append((f"{title} at equal FPR", ends, figure != "dice"))
+    draw.save_png(out / "ladder.png", draw_charts.intervals(panels, rows))
     return [("ladder.png", "Difference to the subtype-sampled baseline at its own false-positive rate, mean "
              "and 95 % interval over seeds, from what no generator can pass down to the paper's methods: "
              "where a step loses, there the quality is lost.")]
@@ -176,17 +175,18 @@ def write_report(files, out) -> dict:
     configs = sorted(configs.values(), key=lambda config: report.order(config["name"]))
     numbers, preset = [seed["seed"] for seed in seeds], seeds[0]["preset"]
     machines = sorted({seed["machine"] for seed in seeds})
-    repeats = sorted({str(len(one.tables["half"])) for arm in arms.values() for one in arm.values()})
+    repeats = sorted({len(one.tables["half"]) for arm in arms.values() for one in arm.values()})
     pictures = ladder(out, found) + report.figures(out, configs, study.classes)
     moved = report_staining.over_seeds([seed["old and new"] for seed in seeds], study.classes)
     if moved:
         draw.save_png(out / "old_and_new.png", report_staining.heat_maps(moved, study.classes))
         pictures.append(("old_and_new.png", "Mean DAB density of generated instances by the subtype before "
                          "and the one asked for, 95 % interval over seeds: does the old one shine through?"))
+    images, staining = (averaged([seed[key] for seed in seeds if seed[key]]) or {}
+                        for key in ("images", "staining"))
     results = {"baseline": report.BASELINE, "threshold": 0.5, "seeds": numbers, "preset": preset,
-               "configs": configs, "verdicts": claims, "comparisons": found,
-               **{key: averaged([seed[key] for seed in seeds if seed[key]]) or {}
-                  for key in ("images", "staining")}, "old and new": moved, "machines": machines,
+               "configs": configs, "verdicts": claims, "comparisons": found, "images": images,
+               "staining": staining, "old and new": moved, "machines": machines,
                "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
     minutes = {}
@@ -194,7 +194,7 @@ def write_report(files, out) -> dict:
         minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
-             f"and segmenters ({' or '.join(repeats)} per arm). The plan that was fixed before "
+             f"and segmenters ({' or '.join(map(str, repeats))} per arm). The plan that was fixed before "
              "stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
              "intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),

@@ -75,14 +75,10 @@ class Record:
 def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
     """Expected seconds until all is finished: `cost` {kind: seconds}, scaled by what finished stages took.
     running: {stage: seconds so far}; done: {kind: [seconds]} of this run."""
-    expected = sum(cost.get(kind, 60) * len(times) for kind, times in done.items())
+    expected = sum(cost[kind] * len(times) for kind, times in done.items())
     pace = sum(map(sum, done.values())) / expected if expected else 1.0
-
-    def of(stage):
-        times = done.get(stage.kind)
-        return sum(times) / len(times) if times else pace * cost.get(stage.kind, 60)
-
-    work = sum(map(of, waiting)) + sum(max(of(stage) - spent, 0) for stage, spent in running.items())
+    work = sum(pace * cost[stage.kind] for stage in waiting)
+    work += sum(max(pace * cost[stage.kind] - spent, 0) for stage, spent in running.items())
     return work / jobs
 
 
@@ -115,8 +111,8 @@ class Job:
     def last_line(self, start: str) -> str:
         """The last line of its log that begins with `start`, the last at all where there is none."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        lines = [line.split("\r")[-1].strip() for line in lines if line.strip()]
-        return next((line for line in reversed(lines) if line.startswith(start)), (lines or [""])[-1])
+        lines = [line.split("\r")[-1].strip() for line in lines if line.strip()] or [""]
+        return next((line for line in reversed(lines) if line.startswith(start)), lines[-1])
 
 
 def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) -> list:
@@ -124,13 +120,11 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
     `finished(stage)` is called for every stage that is complete, also for those that were before. What needs
     a failed stage is left out; what does not goes on. Ctrl-C stops all jobs, each of which saves a checkpoint
     of its own, and is raised again."""
-    waiting, ready, failed, running, times = [], set(), {}, {}, {}
+    waiting = [stage for stage in stages if not record.complete(stage)]
+    ready, failed, running, times = {stage.name for stage in stages if stage not in waiting}, {}, {}, {}
     for stage in stages:
-        if record.complete(stage):
-            ready.add(stage.name)
+        if stage.name in ready:
             finished(stage)
-        else:
-            waiting.append(stage)
     # One line per job and one for the whole on a terminal; elsewhere a line when a stage begins and ends.
     bars = [tqdm(position=k, bar_format="{desc}", leave=False)
             for k in range(jobs + 1 if jobs > 1 and sys.stderr.isatty() else 0)]
@@ -146,11 +140,11 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
         say(f"{len(ready)} of {len(stages)} stages are complete")
     try:
         while waiting or running:
-            for stage in [s for s in waiting if {need.name for need in s.needs} & set(failed)]:
+            for stage in [s for s in waiting if any(need.name in failed for need in s.needs)]:
                 waiting.remove(stage)
                 failed[stage.name] = None           # named by what it needs
             for slot in set(range(jobs)) - set(running):
-                stage = next((s for s in waiting if {need.name for need in s.needs} <= ready), None)
+                stage = next((s for s in waiting if all(need.name in ready for need in s.needs)), None)
                 if stage is None:
                     break
                 waiting.remove(stage)
@@ -175,11 +169,11 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
                 finished(stage)
                 say(f"{stage.name}: {job.seconds / 60:.1f} min; {len(ready)} of {len(stages)} stages are "
                     f"complete, {left()}")
-            texts = {slot: f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}"
-                     for slot, job in running.items() if bars}
             for slot, bar in enumerate(bars):
-                whole = f"{len(ready)}/{len(stages)} stages, {left()}"
-                text = texts.get(slot, "-") if slot < jobs else whole
+                text = "-" if slot < jobs else f"{len(ready)}/{len(stages)} stages, {left()}"
+                if slot in running:
+                    job = running[slot]
+                    text = f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}"
                 bar.set_description_str(text[:shutil.get_terminal_size()[0] - 1])
     finally:
         for job in running.values():        # send_signal does nothing to a process that has ended

@@ -124,7 +124,7 @@ def test_a_failing_stage_names_itself_and_the_rest_goes_on(tmp_path, capfd):
     plan += [stage("four", "pass", plan[2])]
     plan += [stage("five", "pass", plan[3], plan[1])]
     seen, record = [], Record(tmp_path / "stages.json")
-    failed = run_stages(plan, 2, record, tmp_path / "logs", {}, lambda s: seen.append(s.name))
+    failed = run_stages(plan, 2, record, tmp_path / "logs", {"x": 1}, lambda s: seen.append(s.name))
     assert seen == ["three", "four"] and set(record.done) == {"three", "four"}
     assert len(failed) == 1 and "'one'" in failed[0]
     assert not (tmp_path / "two").exists() and not (tmp_path / "five").exists()
