@@ -15,12 +15,9 @@ normalised cross-correlation (both parts with mean 0 and norm 1), for all p at o
 F, the features: amounts of haematoxylin and of DAB by colour deconvolution, standardised within each instance
 and within the background, then averaged over boxes of P/16 and P/8 pixels, P the side of an image, on a grid
 of P/32: gain and offset of a stain do not matter, nor do the outlines of the label, shared by design. Real
-patches of val and test slides, drawn as the sources are, say what is normal:
-
-    threshold   their quantile 1 - --false-alarm;   share: synthetic images above it
-    p           permutation test of the sum over the synthetic images of max(0, (similarity - median) / MAD)^3
-                with pooled median and MAD. Where held-out slides are few p is too small, for patches of one
-                slide resemble each other: hence a verdict only from p < 0.01
+patches of val and test slides, drawn as the sources are, say what is normal (p: permutation test of the sum
+over the synthetic images of max(0, (similarity - median) / MAD)^3, pooled median and MAD). Patches of one
+slide resemble each other, so p is too small where held-out slides are few: a verdict only from p < 0.01.
 
 Inpainted images are compared on the tumor that was regenerated, held-out patches on the same places.
 Absence of evidence holds for these features only: a copy that is bent or scaled by much is not found.
@@ -34,12 +31,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from her2 import draw, run
+from her2 import draw, report, run, run_config
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.data_patches import PatchSampler, dihedral
 from her2.data_regions import open_roi
-from her2.report import plain
-from her2.run_config import Parser
 from her2.run_errors import UserError, command
 from her2.run_provenance import read_fields, trained_with
 from her2.run_seeds import numpy_generator
@@ -92,9 +87,8 @@ class Tissue:
         return torch.fft.rfft2(x, s=self.size)
 
     def search(self, templates, weights):
-        """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k.
-        The part of the region at that place is like dihedral(image, k). templates, weights: per scale
-        (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1."""
+        """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k of
+        `dihedral`. templates, weights: per scale (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1."""
         count = len(templates[0])
         best, where = torch.full((count,), -2.0), torch.zeros(count, 4, dtype=torch.long)
         # Batches outside, regions inside: the spectra of a turned template serve all regions.
@@ -145,8 +139,8 @@ def permutation_p(synthetic, held_out, seed: int) -> float:
 
 def audit(pictures, held_out, rois, classes, patch: int, device, inpainted, cache):
     """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
-    pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
-    the synthetic images counts, and those are left out in which it is too small."""
+    pictures, held_out: [(image (P, P, 3) uint8, label (P, P), instance (P, P))]. `inpainted`: only the tumor
+    of the synthetic images counts; those with too little are left out."""
     weights = []
     for _, label, _ in pictures:
         region = np.isin(label, classes.tumor_ids) if inpainted else label >= 0         # (P, P)
@@ -172,7 +166,7 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted, cach
 
 
 def main(argv):
-    parser = Parser(prog="python -m her2.audit", description=__doc__)
+    parser = run_config.Parser(prog="python -m her2.audit", description=__doc__)
     parser.add_argument("synthetic", metavar="SYNTH", help="folder made by generate.py")
     for flag, default, text in (
             ("--data", "", "dataset folder; empty: the one that the images were made from"),
@@ -203,14 +197,12 @@ def main(argv):
     if small:
         raise UserError(f"{small.image}: smaller than the synthetic images ({patch} pixels); make them of a "
                         "smaller --patch")
-
-    step = max(1, len(synthetic.rois) // args.count) if args.count else 1
-    rois = synthetic.rois[::step][:args.count or None]
+    count = args.count or len(synthetic.rois)
+    rois = synthetic.rois[::max(1, len(synthetic.rois) // count)][:count]
     pictures = [open_roi(roi, synthetic.classes, args.cache).window(0, 0, patch, patch) for roi in rois]
     # Both splits held out, for more slides: neither the networks nor their training saw one of them.
-    unseen = [replace(roi, split="val") for roi in dataset.rois if roi.split != "train"]
-    sampler = PatchSampler(replace(dataset, rois=unseen), "val", patch, fields.get("sampling", "tumor"),
-                           cache=args.cache)
+    unseen = replace(dataset, rois=[replace(r, split="val") for r in dataset.rois if r.split != "train"])
+    sampler = PatchSampler(unseen, "val", patch, fields.get("sampling", "tumor"), cache=args.cache)
     held_out = [sampler.draw(numpy_generator(args.seed, "audit", j))[:3] for j in range(args.held_out)]
     found, where, normal, kept = audit(pictures, held_out, train, dataset.classes, patch,
                                        pick_device(args.device), inpainted, args.cache)
@@ -242,7 +234,7 @@ def main(argv):
     draw.save_png(out / "audit.png", draw.image_grid(
         pairs, ["synthetic", "nearest\ntraining\npatch"], [f"{found[i]:.3f}" for i in shown],
         title=f"Threshold {threshold:.3f} (held-out patches)"))
-    print(plain(rows))
+    print(report.plain(rows))
     print(f"{len(found)} images: median similarity {np.median(found):.3f}, held-out {np.median(normal):.3f}; "
           f"{share:.1%} above {threshold:.3f} (expected {args.false_alarm:.1%}); p = {p:.4f}")
     print("The set is" if p < 0.01 else "Nothing says that the set is",

@@ -13,15 +13,14 @@ new classes help, generate with OUT and segment with DIR, whose classes remain t
 
 An instance is three numbers, x = log of (mean, standard deviation, mean gradient) of its DAB density: how
 much stain, how uneven, how much of it in edges such as membranes. To those of the training slides, scaled to
-mean 0 and standard deviation 1, a mixture of K Gaussians is fitted:
+mean 0 and sd 1, a mixture of K Gaussians is fitted; the most probable one is the cluster of an instance:
 
     p(x) = sum_k w_k N(x; m_k, C_k)         expectation and maximisation from k-means++ centres
     BIC(K) = -2 log likelihood + (K - 1 + K D + K D (D + 1) / 2) log n        the least one chooses K
 
-Every instance of every split goes to its most probable cluster; how much that agrees with the annotation is
-the adjusted Rand index. PAPER: section 5 suggests subtypes without annotation, section 4 stained against
-non-stained, untried. Sources: k-means++, Arthur & Vassilvitskii (2007); BIC, Schwarz (1978); Hubert & Arabie
-(1985). Key: n instances, K clusters, D features, N largest instance id of a region.
+PAPER: section 5 suggests subtypes without annotation, section 4 stained against non-stained, untried.
+Sources: k-means++, Arthur & Vassilvitskii (2007); BIC, Schwarz (1978); Hubert & Arabie (1985).
+Key: n instances, K clusters, D features, N largest instance id of a region.
 """
 
 import colorsys
@@ -71,8 +70,9 @@ def main(argv):
     if not config.merge:
         found = instances(dataset, regions)
         member, record = cluster(dataset, found, config)
-    table, meaning = (merged(dataset.classes, config.merge) if config.merge
-                      else clusters_table(dataset.classes, member.max() + 1))
+        table, meaning = clusters_table(dataset.classes, member.max() + 1)
+    else:
+        table, meaning = merged(dataset.classes, config.merge)
     class_of = [meaning[region.class_of] for region in regions]   # per region: the new class of each instance
     folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
                           input_hashes(config, dataset))

@@ -3,9 +3,8 @@
     obedience    Dice and recalls of a segmenter that was trained on real patches of other tissue, applied to
                  the images, against the masks asked for; what it says of real patches is the ceiling
     sharpness    mean |image - its 3 x 3 mean| in tumor, each class counting alike, as a share of real
-    distances    Frechet and kernel distance (`frechet`) between features of the images and of real training
-                 patches drawn in the same way. Features are averages over the maps f_2 and f_3 of that
-                 segmenter, each divided by its standard deviation over the real ones
+    distances    Frechet and kernel distance (`frechet`) to real training patches drawn in the same way, of
+                 the means of the maps f_2 and f_3 of that segmenter, divided by their sd over the real ones
 
 A distance is small for images that look like *training* tissue, not for images that help: the oracle sets the
 scale, and `val` patches do for unseen slides. PAPER: not reported. Key: N images, P side, F features.

@@ -95,12 +95,11 @@ def transitions(records, entries: dict, classes) -> dict:
 
 def over_seeds(tables, classes) -> dict:
     """{method: `transitions`} of several seeds -> the same, each cell over the seeds' means: n is seeds."""
-    names, result = classes.names, {}
+    tumor, names, result = classes.tumor_ids, classes.names, {}
     for method in dict.fromkeys(method for one in tables for method in one):
-        means = {(old, new): [one[method][names[old]][names[new]]["mean"] for one in tables if method in one]
-                 for old in classes.tumor_ids for new in classes.tumor_ids}
-        result[method] = by_pair({pair: [v for v in some if v is not None] for pair, some in means.items()},
-                                 classes)
+        cells = {(old, new): [one[method][names[old]][names[new]]["mean"] for one in tables if method in one]
+                 for old in tumor for new in tumor}
+        result[method] = by_pair({k: [v for v in vs if v is not None] for k, vs in cells.items()}, classes)
     return result
 
 

@@ -53,9 +53,8 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     assert len(test) == len(scores), f"{len(test)} test slides, {len(scores)} scores"
     whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
-    # At its own threshold an arm can buy recall with false alarms, and with it a lower variance: the same
-    # false-positive rate for all takes that away. Found on test, so it describes and chooses nothing
-    # (`metrics.matched` finds its threshold on val, and leaves the rates on test apart).
+    # At its own threshold an arm can buy recall with false alarms, and with it a lower variance: one rate for
+    # all takes that away. Found on test, so it describes and chooses nothing (`metrics.matched`: on val).
     equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
     best = ProbabilityHistogram(classes, np.sum(val, axis=0)).best_threshold()
     thresholds = {"best": best or 0.5, "half": 0.5, "matched": equal or 0.5}
@@ -75,7 +74,7 @@ def together(runs: list) -> Outcome:
 
 
 def averaged(dicts):
-    """Nested dicts of numbers -> the same with the mean over those that have the number; "n" is their sum."""
+    """Nested dicts of numbers -> the same with the mean over those not None (NaN stays); "n" is their sum."""
     dicts = [one for one in dicts if one is not None]
     if dicts and isinstance(dicts[0], dict):
         return {key: sum(one[key] for one in dicts) if key == "n"
@@ -151,8 +150,8 @@ def holm(p_values) -> tuple[list, list]:
 def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list]:
     """Draws of the bootstrap: the seed at each place (R, n); per seed the weights of its slides (places, S),
     in the order of which == seed. `scores`: per seed the strata of its slides."""
-    rng = np.random.default_rng(key)
-    which, weights = rng.integers(len(scores), size=(replicates, len(scores))), []
+    rng, weights = np.random.default_rng(key), []
+    which = rng.integers(len(scores), size=(replicates, len(scores)))
     for seed, strata in enumerate(map(np.array, scores)):
         weights.append(np.zeros(((which == seed).sum(), len(strata))))
         for score in np.unique(strata):     # a draw without slides of a score would have no recall of it
@@ -217,8 +216,8 @@ class Study:
                 [float((new - old) / (bound - old)), *percentiles((a - b) / (c - b), len(seeds))])
 
     def primaries(self) -> list:
-        """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle", "verdict", "sentence".
-        The bound of a claim is the oracle against its other arm. One without data stays in the family."""
+        """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle" (against its other arm),
+        "verdict", "sentence". A claim without data stays in the family."""
         found, rows = [self.difference(*what) for what in CLAIMS.values()], []
         for claim, d, p, level in zip(CLAIMS, found, *holm([d["p"] if d else 1.0 for d in found])):
             new, old, point, figure = CLAIMS[claim]

@@ -108,9 +108,9 @@ class OraclePainter:
             inside = np.argwhere(label == rng.choice(present))
             y, x = (inside[rng.integers(len(inside))] - patch // 2).clip(0, side - patch)
         label, instance = (torch.from_numpy(one[y:y + patch, x:x + patch]) for one in (label, instance))
-        return {"image": torch.zeros(3, patch, patch), "label": label.long(),
-                "instance": renumber(instance), "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0",
-                "slide": f"new{FRESH + i}", "x": int(x), "y": int(y)}
+        return {"image": torch.zeros(3, patch, patch), "label": label.long(), "instance": renumber(instance),
+                "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0", "slide": f"new{FRESH + i}",
+                "x": int(x), "y": int(y)}
 
 
 class RestainPainter:
