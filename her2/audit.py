@@ -12,17 +12,12 @@ normalised cross-correlation (both parts with mean 0 and norm 1), for all p at o
 
     num = sum_u T(u) R(p + u)      NCC = num / sqrt(sum w R^2 - (sum w R)^2 / n)      T = w (F - mean) / norm
 
-F, the features: amounts of haematoxylin and of DAB by colour deconvolution, standardised within each
-annotated instance and within the background, then averaged over boxes of P/16 and P/8 pixels, P the side of
-an image, on a grid of P/32. A gain or offset of a stain changes nothing, and the outlines of the label, which
-a synthetic image may share with its source by design, are gone.
-
-Real patches of val and test slides, drawn as the sources are, say what is normal. With M of them,
-
-    threshold   their quantile 1 - --false-alarm;   share: synthetic images above it
-    p           permutation test of the set: the statistic is the sum over the synthetic images of
-                max(0, (similarity - median) / MAD)^3, pooled median and MAD. Patches of one slide resemble
-                each other: where held-out slides are few p is too small, hence a verdict only from p < 0.01
+F, the features: amounts of haematoxylin and of DAB by colour deconvolution, standardised within each instance
+and within the background, then averaged over boxes of P/16 and P/8 pixels, P the side of an image, on a grid
+of P/32: gain and offset of a stain do not matter, nor do the outlines of the label, shared by design. Real
+patches of val and test slides, drawn as the sources are, say what is normal (p: permutation test of the sum
+over the synthetic images of max(0, (similarity - median) / MAD)^3, pooled median and MAD). Patches of one
+slide resemble each other, so p is too small where held-out slides are few: a verdict only from p < 0.01.
 
 Inpainted images are compared on the tumor that was regenerated, held-out patches on the same places.
 Absence of evidence holds for these features only: a copy that is bent or scaled by much is not found.
@@ -36,12 +31,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from her2 import draw, run
+from her2 import draw, report, run, run_config
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.data_patches import PatchSampler, dihedral
 from her2.data_regions import open_roi
-from her2.report import plain
-from her2.run_config import Parser
 from her2.run_errors import UserError, command
 from her2.run_provenance import read_fields, trained_with
 from her2.run_seeds import numpy_generator
@@ -85,9 +78,8 @@ class Tissue:
         # One size for all, so that a template is transformed once; multiples of 16 transform fast.
         self.size = [-(-max(sides) // step // 16) * 16 for sides in zip(*((r.height, r.width) for r in rois))]
         for roi in tqdm(rois, desc="training tissue", unit="ROI", leave=False, disable=None):
-            region = open_roi(roi, classes, cache)
-            image, _, instance = region.whole()
-            places = [(side - patch) // step + 1 for side in (region.height, region.width)]
+            image, _, instance = open_roi(roi, classes, cache).whole()
+            places = [(side - patch) // step + 1 for side in instance.shape]
             maps = [scale.to(device) for scale in features(image, instance, patch)]
             self.regions.append(([[self.spectrum(x) for x in (m, m.square())] for m in maps], places))
 
@@ -95,9 +87,8 @@ class Tissue:
         return torch.fft.rfft2(x, s=self.size)
 
     def search(self, templates, weights):
-        """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k.
-        The part of the region at that place is like dihedral(image, k). templates, weights: per scale
-        (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1."""
+        """Per image: highest NCC (N,) and where it is (N, 4): region, row and column in grid steps, turn k of
+        `dihedral`. templates, weights: per scale (N, 2, t, t) and (N or 1, 1, t, t), the weights 0 or 1."""
         count = len(templates[0])
         best, where = torch.full((count,), -2.0), torch.zeros(count, 4, dtype=torch.long)
         # Batches outside, regions inside: the spectra of a turned template serve all regions.
@@ -109,10 +100,9 @@ class Tissue:
                 # The larger counts: a blurred copy is still alike in coarse boxes.
                 ncc = [self.ncc(*one, *scale, places) for one, scale in zip(turned, scales)]
                 top, at = torch.maximum(*ncc).flatten(1).cpu().max(dim=1)               # (B,) each
-                here = torch.stack([torch.full_like(at, i), at // places[1], at % places[1],
-                                    torch.full_like(at, k)], dim=1)                     # (B, 4)
                 better = top > best[part]
-                where[part] = torch.where(better[:, None], here, where[part])
+                here = [torch.full_like(at, i), at // places[1], at % places[1], torch.full_like(at, k)]
+                where[part] = torch.where(better[:, None], torch.stack(here, dim=1), where[part])
                 best[part] = torch.where(better, top, best[part])
         return best.numpy(), where.numpy()
 
@@ -136,25 +126,26 @@ class Tissue:
 
 
 def permutation_p(synthetic, held_out, seed: int) -> float:
-    """Probability that the synthetic set is this much nearer by chance; see the module's docstring."""
+    """Probability that the synthetic set is this much nearer by chance."""
     both = np.concatenate([synthetic, held_out])
     away = both - np.median(both)
     # The third power: few copies weigh as much as a small shift of all.
     excess = np.maximum(0, away / max(1.4826 * np.median(np.abs(away)), 1e-9)) ** 3
     rng, n = numpy_generator(seed, "audit", "permutations"), len(synthetic)
+    chance = np.array([excess[rng.permutation(len(both))[:n]].sum() for _ in range(PERMUTATIONS)])
     # + 1: the division as it was found is one of the divisions that chance could have made, so p is never 0.
-    chance = [excess[rng.permutation(len(both))[:n]].sum() for _ in range(PERMUTATIONS)]
-    return (1 + int((np.array(chance) >= excess[:n].sum() * (1 - 1e-12)).sum())) / (1 + PERMUTATIONS)
+    return (1 + int((chance >= excess[:n].sum() * (1 - 1e-12)).sum())) / (1 + PERMUTATIONS)
 
 
-def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False, cache="cache"):
+def audit(pictures, held_out, rois, classes, patch: int, device, inpainted, cache):
     """(similarity (N,), where (N, 4), similarity of the held-out ones (M,), kept (N,): which `pictures`).
-    pictures, held_out: (image (P, P, 3) uint8, label (P, P), instance (P, P)). `inpainted`: only the tumor of
-    the synthetic images counts, and those are left out in which it is too small."""
-    tumor = [torch.from_numpy(np.isin(label, classes.tumor_ids) if inpainted else label >= 0)[None].float()
-             for _, label, _ in pictures]
-    # Only boxes that lie whole within the region: the rest holds pixels that were copied by design.
-    weights = [[(maps > 0.999).float() for maps in pooled(region, patch)] for region in tumor]
+    pictures, held_out: [(image (P, P, 3) uint8, label (P, P), instance (P, P))]. `inpainted`: only the tumor
+    of the synthetic images counts; those with too little are left out."""
+    weights = []
+    for _, label, _ in pictures:
+        region = np.isin(label, classes.tumor_ids) if inpainted else label >= 0         # (P, P)
+        # Only boxes that lie whole within it: the rest holds pixels that were copied by design.
+        weights.append([(m > 0.999).float() for m in pooled(torch.from_numpy(region)[None].float(), patch)])
     kept = [i for i, scales in enumerate(weights) if scales[0].sum() >= SMALLEST]
     if not kept:
         raise UserError("--count: no image has enough regenerated tumor to be compared; audit more images, "
@@ -175,7 +166,7 @@ def audit(pictures, held_out, rois, classes, patch: int, device, inpainted=False
 
 
 def main(argv):
-    parser = Parser(prog="python -m her2.audit", description=__doc__)
+    parser = run_config.Parser(prog="python -m her2.audit", description=__doc__)
     parser.add_argument("synthetic", metavar="SYNTH", help="folder made by generate.py")
     for flag, default, text in (
             ("--data", "", "dataset folder; empty: the one that the images were made from"),
@@ -192,8 +183,7 @@ def main(argv):
         raise UserError("--count and --seed start at 0, --held-out at 20, --false-alarm at 1 / held-out; "
                         "give such numbers")
     folder = Path(args.synthetic)
-    synthetic = load_synthetic(folder)
-    fields, recorded = read_fields(folder), folder / "split.json"
+    synthetic, fields, recorded = load_synthetic(folder), read_fields(folder), folder / "split.json"
     dataset = load_dataset(args.data or trained_with(folder, args)["data"], seed=args.split_seed,
                            split=read_split(recorded) if recorded.is_file() else None)
     check_synthetic(synthetic, dataset)
@@ -203,24 +193,20 @@ def main(argv):
     if sizes != {(patch, patch)} or patch % GRID:
         raise UserError(f"{folder}: images of {len(sizes)} sizes, up to {patch} pixels; the audit needs "
                         f"squares of one size that is a multiple of {GRID}")
-    for roi in train:
-        if min(roi.height, roi.width) < patch:
-            raise UserError(f"{roi.image}: smaller than the synthetic images ({patch} pixels); make them of "
-                            "a smaller --patch")
-
-    # ---- compare -------------------------------------------------------------------------------------------
-    step = max(1, len(synthetic.rois) // args.count) if args.count else 1
-    rois = synthetic.rois[::step][:args.count or None]
+    small = next((roi for roi in train if min(roi.height, roi.width) < patch), None)
+    if small:
+        raise UserError(f"{small.image}: smaller than the synthetic images ({patch} pixels); make them of a "
+                        "smaller --patch")
+    count = args.count or len(synthetic.rois)
+    rois = synthetic.rois[::max(1, len(synthetic.rois) // count)][:count]
     pictures = [open_roi(roi, synthetic.classes, args.cache).window(0, 0, patch, patch) for roi in rois]
     # Both splits held out, for more slides: neither the networks nor their training saw one of them.
-    unseen = [replace(roi, split="val") for roi in dataset.rois if roi.split != "train"]
-    sampler = PatchSampler(replace(dataset, rois=unseen), "val", patch, fields.get("sampling", "tumor"),
-                           cache=args.cache)
+    unseen = replace(dataset, rois=[replace(r, split="val") for r in dataset.rois if r.split != "train"])
+    sampler = PatchSampler(unseen, "val", patch, fields.get("sampling", "tumor"), cache=args.cache)
     held_out = [sampler.draw(numpy_generator(args.seed, "audit", j))[:3] for j in range(args.held_out)]
     found, where, normal, kept = audit(pictures, held_out, train, dataset.classes, patch,
                                        pick_device(args.device), inpainted, args.cache)
 
-    # ---- report --------------------------------------------------------------------------------------------
     # "higher": a value that was measured, so that no more than the share asked for lies above it.
     threshold = float(np.quantile(normal, 1 - args.false_alarm, method="higher"))
     p, share = permutation_p(found, normal, args.seed), float((found > threshold).mean())
@@ -248,11 +234,11 @@ def main(argv):
     draw.save_png(out / "audit.png", draw.image_grid(
         pairs, ["synthetic", "nearest\ntraining\npatch"], [f"{found[i]:.3f}" for i in shown],
         title=f"Threshold {threshold:.3f} (held-out patches)"))
-    print(plain(rows))
+    print(report.plain(rows))
     print(f"{len(found)} images: median similarity {np.median(found):.3f}, held-out {np.median(normal):.3f}; "
           f"{share:.1%} above {threshold:.3f} (expected {args.false_alarm:.1%}); p = {p:.4f}")
-    print("The set is nearer to the training tissue than unseen tissue is." if p < 0.01 else
-          "Nothing says that the set is nearer to the training tissue than unseen tissue is.")
+    print("The set is" if p < 0.01 else "Nothing says that the set is",
+          "nearer to the training tissue than unseen tissue is.")
     print(f"done: {out / 'audit.json'}, {out / 'audit.png'}")
     return 0
 

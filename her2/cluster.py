@@ -5,22 +5,18 @@
 
 The result, OUT, is a dataset with the same images, slides and splits, new masks and a new classes.json (of a
 merge with the old names as aliases: where labels are polygons, that file alone does it). To see whether the
-new classes help, generate with OUT and segment with DIR, whose subtypes remain those of the evaluation (of a
-set with other classes only tumor or not is used):
+new classes help, generate with OUT and segment with DIR, whose classes remain those of the evaluation:
 
     python train_ldm.py --stage autoencoder --data OUT --out runs/vq          the diffusion likewise
     python generate.py --data OUT --model runs/ldm --relabel-classes "non-stained,stained" --out data/synth
-    python train_seg.py --data DIR --synthetic data/synth --name ldm-100-stained
+    python train_seg.py --data DIR --synthetic data/synth --name ldm-100-stained        tumor or not is used
 
 An instance is three numbers, x = log of (mean, standard deviation, mean gradient) of its DAB density: how
 much stain, how uneven, how much of it in edges such as membranes. To those of the training slides, scaled to
-mean 0 and standard deviation 1, a mixture of K Gaussians is fitted:
+mean 0 and sd 1, a mixture of K Gaussians is fitted; the most probable one is the cluster of an instance:
 
     p(x) = sum_k w_k N(x; m_k, C_k)         expectation and maximisation from k-means++ centres
     BIC(K) = -2 log likelihood + (K - 1 + K D + K D (D + 1) / 2) log n        the least one chooses K
-
-Every instance of every split goes to its most probable cluster. The annotated subtypes serve the adjusted
-Rand index alone, which says how much the clusters agree with them.
 
 PAPER: section 5 suggests subtypes without annotation, section 4 stained against non-stained, untried.
 Sources: k-means++, Arthur & Vassilvitskii (2007); BIC, Schwarz (1978); Hubert & Arabie (1985).
@@ -33,8 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from her2 import draw, report, run
-from her2 import run_config as configuration
+from her2 import draw, report, run, run_config as configuration
 from her2.data_classes import ClassTable, TissueClass, csv_text
 from her2.data_folder import load_dataset
 from her2.data_regions import open_roi
@@ -65,9 +60,9 @@ def main(argv):
     parser = configuration.Parser(prog="python -m her2.cluster", description=__doc__)
     parser.add_argument("folder", nargs="?", metavar="DIR", help="dataset folder")
     configuration.add_fields(parser, Config, {})
-    given = vars(parser.parse_args(argv))
-    given["data"] = given.pop("folder") or given["data"]
-    config = Config(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given["data"] = given.pop("folder", given.get("data", ""))
+    config = Config(**given)
     configuration.check_ranges(config)
     config.out = config.out or config.data.rstrip("/\\") + ("-merged" if config.merge else "-clusters")
     dataset = load_dataset(config.data, seed=config.split_seed)
@@ -75,8 +70,9 @@ def main(argv):
     if not config.merge:
         found = instances(dataset, regions)
         member, record = cluster(dataset, found, config)
-    table, meaning = (merged(dataset.classes, config.merge) if config.merge
-                      else clusters_table(dataset.classes, member.max() + 1))
+        table, meaning = clusters_table(dataset.classes, member.max() + 1)
+    else:
+        table, meaning = merged(dataset.classes, config.merge)
     class_of = [meaning[region.class_of] for region in regions]   # per region: the new class of each instance
     folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
                           input_hashes(config, dataset))
@@ -91,18 +87,17 @@ def main(argv):
     return 0
 
 
-# ---- class tables ------------------------------------------------------------------------------------------
-
 def merged(classes, text: str):
     """"NEW=OLD,OLD; ..." -> (new table, (256,) uint8: the new id of each old one). UserError says why not."""
-    target, tumor = {}, [classes.names[k] for k in classes.tumor_ids]
+    target = {}
     for part in filter(str.strip, text.split(";")):
         new, _, olds = (piece.strip() for piece in part.partition("="))
         ids = {classes.id_of(old) if classes.knows(old) else None for old in olds.split(",")}
         taken = classes.knows(new) and classes.id_of(new) not in ids
         if not new or taken or ids & target.keys() or ids - set(classes.tumor_ids):
+            known = ", ".join(repr(classes.names[k]) for k in classes.tumor_ids)
             raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD where no other class is "
-                            f"called NEW, and each OLD stands once, of {', '.join(map(repr, tumor))}")
+                            f"called NEW, and each OLD stands once, of {known}")
         target |= dict.fromkeys(ids, new)
     groups = {}                                                 # {new name: old classes}, in their order
     for c in classes.classes:
@@ -120,19 +115,18 @@ def merged(classes, text: str):
 
 
 def clusters_table(classes, K: int):
-    """(table of the classes that are no tumor, then K clusters, (256,) uint8: the new id of each old one)."""
+    """As `merged`: the classes that are no tumor, then K clusters."""
     kept, meaning = [c for c in classes.classes if not c.tumor], np.arange(256, dtype=np.uint8)
     meaning[[c.id for c in kept]] = np.arange(len(kept))
-    colors = [tuple(round(255 * v) for v in colorsys.hsv_to_rgb(k / K, 0.75, 0.85)) for k in range(K)]
-    return ClassTable([*(replace(c, id=i) for i, c in enumerate(kept)),
-                       *(TissueClass(len(kept) + k, f"cluster {k + 1}", True, True, color)
-                         for k, color in enumerate(colors))]), meaning
+    rows = [replace(c, id=i) for i, c in enumerate(kept)]
+    for k in range(K):
+        color = tuple(round(255 * v) for v in colorsys.hsv_to_rgb(k / K, 0.75, 0.85))
+        rows.append(TissueClass(len(rows), f"cluster {k + 1}", True, True, color))
+    return ClassTable(rows), meaning
 
-
-# ---- clusters ----------------------------------------------------------------------------------------------
 
 def instances(dataset, regions) -> dict:
-    """The n tumor instances of all regions: {"roi", "id", "pixels", "subtype": (n,), "x": (n, 3)}."""
+    """The n tumor instances of all regions: {"roi", "id", "pixels", "class": (n,), "x": (n, 3)}."""
     parts = []
     for roi, region in enumerate(tqdm(regions, desc="instances", leave=False, disable=None)):
         pixels, *sums = instance_sums(region)
@@ -142,7 +136,7 @@ def instances(dataset, regions) -> dict:
         # Logarithms: staining differs by factors, and the spread of 3+ would drown that of 0 and 1+.
         parts.append((np.full(len(ids), roi), ids, pixels[ids], region.class_of[ids],
                       np.log(np.maximum(x, FAINT))))
-    return dict(zip(("roi", "id", "pixels", "subtype", "x"), map(np.concatenate, zip(*parts))))
+    return dict(zip(("roi", "id", "pixels", "class", "x"), map(np.concatenate, zip(*parts))))
 
 
 def instance_sums(region, strip: int = 512) -> np.ndarray:
@@ -151,7 +145,7 @@ def instance_sums(region, strip: int = 512) -> np.ndarray:
     for top in range(0, region.height, strip):                  # a whole region in float64 takes gigabytes
         dab = deconvolve(region.image[top:top + strip], white)[1]                       # (strip, W)
         gradient = np.hypot(np.diff(dab, axis=0, append=dab[-1:]), np.diff(dab, axis=1, append=dab[:, -1:]))
-        which = np.array(region.instance[top:top + strip]).reshape(-1)
+        which = region.instance[top:top + strip].reshape(-1)
         for total, values in zip(sums, (np.ones_like(dab), dab, dab ** 2, gradient)):
             total += np.bincount(which, weights=values.reshape(-1), minlength=len(total))
     return sums
@@ -187,8 +181,8 @@ def fit(x, K: int, rng):
             share = np.exp(joint - evidence[:, None])
             total, gain = evidence.sum(), evidence.sum() - total
         fits.append((size.min() > x.shape[1], float(total), mixture))
-    # On D instances or fewer a cluster shrinks to a likelihood without bound and says nothing of a subtype: a
-    # mixture with such a one is taken only where every start led to one.
+    # On D instances or fewer a cluster shrinks to a likelihood without bound: a mixture with such a one is
+    # taken only where every start led to one.
     return max(fits, key=lambda one: one[:2])[1:]
 
 
@@ -215,49 +209,47 @@ def cluster(dataset, found, config):
                         f"training slides are too few for {wanted[0]} clusters; annotate more")
     shift, scale, (n, D) = x.mean(axis=0), x.std(axis=0) + 1e-9, x.shape
     fits = {K: fit((x - shift) / scale, K, numpy_generator(config.seed, "cluster", K)) for K in choices}
-    bic = {K: -2 * total + (K - 1 + K * D + K * D * (D + 1) / 2) * np.log(n)
-           for K, (total, _) in fits.items()}
+    bic = {k: (k - 1 + k * D + k * D * (D + 1) / 2) * np.log(n) - 2 * total for k, (total, _) in fits.items()}
     K = min(bic, key=bic.get)
     _, mixture = fits[K]
     member = log_joint((found["x"] - shift) / scale, *mixture).argmax(axis=1)
     member = np.argsort(np.argsort(mixture[1][:, 0]))[member]   # ranks by the mean DAB
 
-    subtypes, names = dataset.classes.tumor_ids, dataset.classes.names
-    rows = [["cluster", "instances", "DAB", "its sd", "gradient", *(names[i] for i in subtypes)]]
+    tumor, names = dataset.classes.tumor_ids, dataset.classes.names
+    rows = [["cluster", "instances", "DAB", "its sd", "gradient", *(names[i] for i in tumor)]]
     for k in range(K):
         here = large & (member == k)
         middle = np.exp(np.median(found["x"][here], axis=0)) if here.any() else [0] * D
         rows.append([str(k + 1), str(here.sum()), *(f"{v:.3f}" for v in middle),
-                     *(str((found["subtype"][here] == i).sum()) for i in subtypes)])
-    agreement = {part: adjusted_rand(member[here], found["subtype"][here])
+                     *(str((found["class"][here] == i).sum()) for i in tumor)])
+    agreement = {part: adjusted_rand(member[here], found["class"][here])
                  for part, here in (("train", large & train), ("val and test", large & ~train)) if here.any()}
-    print(report.plain(rows), "BIC: " + ", ".join(f"{K} clusters {value:.0f}" for K, value in bic.items()),
-          "adjusted Rand index against the annotated subtypes: "
-          + ", ".join(f"{value:.2f} ({part})" for part, value in agreement.items()), sep="\n")
+    print(report.plain(rows))
+    print("BIC:", ", ".join(f"{k} clusters {value:.0f}" for k, value in bic.items()))
+    print("adjusted Rand index against the annotated subtypes:",
+          ", ".join(f"{value:.2f} ({part})" for part, value in agreement.items()))
     return member, {"bic": bic, "adjusted_rand": agreement, "table": rows}
 
 
 def examples(found, member, regions, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
-    """A row of instances per cluster, evenly spread over all of it that are not too small, with outlines."""
-    rows = []
-    for k in range(member.max() + 1):
+    """A row of instances per cluster, evenly spread over those that are not too small, with outlines."""
+    rows = [[] for _ in range(member.max() + 1)]
+    for k, row in enumerate(rows):
         here = np.flatnonzero((member == k) & (found["pixels"] >= SMALLEST))
-        rows.append([])
         for j in here[np.linspace(0, len(here) - 1, min(columns, len(here))).astype(int)]:
             region, new = regions[found["roi"][j]], class_of[found["roi"][j]]
             shape = region.instance.shape
             corner = [int(np.clip(np.median(at) - side // 2, 0, max(0, size - side)))
                       for at, size in zip(np.nonzero(region.instance == found["id"][j]), shape)]
             image, _, instance = region.window(*corner, *(min(side, size) for size in shape))
-            rows[-1].append(draw.outline(image, new[instance], table, instance, width=1))
+            row.append(draw.outline(image, new[instance], table, instance, width=1))
     return draw.image_grid(rows, [table.names[k] for k in table.tumor_ids], cell=128)
 
 
 def write_dataset(folder, dataset, table, regions, class_of) -> None:
     """Images as they are, masks by `class_of` (N + 1,) of each region, classes.json, and slides.csv last."""
     rows = []
-    rois = tqdm(dataset.rois, desc="writing", leave=False, disable=None)
-    for roi, region, new in zip(rois, regions, class_of):
+    for roi, region, new in zip(tqdm(dataset.rois, "writing", leave=False, disable=None), regions, class_of):
         instance = np.array(region.instance, dtype=np.int32)                              # (H, W)
         if instance.max() > 65535:
             raise UserError(f"{roi.image}: {instance.max()} instances, too many for a 16-bit PNG; cut it up")

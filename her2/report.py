@@ -8,17 +8,13 @@ run brings a histogram of probabilities per slide (`metrics.ProbabilityHistogram
     mean, sd  = over the seeds of a configuration (sd with n - 1)
     change    = mean over the common seeds of (run - baseline run of the same seed)
 
-The baseline is `subtype`. `matched` answers whether a gain is more than a shift of the operating point:
-synthetic images make a network call more pixels tumor, which alone raises recalls and lowers their variance.
-
-PAPER: Fig. 6 shows "the best-performing experiment", chosen on the test set. That was +100 % diffusion, so
-`figure_pair` takes this one whatever the results are: nothing is chosen by a test result.
-What does not exist (the recall of an absent subtype, a match without a baseline) is None: null in
-results.json, "n/a" in the tables.
+`matched` answers whether a gain is more than a shift of the operating point: synthetic images make a network
+call more pixels tumor, which alone raises recalls and lowers their variance. What does not exist (the recall
+of an absent class, a match without a baseline) is None: null in results.json, "n/a" in the tables.
 """
 
-import dataclasses
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,17 +29,15 @@ CONTROLS = {"oracle": "oracle", "fresh": "fresh tissue", "restain": "restained",
             "reconstruct": "reconstructed"}
 REAL = "real"
 TITLES = {**METHODS, **CONTROLS}        # how the methods of generate.py are called
-COLORS = {REAL: GREY, "GAN": ORANGE, "diffusion": BLUE, "inpainting": GREEN,
-          **dict.fromkeys(CONTROLS.values(), PURPLE)}
+COLORS = dict(zip((REAL, *TITLES.values()), (GREY, ORANGE, BLUE, GREEN, *[PURPLE] * len(CONTROLS))))
 # Fields in which runs of one comparison differ on purpose, or that do not change the result.
 FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp", "cwd",
         "log_every", "save_every", "data"}
 
 
 def configuration_name(fields: dict, method: str = "") -> str:
-    """`tumor`, `subtype`, `uniform`, `gan-100`, `ldm-100-same`, ...: the configuration of a run. `--name`
-    where it was given. `method` is that of the synthetic folder ('' without one). Synthetic images go with
-    subtype sampling; with another one its name is appended: different things never share a name."""
+    """The configuration of a run: `tumor`, `subtype`, `gan-100`, `ldm-100-same`, ..., or the `--name` it was
+    given. `method` as in `Run`. Synthetic images go with subtype sampling; another's name is appended."""
     if fields.get("name") or not fields.get("synthetic"):
         return fields.get("name") or fields["sampling"]
     method, *same = method.split("-")
@@ -52,7 +46,7 @@ def configuration_name(fields: dict, method: str = "") -> str:
     return name if fields["sampling"] == BASELINE else f"{name}-{fields['sampling']}"
 
 
-@dataclasses.dataclass
+@dataclass
 class Run:
     """One evaluated segmentation run; `val` and `test` are {slide: ProbabilityHistogram}."""
     folder: str
@@ -60,7 +54,7 @@ class Run:
     method: str             # 'gan', 'ldm', 'ldm-same' (labels kept), 'oracle', ...; '' without any
     val: dict
     test: dict
-    rois: list = dataclasses.field(default_factory=list)    # dicts: split, slide, roi, figures of that ROI
+    rois: list = field(default_factory=list)    # dicts: split, slide, roi, figures of that ROI
 
     def __post_init__(self):
         self.seed, self.name = self.fields["seed"], configuration_name(self.fields, self.method)
@@ -68,33 +62,33 @@ class Run:
 
 def order(name: str) -> tuple:
     """Sort key of configurations: the baselines, the methods by ratio, anything else."""
-    first, known = ["tumor", BASELINE, "uniform"], list(TITLES)
+    first = ["tumor", BASELINE, "uniform"]
     method, ratio, *rest = name.split("-") + [""]
     if name in first:
         return 0, first.index(name), 0, name
-    if method in known and ratio.isdigit():
-        return 1 + (method in CONTROLS or any(rest)), int(ratio), known.index(method), name
+    if method in TITLES and ratio.isdigit():
+        return 1 + (method in CONTROLS or any(rest)), int(ratio), list(TITLES).index(method), name
     return 3, 0, 0, name
 
 
 def check_comparable(runs) -> list:
-    """One warning per training field in which the runs differ, and per run whose name another one has: of two
-    runs of one name and seed, which are no repetition of each other, the later one gets a name of its own."""
+    """One warning per training field in which the runs differ, and per run of the name and seed of another,
+    which is no repetition of it: the later one gets a name of its own."""
     seen, notes = {}, []
     for run in runs:
         name, number = run.name, 1
         while (run.name, run.seed) in seen:
             number += 1
             run.name = f"{name} ({number})"
-        seen[run.name, run.seed] = run
+        seen[run.name, run.seed] = run.folder
         if number > 1:
-            notes.append(f"{seen[name, run.seed].folder} and {run.folder} are both configuration {name!r} "
-                         f"with seed {run.seed}; the second one is called {run.name!r} here, --name of "
-                         "train_seg.py gives it a better name")
-    for field in sorted({field for run in runs for field in run.fields} - FREE):
-        found = sorted({repr(run.fields.get(field)) for run in runs})
+            notes.append(f"{seen[name, run.seed]} and {run.folder} are both configuration {name!r} with seed "
+                         f"{run.seed}; the second one is called {run.name!r} here, --name of train_seg.py "
+                         "gives it a better name")
+    for key in sorted({key for run in runs for key in run.fields} - FREE):
+        found = sorted({repr(run.fields.get(key)) for run in runs})
         if len(found) > 1:
-            notes.append(f"the runs differ in {field} ({', '.join(found)}): their figures are not comparable")
+            notes.append(f"the runs differ in {key} ({', '.join(found)}): their figures are not comparable")
     return notes
 
 
@@ -116,15 +110,12 @@ def collect(runs) -> dict:
     return {"baseline": BASELINE, "threshold": 0.5, "configs": list(configs.values())}
 
 
-def figure_of(record: dict, *path):
-    """A figure of a run: ("dice",), ("recall", "3+"), ("matched", "fpr"); None where there is none."""
-    for key in path:
-        record = record and record[key]
-    return record
-
-
 def figures_of(config: dict, *path) -> list:
-    return [figure_of(record, *path) for record in config["runs"]]
+    """A figure of every run: ("dice",), ("recall", "3+"), ("matched", "fpr"); None where there is none."""
+    found = config["runs"]
+    for key in path:
+        found = [one and one[key] for one in found]
+    return found
 
 
 def mean_sd(numbers):
@@ -135,12 +126,12 @@ def mean_sd(numbers):
 
 
 def change(config: dict, baseline: dict, path):
-    """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline).
-    The baseline's figure is that at 0.5, where it is matched to itself. None without a common seed that has
-    both; the sd of a single seed and the percentage of a baseline of 0 are None."""
-    base = {record["seed"]: record[path[-1]] for record in baseline["runs"]}
-    pairs = [(figure_of(record, *path), base.get(record["seed"])) for record in config["runs"]]
-    pairs = [(new, old) for new, old in pairs if new is not None and old is not None]
+    """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline),
+    or None; the sd of a single seed and the percentage of a baseline of 0 are None. The baseline's figure is
+    that at 0.5, where it is matched to itself."""
+    base = dict(zip(figures_of(baseline, "seed"), figures_of(baseline, path[-1])))
+    pairs = zip(figures_of(config, *path), map(base.get, figures_of(config, "seed")))
+    pairs = [pair for pair in pairs if None not in pair]
     if not pairs:
         return None
     mean, deviation = mean_sd([new - old for new, old in pairs])
@@ -160,7 +151,7 @@ def change_text(found, digits=3) -> str:
         return "n/a"
     mean, deviation, percent = found
     text = f"{round(mean, digits) + 0.0:+.{digits}f}"                       # + 0.0: never "-0.000"
-    text += f" \u00b1 {deviation:.{digits}f}" if deviation is not None else ""
+    text += "" if deviation is None else f" \u00b1 {deviation:.{digits}f}"
     return text + (f" ({round(percent, 1) + 0.0:+.1f} %)" if percent is not None else "")
 
 
@@ -169,13 +160,13 @@ MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3)) 
 
 def result_table(results: dict, *prefix) -> list:
     """Rows of texts, header first: mean +- sd per configuration; prefix "matched" for the matched figures."""
-    subtypes = list(results["configs"][0]["runs"][0]["recall"])
-    columns = [((key,), digits) for key, digits in MEASURES] + [(("recall", name), 3) for name in subtypes]
-    return [["configuration", "runs", "Dice", "subtype variance", "precision", "FPR",
-             *(f"recall {name}" for name in subtypes)],
-            *([config["name"], str(len(config["runs"])),
-               *(spread(figures_of(config, *prefix, *path), digits) for path, digits in columns)]
-              for config in results["configs"])]
+    rows, tumor = [], results["configs"][0]["runs"][0]["recall"]
+    columns = [((key,), digits) for key, digits in MEASURES] + [(("recall", name), 3) for name in tumor]
+    for config in results["configs"]:
+        rows.append([config["name"], str(len(config["runs"])),
+                     *(spread(figures_of(config, *prefix, *path), digits) for path, digits in columns)])
+    header = ["configuration", "runs", "Dice", "subtype variance", "precision", "FPR"]
+    return [[*header, *(f"recall {name}" for name in tumor)], *rows]
 
 
 def change_table(results: dict) -> list:
@@ -189,13 +180,12 @@ def change_table(results: dict) -> list:
 
 def plain(rows) -> str:
     """A table for the terminal, columns aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def markdown(rows) -> str:
-    """A Markdown table."""
     lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
@@ -221,19 +211,17 @@ def page(results: dict, data: str, notes, pictures) -> str:
 
 
 def gallery(results: dict, pictures, over: str = "") -> list:
-    """Paragraphs of report.md: what was measured of the images, and pictures [(file name, caption), ...].
-    `over`: a sentence that says over what the numbers are means."""
+    """Paragraphs of report.md: what was measured of the images (`over`: over what the numbers are means), and
+    pictures [(file name, caption), ...]."""
     parts = []
     if results.get("staining"):
-        parts += ["## Is the staining what was asked for?",
-                  f"{over}Median DAB optical density of the instances by the subtype asked for (real: "
-                  "annotated), and in brackets their number.",
+        parts += ["## Is the staining what was asked for?", f"{over}Median DAB optical density of the "
+                  "instances by the subtype asked for (real: annotated), and in brackets their number.",
                   markdown(report_staining.table(results["staining"]))]
     if results.get("images"):
-        parts += ["## Do generated images obey their masks?",
-                  f"{over}A segmenter trained on other tissue looks at them: Dice and recalls against the "
-                  "masks asked for. Sharpness is a share of real patches; distances are to real training "
-                  "patches.",
+        parts += ["## Do generated images obey their masks?", f"{over}A segmenter trained on other tissue "
+                  "looks at them: Dice and recalls against the masks asked for. Sharpness is a share of real "
+                  "patches; distances are to real training patches.",
                   markdown(report_images.table(results["images"]))]
     return [*parts, "## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures)]
 
@@ -249,18 +237,17 @@ def figures(out, configs, classes) -> list:
             if method in METHODS and name == f"{method}-{100 * (config['ratio'] or 0):.0f}":
                 name = f"+{name.split('-')[1]} %"
             groups.setdefault(name, []).append((TITLES.get(method, method), figures_of(config, key)))
-        base, oracle = ([value for config in configs if config["name"] == name
-                         for value in figures_of(config, key) if value is not None]
-                        for name in (BASELINE, ORACLE))
+        known = {c["name"]: [v for v in figures_of(c, key) if v is not None] for c in configs}
+        base, oracle = known.get(BASELINE), known.get(ORACLE)
         reference = (np.mean(base), f"{BASELINE} {np.mean(base):.{digits}f}") if base else None
         if base and oracle:
             reference += (min(oracle), max(oracle), PURPLE)
         panels.append((label, list(groups.items()), reference))
-    series = {name for _, boxes in panels[0][1] for name, _ in boxes}
-    colors = {name: color for name, color in COLORS.items() if name in series}
+    shown = {TITLES.get(config["method"], config["method"]) for config in configs}
+    colors = {name: color for name, color in COLORS.items() if name in shown}
     save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
-    pair = [(f"{config['name']} ({len(config['runs'])} run{'s' * (len(config['runs']) > 1)})",
-             *row_normalised(config)) for config in figure_pair({"configs": configs})]
+    pair = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *row_normalised(c))
+            for c in figure_pair(configs)]
     save_png(out / "fig6.png", draw_charts.confusion_matrices(pair, classes))
     return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split, at 0.5. "
              f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean of "
@@ -272,15 +259,17 @@ def figures(out, configs, classes) -> list:
 def row_normalised(config: dict):
     """Fig. 6: mean and sd (None for one run), (K, 2) each, of the runs' matrices, rows divided by their sum;
     NaN for a class that is absent from the split."""
-    counts = np.array([record["confusion"] for record in config["runs"]], float)              # (runs, K, 2)
+    counts = np.array(figures_of(config, "confusion"), float)                                 # (runs, K, 2)
     rows = counts.sum(axis=2, keepdims=True)                                                  # (runs, K, 1)
     shares = np.divide(counts, rows, out=np.full_like(counts, np.nan), where=rows > 0)        # (runs, K, 2)
     return shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else None
 
 
-def figure_pair(results: dict) -> list:
+def figure_pair(configs: list) -> list:
     """The configurations of Fig. 6: the baseline, and +100 % diffusion or what comes nearest to it."""
-    before = [config for config in results["configs"] if config["name"] == BASELINE]
-    after = sorted((config for config in results["configs"] if config["method"] in METHODS),
+    # PAPER: it shows "the best-performing experiment", chosen on the test set. That was +100 % diffusion, so
+    # we take this one whatever the results are: nothing is chosen by a test result.
+    before = [c for c in configs if c["name"] == BASELINE]
+    after = sorted((c for c in configs if c["method"] in METHODS),
                    key=lambda c: (c["method"] != "ldm", abs((c["ratio"] or 9) - 1), order(c["name"])))
-    return (before + after[:1]) or results["configs"][:1]
+    return (before + after[:1]) or configs[:1]

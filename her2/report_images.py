@@ -2,14 +2,12 @@
 
     obedience    Dice and recalls of a segmenter that was trained on real patches of other tissue, applied to
                  the images, against the masks asked for; what it says of real patches is the ceiling
-    sharpness    mean |image - its 3 x 3 mean| within tumor, each subtype counting alike, as a share of real
-    distances    Frechet and kernel distance (`frechet`) between features of the images and of real training
-                 patches drawn in the same way. Features are averages over the maps f_2 and f_3 of that
-                 segmenter, each divided by its standard deviation over the real ones
+    sharpness    mean |image - its 3 x 3 mean| in tumor, each class counting alike, as a share of real
+    distances    Frechet and kernel distance (`frechet`) to real training patches drawn in the same way, of
+                 the means of the maps f_2 and f_3 of that segmenter, divided by their sd over the real ones
 
-A distance is small for images that look like *training* tissue, not for images that help: the oracle, which
-is tissue, sets the scale, and `val` patches do for unseen slides. PAPER: none of this is reported there.
-Key: N images, P side, F features.
+A distance is small for images that look like *training* tissue, not for images that help: the oracle sets the
+scale, and `val` patches do for unseen slides. PAPER: not reported. Key: N images, P side, F features.
 """
 
 import json
@@ -27,7 +25,6 @@ from her2.run_errors import UserError
 from her2.run_seeds import hashed_seed
 
 MOST = 512              # images per source
-REAL_UNIFORM = 0.25     # share of the real patches from anywhere, as in the synthetic sets of the study
 
 
 @torch.no_grad()
@@ -50,23 +47,21 @@ def sharpness(image, label, classes):
 
 
 def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") -> dict:
-    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]}. The
-    sources "real, train" and "real, val" are added; the first is what all distances are measured to."""
+    """{source: {"dice", "recall", "fpr", "sharpness", "frechet", "kernel"}} of {source: [ROI, ...]} and of
+    "real, val" and "real, train", to which all distances are measured."""
     patch, pairs = min(roi.height for rois in sets.values() for roi in rois), {}
-    for split in ("train", "val"):          # drawn as the sources of synthetic images are
-        sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache,
-                               uniform=REAL_UNIFORM)
+    for split in ("train", "val"):          # drawn as the study draws the sources of synthetic images
+        sampler = PatchSampler(dataset, split, patch, "subtype", seed, flips=False, cache=cache, uniform=0.25)
         batch = sampler.batch(0, min(MOST, 4 * sampler.num_patches))
         pairs[f"real, {split}"] = batch["image"], batch["label"]        # (N, 3, P, P), (N, P, P)
     for name, rois in sets.items():
         parts = [to_tensors(*open_roi(roi, dataset.classes, cache).whole())[:2] for roi in rois[:MOST]]
-        pairs[name] = tuple(torch.stack(part) for part in zip(*parts))
-    result, reference, scale, blur = {}, None, None, None
+        pairs[name] = map(torch.stack, zip(*parts))
+    result = {}
     for name, (image, label) in pairs.items():
         prob, features = judge(network, image, device)
         sharp = sharpness(image, label, dataset.classes)
-        if reference is None:
-            # Half of the training patches stand for all of them, so that their own row has a distance too.
+        if name == "real, train":       # the first: half of it stands for all, so that it has a distance too
             scale, blur = features.std(0, keepdim=True) + 1e-6, sharp
             reference, features = (features[1::2] / scale).numpy(), features[::2]
         figures = ProbabilityHistogram(dataset.classes).add(prob, label).report()
@@ -81,26 +76,25 @@ def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") 
 
 def table(result: dict) -> list:
     """Rows of texts, header first."""
-    subtypes = list(next(iter(result.values()))["recall"])
-    rows = [["images", "obedience, Dice", *(f"recall {name}" for name in subtypes), "FPR", "sharpness",
+    tumor = list(next(iter(result.values()))["recall"])                     # the names of its classes
+    rows = [["images", "obedience, Dice", *(f"recall {name}" for name in tumor), "FPR", "sharpness",
              "Frechet", "kernel"]]
     for name, found in result.items():
-        cells = [(found["dice"], 3), *((found["recall"][one], 2) for one in subtypes), (found["fpr"], 3),
+        cells = [(found["dice"], 3), *((found["recall"][one], 2) for one in tumor), (found["fpr"], 3),
                  (found["sharpness"], 2), (found["frechet"], 3), (found["kernel"], 3)]
         rows.append([name, *("n/a" if value is None else f"{value:.{digits}f}" for value, digits in cells)])
     return rows
 
 
 def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
-    """Fig. 4: per subtype a patch in which it was asked for, as each method painted it. Of 100 patches that
-    one is taken that comes nearest to being half of this subtype and a third background: where all is tumor,
-    nobody sees whether the outlines of the label are obeyed."""
+    """Fig. 4: per tumor class a patch in which it was asked for, as each method painted it. Of 100 patches
+    the one nearest to half of this class and a third background: where all is tumor, nobody sees whether the
+    outlines of the label are obeyed."""
     def content(roi):
         return open_roi(roi, dataset.classes, cache).whole()[:2]                        # (H, W, 3), (H, W)
 
     def source_of(entry):           # what images share that were painted on the same relabelled patch
-        instances = json.dumps(entry.get("instances"), sort_keys=True)
-        return entry["source_image"], entry.get("x"), entry.get("y"), instances
+        return *map(entry.get, ("source_image", "x", "y")), json.dumps(entry.get("instances"), sort_keys=True)
 
     root = next(iter(synthetic.values()))[0].root
     by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
@@ -121,14 +115,13 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
         label, (name, x, y, _) = labels.pop(source), source
         region = open_roi(originals[name], dataset.classes, cache)
         height, width = label.shape
-        if not (isinstance(x, int) and isinstance(y, int)
-                and 0 <= x <= region.width - width and 0 <= y <= region.height - height):
+        if not (type(x) is type(y) is int and 0 <= x <= region.width - width
+                and 0 <= y <= region.height - height):
             raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
                             "make the images again with generate.py")
+        painted = {method: content(rois[source])[0] for method, rois in by_source.items() if source in rois}
         rows.append({"caption": dataset.classes.names[k], "label": label,
-                     "original": region.window(y, x, height, width)[0],
-                     **{method: content(rois[source])[0] for method, rois in by_source.items()
-                        if source in rois}})
+                     "original": region.window(y, x, height, width)[0], **painted})
     if not rows:
         raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
     return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)

@@ -1,15 +1,9 @@
 """Is the staining what was asked for? The amount of DAB in single tumor instances, real and generated.
 
 A generator that is told "3+" must paint brown membranes, and none when it is told "0"; segmentation figures
-alone do not show it. For every instance i, with its pixels P_i,
-
-    density_i = mean over P_i of DAB(p)         DAB: optical density after colour deconvolution (stains)
-
-and real instances are grouped by the subtype annotated, generated ones by the subtype asked for. What to
-expect: medians that rise 0 < 1+ < 2+ < 3+ with overlap between neighbours, near those of the real instances.
-
-One white point serves all images: a patch full of tumor holds no glass on which to measure its own, and real
-and generated instances must be held against the same ruler.
+alone do not show it. The density of an instance is the mean over its pixels of DAB, the optical density after
+colour deconvolution (stains); real instances are grouped by the class annotated, generated ones by the class
+asked for. Medians should rise 0 < 1+ < 2+ < 3+, near those of the real instances.
 """
 
 import numpy as np
@@ -37,13 +31,13 @@ def instance_densities(image, instance, count: int, white, pixel_area: int = 1) 
 
 
 def median_white(rois, classes, cache="cache") -> np.ndarray:
-    """(3,) the median over regions of their white points, 0..255."""
+    """(3,) the median over regions of their white points, 0..255: one ruler for real and generated images, as
+    a patch full of tumor holds no glass on which to measure its own."""
     return np.median([white_point(open_roi(roi, classes, cache).image[::8, ::8]) for roi in rois], axis=0)
 
 
 def measure(sources: dict, classes, white, cache="cache") -> dict:
-    """{source: [(name of the image, instance id, class id, density), ...]}: tumor in {source: [ROI, ...]}.
-    `white` serves all of them, see `median_white`."""
+    """{source: [(name of the image, instance id, class id, density), ...]}: tumor in {source: [ROI, ...]}."""
     records = {source: [] for source in sources}
     for source, rois in sources.items():
         for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,
@@ -53,7 +47,8 @@ def measure(sources: dict, classes, white, cache="cache") -> dict:
             image, instance = region.image[::step, ::step], np.array(region.instance[::step, ::step])
             found = instance_densities(image, instance, len(region.class_of), white, step ** 2)
             here = np.flatnonzero(np.isin(region.class_of, classes.tumor_ids) & ~np.isnan(found))
-            records[source] += [(roi.name, int(i), int(region.class_of[i]), float(found[i])) for i in here]
+            records[source] += [(roi.name, *one) for one in zip(
+                here.tolist(), region.class_of[here].tolist(), found[here].tolist())]
     return records
 
 
@@ -63,36 +58,33 @@ def by_class(records, classes) -> dict:
 
 
 def summary(densities: dict, classes) -> dict:
-    """{source: {subtype: {"n", "q25", "median", "q75"}, "ordered": bool or None}} of {source: `by_class`}.
+    """{source: {class: {"n", "q25", "median", "q75"}, "ordered": bool or None}} of {source: `by_class`}.
     "ordered" tells whether the medians of the HER2 subtypes rise in their order; None when one is absent."""
     result = {}
     for source, found in densities.items():
-        rows = {k: np.percentile(found[k], [25, 50, 75]).tolist() if found[k] else [None] * 3
-                for k in classes.tumor_ids}
-        medians = [rows[k][1] for k in classes.variance_ids]
-        result[source] = {
-            **{classes.names[k]: {"n": len(found[k]), **dict(zip(("q25", "median", "q75"), row))}
-               for k, row in rows.items()},
-            "ordered": None if None in medians else sorted(set(medians)) == medians}
+        result[source] = {}
+        for k in classes.tumor_ids:
+            row = np.percentile(found[k], [25, 50, 75]).tolist() if found[k] else [None] * 3
+            result[source][classes.names[k]] = dict(zip(("n", "q25", "median", "q75"), (len(found[k]), *row)))
+        medians = [result[source][classes.names[k]]["median"] for k in classes.variance_ids]
+        result[source]["ordered"] = None if None in medians else sorted(set(medians)) == medians
     return result
 
 
 def table(result: dict) -> list:
-    """Rows of texts, header first: median density (and number of instances) per source and subtype. Whether
-    medians rise is left out where no source has all of them."""
-    subtypes = [name for name in next(iter(result.values())) if name != "ordered"]
-    rows = [["images", *subtypes, "rises with the subtype"]]
+    """Rows of texts, header first: median density (and number of instances) per source and tumor class.
+    Whether medians rise is left out where no source has all of them."""
+    rows = [["images", *next(iter(result.values()))][:-1] + ["rises with the subtype"]]
     for source, found in result.items():
-        cells = [(found[name]["median"], found[name]["n"]) for name in subtypes]
+        cells = [(found[name]["median"], found[name]["n"]) for name in rows[0][1:-1]]
         rows.append([source, *("n/a" if median is None else f"{median:.2f} ({n})" for median, n in cells),
                      {True: "yes", False: "no", None: "n/a"}[found["ordered"]]])
-    known = any(found["ordered"] is not None for found in result.values())
-    return rows if known else [row[:-1] for row in rows]
+    return rows if any(row[-1] != "n/a" for row in rows[1:]) else [row[:-1] for row in rows]
 
 
 def transitions(records, entries: dict, classes) -> dict:
-    """{old: {new: {"n", "mean", "half"}}}: density by the subtype before and the one asked for; `half` the
-    95 % interval to each side. entries: {name of the image: its line of the manifest}."""
+    """{old: {new: {"n", "mean", "half"}}}: density by the class before and the one asked for; `half` the 95 %
+    interval to each side. entries: {name of the image: its line of the manifest}."""
     found = {(old, new): [] for old in classes.tumor_ids for new in classes.tumor_ids}
     for name, i, _, density in records:
         pair = tuple(entries[name].get("instances", {}).get(str(i), ()))
@@ -103,12 +95,11 @@ def transitions(records, entries: dict, classes) -> dict:
 
 def over_seeds(tables, classes) -> dict:
     """{method: `transitions`} of several seeds -> the same, each cell over the seeds' means: n is seeds."""
-    names, result = classes.names, {}
+    tumor, names, result = classes.tumor_ids, classes.names, {}
     for method in dict.fromkeys(method for one in tables for method in one):
-        means = {(old, new): [one[method][names[old]][names[new]]["mean"] for one in tables if method in one]
-                 for old in classes.tumor_ids for new in classes.tumor_ids}
-        result[method] = by_pair({pair: [v for v in some if v is not None] for pair, some in means.items()},
-                                 classes)
+        cells = {(old, new): [one[method][names[old]][names[new]]["mean"] for one in tables if method in one]
+                 for old in tumor for new in tumor}
+        result[method] = by_pair({k: [v for v in vs if v is not None] for k, vs in cells.items()}, classes)
     return result
 
 
@@ -124,11 +115,9 @@ def by_pair(found: dict, classes) -> dict:
 
 
 def heat_maps(found: dict, classes) -> np.ndarray:
-    """One map per method of {method: `transitions`}: rows the old subtype, columns the new one."""
-    names, panels = [classes.names[k] for k in classes.tumor_ids], []
-    for method, rows in found.items():
-        mean, half = (np.array([[rows[old][new][key] for new in names] for old in names], dtype=float)
-                      for key in ("mean", "half"))
-        panels.append((method, mean, half))
+    """One map per method of {method: `transitions`}: rows the old class, columns the new one."""
+    names = [classes.names[k] for k in classes.tumor_ids]
+    panels = [(method, *(np.array([[rows[old][new][key] for new in names] for old in names], dtype=float)
+                         for key in ("mean", "half"))) for method, rows in found.items()]
     most = max([0.01, *(np.nanmax(mean) for _, mean, _ in panels if np.isfinite(mean).any())])
     return matrices(panels, names, names, ("before", "painted as"), BROWN, most, (62, 62))

@@ -6,16 +6,14 @@ paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
     t interval    mean(d) +- q s / sqrt(n), s with n - 1, P(|T| <= q) = level for n - 1 degrees of freedom
     bootstrap     n seeds drawn with replacement, in each its slides, as many per HER2 score as it has;
                   percentiles of mean(d). Both arms get the same slides; the thresholds stay
-    sign flip     share of the 2^n ways to swap the arms within seeds that give a mean at least as far from 0:
-                  exact without any law of d, and never below 2 / 2^n
+    sign flip     share of the 2^n swaps of the arms within seeds that give a mean at least as far from 0
     Holm          the i-th smallest of m p-values against .05 / (m + 1 - i), until the first that is larger
     efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
 
 Variances are compared by their ratio, as log(max(variance, 1e-4)). Decisions rest on the t interval; the
-bootstrap has only n seeds to draw from, and is shown beside.
-
-Points of operation: "best" (the threshold with the best Dice on val), "half" (0.5), "matched" (test
-false-positive rate = that of the baseline of the seed at 0.5). Figures: the keys of `rates`, and
+bootstrap has only n seeds to draw from, and is shown beside. Points of operation: "best" (the threshold with
+the best Dice on val), "half" (0.5), "matched" (found on test: its false-positive rate is that of the baseline
+of the seed at 0.5, while `metrics.matched` finds the threshold on val). Figures: the keys of `rates`, and
 "average_precision" (no point, no bootstrap). A seed in which a figure does not exist (NaN) is left out.
 
 Sources: Student's law, Abramowitz & Stegun 26.7.3-4; Holm, Scand J Stat 6 (1979); Efron & Tibshirani, An
@@ -55,42 +53,46 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     assert len(test) == len(scores), f"{len(test)} test slides, {len(scores)} scores"
     whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
-    # At its own threshold an arm can buy recall with false alarms, and with it a lower variance: the same
-    # false-positive rate for all takes that away. Matched on test, so it describes and chooses nothing.
+    # At its own threshold an arm can buy recall with false alarms, and with it a lower variance: one rate for
+    # all takes that away. Found on test, so it describes and chooses nothing (`metrics.matched`: on val).
     equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
     best = ProbabilityHistogram(classes, np.sum(val, axis=0)).best_threshold()
     thresholds = {"best": best or 0.5, "half": 0.5, "matched": equal or 0.5}
-    slides, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}
-    tables = {point: np.stack([slide.confusion(t) for slide in slides]) for point, t in thresholds.items()}
-    for point, table in tables.items():
-        figures[point] = {name: float(value) for name, value in rates(table.sum(axis=0), classes).items()}
+    slides, tables, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}, {}
+    for point, t in thresholds.items():
+        tables[point] = np.stack([slide.confusion(t) for slide in slides])[None]        # (1, S, K, 2)
+        figures[point] = {name: float(value) for name, value in rates(whole.confusion(t), classes).items()}
         figures[point]["average_precision"] = average_precision(whole.counts, classes)
-    tables = {point: table[None] for point, table in tables.items()}                    # (1, S, K, 2)
     return Outcome(tuple(scores), thresholds, tables, figures)
 
 
 def together(runs: list) -> Outcome:
-    """M segmenters of one arm and seed -> one Outcome. The unit stays the seed: trained again on the same
-    images a network tells nothing new about the images, but its own luck averages out."""
-    def mean(tables):
-        return {name: mean([one[name] for one in tables]) if isinstance(value, dict)
-                else float(np.mean([one[name] for one in tables])) for name, value in tables[0].items()}
-
+    """M segmenters of one arm and seed -> one Outcome. The unit stays the seed: their luck averages out."""
     tables = {point: np.concatenate([one.tables[point] for one in runs]) for point in runs[0].tables}
-    return Outcome(runs[0].scores, mean([one.thresholds for one in runs]), tables,
-                   mean([one.figures for one in runs]))
+    return Outcome(runs[0].scores, averaged([one.thresholds for one in runs]), tables,
+                   averaged([one.figures for one in runs]))
+
+
+def averaged(dicts):
+    """Nested dicts of numbers -> the same with the mean over those not None (NaN stays); "n" is their sum."""
+    dicts = [one for one in dicts if one is not None]
+    if dicts and isinstance(dicts[0], dict):
+        return {key: sum(one[key] for one in dicts) if key == "n"
+                else averaged([one.get(key) for one in dicts]) for key in dicts[0]}
+    numbers = [one for one in dicts if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    return float(np.mean(numbers)) if numbers else None
 
 
 def average_precision(counts, classes) -> float:
-    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down; NaN without tumor. The
-    pixels of a bin are tied: they enter together, at the precision after the last of them."""
+    """Sum of precision * gain of recall, from the surest bin of counts (K, BINS) down, the pixels of a bin at
+    the precision after the last of them; NaN without tumor."""
     tumor = counts[classes.tumor_ids].sum(axis=0)[::-1].cumsum()                        # (BINS,)
     called = np.maximum(counts.sum(axis=0)[::-1].cumsum(), 1)
     return float((np.diff(tumor, prepend=0) * tumor / called).sum() / tumor[-1]) if tumor[-1] else math.nan
 
 
 def t_within(t: float, freedom: int) -> float:
-    """P(-t <= T <= t) of Student's law, a sum of powers of cos(theta), tan(theta) = t / sqrt(freedom)."""
+    """P(|T| <= t) of Student's law, a sum of powers of cos(theta), tan(theta) = t / sqrt(freedom)."""
     theta, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
     term = total = float(freedom > 1)
     for k in range(1 + odd, freedom - 2, 2):
@@ -104,8 +106,7 @@ def t_within(t: float, freedom: int) -> float:
 def t_quantile(level: float, freedom: int) -> float:
     """The t with P(|T| <= t) = level, by bisection: t_quantile(0.95, 4) = 2.776."""
     assert 0 < level < 1, level
-    # An angle has bounds, t has none.
-    low, high = 0.0, math.pi / 2                # of the angle whose tangent is t / sqrt(freedom)
+    low, high = 0.0, math.pi / 2    # of the angle with tangent t / sqrt(freedom): it has bounds, t has none
     for _ in range(60):
         middle = (low + high) / 2
         enough = t_within(math.sqrt(freedom) * math.tan(middle), freedom) >= level
@@ -114,11 +115,10 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def t_interval(differences, level: float = 1 - ALPHA) -> dict:
-    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0. A
-    single seed leaves everything open: low and high are None, p is 1."""
+    """{"mean", "low", "high", "level", "n", "p"} of n >= 1 paired differences; p two-sided, of mean 0."""
     d = np.asarray(differences, dtype=np.float64)
     n, mean, low, high, p = len(d), float(d.mean()), None, None, 1.0
-    if n > 1:
+    if n > 1:                                            # a single seed leaves everything open
         error = float(d.std(ddof=1)) / math.sqrt(n)      # n - 1: the mean was taken from the same n
         width = t_quantile(level, n - 1) * error
         low, high = mean - width, mean + width
@@ -127,7 +127,7 @@ def t_interval(differences, level: float = 1 - ALPHA) -> dict:
 
 
 def sign_flip(differences) -> float:
-    """Exact two-sided p-value of 1 to 20 paired differences."""
+    """Exact two-sided p-value of 1 to 20 paired differences, without any law; never below 2 / 2^n."""
     d = np.asarray(differences, dtype=np.float64)
     assert 1 <= len(d) <= 20, f"{len(d)} pairs: no sign pattern, or too many"
     # Were the arms alike, each difference might as well have come out with the other sign.
@@ -136,13 +136,12 @@ def sign_flip(differences) -> float:
 
 
 def holm(p_values) -> tuple[list, list]:
-    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= ALPHA:
-    from the first hypothesis that stands on, the level stays, for nothing is tested after it."""
+    """m p-values -> adjusted ones, and the levels at which an interval without 0 means adjusted p <= .05."""
     m, largest, stood = len(p_values), 0.0, None
     adjusted, levels = [0.0] * m, [0.0] * m
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (m - rank) * p_values[i]))
-        stood = rank if stood is None and largest > ALPHA else stood
+        stood = rank if stood is None and largest > ALPHA else stood    # nothing is tested after it
         adjusted[i], levels[i] = largest, 1 - ALPHA / (m - (rank if stood is None else stood))
     return adjusted, levels
 
@@ -150,9 +149,9 @@ def holm(p_values) -> tuple[list, list]:
 @lru_cache(maxsize=8)
 def resample(scores: tuple, replicates: int, key: int) -> tuple[np.ndarray, list]:
     """Draws of the bootstrap: the seed at each place (R, n); per seed the weights of its slides (places, S),
-    in the order of which == seed. `scores`: n tuples, the strata of the slides of each seed."""
-    rng = np.random.default_rng(key)
-    which, weights = rng.integers(len(scores), size=(replicates, len(scores))), []
+    in the order of which == seed. `scores`: per seed the strata of its slides."""
+    rng, weights = np.random.default_rng(key), []
+    which = rng.integers(len(scores), size=(replicates, len(scores)))
     for seed, strata in enumerate(map(np.array, scores)):
         weights.append(np.zeros(((which == seed).sum(), len(strata))))
         for score in np.unique(strata):     # a draw without slides of a score would have no recall of it
@@ -199,8 +198,8 @@ class Study:
         assert all(self.arms[new][s].scores == self.arms[old][s].scores for s in seeds), "not the same slides"
         drawn = None
         if self.replicates and figure != "average_precision":
-            a_drawn, b_drawn = (self.replicated(arm, seeds, point, figure) for arm in (new, old))
-            drawn = percentiles(a_drawn - b_drawn, len(seeds))
+            drawn = percentiles(self.replicated(new, seeds, point, figure)
+                                - self.replicated(old, seeds, point, figure), len(seeds))
         return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(),
                 "sign_flip": sign_flip(a - b), "bootstrap": drawn}
 
@@ -212,24 +211,22 @@ class Study:
             return None
         a, b, c = (self.replicated(name, seeds, point, figure) for name in names)
         low, high = percentiles(c - b, len(seeds))
-        if low <= 0 <= high:
-            return None
-        mean = table.mean(axis=1)
-        return [float((mean[0] - mean[1]) / (mean[2] - mean[1])), *percentiles((a - b) / (c - b), len(seeds))]
+        new, old, bound = table.mean(axis=1)
+        return (None if low <= 0 <= high else
+                [float((new - old) / (bound - old)), *percentiles((a - b) / (c - b), len(seeds))])
 
     def primaries(self) -> list:
-        """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle", "verdict", "sentence".
-        The bound of a claim is the oracle against its other arm. One without data stays in the family."""
-        found = {claim: self.difference(*what) for claim, what in CLAIMS.items()}
-        rows = []
-        for (claim, d), p, level in zip(found.items(), *holm([d["p"] if d else 1.0 for d in found.values()])):
+        """Per claim its `difference` at Holm's level, "p_holm", "matched", "oracle" (against its other arm),
+        "verdict", "sentence". A claim without data stays in the family."""
+        found, rows = [self.difference(*what) for what in CLAIMS.values()], []
+        for claim, d, p, level in zip(CLAIMS, found, *holm([d["p"] if d else 1.0 for d in found])):
             new, old, point, figure = CLAIMS[claim]
             equal = self.difference(new, old, "matched", figure)
-            oracle = self.difference(ORACLE, old, point, figure)
+            equal, oracle = equal and equal["mean"], self.difference(ORACLE, old, point, figure)
             d = d and {**d, **t_interval(d["values"], level)}
-            name, sentence = verdict(claim, d, equal and equal["mean"], oracle)
-            rows.append({"claim": claim, **(d or {}), "p_holm": p, "matched": equal and equal["mean"],
-                         "oracle": oracle, "verdict": name, "sentence": sentence})
+            name, sentence = verdict(claim, d, equal, oracle)
+            rows.append({"claim": claim, **(d or {}), "p_holm": p, "matched": equal, "oracle": oracle,
+                         "verdict": name, "sentence": sentence})
         return rows
 
 
@@ -248,12 +245,14 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
     undecided        anything else"""
     new, old, point, figure = CLAIMS[claim]
     margin, sign = abs(MARGIN[figure]), np.sign(MARGIN[figure])
+    if not found:
+        return "undecided", f"{claim}: undecided; no seed has both {new} and {old}."
 
-    def has_zero(one):
-        return one["n"] < 2 or one["low"] <= 0 <= one["high"]
+    def ends(one):              # of the interval, seen from the paper's side; that of a single seed is open
+        return sorted([sign * one["low"], sign * one["high"]]) if one["n"] > 1 else [-math.inf, math.inf]
 
     def shows(one):
-        return not has_zero(one) and sign * one["mean"] >= margin
+        return ends(one)[0] > 0 and sign * one["mean"] >= margin
 
     def amount(value):
         return f"{round(value, 4) + 0.0:+.4f}" if figure == "dice" else f"x {ratio_text(value)}"
@@ -263,14 +262,11 @@ def verdict(claim: str, found, matched, oracle) -> tuple[str, str]:
         return f"{amount(one['mean'])} ({100 * one['level']:.4g} %: {between}, n = {one['n']})"
 
     name = "undecided"
-    if not found:
-        return name, f"{claim}: {name}; no seed has both {new} and {old}."
     if shows(found) and sign * (matched or 0) > 0:
         name = "reproduced"
-    elif oracle and has_zero(oracle) and oracle["n"] > 1:
+    elif oracle and oracle["n"] > 1 and ends(oracle)[0] <= 0 <= ends(oracle)[1]:
         name = "not answerable"
-    elif (oracle and shows(oracle) and found["n"] > 1
-          and max(sign * found["low"], sign * found["high"]) < margin):
+    elif oracle and shows(oracle) and ends(found)[1] < margin:
         name = "contradicted"
     what = "Dice" if figure == "dice" else "subtype variance"
     equal = "" if point == "matched" or matched is None else f", {amount(matched)} at equal FPR"

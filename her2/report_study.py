@@ -2,7 +2,9 @@
 
     python -m her2.report_study runs/study/seeds/*.json --out runs/report
 
-Seeds (`study_seed`) from several machines and days become one report.
+The file of a seed is small enough to be kept beside the code, and seeds from several machines and days become
+one report. Per arm it holds the outcome that `report_statistics` works on and the figures of evaluate.py;
+then what was measured on its images, the machine, the commit and the seconds of every stage. The report:
 
     results.json    all figures of every seed and arm, all intervals, the verdicts
     report.md       the verdicts in words, one table of arms, comparisons, images, costs
@@ -11,17 +13,24 @@ Seeds (`study_seed`) from several machines and days become one report.
     ladder.png      difference to `subtype` from the oracle down: where the quality is lost
 """
 
+import math
+import os
+import platform
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from her2 import draw, draw_charts, report, report_staining, run
 from her2.data_classes import ClassTable
-from her2.report_statistics import ORACLE, Study, ratio_text
+from her2.data_folder import load_dataset, read_split
+from her2.metrics import ProbabilityHistogram
+from her2.report_statistics import ORACLE, Outcome, Study, averaged, outcome, ratio_text, together
 from her2.run_config import Parser
-from her2.run_errors import atomic_write, command
-from her2.study_seed import from_json, read_seeds
+from her2.run_errors import UserError, atomic_write, command
+from her2.run_provenance import git_commit, versions
 
+FORMAT = 1              # of the file of a seed
 # From the most that can be had to the paper's methods, and what stands beside them.
 LADDER = ("fresh-100", "oracle-100", "restain-100", "reconstruct-100", "ldm-100-same", "ldm-100",
           "inpaint-100", "gan-100", "subtype-2x", "tumor")
@@ -36,43 +45,89 @@ COMPARED = (("dice", "best", "Dice, val-best"), ("dice", "half", "Dice at 0.5"),
 POINT = {"best": "val-best threshold", "half": "at 0.5", "matched": "at equal FPR"}
 
 
-def averaged(dicts):
-    """Nested dicts of numbers -> the same with the mean over those that have the number; "n" is their sum."""
-    dicts = [one for one in dicts if one is not None]
-    if dicts and isinstance(dicts[0], dict):
-        return {key: sum(one[key] for one in dicts) if key == "n"
-                else averaged([one.get(key) for one in dicts]) for key in dicts[0]}
-    numbers = [one for one in dicts if isinstance(one, (int, float)) and not isinstance(one, bool)]
-    return float(np.mean(numbers)) if numbers else None
+def to_json(one: Outcome) -> dict:
+    """JSON has no NaN: a figure that does not exist is None there."""
+    return {"scores": list(one.scores), "thresholds": one.thresholds,
+            "tables": {point: table.tolist() for point, table in one.tables.items()},
+            "figures": {point: {name: None if math.isnan(value) else value for name, value in found.items()}
+                        for point, found in one.figures.items()}}
 
 
-def comparisons(study, arms) -> dict:
-    """{"ARM against OTHER": {"dice best": ..., "log_variance matched": ...}} with intervals."""
-    pairs = [(arm, report.BASELINE) for arm in arms if arm != report.BASELINE]
-    pairs += [pair for pair in SECONDARY if set(pair) <= set(arms)]
-    return {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
-                                     for figure, point, _ in COMPARED} for new, old in pairs}
+def from_json(content: dict) -> Outcome:
+    tables = {point: np.array(table) for point, table in content["tables"].items()}     # ([M,] S, K, 2)
+    return Outcome(tuple(content["scores"]), content["thresholds"],
+                   {point: table.reshape(-1, *table.shape[-3:]) for point, table in tables.items()},
+                   {point: {name: math.nan if value is None else value for name, value in found.items()}
+                    for point, found in content["figures"].items()})
+
+
+def write_seed(config, seed: int, seconds: dict) -> None:
+    """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `config` of `study`, {stage: seconds}."""
+    root = Path(config.out) / f"seed{seed}"
+    results = run.read_json(root / "report" / "results.json")
+    folders = {arm["name"]: [Path(one.pop("folder")) for one in arm["runs"]] for arm in results["configs"]}
+    baseline = folders[report.BASELINE][0]
+    dataset = load_dataset(run.read_json(baseline / "config.json")["fields"]["data"],
+                           split=read_split(baseline / "split.json"))
+    scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, {}
+    for name in sorted(folders, key=lambda name: name != report.BASELINE):  # the baseline first
+        runs = []
+        for again, folder in enumerate(folders[name]):      # matched to the baseline of the same repetition
+            metrics = run.read_json(folder / "metrics.json")
+            val, test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
+                          for slide, part in metrics[split].items()} for split in ("val", "test"))
+            runs.append(outcome(np.stack(list(val.values())), np.stack(list(test.values())),
+                                [scores[slide] for slide in test], dataset.classes, fpr.get(again)))
+            fpr.setdefault(again, runs[-1].figures["half"]["fpr"])
+        arms[name] = to_json(together(runs))
+    for one in sum([arm["runs"] for arm in results["configs"]], []):
+        del one["slides"]
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    run.write_json(root.parent / "seeds" / f"seed{seed}.json", {
+        "format": FORMAT, "seed": seed, "preset": config.preset,
+        # What decides the figures.
+        "settings": {key: getattr(config, key) for key in ("data", "split_seed", "device", "amp", "trial")},
+        "classes": dataset.classes.to_json(), "slides": list(test), "arms": arms,
+        "configs": results["configs"],
+        **{key: results.get(key, {}) for key in ("images", "staining", "old and new")},
+        "seconds": seconds, "commit": git_commit(), "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor}"})
+
+
+def read_seeds(files) -> list:
+    """The contents of seeds' files, by seed. UserError for another kind of file, or a seed twice."""
+    found = {}
+    for file in files:
+        content = run.read_json(file)
+        if not isinstance(content, dict) or content.get("format") != FORMAT or "arms" not in content:
+            raise UserError(f"{file}: not the file of a seed of the study; give files seeds/seedN.json")
+        if content["seed"] in found:
+            raise UserError(f"{file}: seed {content['seed']} was given before; leave one of them out")
+        found[content["seed"]] = content
+        first = next(iter(found.values()))
+        if any(content[key] != first[key] for key in ("classes", "preset")):
+            raise UserError(f"seeds {first['seed']} and {content['seed']}: of other presets or class tables; "
+                            "report them apart")
+    return [found[seed] for seed in sorted(found)]
 
 
 def interval_text(found, ratio: bool) -> str:
     """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]"."""
     if found is None:
         return "n/a"
-    show = ratio_text if ratio else (lambda x: f"{x + 0.0:+.3f}")
-    inside = "" if found["low"] is None else f" [{show(found['low'])}, {show(found['high'])}]"
-    return ("x " if ratio else "") + show(found["mean"]) + inside
+    mean, low, high = (x if x is None else ratio_text(x) if ratio else f"{x + 0.0:+.3f}"
+                       for x in (found["mean"], found["low"], found["high"]))
+    return ("x " if ratio else "") + mean + ("" if low is None else f" [{low}, {high}]")
 
 
 def arm_table(study, arms) -> list:
     """Rows of texts, header first: mean and spread over seeds of every figure."""
     recalls = [(f"recall {study.classes.names[k]}", "half", 3) for k in study.classes.tumor_ids]
-    rows = [["arm", "seeds", *(f"{figure.replace('_', ' ')} {POINT[point]}" for figure, point, _ in FIGURES),
-             *(figure for figure, _, _ in recalls)]]
-    for arm in arms:
-        rows.append([arm, str(len(study.arms[arm])),
-                     *(report.spread(study.values([arm], point, figure)[1][0], digits)
-                       for figure, point, digits in (*FIGURES, *recalls))])
-    return rows
+    return [["arm", "seeds", *(f"{figure.replace('_', ' ')} {POINT[point]}" for figure, point, _ in FIGURES),
+             *(figure for figure, _, _ in recalls)],
+            *([arm, str(len(study.arms[arm])),
+               *(report.spread(study.values([arm], point, figure)[1][0], digits)
+                 for figure, point, digits in (*FIGURES, *recalls))] for arm in arms)]
 
 
 def difference_table(found: dict, study) -> list:
@@ -92,15 +147,12 @@ def difference_table(found: dict, study) -> list:
 
 def ladder(out, found) -> list:
     """ladder.png into `out`; [(file, caption)]."""
-    rows = [arm for arm in LADDER if f"{arm} against {report.BASELINE}" in found]
-
-    def ends(key):
-        parts = [found[f"{arm} against {report.BASELINE}"][key] for arm in rows]
-        return [one and (one["mean"], one["low"], one["high"]) for one in parts]
-
-    draw.save_png(out / "ladder.png", draw_charts.intervals(
-        [("Dice, difference at equal FPR", ends("dice matched"), False),
-         ("subtype variance, ratio at equal FPR", ends("log_variance matched"), True)], rows))
+    rows, panels = [arm for arm in LADDER if f"{arm} against {report.BASELINE}" in found], []
+    for title, figure in (("Dice, difference", "dice"), ("subtype variance, ratio", "log_variance")):
+        parts = [found[f"{arm} against {report.BASELINE}"][f"{figure} matched"] for arm in rows]
+        ends = [one and (one["mean"], one["low"], one["high"]) for one in parts]
+        panels.append((f"{title} at equal FPR", ends, figure != "dice"))
+    draw.save_png(out / "ladder.png", draw_charts.intervals(panels, rows))
     return [("ladder.png", "Difference to the subtype-sampled baseline at its own false-positive rate, mean "
              "and 95 % interval over seeds, from what no generator can pass down to the paper's methods: "
              "where a step loses, there the quality is lost.")]
@@ -113,7 +165,11 @@ def write_report(files, out) -> dict:
     arms = {name: {seed["seed"]: from_json(seed["arms"][name]) for seed in seeds if name in seed["arms"]}
             for name in names}
     study = Study(arms, ClassTable.from_json(seeds[0]["classes"]))
-    found, claims, configs = comparisons(study, names), study.primaries(), {}
+    pairs = [*((arm, report.BASELINE) for arm in names if arm != report.BASELINE),
+             *(pair for pair in SECONDARY if set(pair) <= set(names))]
+    found = {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
+                                      for figure, point, _ in COMPARED} for new, old in pairs}
+    claims, configs = study.primaries(), {}
     for config in sum([seed["configs"] for seed in seeds], []):     # every arm once, with a run per seed
         configs.setdefault(config["name"], {**config, "runs": []})["runs"] += config["runs"]
     configs = sorted(configs.values(), key=lambda config: report.order(config["name"]))
@@ -126,16 +182,16 @@ def write_report(files, out) -> dict:
         draw.save_png(out / "old_and_new.png", report_staining.heat_maps(moved, study.classes))
         pictures.append(("old_and_new.png", "Mean DAB density of generated instances by the subtype before "
                          "and the one asked for, 95 % interval over seeds: does the old one shine through?"))
+    images, staining = (averaged([seed[key] for seed in seeds if seed[key]]) or {}
+                        for key in ("images", "staining"))
     results = {"baseline": report.BASELINE, "threshold": 0.5, "seeds": numbers, "preset": preset,
-               "configs": configs, "verdicts": claims, "comparisons": found,
-               **{key: averaged([seed[key] for seed in seeds if seed[key]]) or {}
-                  for key in ("images", "staining")}, "old and new": moved, "machines": machines,
+               "configs": configs, "verdicts": claims, "comparisons": found, "images": images,
+               "staining": staining, "old and new": moved, "machines": machines,
                "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
     minutes = {}
-    for seed in seeds:
-        for stage, seconds in seed["seconds"].items():
-            minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
+    for stage, seconds in (one for seed in seeds for one in seed["seconds"].items()):
+        minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
              f"and segmenters ({' or '.join(map(str, repeats))} per arm). The plan that was fixed before "

@@ -40,10 +40,13 @@ Changes   2026-11-25, before a generator of a final seed was trained: 3000 steps
           seed, whose figures are averaged; the unit stays the seed. Two more runs of seed 14 on the same
           images moved the recall of 0 from .75 to .92 and .96 (`subtype`) and from .43 to .92 and .95
           (`oracle-100`). For seeds 10 to 14 it is exploratory, and reported beside the one-run verdicts.
+          2026-11-28, on the wording of "the real half of every batch": a place of a batch is real with
+          probability 1 / (1 + ratio), half of them at 100 % alone. Equal in all arms of synthetic patches and
+          `subtype` are the real patches themselves, as augmented, at the places and steps that are real.
 
 Every stage is a command that is printed first and can be run by hand. What is complete is not run again; what
-was interrupted goes on; seeds and arms can be added. A seed leaves seeds/seedN.json, from which the report is
-made: seeds may come from several machines (python -m her2.report_study FILES --out DIR).
+was interrupted goes on; seeds and arms can be added. A seed leaves seeds/seedN.json, of which `report_study`
+makes the report: seeds may come from several machines.
 """
 
 import json
@@ -52,7 +55,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from her2 import report, report_study, run, run_config as configuration, study_seed
+from her2 import report, report_study, run, run_config as configuration
 from her2.data_folder import load_dataset
 from her2.data_slides import SPLITS
 from her2.run_errors import UserError, command
@@ -60,9 +63,8 @@ from her2.run_provenance import data_hashes
 from her2.study_jobs import Record, Stage, run_stages
 
 METHODS = tuple(report.METHODS)
-RATIOS = (0.5, 1.0, 2.0, 4.0)                           # paper, section 3
-PAPER_ARMS = ["tumor", "subtype",
-              *(f"{method}-{round(100 * ratio)}" for ratio in RATIOS for method in METHODS)]
+RATIOS = (50, 100, 200, 400)                            # per cent; paper, section 3
+PAPER_ARMS = ["tumor", "subtype", *(f"{method}-{ratio}" for ratio in RATIOS for method in METHODS)]
 CONTROLS = ["oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same", "subtype-2x"]
 # Not among "all", to be named in --arms: no real patch at all; other classes to balance (`her2.cluster`).
 EXPLORATORY = ["ldm-only", "gan-only", "oracle-only", "ldm-100-clusters", "ldm-100-stained"]
@@ -102,23 +104,21 @@ PRESETS = {"tiny": dict(arms="tumor,subtype,gan-100,ldm-100,inpaint-100,oracle-1
            "small": dict(seeds=5, arms="all"), "paper": dict(seeds=5, arms="all")}
 
 
-def arm_parts(arm: str) -> tuple:
-    """(synthetic set or "", its ratio). UserError for a name that is no arm."""
-    known = PAPER_ARMS + CONTROLS + EXPLORATORY
-    if arm not in known:
-        raise UserError(f"--arms: {arm!r} is unknown; known are {', '.join(known)}, and all")
-    if arm in ("tumor", "subtype", "subtype-2x"):
-        return "", 0.0
-    method, percent, *variant = arm.split("-")
-    return "-".join([method, *variant]), math.inf if percent == "only" else int(percent) / 100
-
-
-def chosen_arms(config) -> list:
-    """The arms of the command line, without those that --data cannot have. `subtype` is always among them."""
-    every = PAPER_ARMS + CONTROLS
-    names = every if config.arms == "all" else [name.strip() for name in config.arms.split(",")]
-    names = [name for name in names if name and not (config.data and arm_parts(name)[0] in NEEDS_PHANTOM)]
-    return ["subtype", *(name for name in dict.fromkeys(names) if name != "subtype")]
+def chosen_arms(config) -> dict:
+    """{arm: (synthetic set or "", its ratio)} of the command line, without those that --data cannot have.
+    `subtype` is always among them. UserError for a name that is no arm."""
+    every, known = PAPER_ARMS + CONTROLS, PAPER_ARMS + CONTROLS + EXPLORATORY
+    found = {"subtype": ("", 0.0)}
+    for arm in every if config.arms == "all" else filter(None, map(str.strip, config.arms.split(","))):
+        if arm not in known:
+            raise UserError(f"--arms: {arm!r} is unknown; known are {', '.join(known)}, and all")
+        method, percent, *variant = [*arm.split("-"), ""]
+        if method in ("tumor", "subtype"):                                              # or subtype-2x
+            found[arm] = "", 0.0
+        elif not (config.data and method in NEEDS_PHANTOM):
+            ratio = math.inf if percent == "only" else int(percent) / 100
+            found[arm] = "-".join(filter(None, [method, *variant])), ratio
+    return found
 
 
 def stages(config, seed: int, keys: tuple = ("", "")) -> list:
@@ -134,7 +134,7 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
 
     def add(kind, name, line, folder, *needs, root=root, owner=f"seed {seed}: "):
         line = tuple(map(str, [*line, "--out", root / folder]))
-        plan.append(Stage(owner + name, kind, line, root / folder, tuple(n.name for n in needs if n),
+        plan.append(Stage(owner + name, kind, line, root / folder, tuple(filter(None, needs)),
                           keys[kind == "evaluation"]))
         return plan[-1]
 
@@ -142,15 +142,12 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
         stage = name.split()[0]
         return add(stage, name, ["train_ldm.py", "--stage", stage, *flags, *UNIFORM, *short], folder, *needs)
 
-    tissue = None
-    if not config.data:
-        tissue = add("phantom", "phantom", ["-m", "her2.phantom", *sizes, "--seed", seed], "phantom")
-    parts = {arm: arm_parts(arm) for arm in chosen_arms(config)}
-    # One set per method, of the largest size at once: arms that are added later take more of its images, and
-    # smaller ones keep theirs.
-    amount = {}
-    for name, ratio in parts.values():
-        least = max(RATIOS) if name in METHODS and config.preset != "tiny" else 1.0
+    tissue = None if config.data else add(
+        "phantom", "phantom", ["-m", "her2.phantom", *sizes, "--seed", seed], "phantom")
+    arms = chosen_arms(config)
+    amount = {}     # one set per method, of the largest size: arms that are added take more of its images
+    for name, ratio in arms.values():
+        least = max(RATIOS) / 100 if name in METHODS and config.preset != "tiny" else 1.0
         amount[name] = max(0.0 if ratio == math.inf else ratio, least, amount.get(name, 0.0))
     network, images = {}, {}                            # {set: stage}: what paints it, what makes it
     latent = [name for name in amount if name.startswith(("ldm", "inpaint"))]
@@ -172,12 +169,12 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
             network[name] = train_ldm(f"diffusion {kind}", ["--autoencoder", vq.folder, *flags],
                                       f"ldm-{kind}", source, vq)
         model = ["--model", network[name].folder] if name in network else []
+        keep = ["--no-relabel"] if kind == "same" else []
         images[name] = add("images", f"images {name}", [
-            "generate.py", "--method", method, *model, *(["--no-relabel"] if kind == "same" else []),
-            *flags, "--sampling", "subtype", *UNIFORM, "--ratio", amount[name]],
-            f"synth-{name}", source, network.get(name))
+            "generate.py", "--method", method, *model, *keep, *flags, "--sampling", "subtype", *UNIFORM,
+            "--ratio", amount[name]], f"synth-{name}", source, network.get(name))
     runs = []
-    for arm, (name, ratio) in parts.items():
+    for arm, (name, ratio) in arms.items():
         steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short
         synthetic = ["--synthetic", images[name].folder, "--ratio", ratio] if name else []
         sampling = "tumor" if arm == "tumor" else "subtype"
@@ -196,10 +193,9 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
         judge = add("segmentation", "judge", ["train_seg.py", *sizes, "--data", other.folder, *machine,
                                               "--seed", JUDGE_SEED, *UNIFORM, *short], "seg", other, **place)
     shown = [stage.folder for name, stage in images.items() if "-" not in name]
-    add("evaluation", "evaluation", [
-        "evaluate.py", *(one.folder for one in runs),
-        *(["--synthetic", *shown, "--judge", judge.folder] if shown else []), *sizes, *machine,
-        "--seed", seed], "report", *runs, *images.values(), judge)
+    looks = ["--synthetic", *shown, "--judge", judge.folder] if shown else []
+    add("evaluation", "evaluation", ["evaluate.py", *(one.folder for one in runs), *looks, *sizes, *machine,
+                                     "--seed", seed], "report", *runs, *images.values(), judge)
     return plan
 
 
@@ -214,14 +210,14 @@ def main(argv):
         keys = [json.dumps(data_hashes(dataset, config.cache, splits)) for splits in (("train",), SPLITS)]
     plan = list({stage.name: stage for seed in seeds for stage in stages(config, seed, keys)}.values())
     run.open_run("her2.study", config, config.device, ["-m", "her2.study", *argv], free=FREE)
-    record = Record(out / "stages.json", plan)
+    record = Record(out / "stages.json")
 
     def finished(stage):
         if stage.kind == "evaluation":                  # at once, so that a finished seed is never lost
-            seed = int(stage.name.split(":")[0].split()[1])
-            study_seed.write_seed(config, seed, {
+            owner = stage.name.split(":")[0]            # such as "seed 10"
+            report_study.write_seed(config, int(owner.split()[1]), {
                 name: one["seconds"] for name, one in record.done.items()
-                if name.startswith((f"seed {seed}:", "judge"))})
+                if name.startswith((f"{owner}:", "judge"))})
 
     failed = run_stages(plan, config.jobs, record, out / "logs", COST, finished)
     files = sorted((out / "seeds").glob("seed*.json"))

@@ -1,23 +1,20 @@
 """Synthetic images without a generative network: the yardsticks between which the paper's methods are read.
 
-    oracle        the phantom renders the source patch again, each nest in its new subtype; outlines, stroma,
-                  stain and scanner of the slide stay. No generator can obey a label better: what the oracle
-                  does not gain, relabelling cannot give
+    oracle        the phantom renders the source patch again, each nest in its new class; outlines, stroma,
+                  stain and scanner of the slide stay. What the oracle does not gain, relabelling cannot give
     fresh         the same on new slides of the same law: what any further data would give
-    restain       the DAB of every instance scaled to the median of its new subtype, pixel by pixel: what a
+    restain       the DAB of every instance scaled to the median of its new class, pixel by pixel: what a
                   generator must beat to have been worth its training
     reconstruct   the real patch through the autoencoder, its label kept: what decoding alone costs
 
 The first two need a phantom (its folder says which seed made it). PAPER: none of these is in the paper, whose
-real data have no oracle. A painter has `multiple` (what the side of a patch must be divisible by) and
+real data have no oracle. A painter has `multiple`, which must divide the side of a patch, and
 
-    paint(batch) -> (B, 3, P, P) float in [-1, 1]
+    paint(batch) -> (B, 3, P, P) float in [-1, 1]           B batch, P side of the patch, K classes
 
     batch: image (B, 3, P, P) in [-1, 1], label (B, P, P) the new one, instance (B, P, P),
     onehot (B, K, P, P), repaint (B, P, P) bool, seeds [B], sources [B] as of `draw_patch`,
     mappings [B] {instance: (old, new)}
-
-Dimension letters: B batch, P side of the patch, K classes.
 """
 
 import json
@@ -46,8 +43,8 @@ FAINTEST = 0.02         # DAB below which a factor would only blow up noise
 
 def with_classes(scene, wanted: dict, key: tuple):
     """The scene with the nests `wanted` {index of the site: class id} filled anew in their new class. Their
-    outlines stay, and so does all else, to the bit: the table of cells only grows at its end, because the
-    coins of `phantom_microscope` are thrown by the number of a cell."""
+    outlines stay, and so does all else, to the bit."""
+    # The table of cells only grows at its end: `phantom_microscope` throws its coins by the number of a cell.
     sites, cells, nuclei = list(scene.sites), [scene.cells.copy()], [scene.nuclei.copy()]
     for k, class_id in sorted(wanted.items()):
         rng = numpy_generator(*key, "site", k)
@@ -66,9 +63,7 @@ def with_classes(scene, wanted: dict, key: tuple):
 
 
 class OraclePainter:
-    """paint(batch) by the phantom that made the folder of `dataset`; UserError where none did. `fresh_patch`
-    draws from slides that it would make next."""
-
+    """paint(batch) by the phantom that made the folder of `dataset`; UserError where none did."""
     multiple = 1
 
     def __init__(self, dataset):
@@ -80,7 +75,6 @@ class OraclePainter:
         if found["recipe"] != phantom.RECIPE:
             raise UserError(f"{path}: made by another version of the phantom; make it again")
         self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
-        # scene(slide, roi) -> (scene, polygons); the last few dozen are kept.
         self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
 
     def paint(self, batch):
@@ -91,7 +85,7 @@ class OraclePainter:
     def render(self, source, instance, mapping, seed) -> np.ndarray:
         """(P, P, 3) uint8 of the patch at the slide, ROI and position of `source`."""
         slide, roi = map(int, re.findall(r"\d+", source["name"])[:2])           # images/slide03_roi0.png
-        scene, _ = self.scene(slide, roi)
+        scene, _ = self.scene(slide, roi)                                       # and its polygons
         um, wanted = self.preset.um_per_px, {}
         for i, (_, new) in mapping.items():
             # An annotated outline is drawn by a shaky hand: its nest is the one that owns most of its pixels.
@@ -104,32 +98,31 @@ class OraclePainter:
         return window(scene, um, source["y"], source["x"], *instance.shape, numpy_generator(seed, "sensor"))
 
     def fresh_patch(self, sampler, seed: int, i: int) -> dict:
-        """Source patch i of new slides, in place of generate.py's `draw_patch`."""
+        """Source patch i, of a slide that the phantom would make next, in place of `draw_patch`."""
         rng, side, patch = numpy_generator(seed, "fresh", i), self.preset.size, sampler.patch
         _, polygons = self.scene(FRESH + i, 0)
         label, instance = paint([[ring] for _, ring in polygons], [k for k, _ in polygons], side, side)
         present = [k for k in np.unique(label) if k]
         y, x = rng.integers(side - patch + 1, size=2)                           # anywhere
-        if present and rng.random() >= sampler.uniform:                         # or around a subtype
+        if present and rng.random() >= sampler.uniform:                         # or around a tumor class
             inside = np.argwhere(label == rng.choice(present))
             y, x = (inside[rng.integers(len(inside))] - patch // 2).clip(0, side - patch)
         label, instance = (torch.from_numpy(one[y:y + patch, x:x + patch]) for one in (label, instance))
-        return {"image": torch.zeros(3, patch, patch), "label": label.long(),
-                "instance": renumber(instance), "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0",
-                "slide": f"new{FRESH + i}", "x": int(x), "y": int(y)}
+        return {"image": torch.zeros(3, patch, patch), "label": label.long(), "instance": renumber(instance),
+                "name": f"{NEW_TISSUE}slide{FRESH + i}_roi0", "slide": f"new{FRESH + i}",
+                "x": int(x), "y": int(y)}
 
 
 class RestainPainter:
     """paint(batch) by colour deconvolution: rgb * 10 ** -((f - 1) dab STAINS[1]), f = wanted / measured."""
-
     multiple = 1
 
     def __init__(self, dataset, cache):
-        train = dataset.split("train")
-        self.white = report_staining.median_white(train, dataset.classes, cache)
-        found = report_staining.measure({"real": train}, dataset.classes, self.white, cache)["real"]
+        train, classes = dataset.split("train"), dataset.classes
+        self.white = report_staining.median_white(train, classes, cache)
+        found = report_staining.measure({"real": train}, classes, self.white, cache)["real"]
         self.median = {k: float(np.median(values))
-                       for k, values in report_staining.by_class(found, dataset.classes).items() if values}
+                       for k, values in report_staining.by_class(found, classes).items() if values}
 
     def paint(self, batch):
         rgb = ((batch["image"].permute(0, 2, 3, 1) + 1) * 127.5).numpy().astype(np.float64)     # (B, P, P, 3)

@@ -1,11 +1,9 @@
 """Many commands that wait for each other, side by side: what is ready runs, what fails names itself.
 
 A stage is complete when it is recorded with the same key; the key hashes its command, the keys of what it
-needs and the hash of the data, so that changing one input makes exactly what depends on it again.
-
-Independent runs side by side use a machine better than one run with many threads (two processes of one thread
-each do about 1.6 times the work of one with two): so with `jobs` > 1 each gets one thread, and one GPU each
-where there are several.
+needs and the hash of the data, so that changing one input makes exactly what depends on it again. With `jobs`
+> 1 each gets one thread, and one GPU where there are several: two processes of one thread each do about 1.6
+times the work of one with two.
 """
 
 import hashlib
@@ -19,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,43 +27,38 @@ from her2 import run
 from her2.run_errors import ROOT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     name: str               # unique, such as "seed 10: diffusion"
     kind: str               # stages of one kind cost about the same: "diffusion"
     line: tuple             # command line after `python`: a script and its flags, or -m and a module
     folder: Path            # what it fills
-    needs: tuple = ()       # names of other stages
+    needs: tuple = ()       # other stages
     data: str = ""          # hash of the user's data that it reads
 
     @property
     def command(self) -> str:
         return subprocess.list2cmdline(["python", *self.line])  # a path with spaces gets its quotes
 
-
-def keys_of(stages) -> dict:
-    """{name: key}; a stage stands behind those that it needs."""
-    keys = {}
-    for stage in stages:
-        parts = [stage.command, stage.data, *(keys[name] for name in stage.needs)]
-        keys[stage.name] = hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:16]
-    return keys
+    @cached_property
+    def key(self) -> str:
+        parts = [self.command, self.data, *(stage.key for stage in self.needs)]
+        return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:16]
 
 
 class Record:
     """stages.json: {stage: {"key", "command", "seconds"}} of what is complete."""
 
-    def __init__(self, path, stages):
-        self.path, self.keys = Path(path), keys_of(stages)
+    def __init__(self, path):
+        self.path = Path(path)
         self.done = run.read_json(path) if self.path.exists() else {}
 
     def complete(self, stage) -> bool:
-        return self.done.get(stage.name, {}).get("key") == self.keys[stage.name] and stage.folder.exists()
+        return self.done.get(stage.name, {}).get("key") == stage.key and stage.folder.exists()
 
     def add(self, stage, seconds: float) -> None:
-        # A stage that went on from a checkpoint took the time of both starts; the first one was not recorded.
-        self.done[stage.name] = {"key": self.keys[stage.name], "command": stage.command,
-                                 "seconds": round(seconds, 1)}
+        # Of a stage that went on from a checkpoint, the seconds are those since then.
+        self.done[stage.name] = {"key": stage.key, "command": stage.command, "seconds": round(seconds, 1)}
         run.write_json(self.path, self.done)
 
     def set_aside(self, stage) -> None:
@@ -81,15 +75,11 @@ class Record:
 def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
     """Expected seconds until all is finished: `cost` {kind: seconds}, scaled by what finished stages took.
     running: {stage: seconds so far}; done: {kind: [seconds]} of this run."""
-    expected = sum(cost.get(kind, 60) * len(times) for kind, times in done.items())
+    expected = sum(cost[kind] * len(times) for kind, times in done.items())
     pace = sum(map(sum, done.values())) / expected if expected else 1.0
-
-    def of(stage):
-        times = done.get(stage.kind)
-        return sum(times) / len(times) if times else pace * cost.get(stage.kind, 60)
-
-    work = sum(map(of, waiting)) + sum(max(of(stage) - spent, 0) for stage, spent in running.items())
-    return work / max(jobs, 1)
+    work = sum(pace * cost[stage.kind] for stage in waiting)
+    work += sum(max(pace * cost[stage.kind] - spent, 0) for stage, spent in running.items())
+    return work / jobs
 
 
 class Job:
@@ -118,84 +108,78 @@ class Job:
     def seconds(self) -> float:
         return time.perf_counter() - self.clock
 
-    def last_line(self, start: str = "") -> str:
-        """The last line of its log, the last that begins with `start` where there is one."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log else []
-        lines = [line.split("\r")[-1].strip() for line in lines if line.strip()]
-        return next((line for line in reversed(lines) if line.startswith(start)), lines[-1] if lines else "")
+    def last_line(self, start: str) -> str:
+        """The last line of its log that begins with `start`, the last at all where there is none."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = [line.split("\r")[-1].strip() for line in lines if line.strip()] or [""]
+        return next((line for line in reversed(lines) if line.startswith(start)), lines[-1])
 
 
-class Board:
-    """One line per job and one for the whole on a terminal; elsewhere a line when a stage begins and ends."""
-
-    def __init__(self, jobs: int):
-        lines = jobs + 1 if jobs > 1 and sys.stderr.isatty() else 0
-        self.bars = [tqdm(position=k, bar_format="{desc}", leave=False) for k in range(lines)]
-
-    def say(self, text: str) -> None:
-        tqdm.write(text) if self.bars else print(text, flush=True)
-
-    def show(self, running: dict, text: str) -> None:
-        """running: {slot: Job}; text: on the whole."""
-        texts = [f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}" if job else "-"
-                 for job in map(running.get, range(len(self.bars) - 1))]
-        for bar, line in zip(self.bars, [*texts, text]):
-            bar.set_description_str(line[:shutil.get_terminal_size()[0] - 1])
-
-
-def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished=lambda stage: None) -> list:
+def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) -> list:
     """Run what is not complete, up to `jobs` at a time. Returns one line per stage that failed.
     `finished(stage)` is called for every stage that is complete, also for those that were before. What needs
     a failed stage is left out; what does not goes on. Ctrl-C stops all jobs, each of which saves a checkpoint
     of its own, and is raised again."""
-    waiting, failed, running, times = [], {}, {}, {}
+    waiting = [stage for stage in stages if not record.complete(stage)]
+    ready, failed, running, times = {stage.name for stage in stages if stage not in waiting}, {}, {}, {}
     for stage in stages:
-        (finished if record.complete(stage) else waiting.append)(stage)
-    board, ready = Board(jobs), {stage.name for stage in stages} - {stage.name for stage in waiting}
+        if stage.name in ready:
+            finished(stage)
+    # One line per job and one for the whole on a terminal; elsewhere a line when a stage begins and ends.
+    bars = [tqdm(position=k, bar_format="{desc}", leave=False)
+            for k in range(jobs + 1 if jobs > 1 and sys.stderr.isatty() else 0)]
+
+    def say(text):
+        tqdm.write(text) if bars else print(text, flush=True)
 
     def left():
         spent = {job.stage: job.seconds for job in running.values()}
         return f"about {seconds_left(waiting, spent, times, cost, jobs) / 60:.0f} min left"
 
     if ready:
-        board.say(f"{len(ready)} of {len(stages)} stages are complete")
+        say(f"{len(ready)} of {len(stages)} stages are complete")
     try:
         while waiting or running:
-            for stage in [s for s in waiting if set(s.needs) & set(failed)]:
+            for stage in [s for s in waiting if any(need.name in failed for need in s.needs)]:
                 waiting.remove(stage)
                 failed[stage.name] = None           # named by what it needs
             for slot in set(range(jobs)) - set(running):
-                stage = next((s for s in waiting if set(s.needs) <= ready), None)
+                stage = next((s for s in waiting if all(need.name in ready for need in s.needs)), None)
                 if stage is None:
                     break
                 waiting.remove(stage)
                 record.set_aside(stage)
                 number = len(ready) + len(running) + 1
-                board.say(f"\n[{number}/{len(stages)}] {stage.name}\n$ {stage.command}")
+                say(f"\n[{number}/{len(stages)}] {stage.name}\n$ {stage.command}")
                 running[slot] = Job(stage, jobs, slot, logs)
             time.sleep(0.05 if jobs == 1 else 0.2)
             for slot, job in list(running.items()):
-                status = job.process.poll()
+                stage, status = job.stage, job.process.poll()
                 if status is None:
                     continue
                 del running[slot]
                 if status:
                     said = f", it says: {job.last_line('error')}" if job.log else ", its message stands above"
-                    failed[job.stage.name] = f"stage '{job.stage.name}' ended with exit status {status}{said}"
-                    board.say(f"FAILED: {failed[job.stage.name]}")
+                    failed[stage.name] = f"stage '{stage.name}' ended with exit status {status}{said}"
+                    say(f"FAILED: {failed[stage.name]}")
                     continue
-                record.add(job.stage, job.seconds)
-                times.setdefault(job.stage.kind, []).append(job.seconds)
-                ready.add(job.stage.name)
-                finished(job.stage)
-                board.say(f"{job.stage.name}: {job.seconds / 60:.1f} min; {len(ready)} of {len(stages)} "
-                          f"stages are complete, {left()}")
-            board.show(running, f"{len(ready)}/{len(stages)} stages, {left()}")
+                record.add(stage, job.seconds)
+                times.setdefault(stage.kind, []).append(job.seconds)
+                ready.add(stage.name)
+                finished(stage)
+                say(f"{stage.name}: {job.seconds / 60:.1f} min; {len(ready)} of {len(stages)} stages are "
+                    f"complete, {left()}")
+            for slot, bar in enumerate(bars):
+                text = "-" if slot < jobs else f"{len(ready)}/{len(stages)} stages, {left()}"
+                if slot in running:
+                    job = running[slot]
+                    text = f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}"
+                bar.set_description_str(text[:shutil.get_terminal_size()[0] - 1])
     finally:
         for job in running.values():        # send_signal does nothing to a process that has ended
             job.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         for job in running.values():
             job.process.wait()
-        for bar in board.bars:
+        for bar in bars:
             bar.close()
     return [line for line in failed.values() if line]

@@ -525,7 +525,7 @@ def test_confusion_rows_sum_to_one_and_empty_rows_are_nan():
 def test_the_pair_of_figure_6_depends_on_no_result(names, pair):
     parts = [(name, *name.split("-")) if "-" in name else (name, "real", 0) for name in names]
     configs = [config_of(name, method, float(ratio) / 100, s0=(0, 0)) for name, method, ratio in parts]
-    assert [config["name"] for config in report.figure_pair({"configs": configs})] == pair
+    assert [config["name"] for config in report.figure_pair(configs)] == pair
 
 
 def test_a_run_is_matched_to_its_own_seed():

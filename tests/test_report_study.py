@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from her2 import report_images, report_study, study_seed
+from her2 import report_images, report_study
 from her2.data_classes import DEFAULT_CLASSES
 from her2.metrics import BINS, ProbabilityHistogram
 from her2.report_statistics import outcome
@@ -35,12 +35,12 @@ def seed_file(folder, seed, preset="small"):
         val, test = counts(rng, shift), counts(rng, shift)
         one = outcome(val, test, ["0", "0", "3+", "3+"], DEFAULT_CLASSES, fpr)
         fpr = one.figures["half"]["fpr"] if fpr is None else fpr
-        arms[arm] = study_seed.to_json(one)
+        arms[arm] = report_study.to_json(one)
         method, _, percent = arm.partition("-")
         figures = ProbabilityHistogram(DEFAULT_CLASSES, test.sum(axis=0)).report()
         configs.append({"name": arm, "method": method if percent else "real", "ratio": 1.0 * bool(percent),
                         "sampling": "subtype", "runs": [{"seed": seed, **figures}]})
-    content = {"format": study_seed.FORMAT, "seed": seed, "preset": preset, "commit": "x",
+    content = {"format": report_study.FORMAT, "seed": seed, "preset": preset, "commit": "x",
                "machine": f"m{seed}", "classes": DEFAULT_CLASSES.to_json(), "slides": list("abcd"),
                "arms": arms, "configs": configs,
                "images": {"oracle": {"dice": 0.9, "recall": {"0": 0.5 + seed / 100}, "fpr": 0.1,
@@ -85,14 +85,14 @@ def test_seeds_become_one_report(files, tmp_path):
 
 
 def test_a_seed_survives_its_file(files):
-    content = study_seed.read_seeds(files)[0]
+    content = report_study.read_seeds(files)[0]
     for arm in ARMS:
-        again = study_seed.from_json(content["arms"][arm])
-        assert study_seed.to_json(again) == content["arms"][arm]
+        again = report_study.from_json(content["arms"][arm])
+        assert report_study.to_json(again) == content["arms"][arm]
         assert again.tables["half"].shape == (1, 4, 6, 2)
         old = {**content["arms"][arm], "tables": {point: table[0] for point, table in    # before there were R
                                                   content["arms"][arm]["tables"].items()}}
-        assert study_seed.to_json(study_seed.from_json(old)) == content["arms"][arm]
+        assert report_study.to_json(report_study.from_json(old)) == content["arms"][arm]
 
 
 def test_wrong_files_are_refused(files, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 import train_seg
 from her2 import study
 from her2.data_classes import DEFAULT_CLASSES
-from her2.study_jobs import Record, Stage, keys_of, run_stages, seconds_left
+from her2.study_jobs import Record, Stage, run_stages, seconds_left
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,20 +96,19 @@ def test_changed_data_make_again_what_read_them(finished, tmp_path):
     """The key of a stage hashes its data and what it needs; a folder from other data makes room."""
     plans = [study.stages(study.Config(preset="tiny", arms="subtype,ldm-100", data="data"), 0, (text, text))
              for text in ("a", "a", "b")]
-    keys = [keys_of(plan) for plan in plans]
+    keys = [{stage.name: stage.key for stage in plan} for plan in plans]
     assert keys[0] == keys[1] and not set(keys[0].values()) & set(keys[2].values())
     other = study.stages(study.Config(preset="tiny", arms="subtype,ldm-100", data="data"), 0, ("a", "new test"))
-    again = keys_of(other)
-    assert [name for name in again if again[name] != keys[0][name]] == ["seed 0: evaluation"]
+    assert [stage.name for stage in other if stage.key != keys[0][stage.name]] == ["seed 0: evaluation"]
     one = Stage("a", "x", ("-c", "print()"), tmp_path / "a")
-    other = Stage("b", "x", ("-c", "print()"), tmp_path / "b", ("a",))
     changed = Stage("a", "x", ("-c", "pass"), tmp_path / "a")
-    assert keys_of([one, other])["b"] != keys_of([changed, other])["b"]
+    other, after = (Stage("b", "x", ("-c", "print()"), tmp_path / "b", (first,)) for first in (one, changed))
+    assert other.key != after.key
     (tmp_path / "a").mkdir()
-    record = Record(tmp_path / "stages.json", [one, other])
+    record = Record(tmp_path / "stages.json")
     record.add(one, 3.0)
     assert record.complete(one) and not record.complete(other)
-    record = Record(tmp_path / "stages.json", [changed, other])
+    record = Record(tmp_path / "stages.json")
     assert not record.complete(changed)
     record.set_aside(changed)
     assert not (tmp_path / "a").exists() and (tmp_path / "a.stale").is_dir()
@@ -118,13 +117,14 @@ def test_changed_data_make_again_what_read_them(finished, tmp_path):
 def test_a_failing_stage_names_itself_and_the_rest_goes_on(tmp_path, capfd):
     def stage(name, code, *needs):
         program = f"import pathlib; pathlib.Path({str(tmp_path / name)!r}).mkdir(); {code}"
-        return Stage(name, "x", ("-c", program), tmp_path / name, needs)
+        return Stage(name, "x", ("-m", "timeit", "-n1", "-r1", program), tmp_path / name, needs)
 
-    plan = [stage("one", "raise SystemExit('error: no luck')"), stage("two", "pass", "one"),
-            stage("three", "pass"), stage("four", "pass", "three"), stage("five", "pass", "four", "two")]
-    plan = [Stage(s.name, s.kind, ("-m", "timeit", "-n1", "-r1", s.line[1]), s.folder, s.needs) for s in plan]
-    seen, record = [], Record(tmp_path / "stages.json", plan)
-    failed = run_stages(plan, 2, record, tmp_path / "logs", {}, lambda s: seen.append(s.name))
+    plan = [stage("one", "raise SystemExit('error: no luck')")]
+    plan += [stage("two", "pass", plan[0]), stage("three", "pass")]
+    plan += [stage("four", "pass", plan[2])]
+    plan += [stage("five", "pass", plan[3], plan[1])]
+    seen, record = [], Record(tmp_path / "stages.json")
+    failed = run_stages(plan, 2, record, tmp_path / "logs", {"x": 1}, lambda s: seen.append(s.name))
     assert seen == ["three", "four"] and set(record.done) == {"three", "four"}
     assert len(failed) == 1 and "'one'" in failed[0]
     assert not (tmp_path / "two").exists() and not (tmp_path / "five").exists()
