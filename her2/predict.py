@@ -32,8 +32,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from her2 import draw, run, run_training
-from her2 import run_config as configuration
+from her2 import draw, run, run_config as configuration, run_training
 from her2.data_classes import ClassTable, TissueClass, csv_text
 from her2.data_images import ENDINGS, read_image, read_size
 from her2.data_slides import read_slides
