@@ -84,7 +84,7 @@ def main(argv):
 
     # ---- 3 report: tables and figures, by one process ------------------------------------------------------
     if run_distributed.rank():
-        return 0
+        return
     out = Path(config.out)
     results = report.collect(runs)                          # seeds of one configuration become one row
     pictures = report.figures(out, results["configs"], dataset.classes)
@@ -106,7 +106,6 @@ def main(argv):
         print(f"\nchange against {report.BASELINE}, at threshold 0.5 and at its false-positive rate")
         print(report.plain(report.change_table(results)))
     print(f"\ndone: {out / 'report.md'}, {out / 'results.json'}")
-    return 0
 
 
 def parse(argv):
@@ -209,8 +208,7 @@ def predict(one, dataset, config, device, precision) -> None:
         with precision.autocast():
             prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
                                config.batch, device)                                # (H, W)
-        # Counts, for one confusion matrix of the whole split: in a mean of Dice values per ROI one with ten
-        # tumor pixels would weigh as much as a full one.
+        # Counts, for one matrix of the whole split: in a mean of Dice an almost empty ROI weighs in full.
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":
             share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
@@ -271,8 +269,7 @@ def read_metrics(one, key, dataset) -> bool:
 
 # ---- figures -----------------------------------------------------------------------------------------------
 def draw_synthetic(out, results, synthetic, dataset, config, device) -> list:
-    """fig4, staining and old_and_new of `read_synthetic` into `out`, their numbers and those of --judge into
-    `results`; returns captions."""
+    """Captions of fig4, staining and old_and_new, drawn into `out`; their numbers go into `results`."""
     classes, train = dataset.classes, dataset.split("train")
     sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
     draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))

@@ -110,13 +110,13 @@ def main(argv):
         return 0
     run_distributed.rank() or data_folder.write_split(folder / "split.json", dataset)
 
-    for number, first in enumerate(tqdm(range(0, count, config.batch), desc=config.method, leave=False,
-                                        disable=None)):
-        # Processes take batches in turn. A batch is computed whole even when part of it is there: rounding in
-        # a convolution may depend on its batch, and the same command shall give the same files.
+    batches = range(0, count, config.batch)[run_distributed.rank()::run_distributed.world()]
+    for first in tqdm(batches, desc=config.method, leave=False, disable=None):
+        # A batch is computed whole even when part of it is there: rounding in a convolution may depend on the
+        # batch, and the same command shall give the same files.
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
-        if not missing or number % run_distributed.world() != run_distributed.rank():
+        if not missing:
             continue
 
         # ---- 3 real patches: their tissue is where the new image will have tissue, and of the same shape

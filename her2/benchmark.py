@@ -120,8 +120,7 @@ def one_step(loop: str, c, device):
             sum(hinge_discriminator(real, fake)).backward()
         return [net, encoder, disc], [net], step
 
-    own = c if loop == "autoencoder" else script_config("autoencoder", c.preset)
-    model, disc = run_setup.autoencoder_gan(own, device)
+    model, disc = run_setup.autoencoder_gan(script_config("autoencoder", c.preset), device)
     if loop == "autoencoder":
         def step(batch):
             image = zeros(batch, 3)

@@ -100,7 +100,6 @@ def main(argv):
             atomic_write(path, csv_text([rows[name] for name in sorted(rows)], COLUMNS))
     print(f"done: {path}, {len(images)} images, threshold {config.threshold:g}, "
           f"{sum(int(rows[image.name]['polygons']) for image in images)} polygons in {out / 'polygons'}")
-    return 0
 
 
 def find_images(names, out) -> list:
