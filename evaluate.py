@@ -84,7 +84,7 @@ def main(argv):
 
     # ---- 3 report: tables and figures, by one process ------------------------------------------------------
     if run_distributed.rank():
-        return 0
+        return
     out = Path(config.out)
     results = report.collect(runs)                          # seeds of one configuration become one row
     pictures = report.figures(out, results["configs"], dataset.classes)
@@ -106,7 +106,6 @@ def main(argv):
         print(f"\nchange against {report.BASELINE}, at threshold 0.5 and at its false-positive rate")
         print(report.plain(report.change_table(results)))
     print(f"\ndone: {out / 'report.md'}, {out / 'results.json'}")
-    return 0
 
 
 def parse(argv):
@@ -129,7 +128,6 @@ def parse(argv):
 
 
 # ---- runs and data -----------------------------------------------------------------------------------------
-
 def read_run(folder) -> report.Run:
     """A finished run of train_seg.py, not yet evaluated."""
     if not (folder / "model.pt").exists():
@@ -190,7 +188,6 @@ def read_synthetic(folders, dataset) -> dict:
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
-
 def predict(one, dataset, config, device, precision) -> None:
     """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois. Under
     torchrun each process predicts some ROIs, and gets the counts of all."""
@@ -205,31 +202,27 @@ def predict(one, dataset, config, device, precision) -> None:
     network = run.build_model(UNet, content, one.folder, device)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []
-
-    def most_wrong(items):                      # ties by name: the same whatever the number of processes
-        return sorted(items, key=lambda item: (-item[0], item[2]))[:WORST]
-
     for k, roi in tqdm(mine, desc=Path(one.folder).name, unit="ROI", leave=False, disable=None):
         image, label, _ = open_roi(roi, dataset.classes, config.cache).whole()      # (H, W, 3), (H, W) uint8
         # Tiles overlap and only their centres count: at a border a network with padding sees less.
         with precision.autocast():
             prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
                                config.batch, device)                                # (H, W)
-        # Counts, for one confusion matrix of the whole split: in a mean of Dice values per ROI one with ten
-        # tumor pixels would weigh as much as a full one.
+        # Counts, for one matrix of the whole split: in a mean of Dice an almost empty ROI weighs in full.
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":
             share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
-            worst = most_wrong([*worst, (share, pictures, roi.name)])                # not all in memory
+            # Not all stay in memory. Ties by name: the same whatever the number of processes.
+            worst = sorted([*worst, (-share, roi.name, pictures)])[:WORST]
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
     for k, part in sorted(counts, key=lambda item: item[0]):        # by slide, the unit of the bootstrap
         roi, part = rois[k], ProbabilityHistogram(dataset.classes, part)
         slides = one.val if roi.split == "val" else one.test
         slides[roi.slide] = part + slides.get(roi.slide, 0)
         one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
-    worst = most_wrong(worst)
+    worst = sorted(worst)[:WORST]
     run_distributed.rank() or draw.save_png(Path(one.folder) / "worst.png", draw.image_grid(
-        [pictures for _, pictures, _ in worst], [f"{name}\n{share:.1%} wrong" for share, _, name in worst],
+        [pictures for *_, pictures in worst], [f"{name}\n{-share:.1%} wrong" for share, name, _ in worst],
         ["Image", "Annotated", "Errors"], cell=CELL, legend=[
             *draw.class_legend(dataset.classes, True), ("missed", draw.BLUE), ("false", draw.VERMILION)]))
 
@@ -275,10 +268,8 @@ def read_metrics(one, key, dataset) -> bool:
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
-
 def draw_synthetic(out, results, synthetic, dataset, config, device) -> list:
-    """fig4, staining and old_and_new of `read_synthetic` into `out`, their numbers and those of --judge into
-    `results`; returns captions."""
+    """Captions of fig4, staining and old_and_new, drawn into `out`; their numbers go into `results`."""
     classes, train = dataset.classes, dataset.split("train")
     sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
     draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))

@@ -27,21 +27,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import draw, inpainting, run, run_distributed, run_setup, run_training, study_controls
-from her2.autoencoder import VQAutoencoder
+from her2 import (autoencoder, data_folder, data_regions, denoiser, diffusion, draw, inpainting, run,
+                  run_distributed, run_log, run_setup, run_training, spade, study_controls)
 from her2.data_classes import IGNORE, csv_text
-from her2.data_folder import write_split
-from her2.denoiser import LatentDenoiser
-from her2.diffusion import Schedule
-from her2.run_errors import UserError, atomic_write, command
-from her2.run_log import Manifest
-from her2.run_provenance import file_hash, input_hashes
-from her2.relabel import relabel, renumber, repaint_mask
 from her2.data_patches import to_tensors
-from her2.data_regions import open_roi
-from her2.samplers import image_noise, sample, spaced_timesteps
+from her2.relabel import relabel, renumber, repaint_mask
+from her2.run_errors import UserError, atomic_write, command
+from her2.run_provenance import file_hash, input_hashes
 from her2.run_seeds import generator, hashed_seed, numpy_generator
-from her2.spade import SPADEGenerator
+from her2.samplers import image_noise, sample, spaced_timesteps
 
 
 @dataclass
@@ -109,20 +103,20 @@ def main(argv):
     with run_distributed.in_turn():
         folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
                               input_hashes(config, dataset))
-        manifest = Manifest(folder)
+        manifest = run_log.Manifest(folder)
         done = manifest.finished(folder, checkpoint)
     if len(done) >= count and (folder / "slides.csv").exists():
         print(f"{folder}: complete ({count} images); nothing to do")
         return 0
-    run_distributed.rank() or write_split(folder / "split.json", dataset)
+    run_distributed.rank() or data_folder.write_split(folder / "split.json", dataset)
 
-    for number, first in enumerate(tqdm(range(0, count, config.batch), desc=config.method, leave=False,
-                                        disable=None)):
-        # Processes take batches in turn. A batch is computed whole even when part of it is there: rounding in
-        # a convolution may depend on its batch, and the same command shall give the same files.
+    batches = range(0, count, config.batch)[run_distributed.rank()::run_distributed.world()]
+    for first in tqdm(batches, desc=config.method, leave=False, disable=None):
+        # A batch is computed whole even when part of it is there: rounding in a convolution may depend on the
+        # batch, and the same command shall give the same files.
         ids = range(first, min(first + config.batch, count))
         missing = [i for i in ids if i not in done]
-        if not missing or number % run_distributed.world() != run_distributed.rank():
+        if not missing:
             continue
 
         # ---- 3 real patches: their tissue is where the new image will have tissue, and of the same shape
@@ -170,7 +164,6 @@ def main(argv):
 
 
 # ---- what is painted from ----------------------------------------------------------------------------------
-
 def source_data(config, content) -> tuple:
     """(dataset, sampler of patches of its training slides); `content` of model.pt, or {}. UserError where the
     network of `content` knows a slide that is not for training here, or other classes."""
@@ -195,12 +188,9 @@ def draw_patch(sampler, seed, i) -> dict:
 
 def keep(patch):
     """--no-relabel: the real label, every instance mapped to its own class."""
-    mapping = {}
-    for j in patch["instance"].unique().tolist():
-        old = int(patch["label"][patch["instance"] == j][0])
-        if j and old != IGNORE:
-            mapping[j] = (old, old)
-    return patch["label"], mapping
+    label, instance = patch["label"], patch["instance"]
+    olds = {j: int(label[instance == j][0]) for j in instance.unique().tolist() if j}
+    return label, {j: (old, old) for j, old in olds.items() if old != IGNORE}
 
 
 def relabel_ids(names: str, classes, present) -> list:
@@ -237,7 +227,8 @@ def noise_levels(sampler, classes, cache):
     """A function: name of a region -> level of the sensor's noise in it, measured in its middle, once."""
     @lru_cache(maxsize=None)
     def level(name):
-        region = open_roi(next(roi for roi in sampler.rois if roi.name == name), classes, cache)
+        roi = next(roi for roi in sampler.rois if roi.name == name)
+        region = data_regions.open_roi(roi, classes, cache)
         corner = [max(0, side // 2 - 512) for side in (region.height, region.width)]
         window = region.window(*corner, min(region.height, 1024), min(region.width, 1024))
         return inpainting.noise_level(to_tensors(*window)[0][None])[0]
@@ -245,7 +236,6 @@ def noise_levels(sampler, classes, cache):
 
 
 # ---- painters ----------------------------------------------------------------------------------------------
-
 def make_painter(config, content, dataset, device):
     """What turns a batch of source patches with new labels into images, by --method."""
     if not content:
@@ -262,7 +252,7 @@ class SpadePainter:
     """paint(batch) -> (B, 3, H, W) in [-1, 1] by the GAN, from the label; `batch`: see study_controls."""
 
     def __init__(self, content, config, device):
-        self.network = run.build_model(SPADEGenerator, content, config.model, device)
+        self.network = run.build_model(spade.SPADEGenerator, content, config.model, device)
         self.device, self.z_dim, self.multiple = device, content["kwargs"]["z_dim"], self.network.stride
 
     def paint(self, batch):
@@ -275,10 +265,11 @@ class DiffusionPainter:
     """The same by latent diffusion: whole images, or only the tumor of `image` (method "inpaint")."""
 
     def __init__(self, content, config, device):
-        self.autoencoder = run.build_model(VQAutoencoder, content["autoencoder"], config.model, device)
-        self.denoiser = run.build_model(LatentDenoiser, content, config.model, device).laid_out(
-            config.patch // self.autoencoder.factor)
-        self.schedule = run.build(Schedule, content["schedule"], config.model).to(device)
+        inner = content["autoencoder"]
+        self.autoencoder = run.build_model(autoencoder.VQAutoencoder, inner, config.model, device)
+        network = run.build_model(denoiser.LatentDenoiser, content, config.model, device)
+        self.denoiser = network.laid_out(config.patch // self.autoencoder.factor)
+        self.schedule = run.build(diffusion.Schedule, content["schedule"], config.model).to(device)
         if config.guidance != 1 and content.get("drop_label") == 0:
             raise UserError(f"--guidance: found {config.guidance}; this model was trained with "
                             "--drop-label 0 and never saw an image without a label, give 1")
@@ -313,7 +304,6 @@ class DiffusionPainter:
 
 
 # ---- the dataset folder ------------------------------------------------------------------------------------
-
 def write_dataset(folder, records, dataset) -> None:
     """classes.json as in the source dataset, where it has one; preview.png, the first new labels above the
     images generated from them; slides.csv last: a folder that has it is complete."""

@@ -22,37 +22,37 @@ from dataclasses import dataclass
 
 import torch
 
-from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
+from her2 import draw, draw_axes, net_perceptual, run, run_distributed, run_log, run_setup, run_training
 from her2.net_blocks import frozen, power_iterations
 from her2.discriminator import discriminate
 from her2.run_errors import command
 from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
                              saturated_share)
-from her2.net_perceptual import VGG19Loss
 from her2.run_seeds import generator
 from her2.spade import recalibrated, reparameterize
 
 
-def train(config, argv) -> int:
+def train(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     dataset, sampler = run_setup.training_data(config)
     num_classes = len(dataset.classes)
     net, encoder, disc = run_setup.spade_gan(config, num_classes, device)
-    perceptual = run_training.frozen_loss(VGG19Loss, config.vgg, device)
+    perceptual = run_training.frozen_loss(net_perceptual.VGG19Loss, config.vgg, device)
+    # Two rates (TTUR, Heusel et al. 2017): the gradient of G is only as good as a D that knows what G paints
+    # now. With the larger steps D keeps up with a G that moves slowly, at one step of each per iteration.
     optimizer = torch.optim.Adam([*net.parameters(), *encoder.parameters()], lr=config.lr, betas=(0.0, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.disc_lr, betas=(0.0, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
     ema = run_training.EMA(net, config.ema)
-
     networks = {"generator": net, "encoder": encoder, "discriminator": disc}
     saved = {**networks, "ema": ema, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler}
     folder, log, step, numbers = run_log.begin("train_gan.py", config, device, argv, dataset, saved,
-                                           idle=torch.zeros((), dtype=torch.long))
+                                               idle=torch.zeros((), dtype=torch.long))
     idle = numbers["idle"].to(device)               # steps in a row with d_loss of almost 0
     if step >= config.steps:
-        return 0
+        return
     fixed = sampler.batch(0, 8)
     sizes = ", ".join(f"{name} {run_log.size(module)}" for name, module in networks.items())
     log.begin(step, f"{sizes}, {device}, {precision}; a discriminator that cannot tell has d_loss 2; healthy "
@@ -139,10 +139,7 @@ def train(config, argv) -> int:
         # 6 report
         steps.report(step, write_log, publish)
     configuration.say_done(config, "generate.py", "--method", "gan", "--model", folder)
-    return 0
 
-
-# ---- what the loop calls -----------------------------------------------------------------------------------
 
 def calibrate(averaged, sampler, num_classes, config, step, device):
     """A copy of the averaged generator whose batch-norm statistics are those of 16 batches of training labels
@@ -155,8 +152,6 @@ def calibrate(averaged, sampler, num_classes, config, step, device):
 
     return recalibrated(averaged, conditions())
 
-
-# ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Config(configuration.Training):               # data, seed, patch, device and what else scripts share
@@ -186,21 +181,18 @@ class Config(configuration.Training):               # data, seed, patch, device 
     save_every: int = 100           # steps between two checkpoints, with sample pictures
 
 
-# PAPER: learning rate 1e-5 and batch 16 are printed. SPADE's two-time-scale rule (TTUR), on by default in
-# the official code, turns 1e-5 into 5e-6 for G and E and 2e-5 for D; whether the authors kept it is not
-# said. We take it as kept.
+# PAPER: learning rate 1e-5 and batch 16 are printed. SPADE's two-time-scale rule (TTUR), on by default in the
+# official code, makes them 5e-6 for G and E, 2e-5 for D; whether it was kept is not said. We take it as kept.
 PRESETS = {
-    "tiny": {},
-    "small": dict(steps=900, lr=2e-4, disc_lr=4e-4, ema=0.998, log_every=50, save_every=450),
+    "tiny": {}, "small": dict(steps=900, lr=2e-4, disc_lr=4e-4, ema=0.998, log_every=50, save_every=450),
     "paper": dict(steps=200_000, batch=16, patch=512, width=64, hidden=128, z_dim=256, lr=5e-6, disc_lr=2e-5,
-                  ema=0.999, log_every=100, save_every=5000, workers=8),
-}
+                  ema=0.999, log_every=100, save_every=5000, workers=8)}
 
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "train_gan.py")
     run_training.check_patch(config, "the generator doubles")
-    return train(config, argv)
+    train(config, argv)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 Stage 1, the VQ autoencoder. An image becomes a latent z a few times smaller per side, every cell of z is
 replaced by the nearest row of a codebook, and a decoder paints the image back:
 
-    loss = |image - reconstruction| + vq_loss + weight * hinge_generator(D(reconstruction))
-    weight = disc_weight * ||grad |image - reconstruction| || / ||grad hinge||      from step --disc-start on
+    nll = |image - reconstruction| + lambda_edge * edge_l1(reconstruction, image)       edge_l1: only in small
+    loss = nll + vq_loss + weight * hinge_generator(D(reconstruction))                  D: not in small
+    weight = disc_weight * ||grad nll|| / ||grad hinge||                                from --disc-start on
 
 Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees the label learns to tell what
 was added:
@@ -26,17 +27,14 @@ from typing import Literal
 
 import torch
 
-from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
+from her2 import (data_latents, draw, draw_axes, net_perceptual, quantizer, run, run_distributed, run_log,
+                  run_setup, run_training, samplers)
 from her2.autoencoder import VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, kept_buffers
 from her2.diffusion import denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
 from her2.run_errors import command
 from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator, pulls
-from her2.data_latents import latent_std, pooled_latents
-from her2.net_perceptual import LPIPS
-from her2.quantizer import CodeUsage
 from her2.run_seeds import generator
-from her2.samplers import image_noise, sample
 
 
 def train_autoencoder(config, argv) -> None:
@@ -44,11 +42,11 @@ def train_autoencoder(config, argv) -> None:
     precision = run_training.Precision(device, config.amp)
     model, disc = run_setup.autoencoder_gan(config, device)
     dataset, sampler = run_setup.training_data(config)
-    perceptual = run_training.frozen_loss(LPIPS, config.lpips, device)
+    perceptual = run_training.frozen_loss(net_perceptual.LPIPS, config.lpips, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
-    usage = CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)  # 1000 patches
+    usage = quantizer.CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
     folder, log, step, _ = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset,
@@ -69,8 +67,7 @@ def train_autoencoder(config, argv) -> None:
 
     def publish():
         with precision.autocast():
-            again = model(fixed)[0]
-        draw.samples_png(folder, step, image=fixed, reconstruction=again)
+            draw.samples_png(folder, step, image=fixed, reconstruction=model(fixed)[0])
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["autoencoder"])
         run.save_model(folder, "autoencoder", model.config, model.state_dict(), step=step, **dataset.origin())
 
@@ -130,8 +127,7 @@ def train_autoencoder(config, argv) -> None:
             indices.append(codes)
         norms = {"grad_norm": run_training.update(optimizer, scaler, config.clip)}
 
-        # 3 the discriminator tells the image from its reconstruction, from the first step on: it should know
-        #   something by the time it is listened to.
+        # 3 the discriminator tells image from reconstruction, from step 0 on: it learns before it is heard.
         for part, image, fake in painted if config.disc_weight else ():
             with precision.autocast():
                 d_loss = sum(hinge_discriminator(disc(image), disc(fake))) / 2          # ()
@@ -164,24 +160,21 @@ def train_diffusion(config, argv) -> None:
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    folder, log, step, numbers = run_log.begin(
-        "train_ldm.py --stage diffusion", config, device, argv, dataset, saved,
-        quarters=torch.zeros(2, 4, dtype=torch.double))
-    quarters = numbers["quarters"].to(device)       # sums and numbers of losses by quarter of t, (2, 4)
+    folder, log, step, kept = run_log.begin("train_ldm.py --stage diffusion", config, device, argv, dataset,
+                                            saved, quarters=torch.zeros(2, 4, dtype=torch.double))
+    quarters = kept["quarters"].to(device)          # sums and numbers of losses by quarter of t, (2, 4)
     if step >= config.steps:
         return
 
-    @torch.no_grad()
     def encode(image):                  # (B, 3, H, W) -> (B, C, h, w), everywhere in the same precision
-        with precision.autocast():
+        with torch.no_grad(), precision.autocast():
             return autoencoder.encode(run_training.to_device(image, device)).float()
 
     if step == 0 and not config.init:
-        denoiser.set_latent_scale(latent_std(sampler, encode, config.batch))    # the EMA copies buffers
+        denoiser.set_latent_scale(data_latents.latent_std(sampler, encode, config.batch))  # the EMA copies it
     zero, fixed = loss_of_zero_output(config.loss), sampler.batch(0, 8)
-    log.begin(step, f"denoiser, {run_log.size(denoiser)}, {device}, {precision}; "
-              f"latent scale {float(denoiser.latent_scale):.3f}; "
-              f"a network that always outputs zero has a loss of {zero:.3f}")
+    log.begin(step, f"denoiser, {run_log.size(denoiser)}, {device}, {precision}; latent scale "
+              f"{denoiser.latent_scale:.3f}; a network that always outputs zero has a loss of {zero:.3f}")
 
     def write_log():
         sums, counts = quarters.tolist()
@@ -198,8 +191,8 @@ def train_diffusion(config, argv) -> None:
         onehot = run_training.one_hot(fixed["label"], len(dataset.classes), device)
         with precision.autocast():
             predict = ema.module.predictor(ema.module.label_code(onehot))
-            x0 = sample(predict, schedule, image_noise(range(len(onehot)), latent, device),
-                        steps=min(config.sample_steps, config.timesteps))
+            x0 = samplers.sample(predict, schedule, samplers.image_noise(range(len(onehot)), latent, device),
+                                 steps=min(config.sample_steps, config.timesteps))
             image = autoencoder.decode(ema.module.unscale(x0)).float().clamp(-1, 1)
         draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
                          sampled=image)
@@ -210,7 +203,7 @@ def train_diffusion(config, argv) -> None:
 
     losses = run_log.Losses(folder, {"denoiser": denoiser}, scaler)
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
-    batches = config.latent_pool and pooled_latents(config, dataset, encode, step)
+    batches = config.latent_pool and data_latents.pooled_latents(config, dataset, encode, step)
     run_distributed.same_start(denoiser, ema.module)
     run_training.compile_parts(config, denoiser.unet)
     steps = run_training.Steps("diffusion", config, sampler, step, device, losses, batches=batches,
@@ -228,8 +221,7 @@ def train_diffusion(config, argv) -> None:
             x0 = denoiser.scale(z)                                                      # (B, C, h, w)
             onehot = run_training.one_hot(part.batch["label"], len(dataset.classes), device)    # (B, K, H, W)
 
-            # 2 noise: each image at a level of its own, so that one step teaches all of them: detail at low
-            #   t, layout at high t.
+            # 2 noise: a level per image, so that one step teaches all: detail at low t, layout at high t.
             t, eps, dropped = (drawn[part.rows].to(device, non_blocking=True)
                                for drawn in (all_t, all_eps, all_dropped))
             xt = schedule.q_sample(x0, t, eps)                                          # (B, C, h, w)
@@ -247,8 +239,7 @@ def train_diffusion(config, argv) -> None:
             losses.add(part.share, loss=loss)
             quarters += run_distributed.total(torch.stack(quartile_sums(per_image, t, config.timesteps)))
 
-        # 5 update, and the average of the weights over the last steps: single steps jump with the t and eps
-        #   that were drawn, and what is sampled is the average.
+        # 5 update, and average the weights, to sample with: single steps jump with the t and eps drawn.
         run_training.set_learning_rate(optimizer, config, step)
         norm = run_training.update(optimizer, scaler, config.clip)
         ema.update(denoiser)
@@ -259,8 +250,6 @@ def train_diffusion(config, argv) -> None:
         steps.report(step, write_log, publish)
     configuration.say_done(config, "generate.py", "--method", "ldm", "--model", folder)
 
-
-# ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Common(configuration.Training):               # what both stages share beside what all scripts share
@@ -273,12 +262,10 @@ class Common(configuration.Training):               # what both stages share bes
 
 @dataclass
 class AutoencoderConfig(Common):
-    # ---- the run
     out: str = "runs/vq"            # run folder; the same command again goes on where it stopped
     steps: int = 800                # optimiser steps
     batch: int = 8                  # patches per step
     save_every: int = 125           # steps between two checkpoints, with sample pictures
-    # ---- networks
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
     factor: Literal[2, 4, 8] = 4    # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level; 128 is the official number
@@ -297,7 +284,6 @@ class AutoencoderConfig(Common):
 
 @dataclass
 class DiffusionConfig(Common):
-    # ---- the run
     out: str = "runs/ldm"           # run folder; the same command again goes on where it stopped
     autoencoder: str = "runs/vq"    # run folder of stage 1
     steps: int = 900                # optimiser steps
@@ -305,7 +291,6 @@ class DiffusionConfig(Common):
     save_every: int = 250           # steps between two checkpoints, with sample pictures
     sample_steps: int = 50          # DDIM steps of the sample pictures
     latent_pool: int = 0            # 0: new patches each step; N: N patches, encoded once in 8 orientations
-    # ---- network
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint
     width: int = 32                 # channels of the finest level; 128 is the official one
     mult: Literal["1,4,8", "1,2,4"] = "1,2,4"           # width of each level, as multiples of --width
@@ -327,21 +312,17 @@ class DiffusionConfig(Common):
 # base rate by batch and devices (1e-6 x 16 = 1.6e-5); the paper does not say which is meant. For the
 # autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 AUTOENCODER_PRESETS = {
-    "tiny": {},
-    "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0, warmup=100,
-                  save_every=400, log_every=50),
+    "tiny": {}, "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0,
+                              warmup=100, save_every=400, log_every=50),
     "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5,
                   schedule="constant", warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64,
-                  save_every=5000, log_every=100, workers=8),
-}
+                  save_every=5000, log_every=100, workers=8)}
 DIFFUSION_PRESETS = {
-    "tiny": {},
-    "small": dict(steps=3000, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0, save_every=500,
-                  log_every=50),
+    "tiny": {}, "small": dict(steps=3000, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0,
+                              save_every=500, log_every=50),
     "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
                   zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant", warmup=1000, ema=0.9999,
-                  save_every=10_000, log_every=100, workers=8),
-}
+                  save_every=10_000, log_every=100, workers=8)}
 STAGES = {"autoencoder": (AutoencoderConfig, AUTOENCODER_PRESETS, train_autoencoder),
           "diffusion": (DiffusionConfig, DIFFUSION_PRESETS, train_diffusion)}
 

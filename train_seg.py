@@ -33,7 +33,7 @@ from her2.data_patches import MixedSampler, iterate_rois
 from her2.segmenter import predict_roi
 
 
-def train(config, argv) -> int:
+def train(config, argv) -> None:
     device = run_training.pick_device(config.device)
     precision = run_training.Precision(device, config.amp)
     dataset, sampler, synthetic = open_data(config)
@@ -48,13 +48,13 @@ def train(config, argv) -> int:
     saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     folder, log, step, _ = run_log.begin("train_seg.py", config, device, argv, dataset, saved, synthetic)
     if step >= config.steps:
-        return 0
+        return
     fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
-    nothing = constant_prediction_loss(is_tumor[fixed["label"]], dice=config.dice,
-                                       dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
+    shares = dict(dice=config.dice, dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
+    nothing = constant_prediction_loss(is_tumor[fixed["label"]], **shares)
     log.begin(step, f"U-Net, {run_log.size(network)}, {device}, {precision}; "
-              f"{sampler.num_patches} patches tile the training ROIs once; "
-              f"a network that predicts the same everywhere has a loss of {nothing:.3f}")
+              f"{sampler.num_patches} patches tile the training ROIs once; a network that predicts the same "
+              f"everywhere has a loss of {nothing:.3f}")
 
     def write_log():
         log.record(step, **losses.read(), predicts_nothing=nothing, lr=optimizer.param_groups[0]["lr"],
@@ -64,11 +64,10 @@ def train(config, argv) -> int:
         val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
+        image, label, records = fixed["image"][:8], fixed["label"][:8], log.records()
         with precision.autocast():
-            prob = ema.module(run_training.to_device(fixed["image"][:8], device)).float().softmax(1)[:, 1]
-        draw.samples_png(folder, step, dataset.classes, image=fixed["image"][:8], label=fixed["label"][:8],
-                         probability=prob.cpu())
-        records = log.records()
+            prob = ema.module(run_training.to_device(image, device)).float().softmax(1)[:, 1]
+        draw.samples_png(folder, step, dataset.classes, image=image, label=label, probability=prob.cpu())
         draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
         if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
             log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
@@ -76,7 +75,6 @@ def train(config, argv) -> int:
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                        **dataset.origin())
 
-    network.train()
     losses = run_log.Losses(folder, {"network": network}, scaler)
     run_distributed.same_start(network)
     run_training.compile_parts(config, network)
@@ -96,9 +94,8 @@ def train(config, argv) -> int:
             #   tumor; cross-entropy gives every pixel a gradient, also where Dice is flat.
             with precision.autocast():
                 logits = network(image)                                                 # (B, 2, H, W)
-                loss, terms = dice_cross_entropy(
-                    logits, target, config.dice, config.dice_weight, 1 - config.dice_weight,
-                    pool=run_distributed.WholeSums(part.share, known))                  # ()
+                loss, terms = dice_cross_entropy(logits, target, **shares,
+                                                 pool=run_distributed.WholeSums(part.share, known))     # ()
 
             # 3 gradient
             scaler.scale(part.share * loss).backward()
@@ -115,15 +112,11 @@ def train(config, argv) -> int:
         # 5 report
         steps.report(step, write_log, publish)
     configuration.say_done(config, "evaluate.py", folder)
-    return 0
 
-
-# ---- what the loop calls -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sums_of_all(network, parts, is_tumor, config, precision, device) -> list:
-    """--accumulate: the sums over the whole batch, from a first pass. Dice is no mean over patches, and its
-    gradient depends on them."""
+    """--accumulate: sums over the batch from a first pass: Dice is no mean of patches: it needs them."""
     found = []
     with kept_buffers(network), precision.autocast():
         for part in parts:
@@ -154,8 +147,6 @@ def open_data(config):
         check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
         return dataset, MixedSampler(sampler, synthetic, config.ratio, config.cache), synthetic
 
-
-# ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass
 class Config(configuration.Training):               # data, seed, patch, device and what else scripts share
@@ -189,11 +180,9 @@ class Config(configuration.Training):               # data, seed, patch, device 
 # PAPER: learning rate 1e-6 with batch 16 are the printed numbers, for ImageNet weights and (unprinted) many
 # steps; from random weights they learn nothing in the steps of `tiny` and `small`, whose rates are measured.
 PRESETS = {
-    "tiny": {},
-    "small": dict(steps=2400, warmup=100, save_every=1200, log_every=50),
+    "tiny": {}, "small": dict(steps=2400, warmup=100, save_every=1200, log_every=50),
     "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000,
-                  save_every=2000, log_every=100, encoder_weights="imagenet", workers=8),
-}
+                  save_every=2000, log_every=100, encoder_weights="imagenet", workers=8)}
 
 
 def main(argv):
@@ -205,7 +194,7 @@ def main(argv):
     if config.synthetic and not config.ratio:
         raise UserError("--ratio: 0 uses none of the images in --synthetic; "
                         "give a number greater than 0, or leave --synthetic out")
-    return train(config, argv)
+    train(config, argv)
 
 
 if __name__ == "__main__":

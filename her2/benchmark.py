@@ -32,22 +32,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from her2 import run, run_setup, run_training
-from her2 import run_config as configuration
-from her2.data_folder import load_dataset
-from her2.data_patches import PatchSampler, iterate_rois
-from her2.diffusion import denoising_loss
+from her2 import (data_folder, data_patches, diffusion, losses, polygons, run, run_config as configuration,
+                  run_log, run_provenance, run_setup, run_training, segmenter, spade)
 from her2.discriminator import discriminate
 from her2.gan_losses import feature_matching, hinge_discriminator, hinge_generator, kl_divergence
-from her2.losses import dice_cross_entropy
 from her2.net_blocks import frozen
 from her2.phantom import make_phantom
-from her2.polygons import paint
 from her2.run_errors import ROOT, UserError, command
-from her2.run_log import Log
-from her2.run_provenance import git_commit, versions
-from her2.segmenter import UNet, predict_roi
-from her2.spade import reparameterize
 
 CLASSES = 6                                             # of the default class table
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141, 192)       # GiB that cards are sold with
@@ -112,7 +103,7 @@ def one_step(loop: str, c, device):
 
         def step(batch):
             logits, target = net(zeros(batch, 3)), zeros(batch).long()
-            dice_cross_entropy(logits, target, c.dice)[0].backward()
+            losses.dice_cross_entropy(logits, target, c.dice)[0].backward()
         return [net], [], step
 
     if loop == "gan":
@@ -122,15 +113,14 @@ def one_step(loop: str, c, device):
             image, onehot = zeros(batch, 3), zeros(batch, CLASSES)
             with frozen(disc):                  # the gradient passes through it
                 mu, logvar = encoder(image)
-                made = net(onehot, reparameterize(mu, logvar, torch.zeros_like(mu)))
+                made = net(onehot, spade.reparameterize(mu, logvar, torch.zeros_like(mu)))
                 fake, real = discriminate(disc, onehot, made, image)
             (hinge_generator(fake) + feature_matching(fake, real) + kl_divergence(mu, logvar)).backward()
             fake, real = discriminate(disc, onehot, made.detach(), image)
             sum(hinge_discriminator(real, fake)).backward()
         return [net, encoder, disc], [net], step
 
-    own = c if loop == "autoencoder" else script_config("autoencoder", c.preset)
-    model, disc = run_setup.autoencoder_gan(own, device)
+    model, disc = run_setup.autoencoder_gan(script_config("autoencoder", c.preset), device)
     if loop == "autoencoder":
         def step(batch):
             image = zeros(batch, 3)
@@ -149,7 +139,8 @@ def one_step(loop: str, c, device):
             x0 = model.encode(zeros(batch, 3))
         code = denoiser.label_code(zeros(batch, CLASSES))
         t, eps = torch.zeros(batch, device=device).long(), torch.zeros_like(x0)
-        denoising_loss(denoiser(schedule.q_sample(x0, t, eps), t, code), eps).mean().backward()
+        xt = schedule.q_sample(x0, t, eps)
+        diffusion.denoising_loss(denoiser(xt, t, code), eps).mean().backward()
     return [denoiser], [model, denoiser], step
 
 
@@ -212,7 +203,7 @@ def train(loop: str, config, data, folder) -> dict:
                           encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"{script}: ended with exit status {done.returncode}: {done.stderr.strip()[-300:]}")
-    last, batch = Log(folder / loop, 2 * half).records()[-1], script_config(loop, config.preset).batch
+    last, batch = run_log.Log(folder / loop, 2 * half).records()[-1], script_config(loop, config.preset).batch
     return {**{key: last[key] for key in ("samples_per_s", "memory_mib")},
             "steps_per_s": last["samples_per_s"] / batch}
 
@@ -221,14 +212,15 @@ def measure(config, data, folder, device):
     """Yields (row, what is counted, figures); figures have samples_per_s and, of loops, steps and memory."""
     for loop in LOOPS:
         yield f"{loop} training", "patches", train(loop, config, data, folder)
-    side, dataset = script_config("segmenter", config.preset).patch, load_dataset(data)
-    sampler = PatchSampler(dataset, "train", side, stain=1.0, cache=folder / "cache")
+    side, dataset = script_config("segmenter", config.preset).patch, data_folder.load_dataset(data)
+    sampler = data_patches.PatchSampler(dataset, "train", side, stain=1.0, cache=folder / "cache")
     steps = itertools.count()                   # every call another batch: one is read from no cache
     yield f"{side}-px patches, augmented", "patches", rate(8, lambda: sampler.batch(next(steps), 8), 20)
     random, angle = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 200, endpoint=False)
     unit = np.stack([np.cos(angle), np.sin(angle)], axis=1)                                     # (200, 2)
     stars = [[random.uniform(0, 2000, 2) + random.uniform(50, 100, (200, 1)) * unit] for _ in range(50)]
-    yield "rasterising", "polygons of 200 points", rate(50, lambda: paint(stars, [1] * 50, 2000, 2000), 5)
+    yield "rasterising", "polygons of 200 points", rate(
+        50, lambda: polygons.paint(stars, [1] * 50, 2000, 2000), 5)
 
     # Images are painted by what generate.py paints with, four at a time.
     synthesis = runpy.run_path(str(ROOT / "generate.py"), run_name="her2.benchmark")
@@ -240,13 +232,14 @@ def measure(config, data, folder, device):
         painter = synthesis["make_painter"](c, run.load_model(c.model, loop), dataset, device)
         return rate(4, lambda: painter.paint(batch), repeats)
 
-    _, roi, *_ = next(iterate_rois(dataset, "val", cache=folder / "cache"))                     # (1, 3, H, W)
-    network = run.build_model(UNet, run.load_model(folder / "segmenter", "segmenter"), folder, device)
+    _, roi, *_ = next(data_patches.iterate_rois(dataset, "val", cache=folder / "cache"))       # (1, 3, H, W)
+    content = run.load_model(folder / "segmenter", "segmenter")
+    network = run.build_model(segmenter.UNet, content, folder, device)
     with torch.no_grad(), run_training.Precision(device, config.amp).autocast():
         yield "DDIM, 50 steps", "images", images("diffusion", 3, eta=0.0)
         yield "DPM-Solver++, 15 steps", "images", images("diffusion", 3, steps=15, sampler="dpm")
         yield "GAN", "images", images("gan", 5, method="gan")
-        yield "region inference", "megapixels", rate(roi[0, 0].numel() / 1e6, lambda: predict_roi(
+        yield "region inference", "megapixels", rate(roi[0, 0].numel() / 1e6, lambda: segmenter.predict_roi(
             network, roi[0], max(256, side), 64, device=device), 3)
 
 
@@ -262,15 +255,14 @@ def main(argv):
                 else torch.cpu.get_capabilities().get("cpu_name", "CPU"),
                 "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(device),
                 "precision": str(run_training.Precision(device, config.amp)), "preset": config.preset,
-                "git": git_commit(), **versions()}
+                "git": run_provenance.git_commit(), **run_provenance.versions()}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     rows = {}
     if config.preset != "paper" or on_gpu:          # a CPU would need days for it
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:    # mapped files are open
             data = config.data or make_phantom(Path(folder) / "data", config.preset)
             for name, unit, figures in measure(config, data, Path(folder), device):
-                rows[name] = figures
-                speed = figures["samples_per_s"]
+                rows[name], speed = figures, figures["samples_per_s"]
                 text = f"  {name:26} {speed:9.4g} {unit}/s"
                 for key, word in (("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")):
                     text += f"   {figures[key]:.3g} {word}" if figures.get(key) else ""

@@ -32,8 +32,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from her2 import draw, run, run_training
-from her2 import run_config as configuration
+from her2 import draw, run, run_config as configuration, run_training
 from her2.data_classes import ClassTable, TissueClass, csv_text
 from her2.data_images import ENDINGS, read_image, read_size
 from her2.data_slides import read_slides
@@ -101,7 +100,6 @@ def main(argv):
             atomic_write(path, csv_text([rows[name] for name in sorted(rows)], COLUMNS))
     print(f"done: {path}, {len(images)} images, threshold {config.threshold:g}, "
           f"{sum(int(rows[image.name]['polygons']) for image in images)} polygons in {out / 'polygons'}")
-    return 0
 
 
 def find_images(names, out) -> list:
