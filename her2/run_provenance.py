@@ -1,8 +1,8 @@
 """What a result was made from: the content of files, the commit of this code, the packages' versions.
 
-A run records the SHA-256 of every file that it learned from (inputs.json), under the field of its
-configuration that names the folder: {"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}.
-So it can be said which file changed since, and the same files count as the same wherever they lie now.
+A run records the SHA-256 of every file that it learned from (inputs.json), under the field of its configuration
+that names it: {"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}. So it can be said which
+file changed since, and the same files count as the same wherever they lie now.
 """
 
 import hashlib
@@ -72,32 +72,31 @@ def file_hashes(paths, cache="cache") -> list[str]:
 
 def data_hashes(dataset: Dataset, cache="cache", splits=("train",)) -> dict:
     """{path relative to the dataset: SHA-256} of all that the regions of `splits` consist of. "slides.csv"
-    and "classes.json" stand for what they say about these regions: saved again by a spreadsheet, or with
-    another row for a test slide, they mean the same."""
-    root, rows, files = dataset.root, [], {}            # files: {path relative to the dataset: path}
+    and "classes.json" stand for what they say about these regions, however a spreadsheet saved them again."""
+    root, files = dataset.root, {}                      # files: {path relative to the dataset: path}
+    rows = [asdict(roi) for roi in dataset.rois if roi.split in splits]
     if (root / "manifest.jsonl").exists():
         files["manifest.jsonl"] = root / "manifest.jsonl"
-    for row in [asdict(roi) for roi in dataset.rois if roi.split in splits]:
+    for row in rows:
         for column, path in row.items():
             if isinstance(path, Path):
                 row[column] = path.relative_to(root).as_posix()
                 files[row[column]] = path
-        rows.append(row)
     said = {"slides.csv": rows, "classes.json": dataset.classes.to_json()}
     return {**{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in said.items()},
             **dict(zip(files, file_hashes(files.values(), cache)))}
 
 
 def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
-    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. What was
-    made from the same data before they changed gets a warning on stderr."""
-    named = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
+    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. A warning
+    for what was made from the same data before they changed."""
+    sets = {"data": data, "synthetic": synthetic} if synthetic else {"data": data}
+    named = {name: Path(getattr(config, name)) for name in FILES if getattr(config, name, "")}
     for source in [*named.values(), *([synthetic.root] if synthetic else [])]:
         for line in changed_since(source, data, config.cache):
             say(f"warning: {line}")
-    sets = {"data": data, "synthetic": synthetic} if synthetic else {"data": data}
     return {**{name: data_hashes(one, config.cache) for name, one in sets.items()},
-            **{name: {model_file(path).name: file_hash(model_file(path))} for name, path in named.items()}}
+            **{name: {file.name: file_hash(file)} for name, file in zip(named, map(model_file, named.values()))}}
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -120,8 +119,8 @@ def read_inputs(folder) -> dict:
 
 
 def read_fields(folder) -> dict:
-    """The configuration of the run in `folder`, its "script" and "cwd", where it was started. Empty without
-    config.json."""
+    """The configuration of the run in `folder`, its "script", and "cwd", where it was started. Without
+    config.json as good as empty."""
     path = Path(folder) / "config.json"
     content = read_json(path) if path.exists() else {"fields": {}}
     fields = content.get("fields") if isinstance(content, dict) else None
@@ -134,9 +133,8 @@ def read_fields(folder) -> dict:
 
 
 def places(folder, field: str = "data") -> list[str]:
-    """Where the folder or file that `field` of a run named is found by now: at the same place relative to the
-    run, for both may have moved together, then where it was. A path is given as it was named where that still
-    means the same."""
+    """Where the folder or file that `field` of a run named is by now: at the same place relative to the run,
+    for both may have moved together, then where it was; as it was named where that means the same."""
     fields = read_fields(folder)
     named, run = fields.get(field, ""), os.path.join(fields["cwd"], fields.get("out", ""))
     found = [os.path.join(fields["cwd"], named)] if named else []
@@ -148,10 +146,11 @@ def places(folder, field: str = "data") -> list[str]:
 
 def locate(folder, field: str = "data") -> str:
     """The first of `places`; UserError when there is none."""
-    for place in places(folder, field):
-        return place
-    raise UserError(f"{read_fields(folder).get(field)}: no such file or folder, and {folder} was made with "
-                    f"it; say where it is now with --{field}, or make {folder} again")
+    found = places(folder, field)
+    if not found:
+        raise UserError(f"{read_fields(folder).get(field)}: no such file or folder, and {folder} was made "
+                        f"with it; say where it is now with --{field}, or make {folder} again")
+    return found[0]
 
 
 def trained_with(path, config) -> dict:
@@ -174,8 +173,8 @@ def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
     if not known or os.path.realpath(dataset.root) not in map(os.path.realpath, places(folder)):
         return []
     changes = differences(known, data_hashes(dataset, cache))
-    return [f"{path} is stale: {dataset.root} changed since it was trained ({in_short(changes)}); train it "
-            "again"] if changes else []
+    what = f"{dataset.root} changed since it was trained ({in_short(changes)}); train it again"
+    return [f"{path} is stale: {what}"] if changes else []
 
 
 def git_commit() -> str:
