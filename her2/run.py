@@ -21,7 +21,6 @@ import pickle
 import sys
 import zipfile
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -55,7 +54,7 @@ def open_run(script: str, config, device, command, inputs=None, free=("out", "wo
     folder, inputs = Path(config.out), inputs or {}
     path = folder / "config.json"
     # JSON has no infinity (--ratio inf): it is kept as its name.
-    fields = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}
+    fields = {name: "inf" if value == math.inf else value for name, value in vars(config).items()}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
     if path.exists():
@@ -136,27 +135,23 @@ def hold(folder) -> None:
     _held[path] = file
 
 
-def check_archive(path) -> None:
-    """UserError unless `path` is a whole zip archive: the CRC-32 of every member is recomputed."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        found = broken and f"damaged ({broken} fails its checksum)"
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError,
-            RuntimeError, OverflowError) as error:
-        found = f"damaged or not a file saved by torch ({one_line(error)})"
-    if found:
-        raise UserError(f"{path}: {found}; delete it and run the script that made it again")
-
-
 def load_file(path) -> dict:
-    """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else."""
+    """A file written by torch.save, to the CPU, with weights_only=True; of a zip archive the CRC-32 of every
+    member is recomputed first. UserError for anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     with open(path, "rb") as file:      # official weights come in the older tar format too, without checksums
-        if file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt"):
-            check_archive(path)
+        zipped = file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt")
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise zipfile.BadZipFile(f"{broken} fails its checksum")
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError,
+            RuntimeError, OverflowError) as error:
+        raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); delete it and "
+                        "run the script that made it again") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,

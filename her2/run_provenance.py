@@ -1,8 +1,8 @@
 """What a result was made from: the content of files, the commit of this code, the packages' versions.
 
-A run records the SHA-256 of every file that it learned from (inputs.json), under the field of its configuration
-that names it: {"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}. So it can be said which
-file changed since, and the same files count as the same wherever they lie now.
+A run records the SHA-256 of every file that it learned from (inputs.json), by the field of its configuration:
+{"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}. So it can be said which file changed
+since, and the same files count as the same wherever they lie now.
 """
 
 import hashlib
@@ -54,10 +54,9 @@ def file_hash(path) -> str:
 def file_hashes(paths, cache="cache") -> list[str]:
     """`file_hash` of many files; `cache`/hashes.json spares the reading of those that are as they were."""
     store, hashes, fresh = Path(cache) / "hashes.json", [], {}
-    try:
+    known = {}
+    with suppress(OSError, ValueError, TypeError):          # whatever is wrong with a cache, it is made again
         known = dict(json.loads(store.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        known = {}                          # whatever is wrong with a cache, it is made again
     for path in tqdm(paths, desc="comparing files", unit="file", delay=3, leave=False, disable=None):
         status = os.stat(path)
         key = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
@@ -91,12 +90,12 @@ def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
     """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. A warning
     for what was made from the same data before they changed."""
     sets = {"data": data, "synthetic": synthetic} if synthetic else {"data": data}
-    named = {name: Path(getattr(config, name)) for name in FILES if getattr(config, name, "")}
-    for source in [*named.values(), *([synthetic.root] if synthetic else [])]:
+    files = {name: model_file(getattr(config, name)) for name in FILES if getattr(config, name, "")}
+    for source in [*(getattr(config, name) for name in files), *([synthetic.root] if synthetic else [])]:
         for line in changed_since(source, data, config.cache):
             say(f"warning: {line}")
     return {**{name: data_hashes(one, config.cache) for name, one in sets.items()},
-            **{name: {file.name: file_hash(file)} for name, file in zip(named, map(model_file, named.values()))}}
+            **{name: {file.name: file_hash(file)} for name, file in files.items()}}
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -6,8 +6,8 @@ for, such as (seed, "patch", step, index). The key is hashed, because neighbouri
 streams in many generators, and hashed keys are never neighbours.
 
 Of a seed torch's CPU generator keeps the lower 32 bits alone (2**40 + 5 draws what 5 draws), numpy's all 63.
-So about n^2 / 2^33 pairs among n keys of torch draw the same: 5 among the 200,000 steps of a long run. That is
-enough: such a pair is noise for two other batches, far apart, which is uniform in each; no image is repeated.
+So about n^2 / 2^33 pairs among n keys of torch draw the same: 5 among the 200,000 steps of a long run. That
+does no harm: the two steps of a pair put the same noise on different patches.
 """
 
 import hashlib

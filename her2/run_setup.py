@@ -86,8 +86,7 @@ def diffusion(config, autoencoder, num_classes, device):
         raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; "
                         "add --parametrisation v, or --no-zero-terminal-snr")
     if config.init and config.parametrisation != "eps":
-        raise UserError("--init: official weights name eps; "
-                        "add --parametrisation eps --no-zero-terminal-snr")
+        raise UserError("--init: official weights name eps; add --parametrisation eps --no-zero-terminal-snr")
     torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
     denoiser = LatentDenoiser(num_classes=num_classes, z_channels=autoencoder.config["z_channels"],
                               model_channels=config.width, channel_mult=levels, num_res_blocks=config.blocks,
