@@ -157,7 +157,7 @@ def load_file(path) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
             TypeError, AssertionError) as error:
         raise UserError(f"{path}: cannot be loaded as plain tensors ({one_line(error)[:200]}); "
-                        "only files of tensors, lists, dicts and numbers are accepted") from None
+                        "give a file that holds tensors, lists, dicts and numbers only") from None
 
 
 def load_own(path) -> dict:

@@ -1,7 +1,7 @@
 """What a user can get wrong ends in one clear line and exit status 2; what a crash leaves behind is whole.
 
-Everything else may use it, and it imports nothing from the rest of the project: whoever copies a method file
-takes `UserError` along, or puts an exception of their own in its place.
+Everything else may use it, and it imports nothing from the rest of the project. So it is not counted where a
+method file says to need one sibling at most: only `segmenter` raises its UserError, and another would do.
 """
 
 import errno
@@ -125,8 +125,7 @@ def command(main, argv=None):
                 else f"stopped at step {step}, all of it is saved")
         if "WORLD_SIZE" in os.environ:
             say(f"{said}, the same command goes on")
-        else:
-            # not folded to one line: a name in it may have two blanks
+        else:                   # not by say(): a name in the command may have two blanks, which it would fold
             print(f"{said}, this command goes on: {shell(['python', *program, *argv])}", file=sys.stderr)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:

@@ -145,11 +145,10 @@ def places(folder, field: str = "data") -> list[str]:
 
 def locate(folder, field: str = "data") -> str:
     """The first of `places`; UserError when there is none."""
-    found = places(folder, field)
-    if not found:
-        raise UserError(f"{read_fields(folder).get(field)}: no such file or folder, and {folder} was made "
-                        f"with it; say where it is now with --{field}, or make {folder} again")
-    return found[0]
+    for place in places(folder, field):
+        return place
+    raise UserError(f"{read_fields(folder).get(field)}: no such file or folder, and {folder} was made with "
+                    f"it; say where it is now with --{field}, or make {folder} again")
 
 
 def trained_with(path, config) -> dict:
