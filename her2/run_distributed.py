@@ -106,7 +106,7 @@ def divide(config) -> list:
     """The slices of a batch that belong to this process, one for each of the --accumulate pieces."""
     pieces = config.accumulate
     if config.batch // pieces < world():
-        raise UserError(f"--batch: found {config.batch}; give {pieces * world()} or more, a patch for each of "
+        raise UserError(f"--batch: found {config.batch}; give {pieces * world()} or more, one for each of "
                         f"{pieces} piece(s) in {world()} process(es)")
     ends = [config.batch * k // pieces for k in range(pieces + 1)]
     return [slice(*(low + (high - low) * r // world() for r in (rank(), rank() + 1)))

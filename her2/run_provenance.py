@@ -42,13 +42,7 @@ def model_file(path) -> Path:
 
 def file_hash(path) -> str:
     """SHA-256 of a file, or "" where there is none."""
-    if not Path(path).is_file():
-        return ""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
 
 
 def file_hashes(paths, cache="cache") -> list[str]:
