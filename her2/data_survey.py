@@ -122,7 +122,7 @@ def doubts(found: list[Survey], classes) -> list[str]:
     stained = [(k, total[k] / sampled[k]) for k in classes.variance_ids if sampled[k] >= 1000]
     if len(stained) > 1 and stained[-1][0] - stained[0][0] > 1 and stained[-1][1] < 0.8 * stained[0][1]:
         (low, less), (high, more) = stained[0], stained[-1]
-        note([one.roi for one in found if one.pixels[high]], f"{classes.names[high]}, in {{n}} images, is less "
-             f"brown than {classes.names[low]} (optical density {more:.2f} and {less:.2f})",
+        note([one.roi for one in found if one.pixels[high]], f"{classes.names[high]}, in {{n}} images, is "
+             f"less brown than {classes.names[low]} (optical density {more:.2f} and {less:.2f})",
              "are red and blue swapped (BGR), or the annotations those of other images?")
     return notes
