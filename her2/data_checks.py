@@ -1,8 +1,8 @@
 """What the annotation readers share: the polygon, the checks of its coordinates, and the account of a file.
 
 What was never meant as a polygon of this image (points, deleted ones, detected cells) is left out, with the
-reason. What was meant as one and is broken is a problem, and a file with problems is refused: a polygon that
-quietly vanishes is background to a network.
+reason. What is broken is a problem, and a file with problems is refused: a polygon that quietly vanishes is
+background to a network.
 """
 
 import re
@@ -26,7 +26,7 @@ class Malformed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Polygon:
-    rings: list       # (n, 2) float64 arrays of x, y; the first is the outline, the others are holes
+    rings: list       # (n, 2) float64 arrays of x, y: the outline, then its holes
     name: str         # the class as the file spells it; "" where it gives none
     source_id: str    # what the file calls the annotation: its id, else its number
 
@@ -113,18 +113,16 @@ def as_name(value) -> str:
 
 
 def rows_of(value, what, path) -> list:
-    """A list that makes up the file; UserError where it is none, for the file is then of another kind."""
+    """A list that makes up the file; UserError where it is none: the file is of another kind."""
     if not isinstance(value, list):
         raise UserError(f"{path}: {what} is {show(value)}, not a list; {REMEDY}")
     return value
 
 
 def choose_image(names: dict, image, path):
-    """Which of several images in a file is `image`: a key of `names`, {key: file name}.
-
-    File names are compared without their folders, and if that finds none, without their suffix.
-    """
-    wanted = plain_path("" if image is None else image)
+    """Which of several images in a file is `image`: a key of `names`, {key: file name}. Names are compared
+    without their folders, and if that finds none, without their suffix."""
+    wanted = plain_path(image or "")
     for part in ("name", "stem"):
         keys = [k for k, name in names.items() if getattr(plain_path(name), part) == getattr(wanted, part)]
         if len(keys) == 1:

@@ -35,10 +35,8 @@ def stem(name: str) -> str:
 
 
 def files_by_stem(folder, endings, images=None) -> dict:
-    """{stem: [files]} of one folder, {} if there is none; hidden files and other endings are left out.
-
-    A stem that is none of `images` loses what programs add to it ("a_mask" belongs to "a").
-    """
+    """{stem: [files]} of one folder, {} if there is none, without hidden files and other endings. A stem that
+    is none of `images` loses what programs add to it ("a_mask" belongs to "a")."""
     found = defaultdict(list)
     for path in sorted(folder.glob("[!.]*")):
         if path.is_file() and path.name.lower().removesuffix(".gz").endswith(tuple(endings)):
@@ -47,7 +45,7 @@ def files_by_stem(folder, endings, images=None) -> dict:
     return dict(found)
 
 
-def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
+def index(root, slide_pattern: str) -> int:
     """Write slides.csv for the folder `root`: images paired with masks or annotations of the same stem."""
     root, table_path = Path(root), Path(root) / "slides.csv"
     try:
@@ -75,7 +73,8 @@ def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
             match = pattern.search(name)
             slide = match and match.group(1 if pattern.groups else 0)
             if not slide:
-                problems.append(f"{root}: --slide-pattern {slide_pattern!r} finds no slide in {name!r}")
+                problems.append(f"{root}: --slide-pattern {slide_pattern!r} finds no slide in {name!r}; give "
+                                "one that does, or rename the file")
             row = {column: found[0].relative_to(root).as_posix() for column, found in row.items()}
             rows.append({**row, "slide": slide})
     if not rows and not problems:
@@ -95,7 +94,7 @@ def index(root, slide_pattern: str = SLIDE_PATTERN) -> int:
         print(f"no partner: {path}")
     print(f"{table_path}: {len(rows)} images of {len(slides)} slides ({', '.join(slides[:6])}"
           f"{', ...' * (len(slides) > 6)}), {len(lonely)} files without a partner left out"
-          + (f"; all annotations from {shared}" if shared else ""))
+          f"{f'; all annotations from {shared}' if shared else ''}")
     print("Are these the slides? The split rests on them; if not, remove the file and give --slide-pattern. "
           f"Columns that can be added: score, split, x, y, downsample. Next: {check_line(root)}")
     return 0
@@ -135,17 +134,18 @@ def draft_classes(root) -> None:
             mask = read_mask(roi.mask)
             if mask.ndim == 3:
                 colors = np.unique(mask.reshape(-1, 3), axis=0)
-                names.update(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colors[:64].tolist())
+                names.update("#%02x%02x%02x" % tuple(color) for color in colors[:64])
             elif roi.instances is None:
-                values = set(np.flatnonzero(np.bincount(mask.reshape(-1))).tolist())
+                values = set(np.unique(mask).tolist())
                 two_valued += mask.dtype == bool or values <= {0, 255} or values <= {0, 1} and len(scores) > 1
     labels = color_names(path.with_name("labelmap.txt"))
-    own = ["#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes] if not labels else []
+    own = [] if labels else ["#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes]
     aliases = {name: likely_class(labels.get(name, name), DEFAULT_CLASSES) for name in names
                if name not in {*DEFAULT_CLASSES.names, *own}}
     masks = sum(roi.mask is not None for roi in rois)
-    content = {**({"aliases": aliases} if aliases else {}),
-               **({"masks": "score"} if masks and two_valued == masks else {})}
+    content = {"aliases": aliases} if aliases else {}
+    if masks and two_valued == masks:
+        content["masks"] = "score"
     if not content:
         print(f"{root}: every name is a class or an alias of the default table; no classes.json is needed")
         return

@@ -1,15 +1,16 @@
 """One slide under two names: what a split by slide cannot keep apart, because it takes them for two.
 
 Found are names that differ in spelling alone (case, leading zeros, blanks, Unicode form), and equal images
-under two slides: files of the same bytes (copies, hard links), and where everything is decoded anyway
-(`her2.data`) equal pixels in whatever files. In two splits that is a leak from training into the test and a
-problem, in one split a note.
+under two slides: copies of a file, and where everything is decoded anyway (`her2.data`) equal pixels in
+whatever files. In two splits that is a leak from training into the test and a problem, in one split a note.
 """
 
 import hashlib
 import re
 import unicodedata
 from collections import defaultdict
+
+import numpy as np
 
 from her2.data_images import read_image
 
@@ -22,11 +23,8 @@ def plain_name(slide: str) -> str:
 
 
 def double_slides(rois, contents=None) -> tuple[list[str], list[str]]:
-    """(problems, notes): a line for each two slides that are probably one.
-
-    `contents` is a key per region, equal where the pixels are, "" for an image of one colour: that is like
-    any other. Without it the files of different splits are compared.
-    """
+    """(problems, notes): a line for each two slides that are probably one. `contents`: `content_key` of each
+    region; without it the files of different splits are compared."""
     pairs = {}                              # {(slide, slide): (region, region, what, remedy)}
     for keys, what, remedy in (
             ([plain_name(roi.slide) for roi in rois], "differ in spelling alone",
@@ -47,27 +45,25 @@ def double_slides(rois, contents=None) -> tuple[list[str], list[str]]:
     return problems, notes
 
 
+def content_key(image) -> str:
+    """Equal where all pixels (H, W, 3) are; "" for an image of one colour, which is like any other."""
+    return hashlib.sha256(np.ascontiguousarray(image)).hexdigest() if (image != image[0, 0]).any() else ""
+
+
 def equal_files(rois) -> list[str]:
-    """A key per region, equal where files of different splits have the same content, else "".
-
-    A file is read only where its size and its end are those of another.
-    """
-    def end(path):
+    """The `content_key` of each region whose file may be that of another split, "" for the others: to decode
+    all files would take minutes, so size, middle and end say which."""
+    def glance(path) -> tuple:
+        size, pieces = path.stat().st_size, []
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            return file.read()
+            for start in (size // 2, max(0, size - 4096)):
+                file.seek(start)
+                pieces.append(file.read(4096))
+        return size, *pieces
 
-    groups = [range(len(rois))]
-    for key_of in (lambda path: path.stat().st_size, end,
-                   lambda path: hashlib.sha256(path.read_bytes()).digest()):
-        parts = defaultdict(list)
-        for number, group in enumerate(groups):
-            for k in group:
-                parts[number, key_of(rois[k].image)].append(k)
-        groups = [part for part in parts.values() if len({rois[k].split for k in part}) > 1]
-    keys = [""] * len(rois)
-    for group in groups:
-        pixels = read_image(rois[group[0]].image)
-        for k in group if (pixels != pixels[0, 0]).any() else ():
-            keys[k] = str(group[0])
-    return keys
+    alike = defaultdict(set)                # {glance: splits}
+    glances = [glance(roi.image) for roi in rois]
+    for key, roi in zip(glances, rois):
+        alike[key].add(roi.split)
+    return [content_key(read_image(roi.image)) if len(alike[key]) > 1 else ""
+            for key, roi in zip(glances, rois)]

@@ -4,12 +4,12 @@ A contradiction is refused where it is read. A doubt is possible, but hardly occ
 meant: one note says how many, where, and what to look at. The thresholds are far from what tissue shows.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 
 import numpy as np
 
 from her2.data_classes import IGNORE
+from her2.data_leaks import content_key
 from her2.data_regions import read_polygons, read_roi
 from her2.data_slides import ROI
 from her2.data_mapped import classes_of
@@ -54,9 +54,7 @@ class Survey:
         dab = deconvolve(few, white)[1].reshape(-1)
         self.dab = np.stack([np.bincount(few_labels, dab, 256),     # (2, K) summed density, sampled pixels
                              np.bincount(few_labels, minlength=256)])[:, :count]
-        # Equal where all pixels are; "" for an image of one colour, which is like any other.
-        self.content = (hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
-                        if (image != image[0, 0]).any() else "")
+        self.content = content_key(image)
         self.picture = overlay(image, label, instance, classes, [rings for _, rings, _ in left_out if rings])
 
 
@@ -124,8 +122,7 @@ def doubts(found: list[Survey], classes) -> list[str]:
     stained = [(k, total[k] / sampled[k]) for k in classes.variance_ids if sampled[k] >= 1000]
     if len(stained) > 1 and stained[-1][0] - stained[0][0] > 1 and stained[-1][1] < 0.8 * stained[0][1]:
         (low, less), (high, more) = stained[0], stained[-1]
-        note([one.roi for one in found if one.pixels[high]],
-             f"{classes.names[high]}, in {{n}} images, is less brown than {classes.names[low]} (optical "
-             f"density {more:.2f} and {less:.2f})",
+        note([one.roi for one in found if one.pixels[high]], f"{classes.names[high]}, in {{n}} images, is "
+             f"less brown than {classes.names[low]} (optical density {more:.2f} and {less:.2f})",
              "are red and blue swapped (BGR), or the annotations those of other images?")
     return notes

@@ -6,16 +6,14 @@
     last.pt       all that is needed to go on          last.prev.pt   the checkpoint before it
     model.pt      what others load: weights and the network's keyword arguments
 
-A checkpoint is written beside the one before and only then renamed: killed at any moment, the folder holds at
-least one whole checkpoint. The file is a zip archive whose members carry a CRC-32: a truncated or bit-flipped
-one is noticed before anything in it is used. All files are read with weights_only=True: nothing from a file
-is ever executed.
-
-No random state is stored: every random number of a loop is a function of (seed, step), so the step is the
-state (run_seeds.py).
+A checkpoint is written beside the one before and only then renamed: killed at any moment, the folder holds a
+whole one. It is a zip archive whose members carry a CRC-32: a truncated or bit-flipped file is noticed before
+anything in it is used. All are read with weights_only=True: nothing from a file is ever executed. No random
+state is stored: every random number of a loop is a function of (seed, step) (run_seeds.py).
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -23,7 +21,6 @@ import pickle
 import sys
 import zipfile
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -49,16 +46,15 @@ def write_json(path, value) -> None:
 
 def open_run(script: str, config, device, command, inputs=None, free=("out", "workers", "cache"),
              longer="") -> Path:
-    """Create the run folder `config.out`, or check that the one there belongs to this very configuration.
-    Returns its path. `inputs` {field: {name: hash}}: the content that the result depends on (`input_hashes`),
-    by the field of `config` that says where it lies; it may move, but not change. `free`: fields that may
-    change between two starts, as the result does not depend on them. More `steps` are welcome where `longer`
-    is "yes", else it says why not. UserError: another script's run, another configuration, other inputs, a
-    folder in use, files that are no run."""
+    """Create the run folder `config.out`, or check that the one there is of this very run; returns its path.
+    `inputs` {field: {name: hash}}: the content that the result depends on (`input_hashes`), by the field of
+    `config` that says where it lies; it may move, but not change. `free`: fields that may change between two
+    starts. More `steps` are welcome where `longer` is "yes", else it says why not. UserError: another
+    script's run, another configuration, other inputs, a folder in use, files that are no run."""
     folder, inputs = Path(config.out), inputs or {}
-    # JSON has no infinity (--ratio inf): it is kept as its name.
-    fields = {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}
     path = folder / "config.json"
+    # JSON has no infinity (--ratio inf): it is kept as its name.
+    fields = {name: "inf" if value == math.inf else value for name, value in vars(config).items()}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
     if path.exists():
@@ -91,16 +87,16 @@ def check_same_run(path, script, fields, inputs, free, longer) -> None:
     if content.get("script") != script:
         raise UserError(f"{folder}: holds a run of {content.get('script')}, not of {script}; "
                         "choose another --out")
-    known = read_inputs(folder)
-    same = [name for name in inputs if known.get(name) == inputs[name]]
-    steps = old.get("steps"), fields.get("steps")
-    if longer and None not in steps and steps[0] < steps[1]:
+    known, before, now = read_inputs(folder), old.get("steps"), fields.get("steps")
+    lengthened = longer and None not in (before, now) and before < now
+    if lengthened:
         if longer != "yes":
-            raise UserError(f"{folder}: was begun with --steps {steps[0]}; {longer}, choose another --out")
-        old["steps"] = fields["steps"]
+            raise UserError(f"{folder}: was begun with --steps {before}; {longer}, choose another --out")
+        old["steps"] = now
     differing = [name for name in sorted({*fields, *old}) if old.get(name) != fields.get(name)]
+    moved = [name for name in inputs if name in differing and known.get(name) == inputs[name]]
     changes = [f"{name}: {old.get(name)!r} -> {fields.get(name)!r}" for name in differing
-               if name not in (*free, *same)]
+               if name not in (*free, *moved)]
     if changes:
         raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
                         "give the old values, or choose another --out")
@@ -109,16 +105,15 @@ def check_same_run(path, script, fields, inputs, free, longer) -> None:
     if stale:
         raise UserError(f"{folder}: is stale, its input is another than when it was begun "
                         f"({in_short(stale)}); restore that, or delete the folder to make it again")
-    for name in [name for name in same if name in differing]:
+    for name in moved:
         print(f"note: {folder}: --{name} {fields[name]} has the content of {old.get(name)}")
-    if steps[0] != steps[1]:
+    if lengthened:
         write_json(path, content)
 
 
 def hold(folder) -> None:
     """Take the lock of a run folder that holds config.json. UserError while another process has it, for two
-    would mix their logs and checkpoints. The lock is one of the operating system: it ends with the process,
-    however that ends."""
+    would mix their logs and checkpoints. The lock is the operating system's: it ends with the process."""
     path = (Path(folder) / "config.json").resolve()
     if path in _held:
         return
@@ -140,33 +135,29 @@ def hold(folder) -> None:
     _held[path] = file
 
 
-def check_archive(path) -> None:
-    """UserError unless `path` is a whole zip archive: the CRC-32 of every member is recomputed."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        found = broken and f"damaged ({broken} fails its checksum)"
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError,
-            RuntimeError, OverflowError) as error:
-        found = f"damaged or not a file saved by torch ({one_line(error)})"
-    if found:
-        raise UserError(f"{path}: {found}; delete it and run the script that made it again")
-
-
 def load_file(path) -> dict:
-    """A file written by torch.save, to the CPU, with weights_only=True. UserError for anything else."""
+    """A file written by torch.save, to the CPU, with weights_only=True; of a zip archive the CRC-32 of every
+    member is recomputed first. UserError for anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     with open(path, "rb") as file:      # official weights come in the older tar format too, without checksums
-        if file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt"):
-            check_archive(path)
+        zipped = file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt")
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise zipfile.BadZipFile(f"{broken} fails its checksum")
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError,
+            RuntimeError, OverflowError) as error:
+        raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); delete it and "
+                        "run the script that made it again") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
             TypeError, AssertionError) as error:
         raise UserError(f"{path}: cannot be loaded as plain tensors ({one_line(error)[:200]}); "
-                        "only files of tensors, lists, dicts and numbers are accepted") from None
+                        "give a file that holds tensors, lists, dicts and numbers only") from None
 
 
 def load_own(path) -> dict:
@@ -180,13 +171,20 @@ def load_own(path) -> dict:
     return content
 
 
+def save(path, content: dict) -> None:
+    """torch.save, atomic, by way of memory: while it writes to a file, torch turns whatever ends that (a full
+    disk, Ctrl-C) into a RuntimeError about positions in an archive."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getbuffer())
+
+
 def save_checkpoint(folder, saved: dict, **numbers) -> None:
     """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
     The one before becomes last.prev.pt once the new one is whole on the disk."""
     last, fresh = Path(folder, "last.pt"), Path(folder, "last.new.pt")
     if not run_distributed.rank():
-        state = {"format": FORMAT, **numbers, **{name: item.state_dict() for name, item in saved.items()}}
-        atomic_write(fresh, lambda file: torch.save(state, file))
+        save(fresh, {"format": FORMAT, **numbers, **{name: one.state_dict() for name, one in saved.items()}})
         if last.exists():
             last.replace(last.with_name("last.prev.pt"))
         fresh.replace(last)
@@ -200,17 +198,15 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
     for path in filter(Path.exists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
         try:
             state = load_own(path)
+            for name, item in saved.items():
+                item.load_state_dict(state[name])
+            return {name: state[name] for name in numbers}
         except UserError as error:
             if "newer version" in str(error):
                 raise
             print(f"warning: {one_line(error)}; trying the checkpoint before it", file=sys.stderr)
             # Out of the way, or the next save would put it in the place of the whole one.
             damaged.append(str(path.replace(path.with_suffix(".damaged"))))
-            continue
-        try:
-            for name, item in saved.items():
-                item.load_state_dict(state[name])
-            return {name: state[name] for name in numbers}
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: is no checkpoint of this run and this version of the code "
                             f"({one_line(error)[:200]}); choose another --out") from None
@@ -223,8 +219,8 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
 def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> None:
     """model.pt: {kind, format, kwargs, state_dict, ...}: `kwargs` rebuild the network, users need `extra`."""
     state_dict = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    content = {"kind": kind, "format": FORMAT, "kwargs": kwargs, "state_dict": state_dict, **extra}
-    atomic_write(Path(folder) / "model.pt", lambda file: torch.save(content, file))
+    save(Path(folder, "model.pt"),
+         {"kind": kind, "format": FORMAT, "kwargs": kwargs, "state_dict": state_dict, **extra})
 
 
 # The command that makes a model of a kind, and which dicts it holds besides kwargs and state_dict.
@@ -234,14 +230,12 @@ KINDS = {"autoencoder": (["train_ldm.py", "--stage", "autoencoder"], ["split"]),
 
 
 def load_model(path, kind: str, data: str = "") -> dict:
-    """model.pt of a run folder (or the file itself), or a UserError with the command that makes it, from the
-    caller's dataset `data`."""
+    """model.pt of a run folder (or the file itself); UserError with the command that makes it from `data`."""
     path, file, (words, needed) = Path(path), model_file(path), KINDS[kind]
     if not file.exists():
-        found = ("holds no model.pt (not a run, or not yet trained to its first checkpoint)" if path.exists()
-                 else "no such run")
+        found = "holds no model.pt (not a run, or not yet trained to its first checkpoint)"
         remedy = script_line(*words, *(["--data", data] if data else []), "--out", path)
-        raise UserError(f"{path}: {found}; make it with: {remedy}")
+        raise UserError(f"{path}: {found if path.exists() else 'no such run'}; make it with: {remedy}")
     content = load_own(file)
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
@@ -253,13 +247,13 @@ def load_model(path, kind: str, data: str = "") -> dict:
 
 
 def build_model(cls, content: dict, path, device=None):
-    """The network of a loaded model.pt, in eval mode; on a given `device` with channels last. UserError when
-    its tensors do not fit `cls`."""
-    for name, value in content.get("state_dict", {}).items():
+    """The network of a loaded model.pt, in eval mode; on a given `device` with channels last."""
+    weights = content.get("state_dict", {})
+    for name, value in weights.items():
         if isinstance(value, torch.Tensor) and not value.isfinite().all():
             raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({name}); its training "
                             "diverged or the file was changed, train it again")
-    network = build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
+    network = build(cls, content.get("kwargs", {}), path, weights).eval()
     return network if device is None else network.to(device, memory_format=torch.channels_last)
 
 

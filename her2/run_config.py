@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def field_help(cls) -> dict:
-    """{field: its trailing comment}, read from the source of the dataclass, and the comment lines below."""
+    """{field: its trailing comment, with the comment lines below}, read from the source of the dataclass."""
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     found = re.findall(r"^ +(\w+)\s*:[^#\n]*=[^#\n]*#(.*(?:\n +# (?!----).*)*)",     # "# ----" begins a group
                        "\n".join(map(inspect.getsource, bases)), re.MULTILINE)
@@ -57,19 +57,17 @@ def field_help(cls) -> dict:
 
 def add_fields(parser, cls, presets: dict) -> None:
     """One flag per field of `cls`; the help names the default, and the presets' values where they differ."""
-    hints, texts = get_type_hints(cls), field_help(cls)
-    for field in dataclasses.fields(cls):
-        kind, flag = hints[field.name], "--" + field.name.replace("_", "-")
-        values = {name: preset[field.name] for name, preset in presets.items() if field.name in preset}
-        default = "; ".join([repr(field.default), *(f"{name}: {value}" for name, value in values.items())])
-        text = f"{texts[field.name]} [{default}]".replace("%", "%%")
+    texts = field_help(cls)
+    for name, kind in get_type_hints(cls).items():
+        values = [f"{key}: {preset[name]}" for key, preset in presets.items() if name in preset]
+        text = f"{texts[name]} [{'; '.join([repr(getattr(cls, name)), *values])}]".replace("%", "%%")
         if kind is bool:
             form = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
             form = {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         else:
             form = {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(flag, default=None, help=text, **form)
+        parser.add_argument("--" + name.replace("_", "-"), default=None, help=text, **form)
 
 
 def check_ranges(config) -> None:
@@ -85,14 +83,14 @@ def build(cls, presets: dict, given: dict):
     """The configuration: the dataclass's defaults, then the preset, then the flags that were given. What a
     trained network or a synthetic set that it names was made with stands above the preset: a network is used
     on its own data, with their split, and at its own size."""
-    preset = given.get("preset") or cls.preset          # a dataclass keeps its defaults as attributes
-    unknown = presets[preset].keys() - cls.__dataclass_fields__
-    assert not unknown, f"preset {preset!r} of {cls.__name__} sets unknown fields {sorted(unknown)}"
+    preset = presets[given.get("preset") or cls.preset]     # a dataclass keeps its defaults as attributes
+    unknown = preset.keys() - cls.__dataclass_fields__
+    assert not unknown, f"a preset of {cls.__name__} sets unknown fields {sorted(unknown)}"
     given = {name: value for name, value in given.items() if value is not None}
-    config = cls(**{**presets[preset], **given})
+    config = cls(**{**preset, **given})
     source = next(filter(None, (getattr(config, name, "") for name in SOURCES)), None)
     if source and hasattr(config, "split_seed"):
-        config = cls(**{**presets[preset], **trained_with(source, config), **given})
+        config = cls(**{**preset, **trained_with(source, config), **given})
     check_ranges(config)
     return config
 
@@ -118,8 +116,7 @@ def parse(cls, presets: dict, argv, description: str, prog: str):
 
 @dataclasses.dataclass
 class Machine:
-    """Fields that many commands share; the Config of each adds its own. The result does not depend on these,
-    but for the rounding."""
+    """Fields that many commands share. The result does not depend on these, but for the rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: where it is fast
 

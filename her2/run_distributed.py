@@ -13,15 +13,13 @@ Dice (WholeSums), the ratio of gradients that weighs the autoencoder's adversari
 
 `--accumulate A` cuts the batch into A pieces first, one after the other through the network: memory of a
 piece, gradient of the whole, with the same sums. Batch norm sees each piece by itself (over all processes).
-
 Process 0 alone writes files; what it finds or makes first (phantom, cache, checkpoint) stands in a file
 system that all nodes share. Backend: NCCL between GPUs, gloo between CPUs.
 
-Cost, on paper. A ring all_reduce sends 8 (N - 1) / N bytes per parameter through each link, after the
-backward pass. `paper` has 24 M parameters in the segmenter, 58 M in the autoencoder, 175 M in the GAN, 215 M
-in the diffusion: at N = 64, 0.19 to 1.7 GB a step, so 1 to 8 ms at 200 GB/s (inside a node) and 15 to 136 ms
-at 12.5 GB/s (100 Gbit/s between nodes). The batch is divided, not multiplied: 16 patches occupy 16 processes
-at most.
+Cost, on paper: a ring all_reduce sends 8 (N - 1) / N bytes per parameter through each link, after the
+backward pass. `paper` has 24 M (segmenter) to 215 M parameters (diffusion): at N = 64, 0.19 to 1.7 GB a step,
+so 1 to 8 ms at 200 GB/s (inside a node) and 15 to 136 ms at 12.5 GB/s (100 Gbit/s between nodes). The batch
+is divided, not multiplied: 16 patches occupy 16 processes at most.
 """
 
 import os
@@ -42,10 +40,10 @@ def start(device: torch.device) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
     if device.type == "cuda":
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise UserError(f"--nproc-per-node: torch sees {torch.cuda.device_count()} CUDA devices; "
-                            "give that many, or --device cpu")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, count = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(f"--nproc-per-node: torch sees {count} CUDA devices; give that many, "
+                            "or --device cpu")
         torch.cuda.set_device(device)
     store, number, size = next(dist.rendezvous("env://"))
     # The others wait while process 0 looks at whole ROIs; a process that died is noticed by torchrun.
@@ -108,8 +106,8 @@ def divide(config) -> list:
     """The slices of a batch that belong to this process, one for each of the --accumulate pieces."""
     pieces = config.accumulate
     if config.batch // pieces < world():
-        raise UserError(f"--batch: found {config.batch}; {pieces} piece(s) for {world()} process(es) need at "
-                        f"least {pieces * world()} patches")
+        raise UserError(f"--batch: found {config.batch}; give {pieces * world()} or more, one for each of "
+                        f"{pieces} piece(s) in {world()} process(es)")
     ends = [config.batch * k // pieces for k in range(pieces + 1)]
     return [slice(*(low + (high - low) * r // world() for r in (rank(), rank() + 1)))
             for low, high in zip(ends, ends[1:])]
@@ -124,10 +122,10 @@ def parts(batch: dict, config) -> list:
     """The drawn samples as a list of Parts: one, unless --accumulate asks for more."""
     found, start = [], 0
     for rows in divide(config):
-        stop = start + rows.stop - rows.start
-        found.append(Part({name: value[start:stop] for name, value in batch.items()}, rows,
-                          (stop - start) / config.batch, not found))
-        start = stop
+        count = rows.stop - rows.start
+        drawn = {name: value[start:start + count] for name, value in batch.items()}
+        found.append(Part(drawn, rows, count / config.batch, first=not found))
+        start += count
     return found
 
 
@@ -161,8 +159,7 @@ def sum_gradients(parameters) -> None:
 
 class WholeSums:
     """Sums over a part -> sums over the whole batch, for a loss that is no mean over samples. The gradient is
-    that of the part, over its share, which the part's loss will be multiplied by. known: the whole sums, one
-    after the other, where parts come one by one (--accumulate)."""
+    the part's, over the share that its loss will be multiplied by. known: the whole sums (--accumulate)."""
 
     def __init__(self, share: float, known=None):
         self.share, self.known = share, known and iter(known)

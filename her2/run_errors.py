@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one clear line and exit status 2; what a crash leaves behind is whole.
 
-Used by everything else, with no import from the rest of the project.
+Everything else may use it, and it imports nothing from the rest of the project. So it is not counted where a
+method file says to need one sibling at most: only `segmenter` raises its UserError, and another would do.
 """
 
 import errno
@@ -13,6 +14,7 @@ import sys
 import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 # What the machine or a wrong path can cause; every other OSError is a defect of this code.
 MACHINE = {errno.EFBIG: "the file is too large for this disk", errno.EIO: "the disk does not answer",
@@ -46,9 +48,9 @@ def handling(handler, *numbers):
 
 @contextmanager
 def asked_to_stop():
-    """Inside the block Ctrl-C and SIGTERM (as schedulers send it before they kill) are noted in the list that
-    it gives, for the loop to look at between two steps. A second Ctrl-C interrupts at once (not under
-    torchrun, which sends on what the terminal has sent already, and kills after 30 seconds)."""
+    """Gives a list in which Ctrl-C and SIGTERM (schedulers send it before they kill) are noted inside the
+    block, for the loop to look at between two steps. A second Ctrl-C interrupts at once (not under torchrun,
+    which sends on what the terminal has sent already, and kills after 30 seconds)."""
     asked = []
 
     def note(number, frame):
@@ -78,7 +80,7 @@ def shell(words) -> str:
 
 
 def check_line(root) -> str:
-    """The command line that checks a dataset."""
+    """The command line that checks the dataset in `root`."""
     return shell(["python", "-m", "her2.data", root])
 
 
@@ -100,8 +102,7 @@ def say(text) -> None:
 
 def command(main, argv=None):
     """Run `main(argv)` as a program. Exit status: 0; 2 with one line on stderr for what a user or the machine
-    can cause; 130 after Ctrl-C, 143 after SIGTERM. Any other error is a defect of this code and keeps its
-    traceback."""
+    can cause; 130 after Ctrl-C, 143 after SIGTERM. Any other error is a defect and keeps its traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if hasattr(sys.stdout, "reconfigure"):      # a console that knows no umlauts shows them as \xfc
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -124,8 +125,7 @@ def command(main, argv=None):
                 else f"stopped at step {step}, all of it is saved")
         if "WORLD_SIZE" in os.environ:
             say(f"{said}, the same command goes on")
-        else:
-            # not folded to one line: a name in it may have two blanks
+        else:                   # not by say(): a name in the command may have two blanks, which it would fold
             print(f"{said}, this command goes on: {shell(['python', *program, *argv])}", file=sys.stderr)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:
@@ -149,21 +149,6 @@ def command(main, argv=None):
     sys.exit(2)
 
 
-class _Output:
-    """The open file as other packages see it. torch turns whatever ends a write (a full disk, Ctrl-C) into a
-    RuntimeError about positions in an archive, so the original is kept."""
-
-    def __init__(self, file):
-        self.file, self.flush, self.error = file, file.flush, None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except BaseException as error:
-            self.error = error
-            raise
-
-
 def atomic_write(path, write) -> None:
     """Create or replace the file `path` so that a crash at any moment leaves the old or the new content.
     `write` is bytes, a str (UTF-8), or a function that is given the open binary file. A temporary file in the
@@ -171,22 +156,17 @@ def atomic_write(path, write) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    output = None
     try:
         with open(temporary, "wb") as file:
-            output = _Output(file)
-            if callable(write):
-                write(output)
+            if callable(write):     # without a descriptor: Pillow would write past Python, and hide the error
+                write(SimpleNamespace(write=file.write, flush=file.flush))
             else:
-                output.write(write.encode("utf-8") if isinstance(write, str) else write)
+                file.write(write.encode("utf-8") if isinstance(write, str) else write)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = (output and output.error) or error
-        if isinstance(error.__context__, KeyboardInterrupt):    # between two writes of torch
-            cause = error.__context__
-        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-        raise cause
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

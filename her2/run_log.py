@@ -1,13 +1,13 @@
-"""How a training run begins, and what it says: log.txt for people, log.jsonl for the curves; its losses,
-watched at every step, read from the device only when they are needed; the manifest of painted images.
-
-A resumed run cuts log.jsonl back to its checkpoint's step: it reads as if nothing had happened.
+"""How a training run begins, and what it says: log.txt for people, log.jsonl for the curves (a resumed run
+cuts it back to its checkpoint's step: it reads as if nothing had happened); its losses, watched at every
+step, read from the device only when they are needed; the manifest of painted images.
 """
 
 import json
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -45,17 +45,14 @@ def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=Non
 
 
 def json_lines(path, known) -> list:
-    """The objects in a .jsonl file, up to the first line that is none which is `known`: a crash may have cut
-    it short."""
+    """The objects in a .jsonl file, up to the first that is not `known`: a crash may have cut it short."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
+    with suppress(ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             one = json.loads(line)
             if not known(one):
                 break
-        except (ValueError, KeyError, TypeError, RecursionError):
-            break
-        found.append(one)
+            found.append(one)
     return found
 
 
@@ -75,7 +72,7 @@ class Log:
         return json_lines(self.json_path, lambda record: isinstance(record["step"], int))
 
     def begin(self, step: int, text: str) -> None:
-        """Say `text` when a run begins, and that it goes on when it does."""
+        """Say `text` at step 0, later that the run goes on."""
         self.say(f"going on from step {step}" if step else text)
 
     def say(self, text: str) -> None:
@@ -101,8 +98,7 @@ class Log:
 
 class Losses:
     """What each step measured, kept on the device until it is read: asking a GPU for a number makes it wait.
-    read() is due at every line of the log and before every checkpoint, so that weights are never saved which
-    are not finite. networks: {name: module}."""
+    Read before every checkpoint: weights that are not finite are never saved. networks: {name: module}."""
 
     def __init__(self, folder, networks: dict, scaler):
         self.parameters = dict(torch.nn.ModuleDict(networks).named_parameters())    # "network.its.weight"
@@ -122,10 +118,9 @@ class Losses:
             self.read()
 
     def read(self) -> dict:
-        """The numbers of the last step, with one transfer from the device. Forgets all steps before it.
-        UserError when a loss, a norm or a weight is not finite, after writing diagnosis.json. Under fp16 an
-        infinite gradient is the scaler's ordinary business (it skips the step and halves its scale), until
-        the scale is below 1: then no scale helps."""
+        """The numbers of the last step, with one transfer from the device; forgets the steps before it.
+        UserError and diagnosis.json when a loss, a norm or a weight is not finite. Under fp16 an infinite
+        gradient is the scaler's business (it skips the step, halves its scale) until the scale is below 1."""
         tensors = [value for *_, values in self.kept for value in values.values()]
         tensors += [~p.detach().isfinite().all() for p in self.parameters.values()]
         numbers = iter(run_distributed.total(torch.stack([value.float() for value in tensors])).tolist())
@@ -167,23 +162,20 @@ class Manifest:
         return int(Path(record["image"]).stem)
 
     def finished(self, folder, checkpoint) -> set:
-        """Numbers of the images that are whole. UserError when they were painted by another checkpoint. A
-        last line cut short by a crash is dropped, so that appending goes on after a whole line; images that
-        no line vouches for are made again."""
-        self.records = {}
-        parts = [path for path in (self.path, *sorted(folder.glob("manifest.*.jsonl"))) if path.exists()]
-        for path in parts:
+        """Numbers of the images that are whole; those that no line vouches for are made again. A last line
+        cut short is dropped: appending goes on after a whole one. UserError if of another checkpoint."""
+        self.records, others = {}, sorted(folder.glob("manifest.*.jsonl"))
+        for path in (self.path, *others):
             for record in json_lines(path, lambda one: one["image"] == f"images/{self.number(one):06d}.png"):
-                if record.get("checkpoint") != checkpoint:
-                    raise UserError(f"{folder}: holds images of another checkpoint "
-                                    f"({record.get('checkpoint')}, the model is now {checkpoint}); "
-                                    "delete the folder or choose another --out")
-                name = Path(record["image"]).name
+                made_by, name = record.get("checkpoint"), Path(record["image"]).name
+                if made_by != checkpoint:
+                    raise UserError(f"{folder}: holds images of another checkpoint ({made_by}, the model is "
+                                    f"now {checkpoint}); delete the folder or choose another --out")
                 if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
                     self.records[self.number(record)] = record
-        if parts and not run_distributed.rank():
+        if (others or self.path.exists()) and not run_distributed.rank():
             self.write_ordered()
-            for path in parts[1:]:
+            for path in others:
                 path.unlink()
         return set(self.records)
 

@@ -1,8 +1,8 @@
 """What a result was made from: the content of files, the commit of this code, the packages' versions.
 
-A run records the SHA-256 of every file that it learned from (inputs.json), under the field of its
-configuration that names the folder: {"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}.
-So it can be said which file changed since, and the same files count as the same wherever they lie now.
+A run records the SHA-256 of every file that it learned from (inputs.json), by the field of its configuration:
+{"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}. So it can be said which file changed
+since, and the same files count as the same wherever they lie now.
 """
 
 import hashlib
@@ -42,22 +42,15 @@ def model_file(path) -> Path:
 
 def file_hash(path) -> str:
     """SHA-256 of a file, or "" where there is none."""
-    if not Path(path).is_file():
-        return ""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
 
 
 def file_hashes(paths, cache="cache") -> list[str]:
     """`file_hash` of many files; `cache`/hashes.json spares the reading of those that are as they were."""
     store, hashes, fresh = Path(cache) / "hashes.json", [], {}
-    try:
+    known = {}
+    with suppress(OSError, ValueError, TypeError):          # whatever is wrong with a cache, it is made again
         known = dict(json.loads(store.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        known = {}                          # whatever is wrong with a cache, it is made again
     for path in tqdm(paths, desc="comparing files", unit="file", delay=3, leave=False, disable=None):
         status = os.stat(path)
         key = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
@@ -72,32 +65,31 @@ def file_hashes(paths, cache="cache") -> list[str]:
 
 def data_hashes(dataset: Dataset, cache="cache", splits=("train",)) -> dict:
     """{path relative to the dataset: SHA-256} of all that the regions of `splits` consist of. "slides.csv"
-    and "classes.json" stand for what they say about these regions: saved again by a spreadsheet, or with
-    another row for a test slide, they mean the same."""
-    root, rows, files = dataset.root, [], {}            # files: {path relative to the dataset: path}
+    and "classes.json" stand for what they say about these regions, however a spreadsheet saved them again."""
+    root, files = dataset.root, {}                      # files: {path relative to the dataset: path}
+    rows = [asdict(roi) for roi in dataset.rois if roi.split in splits]
     if (root / "manifest.jsonl").exists():
         files["manifest.jsonl"] = root / "manifest.jsonl"
-    for row in [asdict(roi) for roi in dataset.rois if roi.split in splits]:
+    for row in rows:
         for column, path in row.items():
             if isinstance(path, Path):
                 row[column] = path.relative_to(root).as_posix()
                 files[row[column]] = path
-        rows.append(row)
     said = {"slides.csv": rows, "classes.json": dataset.classes.to_json()}
     return {**{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in said.items()},
             **dict(zip(files, file_hashes(files.values(), cache)))}
 
 
 def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
-    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. What was
-    made from the same data before they changed gets a warning on stderr."""
-    named = {name: getattr(config, name) for name in FILES if getattr(config, name, "")}
-    for source in [*named.values(), *([synthetic.root] if synthetic else [])]:
+    """{field: {name: hash}} of the datasets, and of the files and runs that FILES of `config` name. A warning
+    for what was made from the same data before they changed."""
+    sets = {"data": data, "synthetic": synthetic} if synthetic else {"data": data}
+    files = {name: model_file(getattr(config, name)) for name in FILES if getattr(config, name, "")}
+    for source in [*(getattr(config, name) for name in files), *([synthetic.root] if synthetic else [])]:
         for line in changed_since(source, data, config.cache):
             say(f"warning: {line}")
-    sets = {"data": data, "synthetic": synthetic} if synthetic else {"data": data}
     return {**{name: data_hashes(one, config.cache) for name, one in sets.items()},
-            **{name: {model_file(path).name: file_hash(model_file(path))} for name, path in named.items()}}
+            **{name: {file.name: file_hash(file)} for name, file in files.items()}}
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -120,8 +112,8 @@ def read_inputs(folder) -> dict:
 
 
 def read_fields(folder) -> dict:
-    """The configuration of the run in `folder`, its "script" and "cwd", where it was started. Empty without
-    config.json."""
+    """The configuration of the run in `folder`, its "script", and "cwd", where it was started. Without
+    config.json as good as empty."""
     path = Path(folder) / "config.json"
     content = read_json(path) if path.exists() else {"fields": {}}
     fields = content.get("fields") if isinstance(content, dict) else None
@@ -134,9 +126,8 @@ def read_fields(folder) -> dict:
 
 
 def places(folder, field: str = "data") -> list[str]:
-    """Where the folder or file that `field` of a run named is found by now: at the same place relative to the
-    run, for both may have moved together, then where it was. A path is given as it was named where that still
-    means the same."""
+    """Where the folder or file that `field` of a run named is by now: at the same place relative to the run,
+    for both may have moved together, then where it was; as it was named where that means the same."""
     fields = read_fields(folder)
     named, run = fields.get(field, ""), os.path.join(fields["cwd"], fields.get("out", ""))
     found = [os.path.join(fields["cwd"], named)] if named else []
@@ -174,8 +165,8 @@ def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
     if not known or os.path.realpath(dataset.root) not in map(os.path.realpath, places(folder)):
         return []
     changes = differences(known, data_hashes(dataset, cache))
-    return [f"{path} is stale: {dataset.root} changed since it was trained ({in_short(changes)}); train it "
-            "again"] if changes else []
+    what = f"{dataset.root} changed since it was trained ({in_short(changes)}); train it again"
+    return [f"{path} is stale: {what}"] if changes else []
 
 
 def git_commit() -> str:

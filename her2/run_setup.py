@@ -76,8 +76,8 @@ def diffusion(config, autoencoder, num_classes, device):
     """(noise schedule, denoiser with its initial weights). UserError when the sizes do not fit together."""
     levels = tuple(int(m) for m in config.mult.split(","))
     if config.width * levels[-1] % 8:
-        raise UserError(f"--width: found {config.width}; times {levels[-1]} it must be divisible by the 8 "
-                        "attention heads")
+        raise UserError(f"--width: found {config.width}; 8 attention heads share {levels[-1]} times that, "
+                        f"give a multiple of {8 // math.gcd(8, levels[-1])}")
     coarsest = autoencoder.factor * 2 ** (len(levels) - 1)
     if config.patch % coarsest:
         raise UserError(f"--patch: found {config.patch}; autoencoder and denoiser halve it to 1/{coarsest}, "
@@ -86,7 +86,7 @@ def diffusion(config, autoencoder, num_classes, device):
         raise UserError("--zero-terminal-snr: at t = T - 1 the noise says nothing about x0; "
                         "add --parametrisation v, or --no-zero-terminal-snr")
     if config.init and config.parametrisation != "eps":
-        raise UserError("--init: official weights name eps; "
+        raise UserError(f"--init: official weights predict eps, not {config.parametrisation}; "
                         "add --parametrisation eps --no-zero-terminal-snr")
     torch.manual_seed(config.seed)                  # initial weights only: all else has its own generator
     denoiser = LatentDenoiser(num_classes=num_classes, z_channels=autoencoder.config["z_channels"],

@@ -36,7 +36,6 @@ class Precision:
     which "bf16" must be said. fp16 alone needs a scaler: bf16 has the exponent range of fp32."""
 
     def __init__(self, device: torch.device, amp: str):
-        assert amp in ("auto", "off", "bf16", "fp16"), f"amp is auto, off, bf16 or fp16, found {amp!r}"
         on_gpu = device.type == "cuda"
         if amp == "fp16" and not on_gpu:
             raise UserError("--amp fp16: is for GPUs; on the CPU give --amp bf16, or --amp off")
@@ -59,13 +58,10 @@ class Precision:
 
 
 class EMA:
-    """Exponential moving average of a module's parameters.
+    """Exponential moving average of a module's parameters: m <- d m + (1 - d) p
 
-        m <- d m + (1 - d) p,  with d = min(decay, (1 + n) / (10 + n))
-
-    n counts the updates, from 1: early on the average forgets the initial weights fast (as in
-    latent-diffusion's LitEma). Buffers are copied. `module` is the averaged copy, in eval mode.
-    """
+    with d = min(decay, (1 + n) / (10 + n)). n counts the updates, from 1: early on the average forgets the
+    initial weights fast (as in latent-diffusion's LitEma). Buffers are copied. `module` is the average."""
 
     def __init__(self, module: torch.nn.Module, decay: float):
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
@@ -114,10 +110,9 @@ def load_official(network, path) -> None:
         return
     content = run.load_file(path)                   # a state_dict, or a checkpoint with one inside
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
-    if (not isinstance(state_dict, dict)
-            or not any(isinstance(value, torch.Tensor) for value in state_dict.values())):
-        raise UserError(f"{path}: holds no tensors by name; "
-                        "give a state_dict, or a checkpoint with one inside")
+    values = state_dict.values() if isinstance(state_dict, dict) else ()
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        raise UserError(f"{path}: holds no tensors by name; give a state_dict, or a checkpoint with one")
     try:
         network.load_official_state_dict(state_dict)
     except ValueError as error:
@@ -164,18 +159,19 @@ def compile_parts(config, *parts: torch.nn.Module) -> None:
     """--compile: let torch.compile fuse the forward and backward of these modules, from their next call on.
     UserError where it does not work. What is compiled can be differentiated once per step only: the part
     between two losses whose gradients are compared is left as it is."""
-    if config.compile:
-        try:
-            torch.compile(lambda x: x.relu() + 1, backend=BACKEND)(torch.ones(8))
-        except (RuntimeError, ImportError, OSError) as error:
-            raise UserError(f"--compile: torch.compile does not work here ({one_line(error)[:160]}); "
-                            "leave it out") from None
-        # The compiler cannot look into the exchange of sums. (A decorator would load it, more than a second,
-        # at the start of every command.)
-        norm = run_distributed.BatchNormOfAll
-        norm.forward = torch.compiler.disable(norm.forward)
-        for part in parts:
-            part.compile(backend=BACKEND)
+    if not config.compile:
+        return
+    try:
+        torch.compile(lambda x: x.relu() + 1, backend=BACKEND)(torch.ones(8))
+    except (RuntimeError, ImportError, OSError) as error:
+        raise UserError(f"--compile: torch.compile does not work here ({one_line(error)[:160]}); leave it out"
+                        ) from None
+    # The compiler cannot look into the exchange of sums. (A decorator would load it at the start of every
+    # command, more than a second.)
+    norm = run_distributed.BatchNormOfAll
+    norm.forward = torch.compiler.disable(norm.forward)
+    for part in parts:
+        part.compile(backend=BACKEND)
 
 
 class Steps:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -256,3 +257,12 @@ def test_infinite_gradients_are_the_scalers_business_under_fp16(tmp_path):
     losses.end(3, ["a.png"], loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
     with pytest.raises(UserError, match="grad_norm not finite at step 3"):
         losses.read()
+
+
+def test_torch_keeps_32_bits_of_a_seed_and_numpy_all():
+    """What run_seeds.py says about keys that share their numbers."""
+    def drawn(seed):
+        return torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    assert drawn(2**40 + 5) == drawn(5) != drawn(6)
+    assert np.random.default_rng(2**40 + 5).random() != np.random.default_rng(5).random()

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {path.stem: path for path in sorted((ROOT / "her2").glob("*.py")) if path.stem != "__init__"}
 SCRIPTS = ["train_gan.py", "train_ldm.py", "train_seg.py", "generate.py", "evaluate.py"]
-# The mathematics and the networks: each can be copied into another project with at most one sibling.
+# The mathematics and the networks: each can be copied into another project with at most one sibling. Not
+# counted is run_errors: it imports nothing, and an exception of one's own could replace its UserError.
 CORE = ["diffusion", "losses", "gan_losses", "metrics", "polygons", "relabel", "stains", "frechet",
         "quantizer", "spade", "autoencoder", "denoiser", "segmenter", "discriminator", "net_perceptual",
         "samplers", "inpainting"]
