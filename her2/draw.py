@@ -39,33 +39,30 @@ def printable(text) -> str:
     return "".join(c if " " <= c <= "~" or c in "\u00b1\u00b0\u00b7\n" else "?" for c in letters)
 
 
-def text_width(text, size=14) -> float:
+def text_width(text, size) -> float:
     """Width of the longest line of `text`, in pixels of the finished picture."""
     return max(font(size).getlength(line) for line in printable(text).split("\n")) / SCALE
 
 
 def tint(color, amount) -> tuple:
     """`color` mixed with white: 1 keeps it, 0 is white. A light fill that needs no transparency."""
-    return tuple(int(round(255 - amount * (255 - c))) for c in color)
+    return tuple(round(255 - amount * (255 - c)) for c in color)
 
 
 class Canvas:
     """A white sheet of `width` x `height` pixels. All coordinates are in pixels of the finished picture."""
 
     def __init__(self, width, height):
-        self.width, self.height = int(round(width)), int(round(height))
+        self.width, self.height = round(width), round(height)
         assert 0 < self.width <= 20000 and 0 < self.height <= 20000, f"canvas of {width} x {height} pixels"
         self.sheet = Image.new("RGB", (self.width * SCALE, self.height * SCALE), "white")
-        self.draw = ImageDraw.Draw(self.sheet)
-        self.pasted = []
+        self.draw, self.pasted = ImageDraw.Draw(self.sheet), []
 
     def line(self, points, color=INK, width=1.0, dash=None):
         """A polyline through `points` [(x, y), ...]; `dash` = (on, off) in pixels."""
-        points = [(float(x) * SCALE, float(y) * SCALE) for x, y in points]
-        width = max(1, int(round(width * SCALE)))
+        points, width = [(x * SCALE, y * SCALE) for x, y in points], max(1, round(width * SCALE))
         if dash is None:
-            self.draw.line(points, fill=color, width=width, joint="curve")
-            return
+            return self.draw.line(points, color, width, joint="curve")
         for (x0, y0), (x1, y1) in zip(points, points[1:]):
             length = np.hypot(x1 - x0, y1 - y0)
             for start in np.arange(0, length, sum(dash) * SCALE):
@@ -74,11 +71,11 @@ class Canvas:
 
     def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, width=1.0):
         corners = [v * SCALE for v in (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))]
-        self.draw.rectangle(corners, fill=fill, outline=outline, width=max(1, int(round(width * SCALE))))
+        self.draw.rectangle(corners, fill, outline, max(1, round(width * SCALE)))
 
     def dot(self, x, y, radius=3.0, fill=INK, outline=None):
         box = [v * SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
-        self.draw.ellipse(box, fill=fill, outline=outline, width=SCALE)
+        self.draw.ellipse(box, fill, outline, SCALE)
 
     def diamond(self, x, y, radius=4.5, fill=INK, outline=INK):
         corners = [v * SCALE for v in (x - radius, y, x, y - radius, x + radius, y, x, y + radius)]
@@ -89,8 +86,7 @@ class Canvas:
         writes from bottom to top, centred on (x, y): the label of a vertical axis."""
         text = printable(text)
         if not turned:
-            self.draw.text((x * SCALE, y * SCALE), text, color, font(size), anchor, align="center")
-            return
+            return self.draw.text((x * SCALE, y * SCALE), text, color, font(size), anchor, align="center")
         width, height = int(text_width(text, size) * SCALE) + 4, int(size * SCALE * 1.5)
         strip = Image.new("L", (width, height), 0)
         ImageDraw.Draw(strip).text((width // 2, height // 2), text, 255, font(size), "mm")
@@ -196,7 +192,7 @@ def samples_png(folder, step: int, classes=None, **rows) -> None:
     pictures = [to_uint8(batch) if batch.dim() == 4 else
                 to_array(batch * 255).round().astype(np.uint8) if batch.is_floating_point() else
                 colorize(batch, classes) for batch in rows.values()]
-    grid = image_grid([list(row) for row in pictures], [name.replace("_", " ") for name in rows])
+    grid = image_grid(pictures, [name.replace("_", " ") for name in rows])
     save_png(Path(folder) / "samples" / f"step{step:06d}.png", grid)
 
 
@@ -205,10 +201,10 @@ def image_grid(rows, row_captions=(), column_captions=(), title="", cell=192, le
     place, each scaled to `cell` pixels, the width of a column. One short text per row stands left of it, one
     per column above it; `legend`: (name, color) pairs below all, see `class_legend`."""
     columns, gap, small = max(len(row) for row in rows), 6, 13
-    fitted = [[None if image is None else fit(image, cell) for image in row] for row in rows]
-    heights = [max((image.shape[0] for image in row if image is not None), default=20) for row in fitted]
-    wide = max(image.shape[1] for row in fitted for image in row if image is not None)
-    wide = max([wide, *(int(text_width(text, small)) + 1 for text in column_captions)])
+    fitted = [{j: fit(image, cell) for j, image in enumerate(row) if image is not None} for row in rows]
+    heights = [max((image.shape[0] for image in row.values()), default=20) for row in fitted]
+    wide = max([*(image.shape[1] for row in fitted for image in row.values()),
+                *(int(text_width(text, small)) + 1 for text in column_captions)])
     left = gap + max((int(text_width(text, small)) + 10 for text in row_captions), default=0)
     lines = max((str(text).count("\n") + 1 for text in column_captions), default=0)
     top = int(gap + (26 if title else 0) + (small * 1.4 * lines + 4 if lines else 0))
@@ -221,11 +217,10 @@ def image_grid(rows, row_captions=(), column_captions=(), title="", cell=192, le
     for i, row in enumerate(fitted):
         if row_captions:
             canvas.text(left - 9, top + heights[i] / 2, row_captions[i], small, anchor="rm")
-        for j, image in enumerate(row):
-            if image is not None:
-                x = int(left + j * (wide + gap) + (wide - image.shape[1]) // 2)
-                canvas.rectangle(x - 0.5, top - 0.5, x + image.shape[1], top + image.shape[0], outline=GREY)
-                canvas.paste(image, x, top)
+        for j, image in row.items():
+            x = left + j * (wide + gap) + (wide - image.shape[1]) // 2
+            canvas.rectangle(x - 0.5, top - 0.5, x + image.shape[1], top + image.shape[0], outline=GREY)
+            canvas.paste(image, x, top)
         top += heights[i] + gap
     canvas.legend(legend, left, top + 2, width - gap, small, "box")
     return canvas.array()

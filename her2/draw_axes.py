@@ -44,8 +44,7 @@ def log_ticks(low, high) -> list:
 
 def tick_texts(ticks) -> list:
     """One text per tick, all with the same number of decimals."""
-    largest = max(abs(t) for t in ticks)
-    steps = [b - a for a, b in zip(ticks, ticks[1:])]
+    largest, steps = max(abs(t) for t in ticks), [b - a for a, b in zip(ticks, ticks[1:])]
     if max(steps) > 1.5 * min(steps):                                        # logarithmic
         return [f"{t:g}" for t in ticks]
     if largest >= 10000:
@@ -126,7 +125,6 @@ class Axes:
 def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_range=None, notes=(),
          colors=CYCLE) -> np.ndarray:
     """Curves or points over numbers, (H, W, 3) uint8.
-
     series   {name: (x, y) or (x, y, "dots")}; thin and not in the legend where a name begins with "_"
     log      the logarithmic axes, "", "x", "y" or "xy"
     y_range  the part to show: a curve beyond it runs along the frame

@@ -63,7 +63,6 @@ def widened(low, high, share=0.04) -> tuple:
 
 def grouped(panels, colors, draw, note, height) -> np.ndarray:
     """Groups of slots along x with a name below each, one panel below the other, the legend above.
-
     panels   [(label of the y axis, groups, ticks, reference), ...], all with the same groups
              groups = [(name, [(series, values), ...]), ...]; further lines of a name are small and grey
              reference = (value, name) of a dashed line, (value, name, low, high, color) with a band, or None
@@ -125,7 +124,6 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
 
 def intervals(panels, names, width=830, row=22) -> np.ndarray:
     """One row per name, one column per panel: a mean with its interval, beside a line at "no difference".
-
     panels   [(title, [(mean, low, high) or None per name], ratio)]; low and high may be None; ratio: whether
              these are logarithms of ratios"""
     left, gap, top = max(text_width(name, 13) for name in names) + 22, 40, 34
@@ -163,7 +161,6 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
 
 def distribution(areas, classes, instances=None) -> np.ndarray:
     """Fig. 2: how the annotated tumor area of each split is made up of the tumor classes.
-
     areas      {split: (K,) pixels per class id}; shares are of the split's tumor area
     instances  {split: (K,) counts}, optional: written under the shares"""
     def draw_bar(axes, x, values, color):
@@ -188,7 +185,6 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
 
 def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(108, 52)) -> np.ndarray:
     """Tables of numbers side by side, the darker the larger, in cells of (width, height) pixels.
-
     panels  [(title, numbers (R, C), deviation (R, C) or None), ...]; NaN is written "n/a"
     axes    (what the rows are, what the columns are); `most` the number of full colour"""
     (wide, high), left = cell, max(text_width(name, 14) for name in row_names) + 44
