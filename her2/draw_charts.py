@@ -2,7 +2,6 @@
 Intervals of many arms side by side are not in the paper.
 
 A box plot must say what it shows with five runs, with one, and with hundreds of values:
-
     box, line      quartiles and median                 whiskers   minimum and maximum
     diamond, bar   mean, and mean +- standard deviation (n - 1), beside the box
     dots           the values themselves: each one up to a dozen, a sample of them beyond
@@ -139,7 +138,7 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
         canvas.text(start + room / 2, 8, title, 14, anchor="ma")
         ticks, last = nice_ticks(low, high), -math.inf
         if ratio:
-            ticks = [math.log(tick) for tick in log_ticks(math.exp(low), math.exp(high))]
+            ticks = map(math.log, log_ticks(math.exp(low), math.exp(high)))
         for tick in sorted(tick for tick in {*ticks, 0.0} if low <= tick <= high):
             color, thickness = (tint(GREY, 0.35), 1) if tick else (INK, 1.4)
             canvas.line([(x(tick), top), (x(tick), bottom)], color, thickness)
@@ -151,11 +150,10 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
             y = top + row * (i + 0.5)
             if one is None:
                 canvas.text(x(0), y, "n/a", 12, GREY, anchor="mm")
-                continue
-            mean, *ends = one
-            if None not in ends:
-                canvas.line([(x(ends[0]), y), (x(ends[1]), y)], BLUE, 2.2)
-            canvas.dot(x(mean), y, 3.6, BLUE, INK)
+            else:
+                if None not in one:
+                    canvas.line([(x(end), y) for end in one[1:]], BLUE, 2.2)
+                canvas.dot(x(one[0]), y, 3.6, BLUE, INK)
     return canvas.array()
 
 
@@ -170,13 +168,14 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
         text = f"{share:.0f}" if share >= 9.5 or share == 0 else f"{share:.1f}"
         axes.canvas.text(x, axes.y(share) - 3, text, 12, anchor="md")
 
-    tumor = classes.tumor_ids
-    total = {split: sum(area[k] for k in tumor) for split, area in areas.items()}
+    total = {split: sum(area[k] for k in classes.tumor_ids) for split, area in areas.items()}
     splits = [split for split in areas if total[split] > 0]
     assert splits, f"no tumor area in {list(areas)}"
-    groups = [("\n".join([classes.names[k], *(f"{split}: {int(instances[split][k])}"
-                                              for split in (splits if instances else ()))]),
-               [(split, [100 * areas[split][k] / total[split]]) for split in splits]) for k in tumor]
+    groups = []
+    for k in classes.tumor_ids:
+        counts = [f"{split}: {int(instances[split][k])}" for split in (splits if instances else ())]
+        groups.append(("\n".join([classes.names[k], *counts]),
+                       [(split, [100 * areas[split][k] / total[split]]) for split in splits]))
     ticks = nice_ticks(0, min(max(values[0] for _, bars in groups for _, values in bars) * 1.08, 100))
     return grouped([("share of the tumor area [%]", groups, ticks, None)],
                    dict(zip(splits, [BLUE, CYCLE[4], CYCLE[2], CYCLE[3], CYCLE[1]])), draw_bar,

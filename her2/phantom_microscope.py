@@ -29,8 +29,7 @@ WARP = ((7.0, 0.8), (2.6, 0.22))     # (wavelength, amplitude) in um of what ben
 EDGE, EDGE_NUCLEUS = 0.5, 0.45       # um over which a cell ends, and a nucleus
 CAP, CAP_WAVES = 1.0, 0.9  # um that cells bulge out of the outline of their site, and how much that varies
 SLIT = 0.55                # half-width in um of the slit between neighbours that came apart
-SLIT_SHARE = 0.35          # of borders, times the slide's retraction; SLIT_DEPTH of the cell is gone there
-SLIT_DEPTH = 0.9
+SLIT_SHARE, SLIT_DEPTH = 0.35, 0.9   # of borders, times the slide's retraction; of the cell gone there
 BROKEN = 0.16              # how far texture moves the line between stained and bare membrane (incomplete: 1+)
 UNDER_NUCLEUS = 0.35       # share of the cytoplasm's brown that shows above and below a nucleus
 OVER_NUCLEUS = 0.6         # share of a membrane's brown that a nucleus hides
@@ -57,18 +56,12 @@ def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
     vectors = stain_matrix(HAEMATOXYLIN + style.hue[0], DAB + style.hue[1])
     rgb = compose(*amounts(scene, ys, xs), style.glass.astype(np.float32), vectors)     # (h, w, 3) in 0..1
     rgb = rgb.reshape(height + 2 * halo, fold, width + 2 * halo, fold, 3).mean(axis=(1, 3))
-    rgb = _blur(rgb, sigma, halo)                                                       # (height, width, 3)
-    rgb += style.noise * 0.6 * rng.standard_normal(rgb.shape, dtype=np.float32)
-    return np.clip(np.rint(rgb * 255), 0, 255).astype(np.uint8)
-
-
-def _blur(rgb, sigma: float, halo: int) -> np.ndarray:
-    """Gaussian blur that eats the halo: (h + 2 halo, w + 2 halo, 3) -> (h, w, 3)."""
     kernel = np.exp(-0.5 * (np.arange(-halo, halo + 1) / sigma) ** 2).astype(np.float32)
     kernel /= kernel.sum()                                              # light is neither lost nor made
-    height, width = rgb.shape[0] - 2 * halo, rgb.shape[1] - 2 * halo
-    rgb = sum(k * rgb[i:i + height] for i, k in enumerate(kernel))
-    return sum(k * rgb[:, i:i + width] for i, k in enumerate(kernel))
+    rgb = sum(k * rgb[i:i + height] for i, k in enumerate(kernel))      # blur down and across
+    rgb = sum(k * rgb[:, i:i + width] for i, k in enumerate(kernel))                    # (height, width, 3)
+    rgb += style.noise * 0.6 * rng.standard_normal(rgb.shape, dtype=np.float32)
+    return np.clip(np.rint(rgb * 255), 0, 255).astype(np.uint8)
 
 
 def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +114,8 @@ def _windows(ys, xs, y, x, reach):
 
 def _bodies(cells, x, y, ys, xs):
     """Nearest and second nearest cell of every sample, and the distances: int32 and float32 (h, w)."""
-    first, second = np.zeros(x.shape, np.int32), np.zeros(x.shape, np.int32)
-    d1, d2 = np.full(x.shape, FAR, np.float32), np.full(x.shape, FAR, np.float32)
+    first, second = np.zeros((2, *x.shape), np.int32)
+    d1, d2 = np.full((2, *x.shape), FAR, np.float32)
     for k, w in _windows(ys, xs, cells["y"], cells["x"], 2.1 * cells["reach"]):
         c = cells[k]
         u, v = turned(x[w] - c["x"], y[w] - c["y"], c["angle"])         # along and across its body
@@ -147,7 +140,7 @@ def _coin(first, second) -> np.ndarray:
 
 def _nuclei(scene, x, y, ys, xs, fine, grain):
     """How much of a nucleus covers each sample, and its haematoxylin: two (h, w) arrays."""
-    cover, dye = np.zeros(x.shape, np.float32), np.zeros(x.shape, np.float32)
+    cover, dye = np.zeros((2, *x.shape), np.float32)
     for group in (scene.cells, scene.nuclei):
         longest = group["radius"] * np.sqrt(group["ratio"])
         for k, w in _windows(ys, xs, group["ny"], group["nx"], longest * 1.3 + 1.5):

@@ -108,7 +108,13 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
         angle, offset = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.25, 0.42)
         edge = (size / 2 + np.cos(angle) * offset, size / 2 + np.sin(angle) * offset, angle)
     sites = _place(style, np.asarray(mix, float), tumor_share, size, rng, first, duct, edge)
-    _outline(sites, style, rng)
+    x, y, weight = (np.array([getattr(s, name) for s in sites]) for name in ("x", "y", "radius"))
+    for k, site in enumerate(sites):
+        kind = KINDS[site.kind]
+        aspect, angle = np.exp(abs(rng.normal(0, kind.aspect))), style.flow + rng.normal(0, 0.5)
+        radii = wobbly_radii(site.radius, kind.wobble, aspect, angle, rng)
+        site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, kind.gap * rng.uniform(0.8, 1.6)))
+        hollow(site, style, rng)
     sites = [s for s in sites if s.kind != "tumor" or s.star.radii.mean() > SMALLEST_NEST]
     sites = [part for site in sites for part in (_acini(site, rng) if site.kind == "lobule" else [site])]
     axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
@@ -189,17 +195,6 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
     return sites
 
 
-def _outline(sites, style, rng) -> None:
-    """Outlines, lumens and clefts of all sites."""
-    x, y, weight = (np.array([getattr(s, name) for s in sites]) for name in ("x", "y", "radius"))
-    for k, site in enumerate(sites):
-        kind = KINDS[site.kind]
-        aspect, angle = np.exp(abs(rng.normal(0, kind.aspect))), style.flow + rng.normal(0, 0.5)
-        radii = wobbly_radii(site.radius, kind.wobble, aspect, angle, rng)
-        site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, kind.gap * rng.uniform(0.8, 1.6)))
-        hollow(site, style, rng)
-
-
 def _acini(lobule: Site, rng) -> list[Site]:
     """A lobule becomes a group of small, mostly solid glands."""
     acini = []
@@ -208,9 +203,9 @@ def _acini(lobule: Site, rng) -> list[Site]:
         away, angle = (lobule.radius - 0.6 * radius) * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
         x, y = lobule.x + away * np.cos(angle), lobule.y + away * np.sin(angle)
         if all(np.hypot(x - a.x, y - a.y) > 0.92 * (radius + a.radius) for a in acini):
-            acini.append(Site("acinus", x, y, radius, layers=int(rng.choice([1, 2, 2])),
-                              star=Star(x, y, wobbly_radii(radius, 0.08, np.exp(abs(rng.normal(0, 0.2))),
-                                                           rng.uniform(0, np.pi), rng))))
+            layers, aspect = int(rng.choice([1, 2, 2])), np.exp(abs(rng.normal(0, 0.2)))
+            star = Star(x, y, wobbly_radii(radius, 0.08, aspect, rng.uniform(0, np.pi), rng))
+            acini.append(Site("acinus", x, y, radius, star=star, layers=layers))
     return acini
 
 
