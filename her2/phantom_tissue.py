@@ -109,7 +109,7 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
         edge = (size / 2 + np.cos(angle) * offset, size / 2 + np.sin(angle) * offset, angle)
     sites = _place(style, np.asarray(mix, float), tumor_share, size, rng, first, duct, edge)
     x, y, weight = (np.array([getattr(s, name) for s in sites]) for name in ("x", "y", "radius"))
-    for k, site in enumerate(sites):
+    for k, site in enumerate(sites):                                    # outlines, lumens and clefts
         kind = KINDS[site.kind]
         aspect, angle = np.exp(abs(rng.normal(0, kind.aspect))), style.flow + rng.normal(0, 0.5)
         radii = wobbly_radii(site.radius, kind.wobble, aspect, angle, rng)
