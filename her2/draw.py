@@ -2,7 +2,6 @@
 
 Antialiasing is supersampling: everything is drawn `SCALE` times too large and averaged down once, so a
 line of width 1.5 looks like one. Images pasted on a canvas skip that step: their pixels stay what they are.
-
 Colours of lines are those of Okabe and Ito (2008), made to be told apart by colour-blind readers. Tissue
 classes keep the colour of their class table, everywhere.
 
@@ -40,33 +39,30 @@ def printable(text) -> str:
     return "".join(c if " " <= c <= "~" or c in "\u00b1\u00b0\u00b7\n" else "?" for c in letters)
 
 
-def text_width(text, size=14) -> float:
+def text_width(text, size) -> float:
     """Width of the longest line of `text`, in pixels of the finished picture."""
     return max(font(size).getlength(line) for line in printable(text).split("\n")) / SCALE
 
 
 def tint(color, amount) -> tuple:
     """`color` mixed with white: 1 keeps it, 0 is white. A light fill that needs no transparency."""
-    return tuple(int(round(255 - amount * (255 - c))) for c in color)
+    return tuple(round(255 - amount * (255 - c)) for c in color)
 
 
 class Canvas:
     """A white sheet of `width` x `height` pixels. All coordinates are in pixels of the finished picture."""
 
     def __init__(self, width, height):
-        self.width, self.height = int(round(width)), int(round(height))
+        self.width, self.height = round(width), round(height)
         assert 0 < self.width <= 20000 and 0 < self.height <= 20000, f"canvas of {width} x {height} pixels"
         self.sheet = Image.new("RGB", (self.width * SCALE, self.height * SCALE), "white")
-        self.draw = ImageDraw.Draw(self.sheet)
-        self.pasted = []
+        self.draw, self.pasted = ImageDraw.Draw(self.sheet), []
 
     def line(self, points, color=INK, width=1.0, dash=None):
         """A polyline through `points` [(x, y), ...]; `dash` = (on, off) in pixels."""
-        points = [(float(x) * SCALE, float(y) * SCALE) for x, y in points]
-        width = max(1, int(round(width * SCALE)))
+        points, width = [(x * SCALE, y * SCALE) for x, y in points], max(1, round(width * SCALE))
         if dash is None:
-            self.draw.line(points, fill=color, width=width, joint="curve")
-            return
+            return self.draw.line(points, color, width, joint="curve")
         for (x0, y0), (x1, y1) in zip(points, points[1:]):
             length = np.hypot(x1 - x0, y1 - y0)
             for start in np.arange(0, length, sum(dash) * SCALE):
@@ -75,11 +71,11 @@ class Canvas:
 
     def rectangle(self, x0, y0, x1, y1, fill=None, outline=None, width=1.0):
         corners = [v * SCALE for v in (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))]
-        self.draw.rectangle(corners, fill=fill, outline=outline, width=max(1, int(round(width * SCALE))))
+        self.draw.rectangle(corners, fill, outline, max(1, round(width * SCALE)))
 
     def dot(self, x, y, radius=3.0, fill=INK, outline=None):
         box = [v * SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
-        self.draw.ellipse(box, fill=fill, outline=outline, width=SCALE)
+        self.draw.ellipse(box, fill, outline, SCALE)
 
     def diamond(self, x, y, radius=4.5, fill=INK, outline=INK):
         corners = [v * SCALE for v in (x - radius, y, x, y - radius, x + radius, y, x, y + radius)]
@@ -90,8 +86,7 @@ class Canvas:
         writes from bottom to top, centred on (x, y): the label of a vertical axis."""
         text = printable(text)
         if not turned:
-            self.draw.text((x * SCALE, y * SCALE), text, color, font(size), anchor, align="center")
-            return
+            return self.draw.text((x * SCALE, y * SCALE), text, color, font(size), anchor, align="center")
         width, height = int(text_width(text, size) * SCALE) + 4, int(size * SCALE * 1.5)
         strip = Image.new("L", (width, height), 0)
         ImageDraw.Draw(strip).text((width // 2, height // 2), text, 255, font(size), "mm")
@@ -99,17 +94,18 @@ class Canvas:
         left, top = int(x * SCALE) - height // 2, int(y * SCALE) - width // 2
         self.sheet.paste(color, (left, top, left + height, top + width), strip)
 
-    def paste(self, image, x, y):
+    def paste(self, image, x: int, y: int):
         """An image (H, W, 3) uint8 with its upper left corner at (x, y), pixel for pixel."""
-        self.pasted.append((int(round(x)), int(round(y)), image))
+        self.pasted.append((x, y, image))
 
     def legend(self, entries, x, y, right, size=13, marker="line") -> float:
         """(name, color) pairs in rows from (x, y) that end before `right`; returns the y below them."""
         row, left = size * 1.6, x
         for name, color in entries:
-            width, middle = text_width(name, size) + 44, y + row / 2
+            width = text_width(name, size) + 44
             if x > left and x + width > right:
-                x, y, middle = left, y + row, middle + row
+                x, y = left, y + row
+            middle = y + row / 2
             if marker == "line":
                 self.line([(x, middle), (x + 18, middle)], color, 2.5)
             else:
@@ -126,22 +122,18 @@ class Canvas:
         return image
 
 
-def save_png(path, image, palette=None) -> None:
+def save_png(path, image: np.ndarray, palette=None) -> None:
     """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W), as PNG: whole or not at all.
     `palette`, a flat list r, g, b, r, g, b, ..., shows a uint8 label map in colour while the stored values
     stay the class ids. Instance ids go to 16 bit; above 65535 is an error."""
-    if not isinstance(image, Image.Image):
-        image = np.asarray(image)
-        if image.dtype in (np.int32, np.int64, np.uint32) and image.ndim == 2:
-            assert 0 <= image.min() and image.max() <= 65535, f"ids {image.min()}..{image.max()}: not 16 bit"
-            image = image.astype(np.uint16)
-        assert image.dtype in (np.uint8, np.uint16), f"a PNG holds uint8 or uint16, found {image.dtype}"
-        assert image.ndim == 2 or image.shape[2:] == (3,), f"no picture of shape {image.shape}"
-        image = Image.fromarray(np.ascontiguousarray(image))
+    if image.dtype in (np.int32, np.int64):
+        assert 0 <= image.min() and image.max() <= 65535, f"ids {image.min()}..{image.max()}: not 16 bit"
+        image = image.astype(np.uint16)
+    assert image.dtype in (np.uint8, np.uint16), f"a PNG holds uint8 or uint16, found {image.dtype}"
+    picture = Image.fromarray(image)
     if palette is not None:
-        assert image.mode == "L", f"a palette goes with 8-bit class ids, found mode {image.mode}"
-        image.putpalette(palette)
-    atomic_write(path, lambda file: image.save(file, format="PNG"))
+        picture.putpalette(palette)
+    atomic_write(path, lambda file: picture.save(file, format="PNG"))
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -167,14 +159,13 @@ def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
     """`image` (H, W, 3) uint8 with the rim of every tissue instance in the colour of its class. The rim lies
     inside, so that touching instances both keep theirs; a thin dark line within it separates light class
     colours from light tissue. Background has no rim."""
-    label = to_array(label)
-    instance = label if instance is None else to_array(instance)
+    label, instance = to_array(label), to_array(label if instance is None else instance)
     assert image.shape == (*label.shape, 3) and instance.shape == label.shape, \
         f"image {image.shape}, label {label.shape}, instance {instance.shape}"
 
     def rim(thickness):
-        windows = np.lib.stride_tricks.sliding_window_view(
-            np.pad(instance, thickness, mode="edge"), instance.shape)       # [dy, dx]: instance, shifted
+        around = np.pad(instance, thickness, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(around, instance.shape)  # [dy, dx]: shifted
         edge = np.zeros(instance.shape, bool)
         for dy, dx in np.ndindex(*windows.shape[:2]):
             if math.hypot(dy - thickness, dx - thickness) <= thickness:
@@ -201,41 +192,35 @@ def samples_png(folder, step: int, classes=None, **rows) -> None:
     pictures = [to_uint8(batch) if batch.dim() == 4 else
                 to_array(batch * 255).round().astype(np.uint8) if batch.is_floating_point() else
                 colorize(batch, classes) for batch in rows.values()]
-    grid = image_grid([list(row) for row in pictures], [name.replace("_", " ") for name in rows])
+    grid = image_grid(pictures, [name.replace("_", " ") for name in rows])
     save_png(Path(folder) / "samples" / f"step{step:06d}.png", grid)
 
 
-def image_grid(rows, row_captions=None, column_captions=None, title=None, cell=192, legend=()) -> np.ndarray:
-    """Images in rows and columns with captions.
-
-    rows      lists of (H, W, 3) or (H, W) uint8 arrays of any size, None for an empty place
-    captions  one short text per row, left of it, and per column, above it
-    cell      width of a column in pixels: images are scaled to it
-    legend    (name, color) pairs below the images, see `class_legend`"""
-    assert rows and any(len(row) for row in rows), "a grid needs at least one image"
+def image_grid(rows, row_captions=(), column_captions=(), title="", cell=192, legend=()) -> np.ndarray:
+    """Images in rows and columns: lists of (H, W, 3) or (H, W) uint8 arrays of any size, None for an empty
+    place, each scaled to `cell` pixels, the width of a column. One short text per row stands left of it, one
+    per column above it; `legend`: (name, color) pairs below all, see `class_legend`."""
     columns, gap, small = max(len(row) for row in rows), 6, 13
-    fitted = [[None if image is None else fit(image, cell) for image in row] for row in rows]
-    heights = [max((image.shape[0] for image in row if image is not None), default=20) for row in fitted]
-    wide = max(image.shape[1] for row in fitted for image in row if image is not None)
-    wide = max([wide, *(int(text_width(text, small)) + 1 for text in column_captions or ())])
-    left = gap + max((int(text_width(text, small)) + 10 for text in row_captions or ()), default=0)
-    lines = max((str(text).count("\n") + 1 for text in column_captions or ()), default=0)
+    fitted = [{j: fit(image, cell) for j, image in enumerate(row) if image is not None} for row in rows]
+    heights = [max((image.shape[0] for image in row.values()), default=20) for row in fitted]
+    wide = max([*(image.shape[1] for row in fitted for image in row.values()),
+                *(int(text_width(text, small)) + 1 for text in column_captions)])
+    left = gap + max((int(text_width(text, small)) + 10 for text in row_captions), default=0)
+    lines = max((str(text).count("\n") + 1 for text in column_captions), default=0)
     top = int(gap + (26 if title else 0) + (small * 1.4 * lines + 4 if lines else 0))
-    width = max(left + columns * (wide + gap), gap * 2 + (int(text_width(title, 16)) if title else 0))
+    width = max(left + columns * (wide + gap), gap * 2 + int(text_width(title, 16)))
     below = Canvas(width, 1).legend(legend, left, 4, width - gap, small, "box") + 4 if legend else 0
     canvas = Canvas(width, top + sum(heights) + gap * len(rows) + below)
-    if title:
-        canvas.text(gap, gap, title, 16)
-    for j, text in enumerate(column_captions or ()):
+    canvas.text(gap, gap, title, 16)
+    for j, text in enumerate(column_captions):
         canvas.text(left + j * (wide + gap) + wide / 2, top - 5, text, small, anchor="md")
     for i, row in enumerate(fitted):
         if row_captions:
             canvas.text(left - 9, top + heights[i] / 2, row_captions[i], small, anchor="rm")
-        for j, image in enumerate(row):
-            if image is not None:
-                x = int(left + j * (wide + gap) + (wide - image.shape[1]) // 2)
-                canvas.rectangle(x - 0.5, top - 0.5, x + image.shape[1], top + image.shape[0], outline=GREY)
-                canvas.paste(image, x, top)
+        for j, image in row.items():
+            x = left + j * (wide + gap) + (wide - image.shape[1]) // 2
+            canvas.rectangle(x - 0.5, top - 0.5, x + image.shape[1], top + image.shape[0], outline=GREY)
+            canvas.paste(image, x, top)
         top += heights[i] + gap
     canvas.legend(legend, left, top + 2, width - gap, small, "box")
     return canvas.array()
@@ -248,9 +233,9 @@ def class_legend(classes, tumor_only=False) -> list:
 
 def side_by_side(rows, classes, cell=256) -> np.ndarray:
     """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8."""
-    columns = {"original": "Original", "gan": "GAN", "ldm": "Diffusion", "inpaint": "Inpainting",
-               "oracle": "Oracle", "restain": "Restained"}
-    columns = {key: name for key, name in columns.items() if any(key in row for row in rows)}
+    names = {"original": "Original", "gan": "GAN", "ldm": "Diffusion", "inpaint": "Inpainting",
+             "oracle": "Oracle", "restain": "Restained"}
+    columns = {key: name for key, name in names.items() if any(key in row for row in rows)}
     pictures = [[colorize(row["label"], classes), *(row.get(key) for key in columns)] for row in rows]
     return image_grid(pictures, [row.get("caption", "") for row in rows],
                       ["Label asked for", *columns.values()], cell=cell, legend=class_legend(classes))

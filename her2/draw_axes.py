@@ -3,14 +3,12 @@
 A log holds thousands of noisy losses. `curves_png` shows each series twice: as recorded, in a light tint,
 and as a moving median, in full colour. Numbers alone say little, so a panel takes reference values, drawn as
 dashed lines with their names in the right margin ("predicts nothing 0.69"): a curve that does not leave its
-reference has learned nothing.
-
-The range of an axis follows the smoothed curves and the 1st to 99th percentile of the records; single spikes
-run along the frame instead of flattening everything else.
+reference has learned nothing. The range of an axis follows the smoothed curves and the 1st to 99th percentile
+of the records; single spikes run along the frame instead of flattening everything else.
 """
 
 import math
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +44,7 @@ def log_ticks(low, high) -> list:
 
 def tick_texts(ticks) -> list:
     """One text per tick, all with the same number of decimals."""
-    largest = max(abs(t) for t in ticks)
-    steps = [b - a for a, b in zip(ticks, ticks[1:])]
+    largest, steps = max(abs(t) for t in ticks), [b - a for a, b in zip(ticks, ticks[1:])]
     if max(steps) > 1.5 * min(steps):                                        # logarithmic
         return [f"{t:g}" for t in ticks]
     if largest >= 10000:
@@ -128,7 +125,6 @@ class Axes:
 def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_range=None, notes=(),
          colors=CYCLE) -> np.ndarray:
     """Curves or points over numbers, (H, W, 3) uint8.
-
     series   {name: (x, y) or (x, y, "dots")}; thin and not in the legend where a name begins with "_"
     log      the logarithmic axes, "", "x", "y" or "xy"
     y_range  the part to show: a curve beyond it runs along the frame
@@ -169,21 +165,19 @@ def drawable(values, log) -> np.ndarray:
     return values[np.isfinite(values) & ((values > 0) | ("y" not in log))]
 
 
-@dataclass
-class Panel:
+class Panel(NamedTuple):
     """One diagram of `curves_png`."""
 
     title: str
-    series: dict                        # name in the legend -> key in the log's records
-    log_y: bool = False                 # logarithmic scale; values <= 0 are left out
-    reference: dict = field(default_factory=dict)   # name -> number, or key of a recorded one (its median)
+    series: dict             # name in the legend -> key in the log's records
+    log_y: bool = False      # logarithmic scale; values <= 0 are left out
+    reference: dict = {}     # name -> number, or key of a recorded one (its median)
 
 
 def moving_median(values, window) -> np.ndarray:
     """Median of `window` neighbours (fewer at the ends): smooths noise, and a single spike leaves no trace.
     Values that are not finite are left out of it; `window` below 2 changes nothing."""
-    values = np.asarray(values, float)
-    half = window // 2
+    values, half = np.asarray(values, float), window // 2
     if not half or not len(values):
         return values
     padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
@@ -206,20 +200,19 @@ def curves_png(path, records, panels, width=620, height=330) -> None:
         log = "y" if panel.log_y else ""
         curves = {name: column(records, key) for name, key in panel.series.items()}
         curves = {name: curve for name, curve in curves.items() if np.isfinite(curve[1]).any()}
+        if not curves:
+            continue
         found = {name: column(records, key)[1] if isinstance(key, str) else np.array([float(key)])
                  for name, key in panel.reference.items()}
         notes = [(float(np.nanmedian(y)), name) for name, y in found.items() if np.isfinite(y).any()]
-        if not curves:
-            continue
-        smooth = {name: (x, moving_median(y, min(len(y) // 30, 301)) if len(y) >= 60 else y)
-                  for name, (x, y) in curves.items()}
+        smooth = {name: (x, moving_median(y, min(len(y) // 30, 301))) for name, (x, y) in curves.items()}
         shown = [drawable(y, log) for _, y in curves.values()]
         extent = np.concatenate([*(np.percentile(y, [1, 99]) for y in shown if len(y)),
                                  *(drawable(y, log) for _, y in smooth.values()),
                                  drawable([value for value, _ in notes], log)])
         low, high = (float(extent.min()), float(extent.max())) if len(extent) else (0.1, 1.0)
         ticks = (log_ticks if log else nice_ticks)(low, high)
-        y_range = (ticks[0], ticks[-1])
+        y_range = ticks[0], ticks[-1]
         if log and sum(low / 1.2 <= tick <= high * 1.2 for tick in ticks) >= 2:
             y_range = (low / 1.2, high * 1.2)       # whole decades would leave most of the frame empty
         last = max(float(x.max()) for x, _ in curves.values()) or 1.0
@@ -243,8 +236,7 @@ TRAINING = {
         Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
         Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)],
     "gan": [
-        Panel("adversarial", {"discriminator": "d_loss", "generator": "gan"},
-              reference={"D cannot tell": 2.0}),
+        Panel("adversarial", {"discriminator": "d_loss", "generator": "gan"}, False, {"D cannot tell": 2.0}),
         Panel("feature matching", {"features": "features"}),
         Panel("KL (weighted)", {"kld": "kld"}),
         Panel("saturated pixels", {"share": "saturated"}, reference={"real": "saturated_real"})],

@@ -2,7 +2,6 @@
 Intervals of many arms side by side are not in the paper.
 
 A box plot must say what it shows with five runs, with one, and with hundreds of values:
-
     box, line      quartiles and median                 whiskers   minimum and maximum
     diamond, bar   mean, and mean +- standard deviation (n - 1), beside the box
     dots           the values themselves: each one up to a dozen, a sample of them beyond
@@ -41,16 +40,14 @@ def draw_box(axes, x, values, color, with_mean=True):
     if len(values) > 12:
         shown = values[np.linspace(0, len(values) - 1, min(len(values), 150)).round().astype(int)]
         for i, value in enumerate(shown):       # golden-ratio spread: even, and the same in every run
-            offset = ((i * 0.618034) % 1 - 0.5) * 1.7 * half
-            canvas.dot(middle + offset, axes.y(value), 1.2, tint(color, 0.6))
+            canvas.dot(middle + (i * 0.618034 % 1 - 0.5) * 1.7 * half, axes.y(value), 1.2, tint(color, 0.6))
     for end, side in ((low, first), (high, third)):
         canvas.line([(middle, side), (middle, end)], INK, 1)
         canvas.line([(middle - half / 2, end), (middle + half / 2, end)], INK, 1)
     canvas.rectangle(middle - half, third, middle + half, first, None, color, 1.6)
     canvas.line([(middle - half, median), (middle + half, median)], INK, 2)
-    if len(values) <= 12:
-        for value in values:
-            canvas.dot(middle, axes.y(value), 2.2, color, INK)
+    for value in values if len(values) <= 12 else ():
+        canvas.dot(middle, axes.y(value), 2.2, color, INK)
     if with_mean:
         deviation = float(values.std(ddof=1))
         canvas.line([(x + 13, axes.y(mean - deviation)), (x + 13, axes.y(mean + deviation))], INK, 1.4)
@@ -63,9 +60,8 @@ def widened(low, high, share=0.04) -> tuple:
     return low - room, high + room
 
 
-def grouped(panels, colors, draw, note="", height=270) -> np.ndarray:
+def grouped(panels, colors, draw, note, height) -> np.ndarray:
     """Groups of slots along x with a name below each, one panel below the other, the legend above.
-
     panels   [(label of the y axis, groups, ticks, reference), ...], all with the same groups
              groups = [(name, [(series, values), ...]), ...]; further lines of a name are small and grey
              reference = (value, name) of a dashed line, (value, name, low, high, color) with a band, or None
@@ -87,11 +83,10 @@ def grouped(panels, colors, draw, note="", height=270) -> np.ndarray:
         bottom = top + height - 36 - 14 * max(map(len, names))
         axes = Axes(canvas, left, top, left + plot, bottom, (0, plot), (ticks[0], ticks[-1]))
         axes.frame(ticks, label)
-        if reference:
-            if len(reference) > 2:
-                low, high, color = reference[2:]
-                canvas.rectangle(left, axes.y(high), left + plot, axes.y(low), tint(color, 0.25))
-            axes.margin_notes([reference[:2]])
+        if reference and len(reference) > 2:
+            low, high, color = reference[2:]
+            canvas.rectangle(left, axes.y(high), left + plot, axes.y(low), tint(color, 0.25))
+        axes.margin_notes([reference[:2]] if reference else [])
         x = left + gap
         for (first, *more), (_, boxes), room in zip(names, groups, wide):
             canvas.text(x + room / 2, bottom + 8, first, 13, anchor="ma")
@@ -111,17 +106,16 @@ def grouped(panels, colors, draw, note="", height=270) -> np.ndarray:
 
 
 def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarray:
-    """`grouped` with a box per slot: panels [(label, groups, reference), ...], among the values None = not
-    available."""
+    """`grouped` with a box per slot: panels [(label, groups, reference), ...]; None is left out."""
     drawn = []
     for label, groups, reference in panels:
         groups = [(name, [(series, [v for v in values if v is not None]) for series, values in boxes])
                   for name, boxes in groups]
         values = [some for _, boxes in groups for _, some in boxes]
+        numbers = sum(values, [value for k, value in enumerate(reference or ()) if k in (0, 2, 3)])
         # The range includes mean - sd and mean + sd: no bar is cut off.
-        numbers = [np.mean(some) + k * np.std(some, ddof=1) for some in values if len(some) > 1
-                   for k in (-1, 1)] + sum(values, [])
-        numbers += [value for k, value in enumerate(reference or ()) if k in (0, 2, 3)]
+        numbers += [np.mean(some) + sign * np.std(some, ddof=1)
+                    for some in values if len(some) > 1 for sign in (-1, 1)]
         ticks = nice_ticks(*widened(min(numbers), max(numbers)), 6) if numbers else [0, 1]
         drawn.append((label, groups, ticks, reference))
     return grouped(drawn, colors, partial(draw_box, with_mean=with_mean), note, height)
@@ -129,14 +123,11 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
 
 def intervals(panels, names, width=830, row=22) -> np.ndarray:
     """One row per name, one column per panel: a mean with its interval, beside a line at "no difference".
-
     panels   [(title, [(mean, low, high) or None per name], ratio)]; low and high may be None; ratio: whether
              these are logarithms of ratios"""
-    left = max(text_width(name, 13) for name in names) + 22
-    gap, top = 40, 34
-    room = (width - left - gap * len(panels)) / len(panels)
-    canvas = Canvas(width, top + row * len(names) + 34)
-    bottom = top + row * len(names)
+    left, gap, top = max(text_width(name, 13) for name in names) + 22, 40, 34
+    room, bottom = (width - left - gap * len(panels)) / len(panels), top + row * len(names)
+    canvas = Canvas(width, bottom + 34)
     for i, name in enumerate(names):
         canvas.text(left - 12, top + row * (i + 0.5), name, 13, anchor="rm")
     for k, (title, values, ratio) in enumerate(panels):
@@ -147,10 +138,10 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
         canvas.text(start + room / 2, 8, title, 14, anchor="ma")
         ticks, last = nice_ticks(low, high), -math.inf
         if ratio:
-            ticks = [math.log(tick) for tick in log_ticks(math.exp(low), math.exp(high))]
+            ticks = map(math.log, log_ticks(math.exp(low), math.exp(high)))
         for tick in sorted(tick for tick in {*ticks, 0.0} if low <= tick <= high):
-            canvas.line([(x(tick), top), (x(tick), bottom)], INK if tick == 0 else tint(GREY, 0.35),
-                        1.4 if tick == 0 else 1)
+            color, thickness = (tint(GREY, 0.35), 1) if tick else (INK, 1.4)
+            canvas.line([(x(tick), top), (x(tick), bottom)], color, thickness)
             text = f"x {math.exp(tick):.3g}" if ratio else f"{tick:+.2g}" if tick else "0"
             if x(tick) - last > 44:                     # texts must not touch
                 canvas.text(x(tick), bottom + 7, text, 12, anchor="ma")
@@ -159,17 +150,15 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
             y = top + row * (i + 0.5)
             if one is None:
                 canvas.text(x(0), y, "n/a", 12, GREY, anchor="mm")
-                continue
-            mean, *ends = one
-            if None not in ends:
-                canvas.line([(x(ends[0]), y), (x(ends[1]), y)], BLUE, 2.2)
-            canvas.dot(x(mean), y, 3.6, BLUE, INK)
+            else:
+                if None not in one:
+                    canvas.line([(x(end), y) for end in one[1:]], BLUE, 2.2)
+                canvas.dot(x(one[0]), y, 3.6, BLUE, INK)
     return canvas.array()
 
 
 def distribution(areas, classes, instances=None) -> np.ndarray:
-    """Fig. 2: how the annotated tumor area of each split is made up of the subtypes.
-
+    """Fig. 2: how the annotated tumor area of each split is made up of the tumor classes.
     areas      {split: (K,) pixels per class id}; shares are of the split's tumor area
     instances  {split: (K,) counts}, optional: written under the shares"""
     def draw_bar(axes, x, values, color):
@@ -179,13 +168,14 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
         text = f"{share:.0f}" if share >= 9.5 or share == 0 else f"{share:.1f}"
         axes.canvas.text(x, axes.y(share) - 3, text, 12, anchor="md")
 
-    tumor = classes.tumor_ids
-    total = {split: sum(area[k] for k in tumor) for split, area in areas.items()}
+    total = {split: sum(area[k] for k in classes.tumor_ids) for split, area in areas.items()}
     splits = [split for split in areas if total[split] > 0]
     assert splits, f"no tumor area in {list(areas)}"
-    groups = [("\n".join([classes.names[k], *(f"{split}: {int(instances[split][k])}"
-                                              for split in (splits if instances else ()))]),
-               [(split, [100 * areas[split][k] / total[split]]) for split in splits]) for k in tumor]
+    groups = []
+    for k in classes.tumor_ids:
+        counts = [f"{split}: {int(instances[split][k])}" for split in (splits if instances else ())]
+        groups.append(("\n".join([classes.names[k], *counts]),
+                       [(split, [100 * areas[split][k] / total[split]]) for split in splits]))
     ticks = nice_ticks(0, min(max(values[0] for _, bars in groups for _, values in bars) * 1.08, 100))
     return grouped([("share of the tumor area [%]", groups, ticks, None)],
                    dict(zip(splits, [BLUE, CYCLE[4], CYCLE[2], CYCLE[3], CYCLE[1]])), draw_bar,
@@ -193,11 +183,9 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
 
 
 def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(108, 52)) -> np.ndarray:
-    """Tables of numbers side by side, the darker the larger.
-
+    """Tables of numbers side by side, the darker the larger, in cells of (width, height) pixels.
     panels  [(title, numbers (R, C), deviation (R, C) or None), ...]; NaN is written "n/a"
-    axes    (what the rows are, what the columns are); `most` the number of full colour
-    cell    (width, height) of a cell in pixels"""
+    axes    (what the rows are, what the columns are); `most` the number of full colour"""
     (wide, high), left = cell, max(text_width(name, 14) for name in row_names) + 44
     step = left + max(len(column_names) * wide + 34, *(text_width(title, 15) + 10 for title, *_ in panels))
     canvas = Canvas(step * len(panels), 88 + high * len(row_names) + 14)
@@ -212,24 +200,23 @@ def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(
             canvas.text(x0 - 10, 80 + (i + 0.5) * high, name, 14, anchor="rm")
         for i, j in np.ndindex(len(row_names), len(column_names)):
             value, spread = numbers[i][j], np.nan if deviation is None else deviation[i][j]
-            there = np.isfinite(value)
-            with_spread = there and np.isfinite(spread)
-            amount = 0.03 + 0.9 * value / most if there else 0
-            ink = GREY if not there else INK if amount < 0.66 else (255, 255, 255)
-            x, y = x0 + j * wide, 80 + i * high
+            amount, text, ink = 0.03 + 0.9 * value / most, f"{value:.2f}", INK
+            if not np.isfinite(value):
+                amount, text, ink = 0, "n/a", GREY
+            elif amount >= 0.66:
+                ink = (255, 255, 255)
+            x, y, with_spread = x0 + j * wide, 80 + i * high, np.isfinite(value + spread)
             canvas.rectangle(x, y, x + wide, y + high, tint(color, amount), GREY, 0.8)
-            text, middle = f"{value:.2f}" if there else "n/a", x + wide / 2
-            canvas.text(middle, y + high / 2 - 7 * with_spread, text, 17, ink, "mm")
+            canvas.text(x + wide / 2, y + high / 2 - 7 * with_spread, text, 17, ink, "mm")
             if with_spread:
-                canvas.text(middle, y + high / 2 + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
+                canvas.text(x + wide / 2, y + high / 2 + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
     return canvas.array()
 
 
 def confusion_matrices(found, classes) -> np.ndarray:
-    """Fig. 6: rows = annotated subtypes and background, columns = prediction.
-
-    found  [(title, mean (K, 2), deviation (K, 2) or None), ...]; rows by class id, each normalised to 1, of
-           NaN where the class is absent from the split; columns background, tumor"""
+    """Fig. 6: rows = annotated tumor classes and background, columns = prediction (background, tumor).
+    found: [(title, mean (K, 2), deviation (K, 2) or None), ...]; rows by class id, each normalised to 1, of
+    NaN where the class is absent from the split."""
     order = sorted(range(len(classes)), key=lambda k: k not in classes.tumor_ids)
     return matrices([(title, np.asarray(mean)[order], None if deviation is None else deviation[order])
                      for title, mean, deviation in found], [classes.names[k] for k in order],

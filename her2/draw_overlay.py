@@ -4,23 +4,23 @@ Outlines have the colour of their class. Thin and grey: annotations that were le
 below the picture. Hatched: pixels to be ignored. No number replaces looking at these.
 """
 
+from itertools import chain
+
 import numpy as np
 from PIL import Image, ImageDraw
 
 from her2.data_classes import IGNORE
-from her2.draw import (BLUE, GREY, INK, VERMILION, Canvas, class_legend, fit, image_grid, outline,
-                       text_width)
+from her2.draw import BLUE, GREY, INK, VERMILION, Canvas, class_legend, fit, image_grid, outline, text_width
 
 CELL = 384                          # pixels of the longer side of a region on the sheet
 COLUMNS, ROWS = 4, 6
 LEFT_OUT = (205, 205, 205)
 
 
-def overlay(image, label, instance, classes, left_out=(), cell=CELL) -> np.ndarray:
-    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near `cell` pixels.
-
-    left_out  outlines that are drawn in grey: lists of (n, 2) rings in pixels of the image"""
-    small = fit(image, cell)
+def overlay(image, label, instance, classes, left_out) -> np.ndarray:
+    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near CELL pixels. `left_out`:
+    outlines that are drawn in grey, lists of (n, 2) rings in pixels of the image."""
+    small = fit(image, CELL)
     near = np.ix_(*(((np.arange(side) + 0.5) * whole // side).astype(int)
                     for side, whole in zip(small.shape, label.shape)))
     few, scale = label[near], small.shape[1] / label.shape[1]
@@ -28,18 +28,11 @@ def overlay(image, label, instance, classes, left_out=(), cell=CELL) -> np.ndarr
     drawn[(few == IGNORE) & (np.add(*np.indices(few.shape)) % 8 < 2)] = classes.colors[IGNORE]
     picture = Image.fromarray(drawn)
     pen = ImageDraw.Draw(picture)
-    for ring in [ring for rings in left_out for ring in rings]:
+    for ring in chain(*left_out):
         points = [tuple(point) for point in (np.vstack([ring, ring[:1]]) * scale).tolist()]
         pen.line(points, (60, 60, 60), 3)
         pen.line(points, LEFT_OUT, 1)
     return np.array(picture)
-
-
-def shortened(text, width, size) -> str:
-    """`text` cut off so that it is at most `width` pixels wide."""
-    while text_width(text, size) > width:
-        text = text[:-4].rstrip(" .") + "..."
-    return text
 
 
 def sheet(cells, classes, title) -> np.ndarray:
@@ -53,7 +46,9 @@ def sheet(cells, classes, title) -> np.ndarray:
             canvas.rectangle(0, top + 2, 11, top + 13, tuple(color), INK, 0.5)
         for i, text in enumerate(texts):
             indent = 0 if i or color is None else 17
-            canvas.text(indent, top + 18 * i, shortened(text, side - indent, 13), 13, GREY if i > 1 else INK)
+            while text_width(text, 13) > side - indent:
+                text = text[:-4].rstrip(" .") + "..."
+            canvas.text(indent, top + 18 * i, text, 13, GREY if i > 1 else INK)
         pictures.append(canvas.array())
     others = [("left out", LEFT_OUT), ("ignored", tuple(classes.colors[IGNORE].tolist()))]
     return image_grid([pictures[k:k + COLUMNS] for k in range(0, len(cells), COLUMNS)], title=title,

@@ -10,8 +10,9 @@ it stopped and ends in the same bytes.
 
 `slides.csv` comes with a split in which the four scores are equally frequent. Subtypes are not: slides of a
 higher score hold more tumor, and a slide mixes subtypes around its score (paper, section 2.1 and Fig. 2:
-3+ most frequent, 0 rare). PAPER: the figure has no numbers that could be read off; the shares aimed at are
-those at which subtype sampling is known to help (0 .07, 1+ .16, 2+ .24, 3+ .43, LCIS/DCIS .11 of the tumor).
+3+ most frequent, 0 rare). PAPER: the figure has no numbers that could be read off; the shares of the tumor
+aimed at are those at which subtype sampling is known to help (0 .07, 1+ .16, 2+ .24, 3+ .43, and .11 for the
+tumor class without a subtype, LCIS/DCIS).
 """
 
 import json
@@ -63,9 +64,7 @@ def scene_of(preset: Preset, seed: int, slide: int, roi: int):
     scene = lay_out(style, MIX[score], TUMOR_SHARE[score], preset.size * preset.um_per_px, rng, first=score,
                     duct=(slide // 4 + slide + roi) % 4 == 0)
     polygons = []
-    for site in scene.sites:
-        if site.kind not in ("tumor", "dcis"):
-            continue
+    for site in [site for site in scene.sites if site.kind in ("tumor", "dcis")]:
         # PAPER: how exactly the annotators drew is not said. A vertex every 12 um, off by about 1 um.
         ring = clip(site.star.polygon(12.0, 1.1, rng) / preset.um_per_px, preset.size)
         if len(ring) >= 3 and np.ptp(ring, axis=0).min() >= 2:
@@ -92,7 +91,7 @@ def exact_json(polygons) -> str:
     """Polygons as a dump of EXACT's REST interface: whole pixels of the image, numbered coordinates."""
     results = []
     for k, (class_id, ring) in enumerate(polygons):
-        vector = {f"{axis}{n + 1}": round(value) for n, point in enumerate(ring.tolist())
+        vector = {f"{axis}{n}": round(value) for n, point in enumerate(ring.tolist(), start=1)
                   for axis, value in zip("xy", point)}
         results.append({"id": 1000 + k, "deleted": False, "vector": vector, "annotation_type": {
             "id": class_id, "name": DEFAULT_CLASSES.names[class_id], "vector_type": 5, "closed": True}})
@@ -103,8 +102,7 @@ def qupath_geojson(polygons, x: float, y: float, downsample: float) -> str:
     """Polygons as QuPath exports them: closed rings in pixels of the whole slide."""
     features = []
     for class_id, ring in polygons:
-        points = np.round(ring * downsample + (x, y), 2).tolist()
-        named = DEFAULT_CLASSES.classes[class_id]
+        points, named = np.round(ring * downsample + (x, y), 2).tolist(), DEFAULT_CLASSES.classes[class_id]
         features.append({
             "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [points + points[:1]]},
             "properties": {"objectType": "annotation",
@@ -114,26 +112,24 @@ def qupath_geojson(polygons, x: float, y: float, downsample: float) -> str:
 
 def _row(preset: Preset, slide: int, roi: int) -> dict:
     """One line of slides.csv."""
-    name, ending, x, y, downsample = f"slide{slide:02d}_roi{roi}", "json", 0, 0, 1
-    train, val, _ = preset.slides
+    name, ending, x, y, downsample = f"slide{slide:02d}", "json", 0, 0, 1
     if (slide + slide // 4) % 2:                        # half of the slides are in QuPath: in the whole slide
         ending, downsample = "geojson", round(preset.um_per_px / LEVEL0, 6)
         x, y = 2000 + roi * int(1.25 * preset.size * downsample), 3000
-    return {"image": f"images/{name}.png", "annotations": f"annotations/{name}.{ending}", "x": x, "y": y,
-            "downsample": downsample, "slide": f"slide{slide:02d}", "score": SCORES[slide % 4],
-            "split": "train" if slide < train else "val" if slide < train + val else "test"}
+    return {"image": f"images/{name}_roi{roi}.png", "annotations": f"annotations/{name}_roi{roi}.{ending}",
+            "x": x, "y": y, "downsample": downsample, "slide": name, "score": SCORES[slide % 4], "split":
+            "train" if slide < preset.slides[0] else "val" if slide < sum(preset.slides[:2]) else "test"}
 
 
 def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True) -> Path:
-    """Write the phantom to the folder `out`, or finish it, or find it complete. Returns the folder. Raises
-    UserError when `out` holds another phantom, or a dataset that is none."""
+    """Write the phantom to the folder `out`, or finish it, or find it complete; returns the folder.
+    UserError when `out` holds anything else."""
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     out, size = Path(out), PRESETS[preset]
     # Through JSON once: tuples become lists, as they are when read back.
     settings = json.loads(json.dumps({"preset": preset, "seed": seed, "recipe": RECIPE, **asdict(size)}))
-    rows = [(slide, roi, _row(size, slide, roi))
-            for slide in range(sum(size.slides)) for roi in range(size.rois)]
+    rows = [(slide, roi, _row(size, slide, roi)) for slide, roi in np.ndindex(sum(size.slides), size.rois)]
     files = [row[key] for _, _, row in rows for key in ("image", "annotations")]
     if _found(out, settings) and all((out / name).exists() for name in [*files, "slides.csv", "preview.png"]):
         print(f"{out}: complete (phantom {preset}, seed {seed})")
@@ -178,31 +174,32 @@ def _found(out: Path, settings: dict) -> bool:
     return complete
 
 
-def measure(out: Path, preset: Preset, seed: int, rows, at_most: int = 1024) -> str:
-    """Write preview.png and return a table: area share per split and DAB density per class. Images are read
-    at every n-th pixel where they are larger than `at_most`; white is the 99th percentile per channel of each
-    image. "10-90 %" is the spread of the means of single instances."""
+def measure(out: Path, preset: Preset, seed: int, rows) -> str:
+    """Write preview.png and return a table: area share per split and DAB density per class, against the white
+    of each image. "10-90 %" is the spread of the means of single instances."""
     names, splits, thumbnails = DEFAULT_CLASSES.names, ("train", "val", "test"), []
     area = np.zeros((len(names), len(splits)))
     density = [[] for _ in names]                       # per class: (mean of an instance, its pixels)
+    n = -(-preset.size // 1024)                         # large images are read at every n-th pixel
     for slide, roi, row in rows:
-        with Image.open(out / row["image"]) as file:
-            picture = np.asarray(file)
-        n = -(-preset.size // at_most)
+        picture = np.asarray(Image.open(out / row["image"]))
         rgb = picture[n // 2::n, n // 2::n]
         _, polygons = scene_of(preset, seed, slide, roi)
-        label, instance = paint([[ring / n] for _, ring in polygons], [class_id for class_id, _ in polygons],
-                                *rgb.shape[:2])
+        rings, ids = [[ring / n] for _, ring in polygons], [class_id for class_id, _ in polygons]
+        label, instance = paint(rings, ids, *rgb.shape[:2])
         dab = deconvolve(rgb, white_point(rgb))[1]
         area[:, splits.index(row["split"])] += np.bincount(label.ravel(), minlength=len(names))
         for k in np.unique(instance):
             where = instance == k
             density[label[where][0]].append((dab[where].mean(), where.sum()))
-        if roi == 0:
-            thumbnails.append(_thumbnail(picture, polygons))
-    columns = min(4, len(thumbnails))
-    sheet = np.concatenate([np.concatenate(thumbnails[k:k + columns], axis=1)
-                            for k in range(0, len(thumbnails), columns)])
+        if roi == 0:        # a thumbnail with its polygons outlined in the colours of their classes
+            thumbnails.append(Image.fromarray(picture).resize((320, 320), Image.Resampling.LANCZOS))
+            for class_id, ring in polygons:
+                points = np.vstack([ring, ring[:1]]) * (320 / preset.size)
+                color = DEFAULT_CLASSES.classes[class_id].color
+                ImageDraw.Draw(thumbnails[-1]).line(points.ravel().tolist(), color, 2)
+    sheet = np.concatenate([np.concatenate(thumbnails[k:k + 4], axis=1)     # slides come in fours as well
+                            for k in range(0, len(thumbnails), 4)])
     atomic_write(out / "preview.png", lambda file: Image.fromarray(sheet).save(file, format="PNG"))
     lines = [f"{'class':12}{'instances':>10}{'train':>8}{'val':>8}{'test':>8}{'DAB':>9}{'10-90 %':>12}"]
     for k, name in enumerate(names):
@@ -215,26 +212,14 @@ def measure(out: Path, preset: Preset, seed: int, rows, at_most: int = 1024) -> 
     return "\n".join(lines)
 
 
-def _thumbnail(picture, polygons, side: int = 320) -> np.ndarray:
-    """(side, side, 3): an image with its polygons outlined in the colours of their classes."""
-    scale = side / picture.shape[0]
-    thumbnail = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(thumbnail)
-    for class_id, ring in polygons:
-        points = [tuple(point) for point in (ring * scale).tolist()]
-        draw.line(points + points[:1], fill=DEFAULT_CLASSES.classes[class_id].color, width=2)
-    return np.asarray(thumbnail)
-
-
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m her2.phantom", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m her2.phantom", description=__doc__.split("\n\n")[0])
     sizes = ", ".join(f"{name}: {'-'.join(map(str, one.slides))} slides x {one.rois} ROIs of {one.size} px "
                       f"at {one.um_per_px} um" for name, one in PRESETS.items())
     parser.add_argument("--out", default=str(Path("data", "phantom")), help="dataset folder [%(default)s]")
     parser.add_argument("--preset", default="tiny", help=f"{sizes} [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other slides [%(default)s]")
-    args = parser.parse_args(argv)
-    make_phantom(args.out, args.preset, args.seed)
+    make_phantom(**vars(parser.parse_args(argv)))
     return 0
 
 

@@ -2,19 +2,17 @@
 
 A cell is one record of the table CELL. Its body is the region nearer to it than to any other cell, at most
 `reach` away (a Voronoi cell with a cap: free borders come out scalloped, as of real nests), and within the
-outline of its site. Nests are filled by a jittered hexagonal lattice, walls of ducts by layers along the
-outline.
+outline of its site. Nests are filled by a jittered hexagonal lattice, walls of ducts by layers along it.
 
 HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of it
 that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they were
 tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07, .18,
 .25, .65 for 0, 1+, 2+, 3+. Eight photographs of stained tissue gave .19, .21, .29, 1.1. In both, nests of
-neighbouring subtypes overlap, and the pattern tells more than the amount.
-
-All lengths are micrometres; dyes are amounts as in `stains`.
+neighbouring subtypes overlap, and the pattern tells more than the amount. All lengths are micrometres; dyes
+are amounts as in `stains`.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
@@ -37,18 +35,11 @@ UNEVEN = (0.0, 0.34, 0.27, 0.13)              # the same between neighbours: 1+ 
 PATCH_WAVES = 1 / 28                          # per um; doubled below: patches of 3 or 4 cells
 
 
-class Epithelium(NamedTuple):
-    pitch: float           # um from cell to cell
-    jitter: float          # of the lattice, as a share of half the pitch
-    radius: float          # of a nucleus, um
-    spread: float          # of that radius, as a logarithm
-    elongation: float      # of a nucleus: spread of the logarithm of its aspect
-    stain: float           # factors to the slide's haematoxylin of nuclei and of cytoplasm
-    cytoplasm: float
-    wall: float            # haematoxylin of the cell border
-
-
+# pitch: from cell to cell; jitter of the lattice, as a share of half the pitch; radius of a nucleus; spread:
+# of that radius, as a logarithm; elongation: spread of the logarithm of its aspect; stain, cytoplasm: factors
+# to the slide's haematoxylin of nuclei and of cytoplasm; wall: haematoxylin of the cell border.
 # Tumor nuclei are larger, farther apart and less alike than those of normal glands; acini come near them.
+Epithelium = namedtuple("Epithelium", "pitch jitter radius spread elongation stain cytoplasm wall")
 EPITHELIUM = {"tumor":       Epithelium(12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
               "dcis":        Epithelium(12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
               "duct":        Epithelium(9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
@@ -72,9 +63,9 @@ def hollow(site, style, rng) -> None:
             site.holes = [_spot(site, inner, rng.uniform(8, 13), rng) for _ in range(rng.integers(2, 6))]
             site.fill = (0.02, 0.01)
     elif site.kind == "duct":
-        site.fill = (rng.uniform(0, 0.06), rng.uniform(0, 0.03))
+        site.fill = rng.uniform(0, 0.06), rng.uniform(0, 0.03)
     elif site.kind == "vessel":
-        site.fill = (0.02, rng.choice([0.0, 0.06]))
+        site.fill = 0.02, rng.choice([0.0, 0.06])
 
 
 def _spot(site, inner, radius, rng) -> tuple[float, float, float]:
@@ -106,24 +97,21 @@ def _apart(points, least: float) -> np.ndarray:
 
 def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     """Cells (CELL records) of one site, and the nuclei of the flat cells around it."""
-    kind = EPITHELIUM[site.kind]
+    kind, star, layers = EPITHELIUM[site.kind], site.star, []           # each layer: (n, 3) x, y, direction
     pitch = kind.pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
-    star, layers = site.star, []                       # each layer: (n, 3) x, y, direction
     if site.kind in ("duct", "acinus", "dcis"):
         for k in range({"duct": 1 + int(rng.random() < 0.4), "acinus": site.layers, "dcis": 1}[site.kind]):
             layers.append(star.ring((k + 0.55) * pitch * 0.95, pitch * 0.82, rng))
-    core = 1.5 * pitch if site.kind == "dcis" else 0.3 * pitch
     if site.kind in ("tumor", "dcis", "histiocytes", "fat"):
         points = hexagons(site.x, site.y, star.reach, pitch, kind.jitter, rng)
+        core = 1.5 * pitch if site.kind == "dcis" else 0.3 * pitch
         points = _apart(points[star.distance(*points.T) < -core], 0.86 * pitch)
         layers.append(np.column_stack([points, rng.uniform(0, np.pi, len(points))]))
     points = np.concatenate(layers)                                     # (n, 3)
     keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)     # gaps in the lattice
     for hole_x, hole_y, hole_radius in site.holes:
         keep &= np.hypot(points[:, 0] - hole_x, points[:, 1] - hole_y) > hole_radius
-    points = points[keep]                                               # (n, 3)
-
-    n = len(points)                                                     # cells
+    points, n = points[keep], keep.sum()                                # (n, 3)
 
     def normal(sd):
         return np.exp(sd * rng.standard_normal(n))
@@ -152,18 +140,22 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
         cells["open"] = np.clip(rng.normal(0.35, 0.2, n), 0, 1)         # nucleoli of normal glands are small
         if rng.random() < 0.2:  # normal epithelium may carry a faint membrane of its own
             cells["membrane"], cells["complete"] = 0.14, 0.6
-    return cells, _flat_cells(site, style, rng)
+    # Thin dark nuclei that line a site from outside: myoepithelium of ducts, fibroblasts of septa.
+    spacing = {"duct": 13, "acinus": 15, "dcis": 15, "tumor": 30}.get(site.kind)  # um along the outline
+    if spacing is None:
+        return cells, np.zeros(0, CELL)
+    flat = star.ring(-2.2 if site.kind != "tumor" else -4.0, spacing, rng)
+    flat = flat[rng.random(len(flat)) < 0.75]                     # gaps: the plane of the section misses some
+    return cells, spindles(flat, style, rng)
 
 
 def _stain(cells, subtype: int, rng) -> None:
     """HER2 staining of one tumor site: it differs between nests and, in patches, between neighbours."""
-    n = len(cells)
-    nest = np.exp(NEST_SPREAD * rng.standard_normal())
+    n, nest = len(cells), np.exp(NEST_SPREAD * rng.standard_normal())
     wave = rng.normal(0, PATCH_WAVES, (2, 3))
     patch = sum(np.cos(cells["x"] * wave[0, k] * 2 + cells["y"] * wave[1, k] * 2 + rng.uniform(0, 6.3))
                 for k in range(3))
-    uneven = UNEVEN[subtype] * patch + 0.2 * rng.standard_normal(n)
-    strength = nest * np.exp(uneven)                                    # (n,) factor of each cell
+    strength = nest * np.exp(UNEVEN[subtype] * patch + 0.2 * rng.standard_normal(n))    # (n,) of each cell
     cells["membrane"] = MEMBRANE[subtype] * strength
     cells["complete"] = COMPLETE[subtype] + 0.10 * patch * (subtype in (1, 2))
     cells["brown"] += CYTOPLASM[subtype] * strength
@@ -173,20 +165,9 @@ def _stain(cells, subtype: int, rng) -> None:
         cells["membrane"][some], cells["complete"][some] = 0.25, 0.5
 
 
-def _flat_cells(site, style, rng) -> np.ndarray:
-    """Thin dark nuclei that line a site from outside: myoepithelium of ducts, fibroblasts of septa."""
-    spacing = {"duct": 13, "acinus": 15, "dcis": 15, "tumor": 30}.get(site.kind)  # um along the outline
-    if spacing is None:
-        return np.zeros(0, CELL)
-    points = site.star.ring(-2.2 if site.kind != "tumor" else -4.0, spacing, rng)
-    points = points[rng.random(len(points)) < 0.75]               # gaps: the plane of the section misses some
-    return spindles(points, style, rng)
-
-
 def spindles(points, style, rng, radius: float = 2.5) -> np.ndarray:
     """Elongated nuclei at points (n, 3): x, y, direction."""
-    n = len(points)
-    nuclei = np.zeros(n, CELL)
+    nuclei, n = np.zeros(len(points), CELL), len(points)
     nuclei["nx"], nuclei["ny"], nuclei["tilt"] = points.T
     nuclei["tilt"] += rng.normal(0, 0.18, n)
     nuclei["radius"] = radius * np.exp(0.16 * rng.standard_normal(n))
@@ -198,46 +179,43 @@ def spindles(points, style, rng, radius: float = 2.5) -> np.ndarray:
 
 def round_nuclei(points, radius: float, style, rng, stain: float = 1.45) -> np.ndarray:
     """Small dense round nuclei (lymphocytes, debris) at points (n, 2)."""
-    nuclei = np.zeros(len(points), CELL)
+    nuclei, n = np.zeros(len(points), CELL), len(points)
     nuclei["nx"], nuclei["ny"] = points.T
-    nuclei["radius"] = radius * np.exp(0.12 * rng.standard_normal(len(points)))
-    nuclei["ratio"] = np.exp(np.abs(0.12 * rng.standard_normal(len(points))))
-    nuclei["tilt"] = rng.uniform(0, np.pi, len(points))
-    nuclei["nucleus"] = style.nucleus_stain * stain * np.exp(0.18 * rng.standard_normal(len(points)))
+    nuclei["radius"] = radius * np.exp(0.12 * rng.standard_normal(n))
+    nuclei["ratio"] = np.exp(np.abs(0.12 * rng.standard_normal(n)))
+    nuclei["tilt"] = rng.uniform(0, np.pi, n)
+    nuclei["nucleus"] = style.nucleus_stain * stain * np.exp(0.18 * rng.standard_normal(n))
     return nuclei
 
 
 def site_cells(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     """(cells with a body, nuclei without one) of any kind of site."""
     empty = np.zeros(0, CELL)                                         # lymphocytes have hardly a body to draw
-    if site.kind in EPITHELIUM:
-        cells, nuclei = epithelium(site, style, rng)
-        if site.debris:
-            x, y, radius = site.holes[0]
-            points = np.stack([x, y]) + rng.normal(0, radius * 0.4, (int(radius ** 2 / 22), 2))
-            nuclei = np.concatenate([nuclei, round_nuclei(points, 1.1, style, rng, 1.2)])
-        return cells, nuclei
+    if site.kind == "vessel":
+        return empty, spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
     if site.kind == "lymphocytes":
         points = hexagons(site.x, site.y, site.star.reach, 7.4, 0.5, rng)
         # Dense in the middle, ragged at the rim.
         inside = -site.star.distance(*points.T) / (0.6 * site.radius)
         return empty, round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)
-    if site.kind == "vessel":
-        return empty, spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
-    raise ValueError(f"unknown kind of site {site.kind!r}")
+    cells, nuclei = epithelium(site, style, rng)
+    if site.debris:
+        x, y, radius = site.holes[0]
+        points = (x, y) + rng.normal(0, radius * 0.4, (int(radius ** 2 / 22), 2))
+        nuclei = np.concatenate([nuclei, round_nuclei(points, 1.1, style, rng, 1.2)])
+    return cells, nuclei
 
 
 def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarray:
     """Fibroblasts and single lymphocytes wherever no site lies. distance, angle, tissue: coarse maps (n, n)
-    of the distance to the next site, the direction of the fibres and how much of them there is (nuclei do not
-    float in glass); axis: (n,) their coordinates; patchy: (n, n) field that makes the stroma cellular in
-    places."""
+    of the distance to the next site, the direction of the fibres and how much of them there is; axis: (n,)
+    their coordinates; patchy: (n, n) field that makes the stroma cellular in places."""
     middle, half = (axis[0] + axis[-1]) / 2, (axis[-1] - axis[0]) / 2
     points = hexagons(middle, middle, 1.45 * half, 13.0, 0.62, rng)
     points = points[(np.abs(points - middle) < half).all(axis=1)]       # within the maps
     column, row = np.rint((points - axis[0]) / (axis[1] - axis[0])).astype(int).T
-    density = 0.34 + 0.20 * patchy[row, column]
-    density = density * ramp(tissue[row, column] - 0.6, 0.3)            # none in glass
+    # More in patches, none in glass.
+    density = (0.34 + 0.20 * patchy[row, column]) * ramp(tissue[row, column] - 0.6, 0.3)
     keep = (distance[row, column] > 3.5) & (rng.random(len(points)) < density)  # not in the wall of a site
     points, row, column = points[keep], row[keep], column[keep]
     lymph = rng.random(len(points)) < 0.06 + 0.16 * style.lymph * ramp(patchy[row, column] - 0.8, 0.5)

@@ -5,34 +5,31 @@
     camera    average over the pixel, blur of the optics, noise of the sensor, 8 bits
 
 Light is averaged, not dye: a pixel half on a membrane is not the same as a pixel with half the dye.
-
 Bodies of cells are a Voronoi partition by bounded distance: a point belongs to the nearest cell i1 (distance
 d1), and lies (d2 - d1) / 2 from the border to the second nearest i2. The membrane is a bell across that
-border; whether the border between i1 and i2 is stained at all is a coin thrown once per pair, by hash.
-Distances are taken in slightly warped coordinates, which makes borders and nuclei irregular.
-
-Everything is a function of the position (the noise of the sensor of the tile), so memory does not grow with
-the ROI, and tiles fit without seams. Letters: (h, w) samples of a tile with its halo.
+border; whether it is stained at all is a coin thrown once per pair of cells, by hash. Distances are taken in
+slightly warped coordinates, which makes borders and nuclei irregular. Everything is a function of position
+(the noise of the sensor of the tile), so memory does not grow with the ROI, and tiles fit without seams.
+Letters: (h, w) samples of a tile with its halo.
 """
+
+from itertools import product
 
 import numpy as np
 
 from her2.run_seeds import numpy_generator
 from her2.stains import DAB, HAEMATOXYLIN, compose, stain_matrix
-from her2.phantom_textures import ramp
+from her2.phantom_textures import ramp, turned
 from her2.phantom_tissue import FAR, MAP_STEP, MARGIN, Scene, fibres
 
 TILE = 512
 FINEST = 0.5               # um per sample at most: membranes are about 1.5 um wide
 MEMBRANE_WIDTH = 0.80      # um from the border at which the bell of its stain has fallen to 1 / e
 WARP = ((7.0, 0.8), (2.6, 0.22))     # (wavelength, amplitude) in um of what bends borders and nuclei
-EDGE = 0.5                 # um over which a cell ends, EDGE_NUCLEUS a nucleus
-EDGE_NUCLEUS = 0.45
-CAP = 1.0                  # um that cells bulge out of the outline of their site, and how much that varies
-CAP_WAVES = 0.9
+EDGE, EDGE_NUCLEUS = 0.5, 0.45       # um over which a cell ends, and a nucleus
+CAP, CAP_WAVES = 1.0, 0.9  # um that cells bulge out of the outline of their site, and how much that varies
 SLIT = 0.55                # half-width in um of the slit between neighbours that came apart
-SLIT_SHARE = 0.35          # of borders, times the slide's retraction; SLIT_DEPTH of the cell is gone there
-SLIT_DEPTH = 0.9
+SLIT_SHARE, SLIT_DEPTH = 0.35, 0.9   # of borders, times the slide's retraction; of the cell gone there
 BROKEN = 0.16              # how far texture moves the line between stained and bare membrane (incomplete: 1+)
 UNDER_NUCLEUS = 0.35       # share of the cytoplasm's brown that shows above and below a nucleus
 OVER_NUCLEUS = 0.6         # share of a membrane's brown that a nucleus hides
@@ -41,12 +38,10 @@ OVER_NUCLEUS = 0.6         # share of a membrane's brown that a nucleus hides
 def render(scene: Scene, um_per_px: float, size: int, key: tuple) -> np.ndarray:
     """(size, size, 3) uint8 picture of the scene. `key` makes the sensor noise (see `seeds`)."""
     image = np.empty((size, size, 3), np.uint8)
-    for top in range(0, size, TILE):
-        for left in range(0, size, TILE):
-            height, width = min(TILE, size - top), min(TILE, size - left)
-            rng = numpy_generator(*key, "sensor", top, left)     # by tile: the order of tiles does not matter
-            tile = window(scene, um_per_px, top, left, height, width, rng)
-            image[top:top + height, left:left + width] = tile
+    for top, left in product(range(0, size, TILE), repeat=2):
+        tile = image[top:top + TILE, left:left + TILE]
+        rng = numpy_generator(*key, "sensor", top, left)     # by tile: the order of tiles does not matter
+        tile[:] = window(scene, um_per_px, top, left, *tile.shape[:2], rng)
     return image
 
 
@@ -58,29 +53,20 @@ def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
     fold = max(1, int(np.ceil(um_per_px / FINEST - 1e-9)))              # samples per pixel and side
     ys, xs = (((np.arange((n + 2 * halo) * fold) + 0.5) / fold - halo + start) * um_per_px
               for n, start in ((height, top), (width, left)))
-    haematoxylin, dab = amounts(scene, ys, xs)                                          # (h, w) each
     vectors = stain_matrix(HAEMATOXYLIN + style.hue[0], DAB + style.hue[1])
-    rgb = compose(haematoxylin, dab, style.glass.astype(np.float32), vectors)           # (h, w, 3) in 0..1
+    rgb = compose(*amounts(scene, ys, xs), style.glass.astype(np.float32), vectors)     # (h, w, 3) in 0..1
     rgb = rgb.reshape(height + 2 * halo, fold, width + 2 * halo, fold, 3).mean(axis=(1, 3))
-    rgb = _blur(rgb, sigma, halo)                                                       # (height, width, 3)
+    kernel = np.exp(-0.5 * (np.arange(-halo, halo + 1) / sigma) ** 2).astype(np.float32)
+    kernel /= kernel.sum()                                              # light is neither lost nor made
+    rgb = sum(k * rgb[i:i + height] for i, k in enumerate(kernel))      # blur down and across
+    rgb = sum(k * rgb[:, i:i + width] for i, k in enumerate(kernel))                    # (height, width, 3)
     rgb += style.noise * 0.6 * rng.standard_normal(rgb.shape, dtype=np.float32)
     return np.clip(np.rint(rgb * 255), 0, 255).astype(np.uint8)
 
 
-def _blur(rgb, sigma: float, halo: int) -> np.ndarray:
-    """Gaussian blur that eats the halo: (h + 2 halo, w + 2 halo, 3) -> (h, w, 3)."""
-    kernel = np.exp(-0.5 * (np.arange(-halo, halo + 1) / sigma) ** 2).astype(np.float32)
-    kernel /= kernel.sum()                                              # light is neither lost nor made
-    height, width = rgb.shape[0] - 2 * halo, rgb.shape[1] - 2 * halo
-    rgb = sum(k * rgb[i:i + height] for i, k in enumerate(kernel))
-    return sum(k * rgb[:, i:i + width] for i, k in enumerate(kernel))
-
-
 def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     """Haematoxylin and DAB on the grid ys x xs (micrometres): two (h, w) float32 arrays."""
-    noise, style = scene.noise, scene.style
-    ys, xs = np.asarray(ys), np.asarray(xs)
-    (long, far), (short, near) = WARP
+    noise, style, ((long, far), (short, near)) = scene.noise, scene.style, WARP
     warp_x, warp_y = (noise[name].tile(ys, xs, long) * far + noise[name].tile(ys, xs, short) * near
                       for name in ("warp_x", "warp_y"))
     x = (xs[None] + warp_x).astype(np.float32)                                          # (h, w)
@@ -119,29 +105,22 @@ def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(haematoxylin, 0) * style.haematoxylin, np.maximum(dab, 0) * style.dab
 
 
-def _window(ys, xs, y, x, reach) -> tuple[slice, slice]:
-    """The part of a tile within `reach` of a point."""
-    return tuple(slice(*np.searchsorted(axis, (c - reach, c + reach))) for axis, c in ((ys, y), (xs, x)))
-
-
-def _near(points_x, points_y, ys, xs, reach) -> np.ndarray:
-    """Indices of the points whose neighbourhood touches the tile."""
-    return np.flatnonzero((points_x > xs[0] - reach) & (points_x < xs[-1] + reach)
-                          & (points_y > ys[0] - reach) & (points_y < ys[-1] + reach))
+def _windows(ys, xs, y, x, reach):
+    """(k, the part of a tile within `reach` of point k) for each of the points that has one."""
+    rows, columns = (np.searchsorted(axis, (at - reach, at + reach)) for axis, at in ((ys, y), (xs, x)))
+    for k in np.flatnonzero((rows[0] < rows[1]) & (columns[0] < columns[1])):
+        yield k, (slice(*rows[:, k]), slice(*columns[:, k]))
 
 
 def _bodies(cells, x, y, ys, xs):
     """Nearest and second nearest cell of every sample, and the distances: int32 and float32 (h, w)."""
-    first, second = np.zeros(x.shape, np.int32), np.zeros(x.shape, np.int32)
-    d1, d2 = np.full(x.shape, FAR, np.float32), np.full(x.shape, FAR, np.float32)
-    for k in _near(cells["x"], cells["y"], ys, xs, 1.25 * cells["reach"] * 2):
+    first, second = np.zeros((2, *x.shape), np.int32)
+    d1, d2 = np.full((2, *x.shape), FAR, np.float32)
+    for k, w in _windows(ys, xs, cells["y"], cells["x"], 2.1 * cells["reach"]):
         c = cells[k]
-        w = _window(ys, xs, c["y"], c["x"], 2.1 * c["reach"])
-        dx, dy = x[w] - c["x"], y[w] - c["y"]
-        cosine, sine = np.cos(c["angle"]), np.sin(c["angle"])           # the axes of its body
-        d = np.hypot((dx * cosine + dy * sine) / c["stretch"], (dy * cosine - dx * sine) * c["stretch"])
-        nearest = d < d1[w]                                             # takes the first place,
-        nearer = d < d2[w]                                              # or the second
+        u, v = turned(x[w] - c["x"], y[w] - c["y"], c["angle"])         # along and across its body
+        d = np.hypot(u / c["stretch"], v * c["stretch"])
+        nearest, nearer = d < d1[w], d < d2[w]                          # takes the first place, or the second
         d2[w] = np.where(nearest, d1[w], np.where(nearer, d, d2[w]))
         second[w] = np.where(nearest, first[w], np.where(nearer, k, second[w]))
         d1[w] = np.where(nearest, d, d1[w])
@@ -161,17 +140,15 @@ def _coin(first, second) -> np.ndarray:
 
 def _nuclei(scene, x, y, ys, xs, fine, grain):
     """How much of a nucleus covers each sample, and its haematoxylin: two (h, w) arrays."""
-    cover, dye = np.zeros(x.shape, np.float32), np.zeros(x.shape, np.float32)
+    cover, dye = np.zeros((2, *x.shape), np.float32)
     for group in (scene.cells, scene.nuclei):
-        for k in _near(group["nx"], group["ny"], ys, xs, 14.0):
+        longest = group["radius"] * np.sqrt(group["ratio"])
+        for k, w in _windows(ys, xs, group["ny"], group["nx"], longest * 1.3 + 1.5):
             c = group[k]
             if c["radius"] == 0:                                        # fat
                 continue
-            long, short = c["radius"] * np.sqrt(c["ratio"]), c["radius"] / np.sqrt(c["ratio"])
-            w = _window(ys, xs, c["ny"], c["nx"], long * 1.3 + 1.5)
-            dx, dy = x[w] - c["nx"], y[w] - c["ny"]
-            cosine, sine = np.cos(c["tilt"]), np.sin(c["tilt"])
-            u, v = dx * cosine + dy * sine, dy * cosine - dx * sine
+            long, short = longest[k], c["radius"] / np.sqrt(c["ratio"])
+            u, v = turned(x[w] - c["nx"], y[w] - c["ny"], c["tilt"])
             rho = np.hypot(u / long, v / short)                         # 1 on the border of the ellipse
             alpha = ramp((1 - rho) * short, EDGE_NUCLEUS)
             # An open nucleus has a dark rim, a pale middle with clumps and one or two nucleoli.
@@ -201,8 +178,8 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     noise, style = scene.noise, scene.style
     owner = scene.owner[cell_of(y), cell_of(x)]                                       # (h, w), -1 = none
     hollow = ("fat", "duct", "vessel", "dcis", "tumor", "acinus")
-    none = [(0,) * 5]                              # row -1, for where no site is near
-    table = np.array([(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites] + none, np.float32)
+    table = [(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites]
+    table = np.array([*table, (0,) * 5], np.float32)    # the last row, -1, for where no site is near
     cleft, fill_h, fill_d, hollow, debris = np.moveaxis(table[owner], -1, 0)            # (h, w) each
 
     streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)
@@ -216,15 +193,15 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
 
 
 def cell_of(position) -> np.ndarray:
-    """Index into the coarse maps."""
-    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)     # the nearest node
+    """Index into the coarse maps: the nearest node."""
+    return np.rint((position + MARGIN) / MAP_STEP).astype(np.int32)
 
 
 def _smears(scene, x, y, ys, xs, fine) -> np.ndarray:
     """Brown that has nothing to do with HER2: smears of chromogen and granules of pigment."""
     dab = np.zeros(x.shape, np.float32)                                 # (h, w)
-    for sx, sy, radius, amount, granular in scene.smears:
-        w = _window(ys, xs, sy, sx, 2.2 * radius)
+    for k, w in _windows(ys, xs, scene.smears[:, 1], scene.smears[:, 0], 2.2 * scene.smears[:, 2]):
+        sx, sy, radius, amount, granular = scene.smears[k]
         spread = np.exp(-((x[w] - sx) ** 2 + (y[w] - sy) ** 2) / (0.6 * radius) ** 2)
         texture = 2.2 * ramp(fine[w] - 1.1, 0.3) if granular else 0.35 * np.exp(0.4 * fine[w])
         dab[w] += amount * spread * texture

@@ -12,10 +12,9 @@ All lengths are micrometres. Letters: (h, w) rows and columns of a tile, n point
 
 import numpy as np
 
-PERIOD = 256
-ANGLES = 96
-# Standard deviation of the smoothed field for a grid of variance 1: the integral of the squared kernel,
-# once per axis. Cubic B-spline: 151/315; linear: 2/3.
+PERIOD, ANGLES = 256, 96
+# Standard deviation of the smoothed field for a grid of variance 1: the integral of the squared kernel of the
+# cubic B-spline and of the linear one, once per axis.
 SPLINE_SD, LINEAR_SD = 151 / 315, 2 / 3
 
 
@@ -58,6 +57,12 @@ def ramp(value, width) -> np.ndarray:
     """0 below -width, 1 above +width, smooth between: a cheap soft threshold."""
     t = np.clip(value / (2 * width) + 0.5, 0, 1)
     return t * t * (3 - 2 * t)
+
+
+def turned(x, y, angle) -> tuple:
+    """Points (x, y) in axes turned by `angle`: (along it, across it)."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return x * cosine + y * sine, y * cosine - x * sine
 
 
 class Star:
@@ -104,8 +109,7 @@ class Star:
 def wobbly_radii(radius: float, wobble: float, aspect: float, angle: float, rng) -> np.ndarray:
     """(ANGLES,) radii of an ellipse of the same area, with harmonics 2..7 of falling strength on it."""
     theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
-    u, v = np.cos(theta - angle), np.sin(theta - angle)
-    radii = radius / np.sqrt(u ** 2 / aspect + v ** 2 * aspect)
+    radii = radius / np.sqrt(np.cos(theta - angle) ** 2 / aspect + np.sin(theta - angle) ** 2 * aspect)
     for k in range(2, 8):
         strength = wobble * rng.standard_normal() / k ** 0.8
         radii = radii * (1 + strength * np.cos(k * theta + rng.uniform(0, 2 * np.pi)))
@@ -117,9 +121,9 @@ def squeeze(radii, site: int, x, y, weight, gap: float) -> np.ndarray:
     border to site j is the line of equal power distance (a Voronoi cell with weights): along the direction u
     it lies at ((d^2 + w^2 - w_j^2) / (2 d)) / cos(angle between u and the neighbour)."""
     theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
-    dx, dy = np.delete(x, site) - x[site], np.delete(y, site) - y[site]
+    dx, dy, others = (np.delete(one, site) for one in (x - x[site], y - y[site], weight))
     d = np.maximum(np.hypot(dx, dy), 1e-6)
-    border = (d ** 2 + weight[site] ** 2 - np.delete(weight, site) ** 2) / (2 * d) - gap / 2
+    border = (d ** 2 + weight[site] ** 2 - others ** 2) / (2 * d) - gap / 2
     cosine = (np.cos(theta)[:, None] * dx + np.sin(theta)[:, None] * dy) / d
     limit = np.where(cosine > 1e-3, border / np.maximum(cosine, 1e-3), np.inf)
     radii = np.minimum(radii, limit.min(axis=1, initial=np.inf)).clip(0.2 * weight[site])

@@ -6,20 +6,20 @@ outline: a wobbly ellipse, cut where its neighbours begin. (3) `phantom_cells` f
 (signed distance to the next site, direction of the fibres) carry the stroma. `phantom_microscope` makes the
 picture of the scene.
 
-Only a tumor site has a HER2 subtype, 0 to 3 (for 0, 1+, 2+, 3+). LCIS/DCIS has one as well, since it is
-stained like the tumor beside it, but its label does not tell. Everything else is background, however much
-it looks like tumor: lobules (groups of small acini with nuclei like those of tumor) are what makes subtype 0
-hard, as normal breast tissue does in the paper. All lengths are micrometres, after photographs at 40x.
+Only a tumor site has a HER2 subtype, 0 to 3 (for 0, 1+, 2+, 3+). LCIS/DCIS, a tumor class of its own, has a
+hidden one: it is stained like tumor of its slide, but its label does not tell. Everything else is background,
+however much it looks like tumor: lobules (groups of small acini with nuclei like those of tumor) make subtype
+0 hard, as normal breast tissue does in the paper. All lengths are micrometres, after photographs at 40x.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 
 from her2.phantom_cells import CELL, hollow, site_cells, stroma_nuclei
-from her2.phantom_textures import Noise, Star, ramp, squeeze, wobbly_radii
+from her2.phantom_textures import Noise, Star, ramp, squeeze, turned, wobbly_radii
 
 MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its border cuts through nests
 MAP_STEP = 2.0     # grid of the coarse maps
@@ -31,16 +31,10 @@ TOWARDS_YELLOW = np.array([[0.0, 0.0, 0.0], [-0.5, -1.0, 0.4]])
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
 
 
-class Kind(NamedTuple):
-    rate: float            # number per mm^2; of tumor and in situ the wanted area decides
-    smallest: float        # radius, um
-    largest: float
-    wobble: float          # of the outline, as a share of the radius
-    aspect: float          # spread of the logarithm of length / width
-    gap: float             # um to the neighbours
-
-
+# rate: number per mm^2 (of tumor and in situ the wanted area decides); smallest, largest: radius; wobble: of
+# the outline, as a share of the radius; aspect: spread of the logarithm of length / width; gap to neighbours.
 # Nests are of any size and shape; an in-situ lesion is a duct blown up from inside: round and smooth.
+Kind = namedtuple("Kind", "rate smallest largest wobble aspect gap")
 KINDS = {"tumor":       Kind(0, 24, 95, 0.22, 0.50, 7),   "dcis": Kind(0, 38, 62, 0.04, 0.08, 14),
          "duct":        Kind(11, 15, 32, 0.07, 0.20, 12), "lobule": Kind(8, 30, 52, 0.10, 0.20, 10),
          "histiocytes": Kind(4, 20, 42, 0.18, 0.30, 6),   "lymphocytes": Kind(7, 14, 36, 0.22, 0.40, 6),
@@ -62,8 +56,7 @@ def draw_style(rng: np.random.Generator) -> SimpleNamespace:
         glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),   # (3,) its colour, 0..1
         blur=uniform(0.25, 0.60),                           # standard deviation of the optics
         noise=uniform(0.006, 0.018),                        # of the sensor, 0..1
-        # DAB in the cytoplasm of every epithelium: unspecific, not HER2
-        breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),
+        breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),   # unspecific DAB of all epithelium
         stroma=0.115 * np.exp(0.22 * normal()),             # haematoxylin of the fibres
         cytoplasm=0.075 * np.exp(0.22 * normal()),
         nucleus_size=np.exp(0.05 * normal()),
@@ -94,7 +87,6 @@ class Site:
 @dataclass
 class Scene:
     style: SimpleNamespace    # of `draw_style`
-    size: float
     sites: list[Site]
     cells: np.ndarray         # CELL records with a body
     nuclei: np.ndarray        # CELL records without one: stroma, lymphocytes, debris
@@ -110,19 +102,27 @@ class Scene:
 def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, duct: bool = False) -> Scene:
     """One ROI of `size` x `size` um. mix: (4,) shares of the subtypes; tumor_share: of the area; first:
     subtype of the first nest, so that a slide shows its own score; duct: whether an LCIS/DCIS is certain."""
-    assert len(mix) == 4 and size > 0, f"four shares and a positive size, found {mix}, {size}"
     noise = {name: Noise(rng) for name in FIELDS}                       # one law of texture for the whole ROI
     edge = None
     if rng.random() < 0.22:
         angle, offset = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.25, 0.42)
         edge = (size / 2 + np.cos(angle) * offset, size / 2 + np.sin(angle) * offset, angle)
     sites = _place(style, np.asarray(mix, float), tumor_share, size, rng, first, duct, edge)
-    _outline(sites, style, rng)
+    x, y, weight = (np.array([getattr(s, name) for s in sites]) for name in ("x", "y", "radius"))
+    for k, site in enumerate(sites):                                    # outlines, lumens and clefts
+        kind = KINDS[site.kind]
+        aspect, angle = np.exp(abs(rng.normal(0, kind.aspect))), style.flow + rng.normal(0, 0.5)
+        radii = wobbly_radii(site.radius, kind.wobble, aspect, angle, rng)
+        site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, kind.gap * rng.uniform(0.8, 1.6)))
+        hollow(site, style, rng)
     sites = [s for s in sites if s.kind != "tumor" or s.star.radii.mean() > SMALLEST_NEST]
     sites = [part for site in sites for part in (_acini(site, rng) if site.kind == "lobule" else [site])]
     axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
     distance, owner = _distance_map(sites, axis)                        # (n, n) each
-    angle = fibre_angle(noise, style, distance, axis)
+    across = flow_coordinates(noise, style, axis, axis)[1]
+    # Fibres run around the next site near it, with the flow elsewhere.
+    gradient_y, gradient_x = np.gradient(np.where(distance < 14, distance, across))
+    angle = np.arctan2(gradient_y, gradient_x) + np.pi / 2              # (n, n)
     _, tissue = fibres(noise, style, edge, axis, axis, distance, owner)
     filled = [site_cells(site, style, rng) for site in sites]
     stroma = stroma_nuclei(distance, angle, tissue, axis, noise["patchy"].tile(axis, axis, 45.0), style, rng)
@@ -130,11 +130,11 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     for row in smears:
         granular = rng.random() < 0.5
         row[:] = (*rng.uniform(0, size, 2), rng.uniform(5, 20), rng.uniform(0.2, 0.9), granular)
-    cell_site, nucleus_site = (np.repeat(np.arange(len(sites)), [len(part[k]) for part in filled])
-                               for k in (0, 1))
-    return Scene(style, size, sites, np.concatenate([c for c, _ in filled] or [np.zeros(0, CELL)]),
-                 np.concatenate([n for _, n in filled] + [stroma]), cell_site,
-                 np.append(nucleus_site, np.full(len(stroma), -1)), smears, distance, owner, edge, noise)
+    cells, nuclei = [np.zeros(0, CELL), *(c for c, _ in filled)], [*(n for _, n in filled), stroma]
+    cell_site = np.repeat(np.arange(-1, len(sites)), [len(part) for part in cells])
+    nucleus_site = np.repeat([*range(len(sites)), -1], [len(part) for part in nuclei])
+    return Scene(style, sites, np.concatenate(cells), np.concatenate(nuclei), cell_site, nucleus_site, smears,
+                 distance, owner, edge, noise)
 
 
 def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
@@ -146,22 +146,21 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
     def put(kind, radius, subtype=-1, inside=False):
         low, high = (0.22 * size, 0.78 * size) if inside else (-MARGIN, size + MARGIN)
         others = np.array([(s.x, s.y, s.radius, s.kind in ("tumor", "dcis")) for s in sites]).reshape(-1, 4)
+        nests = others[others[:, 3] == 1]
+        close = {"tumor": 0.80, "dcis": 0.92}.get(kind, 1.0)         # nests may press into each other
         for attempt in range(90):
-            if attempt and attempt % 30 == 0:      # no room: smaller, and again
+            if attempt in (30, 60):                # no room: smaller, and again
                 radius *= 0.78
             x, y = rng.uniform(low, high, 2)
-            nests = others[others[:, 3] == 1]      # two of three settle beside another: sheets
             if kind == "tumor" and len(nests) and not inside and rng.random() < 0.65:
+                # Two of three settle beside another: sheets.
                 near, angle = nests[rng.integers(len(nests))], rng.uniform(0, 2 * np.pi)
                 away = (near[2] + radius) * rng.uniform(0.85, 1.05)
                 x, y = near[0] + away * np.cos(angle), near[1] + away * np.sin(angle)
-            if edge and (x - edge[0]) * np.cos(edge[2]) + (y - edge[1]) * np.sin(edge[2]) > -0.8 * radius:
+            if edge and turned(x - edge[0], y - edge[1], edge[2])[0] > -0.8 * radius:
                 continue
-            if not (low <= x <= high and low <= y <= high):
-                continue
-            close = {"tumor": 0.80, "dcis": 0.92}.get(kind, 1.0)     # nests may press into each other
             room = np.hypot(others[:, 0] - x, others[:, 1] - y) - close * (others[:, 2] + radius)
-            if room.min(initial=1) > 0:
+            if low <= min(x, y) and max(x, y) <= high and room.min(initial=1) > 0:
                 sites.append(Site(kind, x, y, radius, subtype))
                 return radius
         return 0.0
@@ -175,6 +174,9 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
         lack = np.maximum(mix * covered.sum() - covered, 0) + 0.35 * mix * (covered.sum() / 4 + 1)
         return int(rng.choice(4, p=lack / lack.sum()))
 
+    # In situ tumor is stained by its slide's mix (paper, Fig. 1: DCIS of several subtypes), not by its label.
+    # Most of it lies on slides of 3+, which hold the most tumor: a median density of .42. Where a new label
+    # asks for it, nests of all subtypes alike give way, and the label names no stain: .20, between 1+ and 2+.
     if duct:
         put("dcis", radius_of("dcis"), subtype_of(), inside=True)
     radius = min(radius_of("tumor") * 1.3, np.sqrt(wanted / np.pi) * 0.85, 0.3 * size)
@@ -193,17 +195,6 @@ def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
     return sites
 
 
-def _outline(sites, style, rng) -> None:
-    """Outlines, lumens and clefts of all sites."""
-    x, y, weight = (np.array([getattr(s, name) for s in sites]) for name in ("x", "y", "radius"))
-    for k, site in enumerate(sites):
-        kind = KINDS[site.kind]
-        radii = wobbly_radii(site.radius, kind.wobble, np.exp(abs(rng.normal(0, kind.aspect))),
-                             style.flow + rng.normal(0, 0.5), rng)
-        site.star = Star(site.x, site.y, squeeze(radii, k, x, y, weight, kind.gap * rng.uniform(0.8, 1.6)))
-        hollow(site, style, rng)
-
-
 def _acini(lobule: Site, rng) -> list[Site]:
     """A lobule becomes a group of small, mostly solid glands."""
     acini = []
@@ -212,9 +203,9 @@ def _acini(lobule: Site, rng) -> list[Site]:
         away, angle = (lobule.radius - 0.6 * radius) * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
         x, y = lobule.x + away * np.cos(angle), lobule.y + away * np.sin(angle)
         if all(np.hypot(x - a.x, y - a.y) > 0.92 * (radius + a.radius) for a in acini):
-            acini.append(Site("acinus", x, y, radius, layers=int(rng.choice([1, 2, 2])),
-                              star=Star(x, y, wobbly_radii(radius, 0.08, np.exp(abs(rng.normal(0, 0.2))),
-                                                           rng.uniform(0, np.pi), rng))))
+            layers, aspect = int(rng.choice([1, 2, 2])), np.exp(abs(rng.normal(0, 0.2)))
+            star = Star(x, y, wobbly_radii(radius, 0.08, aspect, rng.uniform(0, np.pi), rng))
+            acini.append(Site("acinus", x, y, radius, star=star, layers=layers))
     return acini
 
 
@@ -235,15 +226,8 @@ def flow_coordinates(noise, style, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     """(along, across) the fibres on the grid ys x xs: a straight direction, bent by slow noise."""
     bend = (30 * noise["slow"].tile(ys, xs, 100.0) + 10 * noise["patchy"].tile(ys, xs, 37.0)
             + 3.0 * noise["loose"].tile(ys, xs, 14.0))
-    cosine, sine = np.cos(style.flow), np.sin(style.flow)
-    return xs[None] * cosine + ys[:, None] * sine, ys[:, None] * cosine - xs[None] * sine + bend
-
-
-def fibre_angle(noise, style, distance, axis) -> np.ndarray:
-    """(n, n) direction of the fibres: around the next site near it, with the flow elsewhere."""
-    _, across = flow_coordinates(noise, style, axis, axis)
-    gradient_y, gradient_x = np.gradient(np.where(distance < 14, distance, across))
-    return np.arctan2(gradient_y, gradient_x) + np.pi / 2
+    along, across = turned(xs[None], ys[:, None], style.flow)
+    return along, across + bend
 
 
 def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +246,6 @@ def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.
     slow = noise["slow"].tile(ys, xs, 34.0) + 0.45 * noise["patchy"].tile(ys, xs, 14.0)
     tissue = ramp(0.42 * streaks + 0.85 * slow + 1.25 + 0.5 * ring - style.loose, 0.4)
     if edge:
-        x, y, angle = edge
-        beyond = (xs[None] - x) * np.cos(angle) + (ys[:, None] - y) * np.sin(angle)
+        beyond, _ = turned(xs[None] - edge[0], ys[:, None] - edge[1], edge[2])
         tissue = tissue * ramp(-beyond - 9 * noise["patchy"].tile(ys, xs, 14.0), 1.5)
     return streaks, tissue
