@@ -3,7 +3,9 @@
     z      = quant_conv(Encoder(image))              (B, D, H/f, W/f): what the diffusion model works on
     z_q    = the nearest codes of z                  (see quantizer.py)
     image' = Decoder(post_quant_conv(z_q))
-    loss   = |image - image'| + vq_loss (+ LPIPS) + adversarial term      (composed in train_ldm.py)
+    loss   = |image - image'| + lambda_edge * edge_l1 (+ LPIPS) + vq_loss + adversarial term
+
+composed in train_ldm.py, where the preset `small` alone has an edge_l1, and instead of a discriminator.
 
 Encoder and decoder are convolutional ResNets (GroupNorm, swish): between two levels the size is halved or
 doubled, and at the coarsest every place attends to every other. Source: Esser et al., Taming Transformers,
@@ -12,9 +14,10 @@ table 8. Module names are the official ones, so that official weights load witho
 
 Differs from the official code (latent-diffusion): the number of groups of a GroupNorm is an argument, so that
 small models can be built; attention is the fused kernel (at 512 px and factor 4 the official one holds 16384
-x 16384 scores per image); levels with attention are given as indices. In train_ldm.py the discriminator
-learns from the first step on and the decoder listens from `disc_start` on; officially neither happens before
-`disc_start`, so that the decoder first listens to a discriminator that knows nothing.
+x 16384 scores per image); levels with attention are given as indices. In train_ldm.py, in all presets: LPIPS,
+officially in the loss with weight 1, is off without a file at `--lpips`, and edge_l1 is an addition; the
+discriminator learns from the first step on and the decoder listens from `disc_start` on (officially neither
+happens before, so that the decoder first listens to a discriminator that knows nothing).
 
 PAPER: "the vq-f4 configuration, which compressed the input by a factor of eight" contradicts itself: vq-f4
 halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.
@@ -40,9 +43,8 @@ VQ_F8 = dict(factor=8, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channel
 VQ_F2 = dict(factor=2, ch=128, ch_mult=(1, 2), num_res_blocks=2, z_channels=3, num_codes=8192)
 
 
-def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
-    """GroupNorm of `groups` groups, or of as many as also divide the channels. eps as official."""
-    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:    # where groups do not fit, fewer that do
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)                     # eps as official
 
 
 class ResBlock(nn.Module):
@@ -69,10 +71,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int = 32):
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)                # back to the axes of x
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)                                                     # (B, C, h, w)
@@ -125,8 +124,8 @@ def middle(channels: int, groups: int) -> nn.Sequential:                    # (B
 class Encoder(nn.Module):
     def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels, groups: int):
         super().__init__()
-        finest, coarsest = widths[0][0], widths[-1][1]                  # channels at both ends
-        self.conv_in = nn.Conv2d(3, finest, 3, padding=1)
+        coarsest = widths[-1][1]                                        # channels there
+        self.conv_in = nn.Conv2d(3, widths[0][0], 3, padding=1)
         self.down = nn.ModuleList(
             Level(*width, num_res_blocks, i in attention_levels, groups, coarser=i < len(widths) - 1)
             for i, width in enumerate(widths))
@@ -167,11 +166,8 @@ class Decoder(nn.Module):
 class VQAutoencoder(nn.Module):
     """Encoder, codebook and decoder. Images are (B, 3, H, W) in [-1, 1], H and W multiples of `factor`.
 
-    ch, ch_mult       the width of level i is ch * ch_mult[i]; factor = 2 ** (levels - 1), to be checked
-    z_channels        latent channels of encoder and decoder; embed_dim: width D of a code (default: the same)
-    attention_levels  levels (0 = finest) with attention after every residual block
-    groups            of every GroupNorm; fewer where they do not divide the channels
-    """
+    Level i (0 = finest) has ch * ch_mult[i] channels; factor = 2 ** (levels - 1), to be checked. z_channels:
+    of the latent in encoder and decoder; embed_dim: width D of a code (default: the same)."""
 
     def __init__(self, factor: int = 4, ch: int = 128, ch_mult=(1, 2, 4), num_res_blocks: int = 2,
                  z_channels: int = 3, num_codes: int = 8192, attention_levels=(), beta: float = 0.25,
@@ -200,9 +196,9 @@ class VQAutoencoder(nn.Module):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """The latent before quantisation (B, D, H/f, W/f): what the diffusion model works on."""
-        height, width = image.shape[-2:]
         assert image.dim() == 4 and image.shape[1] == 3, f"image {tuple(image.shape)} should be (B, 3, H, W)"
-        assert height % self.factor == 0 and width % self.factor == 0, \
+        height, width = image.shape[2:]
+        assert height % self.factor == width % self.factor == 0, \
             f"image size {height} x {width} should be a multiple of {self.factor}"
         return self.quant_conv(self.encoder(image))                          # (B, D, h, w)
 
@@ -227,10 +223,8 @@ class VQAutoencoder(nn.Module):
 
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Weights of an autoencoder of latent-diffusion: on its own (its `loss.*` networks are left out), or
-        as `first_stage_model.*` of a whole checkpoint (whose other parts are left out).
-
-        Raises ValueError that lists every missing, unexpected and misshapen tensor.
-        """
+        as `first_stage_model.*` of a whole checkpoint (whose other parts are left out). ValueError lists
+        every missing, unexpected and misshapen tensor."""
         prefix, others = "first_stage_model.", ("loss.",)
         if any(name.startswith(prefix) for name in state_dict):
             others = ("model.", "model_ema.", "cond_stage_model.")
@@ -239,16 +233,14 @@ class VQAutoencoder(nn.Module):
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
                if not name.startswith(others)}
         try:
-            self.load_state_dict(own, strict=True)
+            self.load_state_dict(own)
         except RuntimeError as error:
             raise ValueError(f"not the weights of this autoencoder: {error}") from None
 
 
 def edge_l1(a, b):
-    """Mean distance of the differences between neighbours of images (B, C, H, W): ().
-
-    L1 of the pixels alone is least for a smooth guess where a membrane may be; this one asks for its edge.
-    """
+    """Mean distance of the differences between neighbours of images (B, C, H, W): ()."""
+    # L1 of the pixels alone is least for a smooth guess where a membrane may be; this one asks for its edge.
     return sum((torch.diff(a, dim=axis) - torch.diff(b, dim=axis)).abs().mean() for axis in (-2, -1))
 
 

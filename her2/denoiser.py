@@ -11,8 +11,9 @@ the middle alone. Kept as it is.
 
 Differs from the official code (latent-diffusion): LatentDenoiser owns the label code with the U-Net, so that
 the moving average covers both (officially the U-Net alone: sampling then pairs averaged weights with a label
-code they were never trained with); the scale of the latents is stored with the weights (officially measured
-on the first batch alone); no gradient checkpointing; the number of groups is an argument.
+code they were never trained with); latents are always scaled to variance 1, measured over 256 patches
+(officially where `scale_by_std` asks for it, on the first batch; semantic_synthesis256 does not: 1); no
+gradient checkpointing; the number of groups is an argument.
 
 PAPER: guidance is not mentioned. A dropped label (classifier-free guidance, Ho and Salimans 2022) is a code
 of zeros: the label conv has no bias, so only pixels without any class (IGNORE) have the same.
@@ -46,11 +47,10 @@ def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     # A number from 0 to 999 says little to a linear layer. Waves of all lengths do, as the hands of a clock:
     # fast ones tell t from t + 1, slow ones early from late.
     half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)         # (half,)
     # float32 in the official order of operations: at t = 999 one rounding (1e-7) turns an angle by 1e-4, so
     # another order, or another machine's exp, is seen in the output (1e-6), and nothing better is to be had.
-    frequencies = torch.exp(-math.log(10000.0) * steps / half)               # (half,)
-    angles = t[:, None].float() * frequencies[None]                          # (B, half)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)         # (half,)
+    angles = t[:, None].float() * torch.exp(-math.log(10000.0) * steps / half)          # (B, half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))  # (B, dim); odd: 0 at the end
 
 
@@ -62,8 +62,7 @@ class LabelCode(nn.Module):
         self.halvings = halvings
         self.channel_mapper = nn.Conv2d(num_classes, out_channels, 1, bias=False)
 
-    def forward(self, onehot: torch.Tensor) -> torch.Tensor:
-        x = onehot
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Bilinear halving averages 2 x 2 pixels: the code sees the share of every class in each latent cell.
         for _ in range(self.halvings):
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear")          # (B, K, H/2, W/2) shares in 0..1
@@ -131,9 +130,7 @@ class Layers(nn.ModuleList):
 
 class Denoiser(nn.Module):
     """U-Net: x (B, in_channels, h, w), t (B,) -> (B, out_channels, h, w); 2 ** (levels - 1) divides h and w.
-
-    attention_factors: downsampling factors at which attention follows the residual blocks.
-    """
+    attention_factors: downsampling factors at which attention follows the residual blocks."""
 
     def __init__(self, in_channels: int = 6, out_channels: int = 3, model_channels: int = 128,
                  channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8,
@@ -143,7 +140,6 @@ class Denoiser(nn.Module):
         emb_dim = 4 * model_channels                       # official
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(),
                                         nn.Linear(emb_dim, emb_dim))
-
         block = partial(ResBlock, emb_dim=emb_dim, groups=groups)
         attention = partial(Attention, num_heads=num_heads, groups=groups)
 
@@ -152,13 +148,13 @@ class Denoiser(nn.Module):
 
         widths = [multiple * model_channels for multiple in channel_mult]  # per level
         channels = model_channels
-        skips = [channels]                                 # widths of what the way up will concatenate
+        skips = [channels]                     # widths of what the way up will concatenate, last first
         self.input_blocks = nn.ModuleList([Layers([nn.Conv2d(in_channels, channels, 3, padding=1)])])
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
                 self.input_blocks.append(Layers(blocks(channels, width, level)))
                 channels = width
-                skips.append(channels)                                 # popped in reverse order on the way up
+                skips.append(channels)
             if level < self.levels - 1:
                 self.input_blocks.append(Layers([downsample(channels)]))
                 skips.append(channels)
@@ -193,8 +189,8 @@ class Denoiser(nn.Module):
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance: 1 is `cond`, the answer with the label; 3 goes on where the label
-    led it (clearer classes, less variety); 8 leaves the law of the data (colours saturate)."""
+    """Classifier-free guidance: 1 is `cond`, the answer with the label; 3 goes on where the label led it
+    (clearer classes, less variety); 8 leaves the law of the data (colours saturate)."""
     return uncond + guidance * (cond - uncond)
 
 
@@ -204,8 +200,7 @@ class LatentDenoiser(nn.Module):
     stages: halvings of the label map, log2 of the autoencoder's factor (named so in saved files).
     code_channels: z_channels by default. groups: of every GroupNorm, see autoencoder.py. latent_scale (a
     buffer, 1 / standard deviation of the latents) is NaN until `set_latent_scale`; loading weights whose
-    scale is not a positive number raises ValueError.
-    """
+    scale is not a positive number raises ValueError."""
 
     def __init__(self, num_classes: int = 6, z_channels: int = 3, model_channels: int = 128,
                  channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8, stages: int = 2,
@@ -273,11 +268,9 @@ class LatentDenoiser(nn.Module):
         return predict
 
     def load_official_state_dict(self, state_dict: dict, ema: bool = True) -> None:
-        """U-Net, label conv and scale out of a latent-diffusion checkpoint; its other parts are left out.
-
-        ema: take the averaged U-Net (model_ema.*, names without dots) where there is one; the official one
-        does not cover the label conv. ValueError lists every missing, unexpected and misshapen tensor.
-        """
+        """U-Net, label conv and scale of a latent-diffusion checkpoint; its other parts are left out. ema:
+        take the averaged U-Net (model_ema.*, names without dots) where there is one; the official average
+        does not cover the label conv. ValueError lists every missing, unexpected and misshapen tensor."""
         averaged = ema and any(name.startswith("model_ema.diffusion_model") for name in state_dict)
         flat = {"model_ema.diffusion_model" + name.replace(".", ""): "unet." + name
                 for name in self.unet.state_dict()}
