@@ -9,8 +9,8 @@ per overlapping window ("PatchGAN", Isola et al., CVPR 2017): texture is judged,
     PatchGAN                  of the VQ autoencoder: one stack on the image alone
 
 Source: Wang et al., "pix2pixHD", CVPR 2018, section 3.2; Park et al., CVPR 2019, appendix A; Esser et al.,
-"Taming transformers", CVPR 2021, section 3.1. Parameter names are the official ones (NVlabs/SPADE, taming).
-Differs from the official code: nothing in the numbers. The instance norms hold no parameters in either.
+"Taming transformers", CVPR 2021, section 3.1. Nothing differs from the official code (NVlabs/SPADE, taming)
+in numbers or names of parameters.
 
 How much a logit sees: back from it, r pixels become r + 3 below a 4x4 convolution of stride 1 and 2 r + 2
 below one of stride 2. Both stacks end with two of stride 1, and have three of stride 2 before: 4, 7, 16, 34,
@@ -30,9 +30,7 @@ SLOPE = 0.2                                                       # of every Lea
 
 class LevelDiscriminator(nn.Module):
     """num_layers convolutions (stride 2, the last one 1), then one to the logits; x -> every layer's output.
-
-    Padding is 2 for a kernel of 4, as officially, so maps grow by one pixel: 64 -> 33, 17, 9, 10, 11.
-    """
+    Padding is 2 for a kernel of 4, as officially, so maps grow by one pixel: 64 -> 33, 17, 9, 10, 11."""
 
     def __init__(self, in_channels: int, ndf: int, num_layers: int):
         super().__init__()
@@ -61,7 +59,6 @@ class MultiscaleDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 9, ndf: int = 64, num_layers: int = 4, num_levels: int = 2):
         super().__init__()
-        assert num_layers >= 2 and num_levels >= 1, f"found num_layers {num_layers}, num_levels {num_levels}"
         self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers, num_levels=num_levels)
         # Two levels, because a logit sees 70 pixels of what it is given: on the image that is the texture of
         # nuclei and membranes, on the half-size copy (141 pixels) how nuclei stand together in a nest.
@@ -81,13 +78,10 @@ class MultiscaleDiscriminator(nn.Module):
     load_official_state_dict = load_strict                 # NVlabs/SPADE's latest_net_D.pth: the same names
 
 
-def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, fake: torch.Tensor,
-                 real: torch.Tensor):
-    """Features of fake and of real images under the same label maps -> (fake_features, real_features).
-
-    Both go through in one batch, fake first: D's spectral norms make one step of power iteration per forward,
-    so fake and real are judged by one D.
-    """
+def discriminate(discriminator: MultiscaleDiscriminator, onehot, fake: torch.Tensor, real: torch.Tensor):
+    """Features of fake and of real images under the same label maps -> (fake_features, real_features). Both
+    go through in one batch, fake first: D's spectral norms make one step of power iteration per forward, so
+    fake and real are judged by one D."""
     assert fake.shape == real.shape, f"fake {tuple(fake.shape)} and real {tuple(real.shape)} differ in shape"
     # With its label map beside it, a good image of the wrong tissue is a fake as well.
     x = torch.cat([torch.cat([onehot, onehot]), torch.cat([fake, real])], dim=1)      # (2B, K+3, H, W)
@@ -98,9 +92,7 @@ def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, f
 
 class PatchGAN(nn.Module):
     """image (B, 3, H, W) -> logits (B, 1, h, w); num_layers stride-2 convolutions with batch normalisation.
-
-    Initialise with init_weights(..., kind="normal"), as pix2pix does.
-    """
+    Initialise with init_weights(..., kind="normal"), as pix2pix does."""
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, num_layers: int = 3):
         super().__init__()

@@ -26,9 +26,8 @@ CHUNK = 2 ** 24                     # distances held at once: 64 MiB of float32
 
 
 def vq_loss(z: torch.Tensor, e: torch.Tensor, beta: float = 0.25, legacy: bool = False) -> torch.Tensor:
-    """Codebook plus commitment term, a float32 scalar, of latents z and their codes e, any equal shape. `e` is
-    what was looked up, not the straight-through z_q: through that the codebook would get no gradient at all.
-    The value does not depend on `legacy`, the gradients do."""
+    """Codebook plus commitment term, a float32 scalar. z latents, e their codes as looked up, one shape:
+    through the straight-through z_q the codebook would get no gradient. `legacy` changes gradients alone."""
     assert z.shape == e.shape, f"z {tuple(z.shape)} and e {tuple(e.shape)} differ in shape"
     z, e = z.float(), e.float()                                                      # half precision ends
     # One distance, two gradients: left the codes move to the latents, right the latents to their codes.
@@ -42,7 +41,6 @@ class Codebook(nn.Module):
     def __init__(self, num_codes: int, dim: int, beta: float = 0.25):
         super().__init__()
         self.beta = beta
-        assert num_codes >= 1 and dim >= 1, f"a codebook needs codes, found {num_codes} of width {dim}"
         self.embedding = nn.Embedding(num_codes, dim)                   # (K, D)
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)       # official; all near 0
 

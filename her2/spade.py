@@ -7,10 +7,9 @@ and shift after every normalisation, pixel by pixel:
     h = relu(conv(onehot, resized to x))     gamma = conv(h)     beta = conv(h)
     SPADE(x) = norm(x) * (1 + gamma) + beta                                        (eq. 1, 2 of Park et al.)
 
-norm, batch or instance normalisation, has no parameters of its own. The generator starts from a linear map of
-a latent vector z and doubles the size five times, with such residual blocks in between. z comes from an
-encoder of a real image (a variational autoencoder: mean mu, log-variance logvar), so that it carries what the
-mask does not say, such as the stain:
+norm has no parameters of its own. The generator starts from a linear map of a latent vector z and doubles the
+size five times, with such residual blocks in between. z comes from an encoder of a real image (a variational
+autoencoder: mean mu, log-variance logvar), so that it carries what the mask does not say, such as the stain:
 
     z = mu + exp(logvar / 2) * noise                     at synthesis z ~ N(0, I): masks alone are enough
 
@@ -18,8 +17,8 @@ Source: Park et al., "Semantic image synthesis with spatially-adaptive normaliza
 and appendix A (layers), appendix "VAE". The HER2 paper, section 2.2, uses it with the VAE encoder.
 
 Differs from the official code (NVlabs/SPADE):
-- Any height and width divisible by `stride` (32) works, also after training: the latent grid, fixed by the
-  training size, is resized (nearest) to the image's. The official grid fits one size only.
+- Any height and width divisible by `stride` (32) works: the latent grid of the training size is resized
+  (nearest) to the image's. The official grid fits one size only.
 - The encoder follows the training size (officially images become 256 x 256, and the encoder of smaller crops
   fails on them, a layer short) and has z_dim outputs (officially 256 whatever z_dim is).
 - Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
@@ -28,9 +27,8 @@ Differs from the official code (NVlabs/SPADE):
 - PAPER: batch norm at test time is left open. Synthesised images are normalised with running averages, as
   officially, so that none depends on the others of its batch. But those averages belong to the weights of the
   last steps, not to averaged (EMA) ones, and to z from the encoder, not from N(0, I). `recalibrated` measures
-  them anew for what is saved. In one run of 800 steps on the phantom it brought the images of averaged
-  weights from a mean distance of 0.136 to 0.041 from what training mode gives (values in [-1, 1]), and their
-  contrast from 80 % to 98 %.
+  them anew for what is saved. In one run of 800 steps on the phantom it brought images of averaged weights
+  from a mean distance of 0.136 to 0.041 of training mode's (in [-1, 1]), their contrast from 80 % to 98 %.
 
 Key: B batch, K classes, C channels, h w size of a feature map, H W of the image, g = 2^5 (stride), n = ngf.
 """
@@ -54,8 +52,7 @@ class SPADENorm(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, norm: str = "batch", hidden: int = 128):
         super().__init__()
-        assert norm in ("batch", "instance"), f"norm is 'batch' or 'instance', found {norm!r}"
-        layer = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
+        layer = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}[norm]
         self.param_free_norm = layer(channels, affine=False)   # what follows is the label map's business
         # 3 x 3 twice: gamma and beta know how far the next tissue is, not only which one is here.
         self.mlp_shared = nn.Sequential(nn.Conv2d(num_classes, hidden, 3, padding=1), nn.ReLU())
@@ -107,7 +104,6 @@ class SPADEGenerator(nn.Module):
     def __init__(self, num_classes: int = 6, ngf: int = 64, z_dim: int = 256, size=512, norm: str = "batch",
                  use_vae: bool = True, upsampling: str = "normal", hidden: int = 128):
         super().__init__()
-        assert upsampling in UPSAMPLINGS, f"upsampling is one of {list(UPSAMPLINGS)}, found {upsampling!r}"
         size = [size, size] if isinstance(size, int) else list(size)
         self.config = dict(num_classes=num_classes, ngf=ngf, z_dim=z_dim, size=size, norm=norm,
                            use_vae=use_vae, upsampling=upsampling, hidden=hidden)
@@ -141,10 +137,7 @@ class SPADEGenerator(nn.Module):
             f"onehot must be (B, {self.config['num_classes']}, H, W), found {tuple(onehot.shape)}"
         assert all(s > 0 and s % self.stride == 0 for s in onehot.shape[2:]), \
             f"height and width must be divisible by {self.stride}, found {tuple(onehot.shape[2:])}"
-
-        def double(x):
-            return F.interpolate(x, scale_factor=2, mode="nearest")   # no transposed convolution: no checkers
-
+        double = partial(F.interpolate, scale_factor=2, mode="nearest")   # no transposed one: no checkers
         x = self.start(onehot, z)                                                     # (B, 16n, H/g, W/g)
         x = double(self.head_0(x, onehot))                                            # (B, 16n, 2H/g, ..)
         x = self.G_middle_0(x, onehot)                                                # a second look at this
@@ -172,7 +165,6 @@ class VAEEncoder(nn.Module):
 
     def __init__(self, ngf: int = 64, z_dim: int = 256, size: int = 256):
         super().__init__()
-        assert size >= 8, f"the encoder needs patches of at least 8 pixels, found size {size}"
         self.config = dict(ngf=ngf, z_dim=z_dim, size=size)
         halvings = int(math.log2(min(size, 256))) - 2          # a side of 4 is left
         self.side = 4 * 2 ** halvings
