@@ -36,11 +36,10 @@ from her2.quantizer import Codebook
 
 # Official configurations vq-f4 and vq-f8; level 3 of vq-f8 is its "attn_resolutions: [32]" of 256 pixels.
 VQ_F4 = dict(factor=4, ch=128, ch_mult=(1, 2, 4), num_res_blocks=2, z_channels=3, num_codes=8192)
-VQ_F8 = dict(factor=8, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, num_codes=16384,
-             attention_levels=(3,))
+VQ_F8 = VQ_F4 | dict(factor=8, ch_mult=(1, 2, 2, 4), z_channels=4, num_codes=16384, attention_levels=(3,))
 # Not official. A latent cell should be about 1 um wide, many per nucleus: at the paper's .242 um per pixel
 # that is factor 4, at 1 um per pixel it is nearest to this one.
-VQ_F2 = dict(factor=2, ch=128, ch_mult=(1, 2), num_res_blocks=2, z_channels=3, num_codes=8192)
+VQ_F2 = VQ_F4 | dict(factor=2, ch_mult=(1, 2))
 
 
 def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:    # where groups do not fit, fewer that do
@@ -84,8 +83,8 @@ class Attention(nn.Module):
 
 def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
     # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),        # OrderedDict: the official names
-                                     conv=nn.Conv2d(channels, channels, 3, stride=2)))
+    pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))                   # OrderedDict: the official names
 
 
 def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
@@ -97,20 +96,18 @@ def upsample(channels: int) -> nn.Sequential:                               # (B
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked, then a change of size."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int,
-                 coarser: bool = False, finer: bool = False):
+    def __init__(self, in_channels, out_channels, blocks, attention, groups, coarser=False, finer=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(in_channels if i == 0 else out_channels, out_channels, groups)
                                    for i in range(blocks))
-        self.attn = nn.ModuleList(Attention(out_channels, groups) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(Attention(out_channels, groups) if attention else nn.Identity()
+                                  for _ in range(blocks))
         self.downsample = downsample(out_channels) if coarser else nn.Identity()
         self.upsample = upsample(out_channels) if finer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)                                                     # (B, out, h, w)
-            if self.attn:
-                x = self.attn[i](x)                                          # (B, out, h, w)
+        for block, attention in zip(self.block, self.attn):
+            x = attention(block(x))                                          # (B, out, h, w)
         return self.upsample(self.downsample(x))                             # one of them, or none, changes x
 
 
@@ -124,8 +121,8 @@ def middle(channels: int, groups: int) -> nn.Sequential:                    # (B
 class Encoder(nn.Module):
     def __init__(self, widths, num_res_blocks: int, z_channels: int, attention_levels, groups: int):
         super().__init__()
-        coarsest = widths[-1][1]                                        # channels there
-        self.conv_in = nn.Conv2d(3, widths[0][0], 3, padding=1)
+        finest, coarsest = widths[0][0], widths[-1][1]                  # channels at both ends
+        self.conv_in = nn.Conv2d(3, finest, 3, padding=1)
         self.down = nn.ModuleList(
             Level(*width, num_res_blocks, i in attention_levels, groups, coarser=i < len(widths) - 1)
             for i, width in enumerate(widths))

@@ -51,10 +51,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Index of the nearest code of every latent vector; the lowest index wins a tie."""
-        assert z.dim() == 4 and z.shape[1] == self.weight.shape[1], \
-            f"z {tuple(z.shape)} should be (B, {self.weight.shape[1]}, h, w)"
+        codes = self.weight.float()                                                  # (K, D)
+        assert z.shape[1] == codes.shape[1], f"z {tuple(z.shape)} should be (B, {codes.shape[1]}, h, w)"
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):          # see above
-            codes = self.weight.float()                                              # (K, D)
             rows = z.permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).float()         # (N, D)
             squares = (codes ** 2).sum(1)                                            # (K,)
             # |z - e|^2 without |z|^2, which is the same for all codes and only costs precision.
@@ -116,8 +115,7 @@ def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z, generator, op
     how many. `generator` is a CPU generator: the same restart on every device. Adam's moments of the moved
     rows in `optimizer` are cleared: they belong to the old place."""
     weight = codebook.weight
-    assert usage.shape == weight.shape[:1], f"usage {tuple(usage.shape)} should be ({len(weight)},)"
-    vectors = z.movedim(1, -1).reshape(-1, weight.shape[1])                   # (N, D)
+    vectors = z.movedim(1, -1).reshape(-1, weight.shape[1])                          # (N, D)
     # A code that is never the nearest gets no gradient, so it stays where it is, for ever.
     dead = (usage.to(weight.device) == 0).nonzero().flatten()                        # (dead codes,)
     # Without replacement where the sample is large enough: two codes at one place would stay one code.

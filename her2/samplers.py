@@ -14,14 +14,11 @@ is then the variance of the posterior (diffusion.py, eq. 3); with S < T it is th
 visited levels alone. Source: Song et al., Denoising Diffusion Implicit Models, ICLR 2021, eq. 12 and 16.
 
 DPM-Solver++(2M). With eta 0 the step follows an ordinary differential equation, and holds the guess x0 fixed
-on the way, as Euler's method would. But the guess drifts, nearly in a straight line over
+on the way, as Euler's method would. But the guess drifts, nearly in a straight line over lambda, half the log
+of the signal-to-noise ratio. So this sampler continues the line through the last two guesses to the middle of
+the step (h = the step in lambda, h_before the one before it), and takes the deterministic step from there:
 
-    lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))             half the log of the signal-to-noise ratio
-
-so this sampler continues the line through the last two guesses to the middle of the step (h = the step in
-lambda, h_before the one before it), and takes the deterministic step with the result:
-
-    x0 <- x0 + h / (2 h_before) (x0 - x0_before)
+    lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))        x0 <- x0 + h / (2 h_before) (x0 - x0_before)
 
 Twice as many steps then divide the error by 4, not by 2. Where there is no line (first step; lambda infinite:
 the step from pure noise, the last one to x0) the guess is taken as it is. Source: Lu et al., DPM-Solver++,
@@ -174,8 +171,8 @@ def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler:
     assert (known is None) == (repaint is None), "known and repaint are given together or not at all"
     eta = {"ddim": eta, "ddpm": 1.0, "dpm": 0.0}[sampler]               # fresh noise: some, all, none
     timesteps = spaced_timesteps(schedule, steps, sampler, spacing)
-    for xt, _ in trajectory(predict, schedule, noise, timesteps, eta, known, repaint,
-                            multistep=sampler == "dpm"):
+    walk = trajectory(predict, schedule, noise, timesteps, eta, known, repaint, multistep=sampler == "dpm")
+    for xt, _ in walk:
         pass
     # What is known needs no guess: clean, and not as the last step left it.
     return xt if known is None else torch.where(repaint, xt, known)

@@ -49,15 +49,14 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = None                           # what came in is added as it is
-        if stride > 1:                                   # but where the shape changes, as in torchvision
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                                            nn.BatchNorm2d(out_channels))
+        # What came in is added as it is, but where the shape changes: as in torchvision.
+        self.downsample = nn.Identity() if stride == 1 else nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)               # (B, c_out, h / stride, w / stride)
-        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)  # (B, c_out, h / stride, ..)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)                     # the same
 
 
 class ResNet34Encoder(nn.Module):
@@ -106,7 +105,7 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, channels, decoder_channels):
         super().__init__()
-        inputs = [channels[5], *decoder_channels[:-1]]                  # what arrives from the coarser level
+        inputs = [channels[5], *decoder_channels]                       # what arrives from the coarser level
         skips = [*channels[4:0:-1], 0]                               # f_4 .. f_1; the image itself is no skip
         self.blocks = nn.ModuleList(map(DecoderBlock, inputs, skips, decoder_channels))
 
@@ -153,15 +152,13 @@ class UNet(nn.Module):
         """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc).
         Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded
         then."""
-        # Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
-        # and the counters have no effect at a fixed momentum.
         whole = any(name.startswith("encoder.") for name in state_dict)
         target, unused = (self, ()) if whole else (self.encoder, ("fc.weight", "fc.bias"))  # no decoder there
         given = {name: tensor for name, tensor in state_dict.items() if name not in unused}
-        if not any(name.endswith("num_batches_tracked") for name in given):
-            given.update({name: tensor for name, tensor in target.state_dict().items()
-                          if name.endswith("num_batches_tracked")})
-        load_strict(target, given)
+        # Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
+        # and the counters have no effect at a fixed momentum.
+        counters = {k: v for k, v in target.state_dict().items() if k.endswith("num_batches_tracked")}
+        load_strict(target, given if counters.keys() & given.keys() else counters | given)
 
 
 def he_init(model: nn.Module) -> None:
@@ -185,10 +182,10 @@ def encoder_weights(choice: str) -> Path | None:
     if choice == "none":
         return None                                                     # he_init's weights stay
     if choice != "imagenet":
-        if not Path(choice).is_file():
-            raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of "
-                            "torchvision's resnet34 or of smp's Unet")
-        return Path(choice)
+        if Path(choice).is_file():
+            return Path(choice)
+        raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of "
+                        "torchvision's resnet34 or of smp's Unet")
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rsplit("/", 1)[1]
     expected = path.stem.split("-")[1]
     if not path.is_file():

@@ -108,12 +108,10 @@ class SPADEGenerator(nn.Module):
         self.config = dict(num_classes=num_classes, ngf=ngf, z_dim=z_dim, size=size, norm=norm,
                            use_vae=use_vae, upsampling=upsampling, hidden=hidden)
         self.stride = 2 ** UPSAMPLINGS[upsampling]
-        assert all(s > 0 and s % self.stride == 0 for s in size), \
-            f"the training size must be divisible by {self.stride} ('{upsampling}' upsampling), found {size}"
+        assert all(s % self.stride == 0 for s in size), f"size: found {size}, not divisible by {self.stride}"
         self.grid = [s // self.stride for s in size]
         block = partial(SPADEResBlock, num_classes=num_classes, norm=norm, hidden=hidden)
-        # One linear map paints the coarsest grid: z sets the look of a patch.
-        self.fc = (nn.Linear(z_dim, 16 * ngf * math.prod(self.grid)) if use_vae
+        self.fc = (nn.Linear(z_dim, 16 * ngf * math.prod(self.grid)) if use_vae   # z sets the look of a patch
                    else nn.Conv2d(num_classes, 16 * ngf, 3, padding=1))
         for name in ("head_0", "G_middle_0", "G_middle_1"):
             self.add_module(name, block(16 * ngf, 16 * ngf))
@@ -133,9 +131,9 @@ class SPADEGenerator(nn.Module):
         return x if grid == self.grid else F.interpolate(x, size=grid, mode="nearest")  # (B, 16n, H/g, W/g)
 
     def forward(self, onehot: torch.Tensor, z=None) -> torch.Tensor:
-        assert onehot.dim() == 4 and onehot.shape[1] == self.config["num_classes"], \
-            f"onehot must be (B, {self.config['num_classes']}, H, W), found {tuple(onehot.shape)}"
-        assert all(s > 0 and s % self.stride == 0 for s in onehot.shape[2:]), \
+        classes = self.config["num_classes"]
+        assert onehot.shape[1] == classes, f"onehot must be (B, {classes}, H, W), found {tuple(onehot.shape)}"
+        assert all(s % self.stride == 0 for s in onehot.shape[2:]), \
             f"height and width must be divisible by {self.stride}, found {tuple(onehot.shape[2:])}"
         double = partial(F.interpolate, scale_factor=2, mode="nearest")   # no transposed one: no checkers
         x = self.start(onehot, z)                                                     # (B, 16n, H/g, W/g)
@@ -166,24 +164,21 @@ class VAEEncoder(nn.Module):
     def __init__(self, ngf: int = 64, z_dim: int = 256, size: int = 256):
         super().__init__()
         self.config = dict(ngf=ngf, z_dim=z_dim, size=size)
-        halvings = int(math.log2(min(size, 256))) - 2          # a side of 4 is left
-        self.side = 4 * 2 ** halvings
-        widths = [3] + [ngf * min(2 ** i, 8) for i in range(halvings)]           # 3, n * 1, 2, 4, 8, 8, 8
-        self.layers = [f"layer{i + 1}" for i in range(halvings)]                        # official names
-        for name, in_width, out_width in zip(self.layers, widths, widths[1:]):
+        self.halvings = int(math.log2(min(size, 256))) - 2     # a side of 4 is left
+        self.side = 4 * 2 ** self.halvings
+        widths = [3] + [ngf * min(2 ** i, 8) for i in range(self.halvings)]      # 3, n * 1, 2, 4, 8, 8, 8
+        for i, (in_width, out_width) in enumerate(zip(widths, widths[1:]), start=1):
             convolution = SpectralConv2d(in_width, out_width, 3, stride=2, padding=1, bias=False)
-            self.add_module(name, nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
+            self.add_module(f"layer{i}", nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
         # What is left is 4 x 4: too coarse to hold where a nest is, fine enough for how dark it is.
         self.fc_mu = nn.Linear(widths[-1] * 16, z_dim)
         self.fc_var = nn.Linear(widths[-1] * 16, z_dim)
 
     def forward(self, image: torch.Tensor):
         assert image.dim() == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
-        x, size = image, (self.side, self.side)
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)     # (B, 3, side, side)
-        for name in self.layers:
-            x = F.leaky_relu(getattr(self, name)(x), SLOPE)                           # (B, C, h/2, w/2)
+        x = F.interpolate(image, size=(self.side, self.side), mode="bilinear")        # (B, 3, side, side)
+        for i in range(1, self.halvings + 1):
+            x = F.leaky_relu(getattr(self, f"layer{i}")(x), SLOPE)                    # (B, C, h/2, w/2)
         x = x.flatten(1)                                                              # (B, 8n*4*4)
         return self.fc_mu(x).float(), self.fc_var(x).float()     # (B, z_dim) twice; exp overflows in fp16
 

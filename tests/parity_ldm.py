@@ -54,9 +54,9 @@ def autoencoder_of(ddconfig: dict, embed_dim: int, num_codes: int) -> VQAutoenco
 
 
 def unet_of(config: dict) -> Denoiser:
+    assert not {2 ** i for i in range(len(config["channel_mult"]))} & set(config["attention_resolutions"])
     return Denoiser(config["in_channels"], config["out_channels"], config["model_channels"],
-                    config["channel_mult"], config["num_res_blocks"], config["num_heads"],
-                    config["attention_resolutions"])
+                    config["channel_mult"], config["num_res_blocks"], config["num_heads"])
 
 
 def run_unet(meta, sd, inp, out):
