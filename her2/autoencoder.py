@@ -46,16 +46,15 @@ def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:    # where grou
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)                     # eps as official
 
 
-class ResBlock(nn.Module):
-    # x + f(x): an image has to come out, so each block only learns what to change in it.
+class ResBlock(nn.Module):          # x + f(x): an image has to come out; a block learns what to change in it
     def __init__(self, in_channels: int, out_channels: int, groups: int = 32):
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        new = in_channels != out_channels                               # only then is a sum impossible
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if new else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The norm comes first, so the sum itself is never normalised: brightness passes through.
@@ -77,8 +76,7 @@ class Attention(nn.Module):
         q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1)          # (B, 1, hw, C)
                    for layer in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)                          # softmax(q k' / sqrt(C)) v
-        y = y.squeeze(1).transpose(1, 2).reshape(x.shape)                    # (B, C, h, w)
-        return x + self.proj_out(y)                                          # (B, C, h, w)
+        return x + self.proj_out(y.squeeze(1).transpose(1, 2).reshape(x.shape))             # (B, C, h, w)
 
 
 def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
@@ -199,9 +197,8 @@ class VQAutoencoder(nn.Module):
             f"image size {height} x {width} should be a multiple of {self.factor}"
         return self.quant_conv(self.encoder(image))                          # (B, D, h, w)
 
-    def decode_quantized(self, z_q: torch.Tensor) -> torch.Tensor:
-        """Codes (B, D, h, w) -> image (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant_conv(z_q))
+    def decode_quantized(self, z_q: torch.Tensor) -> torch.Tensor:       # image about [-1, 1], not clamped
+        return self.decoder(self.post_quant_conv(z_q))                       # (B, 3, H, W)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, D, h, w) -> image: quantised first, as official; no gradient passes to the codes."""
@@ -222,13 +219,10 @@ class VQAutoencoder(nn.Module):
         """Weights of an autoencoder of latent-diffusion: on its own (its `loss.*` networks are left out), or
         as `first_stage_model.*` of a whole checkpoint (whose other parts are left out). ValueError lists
         every missing, unexpected and misshapen tensor."""
-        prefix, others = "first_stage_model.", ("loss.",)
-        if any(name.startswith(prefix) for name in state_dict):
-            others = ("model.", "model_ema.", "cond_stage_model.")
-            # Names without a dot are the buffers of the noise schedule.
-            state_dict = {name: tensor for name, tensor in state_dict.items() if "." in name}
+        prefix, others = "first_stage_model.", ("loss.", "model.", "model_ema.", "cond_stage_model.")
+        # Names without a dot are the buffers of the noise schedule.
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
-               if not name.startswith(others)}
+               if "." in name and not name.startswith(others)}
         try:
             self.load_state_dict(own)
         except RuntimeError as error:

@@ -77,8 +77,7 @@ class Schedule:
     def at(self, table: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Entries of a table for a batch, (B, 1, 1, 1), in x's precision but no less than float32."""
         assert t.shape == x.shape[:1], f"t {tuple(t.shape)} should be ({len(x)},)"
-        values = table[t].to(torch.promote_types(x.dtype, torch.float32))    # (B,)
-        return values.view(-1, *[1] * (x.dim() - 1))                    # (B, 1, 1, 1)
+        return table[t].to(torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.dim() - 1))
 
     def roots(self, t: torch.Tensor, x: torch.Tensor):
         """sqrt(alpha_bar), sqrt(1 - alpha_bar): strengths of signal and noise at t, each (B, 1, 1, 1)."""
@@ -88,7 +87,7 @@ class Schedule:
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """Eq. 1: x0 noised to level t."""
         assert x0.shape == eps.shape, f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} differ in shape"
-        signal, noise = self.roots(t, x0)                               # (B, 1, 1, 1) each
+        signal, noise = self.roots(t, x0)
         return signal * x0 + noise * eps                                     # (B, C, h, w)
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -114,8 +113,7 @@ class Schedule:
         # (xt, v) is (x0, eps) turned by an angle, so turning back has no division and no such growth.
         return signal * xt - noise * output, signal * output + noise * xt    # (B, C, h, w) each
 
-    def eps_from_x0(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Eq. 1 solved for eps."""
+    def eps_from_x0(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:     # eq. 1
         signal, noise = self.roots(t, xt)
         return (xt - signal * x0) / noise                                    # (B, C, h, w)
 

@@ -18,8 +18,8 @@ the batch, not a sum, so that its weight does not grow with the batch: 0.05 pull
 batch 16 (`--lambda-kld 0.8` is the official strength there; reduction="sum" is for the parity test only). The
 third official loss, 10 times that of VGG-19's features (net_perceptual.py), is off without a file at `--vgg`.
 
-"logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns: then the last entry of every level
-counts, and the levels are averaged. Everything is summed up in float32, under autocast too.
+"logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns, of which the last entry of every
+level counts. Everything is summed up in float32, under autocast too.
 """
 
 import torch
@@ -51,11 +51,10 @@ def feature_matching(fake_features: list, real_features: list, weight: float = 1
     counts = [[len(level) for level in features] for features in (fake_features, real_features)]
     assert counts[0] == counts[1], f"fake has {counts[0]} features per scale, real {counts[1]}"
     # Where D is sure of every fake, the slope of its logits says little about how to become real. The
-    # distance to real features still does. The logits are left out: they are the other loss. `detach`: it is
-    # the fake that has to move.
+    # distance to real features still does. `detach`: it is the fake that has to move.
     distances = [F.l1_loss(fake.float(), real.detach().float())
                  for fake_level, real_level in zip(fake_features, real_features)
-                 for fake, real in zip(fake_level[:-1], real_level[:-1])]
+                 for fake, real in zip(fake_level[:-1], real_level[:-1])]       # logits are the other loss
     return weight / len(fake_features) * torch.stack(distances).sum()   # ()
 
 

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 
 from her2.run_seeds import generator
 
-# Root mean square of pure noise in the smoothest tenth of squares, by that of the whole: the mean of 64
-# squares scatters. Independent ones would give .88; neighbours in `fine` share pixels, so they count as
-# fewer: .79.
+# Of pure noise the smoothest tenth of squares has this part of the whole's spread: 64 squared values scatter.
+# Independent ones would give .88; neighbours in `fine` share pixels and count as fewer: measured .79.
 SMOOTHEST = 0.8
 
 
@@ -30,8 +29,7 @@ def grow(repaint: torch.Tensor, radius: int) -> torch.Tensor:
     assert repaint.dtype == torch.bool and repaint.dim() == 3, \
         f"repaint {repaint.dtype} {tuple(repaint.shape)} should be bool (B, H, W)"
     # The largest of a window is 1 where any of it is: max-pooling is dilation.
-    grown = F.max_pool2d(repaint[:, None].float(), 2 * radius + 1, stride=1, padding=radius)
-    return grown[:, 0] > 0                                                   # (B, H, W)
+    return F.max_pool2d(repaint[:, None].float(), 2 * radius + 1, stride=1, padding=radius)[:, 0] > 0
 
 
 def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> torch.Tensor:
@@ -46,8 +44,7 @@ def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> to
 def paste(image: torch.Tensor, generated: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:
     """`generated` where `repaint` (B, H, W) is True, `image` bit for bit elsewhere; images (B, 3, H, W)."""
     assert image.shape == generated.shape, f"{tuple(image.shape)} and {tuple(generated.shape)} differ"
-    # Decoding moves every pixel a little; here the background stays real.
-    return torch.where(repaint[:, None], generated, image)                   # (B, 3, H, W)
+    return torch.where(repaint[:, None], generated, image)    # decoding moves every pixel: these stay
 
 
 def erase(image: torch.Tensor, repaint: torch.Tensor) -> torch.Tensor:

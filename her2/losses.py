@@ -70,9 +70,7 @@ def generalised_dice_loss(logits, target, eps: float = 1e-5, pool=None) -> torch
 
 def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight=0.5, ce_weight=0.5, pool=None):
     """The training loss: (loss, {"dice": tensor, "ce": tensor}), the parts detached, unweighted, for the log.
-
-    logits (B, K, H, W); target (B, H, W) ids 0..K-1 or IGNORE: for the paper's network 0 background, 1 tumor.
-    Where all is ignored: 0."""
+    logits (B, K, H, W); target (B, H, W) ids 0..K-1 (the paper's: 0 background, 1 tumor) or IGNORE."""
     assert dice in ("soft", "generalised"), f"dice is 'soft' or 'generalised', found {dice!r}"
     dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(logits, target, pool=pool)
     # Dice alone is flat where the network is sure and wrong: softmax passes nothing there, and small tumor

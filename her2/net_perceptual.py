@@ -93,9 +93,8 @@ class LPIPS(FrozenVGG):
 
     def __init__(self):
         super().__init__(VGG16, VGG16_TAPS)
-        widths = (64, 128, 256, 512, 512)
-        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False, device="meta") for width in widths)
-        self.requires_grad_(False)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False, device="meta")
+                                   for width in (64, 128, 256, 512, 512)).requires_grad_(False)
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         assert a.shape == b.shape, f"images {tuple(a.shape)} and {tuple(b.shape)} differ in shape"
@@ -109,9 +108,8 @@ class LPIPS(FrozenVGG):
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Weights of one file, or of two as {**vgg16, **linear}."""
         inside = "perceptual_loss."
-        if any(inside in name for name in state_dict):
-            state_dict = {name.split(inside)[1]: state_dict[name] for name in state_dict if inside in name}
+        state_dict = {k.split(inside)[1]: v for k, v in state_dict.items() if inside in k} or state_dict
         doubles = ("scaling_layer.", "lins.")       # the two constants above, and other names of lin0 to lin4
-        super().load_official_state_dict(
-            {name: state_dict[name] for name in state_dict if not name.startswith(doubles)},
-            rename=[(r"^net\.slice\d\.(\d+)\.", r"features.\1."), (r"^lin(\d)\.model\.1\.", r"heads.\1.")])
+        given = {name: state_dict[name] for name in state_dict if not name.startswith(doubles)}
+        super().load_official_state_dict(given, rename=[(r"^net\.slice\d\.(\d+)\.", r"features.\1."),
+                                                        (r"^lin(\d)\.model\.1\.", r"heads.\1.")])

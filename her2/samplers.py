@@ -44,11 +44,10 @@ import torch
 from her2.run_seeds import generator
 
 SAMPLERS = ("ddim", "ddpm", "dpm")
-# Below this alpha_bar, at a signal of 1/20 of the noise, lambda falls far (without end where the terminal
-# signal-to-noise ratio is 0) while the guess hardly moves from the mean of the data: steps evenly spaced in
-# lambda would be spent there, so log-snr jumps over all of it in one. On a mixture of three Gaussians 12
-# steps then have 0.74 of the error that they have with 1e-4, and what the jump loses for good, 0.0018, is
-# less than the error of DDIM in 1000 steps, 0.0022.
+# Below this alpha_bar (signal 1/20 of the noise) lambda falls far, without end for a terminal signal-to-noise
+# ratio of 0, while the guess hardly moves from the mean of the data: log-snr jumps over it in one step. On a
+# mixture of three Gaussians 12 steps then have 0.74 of the error that they have with 1e-4, and what the jump
+# loses for good, 0.0018, is less than the error of DDIM in 1000 steps, 0.0022.
 LOWEST = 0.0025
 
 
@@ -158,14 +157,11 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
 @torch.no_grad()
 def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler: str = "ddim",
            spacing: str = "auto", known=None, repaint=None) -> torch.Tensor:
-    """A batch of latents x0 (B, C, h, w) from noise.
-
-    predict    function(xt (B, C, h, w), t (B,)) -> output, as `schedule.parametrisation` says
-    noise      function(purpose, i) -> (B, C, h, w), see image_noise
-    sampler    "ddim" with `steps` and `eta`; "ddpm", ancestral sampling in all T steps; or "dpm", which is
-               DPM-Solver++(2M) with `steps`, without fresh noise
-    spacing    of the timesteps; "auto" is "log-snr" for "dpm" and "trailing" for the others
-    known      clean latent (B, C, h, w) to keep where `repaint` (B, 1, h, w) bool is False"""
+    """A batch of latents x0 (B, C, h, w) from noise (see image_noise). predict(xt (B, C, h, w), t (B,)) ->
+    output, as `schedule.parametrisation` says. sampler: "ddim" with `steps` and `eta`; "ddpm", ancestral
+    sampling in all T steps; or "dpm", DPM-Solver++(2M) with `steps`, without fresh noise. spacing: of the
+    timesteps; "auto" is "log-snr" for "dpm" and "trailing" for the others. known: clean latent (B, C, h, w)
+    to keep where `repaint` (B, 1, h, w) bool is False."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is one of {', '.join(SAMPLERS)}, found {sampler!r}")
     assert (known is None) == (repaint is None), "known and repaint are given together or not at all"

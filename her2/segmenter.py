@@ -2,8 +2,7 @@
 
 A ResNet-34 without its classifier halves the image five times and keeps the feature map of every level. The
 decoder goes back up: double the resolution (nearest), append the encoder's map of that level (the skip; none
-at the image's own resolution), two 3x3 convolutions. One more gives two logits per pixel, background and
-tumor:
+at the image's own resolution), two 3x3 convolutions. One more gives the logits of background and tumor:
 
     features  f_0 = x, f_1 (1/2, w), f_2 (1/4, w), f_3 (1/8, 2w), f_4 (1/16, 4w), f_5 (1/32, 8w)     w = width
     y_0 = f_5        y_i = block_i(concat(up2(y_{i-1}), f_{5-i})), i = 1..4        y_5 = block_5(up2(y_4))
@@ -131,9 +130,8 @@ class UNet(nn.Module):
         self.encoder = ResNet34Encoder(width)
         self.decoder = Decoder(self.encoder.channels, decoder_channels)
         self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], num_classes, 3, padding=1))
-        # Not in the state_dict: constants, and the official files do not have them.
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-        self.register_buffer("factor", 0.5 / std, persistent=False)
+        self.register_buffer("factor", 0.5 / std, persistent=False)   # constants: official files have none
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
         he_init(self)                                              # the file of --encoder-weights comes after
 
@@ -149,9 +147,8 @@ class UNet(nn.Module):
         return self.segmentation_head(self.decoder(features))           # (B, K, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc).
-        Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded
-        then."""
+        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc),
+        strictly: ValueError lists every missing, unexpected and misshapen tensor; nothing is loaded then."""
         whole = any(name.startswith("encoder.") for name in state_dict)
         target, unused = (self, ()) if whole else (self.encoder, ("fc.weight", "fc.bias"))  # no decoder there
         given = {name: tensor for name, tensor in state_dict.items() if name not in unused}
@@ -209,7 +206,6 @@ def encoder_weights(choice: str) -> Path | None:
 
 
 def check_tiles(tile: int, overlap: int) -> None:
-    """UserError unless `predict_roi` can cut an image into tiles of this side and overlap."""
     if tile < STRIDE or tile % STRIDE or not 0 <= overlap <= tile - STRIDE:
         raise UserError(f"--tile {tile} --overlap {overlap}: tiles would not fit together; give a tile that "
                         f"is a multiple of {STRIDE} and an overlap of at most tile - {STRIDE}")

@@ -21,8 +21,7 @@ Differs from the official code (NVlabs/SPADE):
   (nearest) to the image's. The official grid fits one size only.
 - The encoder follows the training size (officially images become 256 x 256, and the encoder of smaller crops
   fails on them, a layer short) and has z_dim outputs (officially 256 whatever z_dim is).
-- Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
-  num_batches_tracked, which the official one never advances.
+- Plain batch normalisation, not synchronised: equal on one device, but for the counter num_batches_tracked.
 - `hidden`, the width of h above, is an argument (officially 128): with a small ngf it dominates the cost.
 - PAPER: batch norm at test time is left open. Synthesised images are normalised with running averages, as
   officially, so that none depends on the others of its batch. But those averages belong to the weights of the
@@ -56,8 +55,7 @@ class SPADENorm(nn.Module):
         self.param_free_norm = layer(channels, affine=False)   # what follows is the label map's business
         # 3 x 3 twice: gamma and beta know how far the next tissue is, not only which one is here.
         self.mlp_shared = nn.Sequential(nn.Conv2d(num_classes, hidden, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
-        self.mlp_beta = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.mlp_gamma, self.mlp_beta = (nn.Conv2d(hidden, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
         """x (B, C, h, w); onehot (B, K, any, any) is resized to x -> (B, C, h, w)."""
@@ -171,8 +169,7 @@ class VAEEncoder(nn.Module):
             convolution = SpectralConv2d(in_width, out_width, 3, stride=2, padding=1, bias=False)
             self.add_module(f"layer{i}", nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
         # What is left is 4 x 4: too coarse to hold where a nest is, fine enough for how dark it is.
-        self.fc_mu = nn.Linear(widths[-1] * 16, z_dim)
-        self.fc_var = nn.Linear(widths[-1] * 16, z_dim)
+        self.fc_mu, self.fc_var = (nn.Linear(widths[-1] * 16, z_dim) for _ in range(2))
 
     def forward(self, image: torch.Tensor):
         assert image.dim() == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
@@ -187,8 +184,7 @@ class VAEEncoder(nn.Module):
 
 def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """z ~ N(mu, exp(logvar)) with gradients into mu and logvar; noise ~ N(0, I); all (B, z_dim)."""
-    assert mu.shape == logvar.shape == noise.shape, \
-        f"mu, logvar and noise must have one shape, found {[tuple(t.shape) for t in (mu, logvar, noise)]}"
+    assert mu.shape == logvar.shape == noise.shape, f"found {mu.shape}, {logvar.shape} and {noise.shape}"
     # Drawing has no gradient. Written so, the draw is in `noise`, and mu and logvar are ordinary factors.
     return mu + torch.exp(0.5 * logvar) * noise
 
