@@ -73,10 +73,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)                                                     # (B, C, h, w)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1)          # (B, 1, hw, C)
-                   for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(y).flatten(2).mT.unsqueeze(1) for layer in (self.q, self.k, self.v))  # (B, 1, hw, C)
         y = F.scaled_dot_product_attention(q, k, v)                          # softmax(q k' / sqrt(C)) v
-        return x + self.proj_out(y.squeeze(1).transpose(1, 2).reshape(x.shape))             # (B, C, h, w)
+        return x + self.proj_out(y.squeeze(1).mT.reshape(x.shape))           # (B, C, h, w)
 
 
 def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)

@@ -140,9 +140,8 @@ def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1")
 
 
 def loss_of_zero_output(kind: str = "l1") -> float:
-    """What a network that always says 0 scores on eps: E|eps| = sqrt(2 / pi), or E eps^2 = 1. A loss that
-    stays here means that nothing is learned. For v the same numbers hold as far as x0 is Gaussian and of unit
-    variance; `latent_scale` sees to the variance."""
+    """What a network that always says 0 scores on eps, E|eps| = sqrt(2 / pi) or E eps^2 = 1: it has learned
+    nothing. The same for v as far as x0 is Gaussian and of unit variance (`latent_scale` sees to that)."""
     return {"l1": math.sqrt(2 / math.pi), "l2": 1.0}[kind]              # .798, 1
 
 

@@ -147,9 +147,8 @@ def rates(confusion, classes) -> dict:
 
 
 def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_fpr: float | None):
-    """The figures of `test` at the threshold that gives `val` the baseline's false-positive rate.
-    `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its
-    threshold 0.5. "fpr" in the result is the rate on test. None where val has no background to match on."""
+    """The figures of `test` at the threshold that gives `val` the false-positive rate `baseline_val_fpr`,
+    that of the subtype-sampled baseline of the same seed on val at 0.5. None where val has no background."""
     # Threshold from val, figures from test: chosen on the pixels it is judged by, it would flatter.
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:

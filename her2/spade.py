@@ -154,7 +154,6 @@ class SPADEGenerator(nn.Module):
 
 class VAEEncoder(nn.Module):
     """image (B, 3, any, any) in [-1, 1] -> mu, logvar (B, z_dim) of q(z | image).
-
     3x3 convolutions of stride 2 with spectral and instance normalisation, down to 4x4, then two linear maps.
     `size` is the training patch: images are resized (bilinear) to the largest power of two that is neither
     above it nor above 256, so 256 at paper size (official value) and no resizing for patches of 64 or 128."""
