@@ -3,7 +3,9 @@
     z      = quant_conv(Encoder(image))              (B, D, H/f, W/f): what the diffusion model works on
     z_q    = the nearest codes of z                  (see quantizer.py)
     image' = Decoder(post_quant_conv(z_q))
-    loss   = |image - image'| + vq_loss (+ LPIPS) + adversarial term      (composed in train_ldm.py)
+    loss   = |image - image'| + lambda_edge * edge_l1 (+ LPIPS) + vq_loss + adversarial term
+
+composed in train_ldm.py, where the preset `small` alone has an edge_l1, and instead of a discriminator.
 
 Encoder and decoder are convolutional ResNets (GroupNorm, swish): between two levels the size is halved or
 doubled, and at the coarsest every place attends to every other. Source: Esser et al., Taming Transformers,
@@ -12,9 +14,10 @@ table 8. Module names are the official ones, so that official weights load witho
 
 Differs from the official code (latent-diffusion): the number of groups of a GroupNorm is an argument, so that
 small models can be built; attention is the fused kernel (at 512 px and factor 4 the official one holds 16384
-x 16384 scores per image); levels with attention are given as indices. In train_ldm.py the discriminator
-learns from the first step on and the decoder listens from `disc_start` on; officially neither happens before
-`disc_start`, so that the decoder first listens to a discriminator that knows nothing.
+x 16384 scores per image); levels with attention are given as indices. In train_ldm.py, in all presets: LPIPS,
+officially in the loss with weight 1, is off without a file at `--lpips`, and edge_l1 is an addition; the
+discriminator learns from the first step on and the decoder listens from `disc_start` on (officially neither
+happens before, so that the decoder first listens to a discriminator that knows nothing).
 
 PAPER: "the vq-f4 configuration, which compressed the input by a factor of eight" contradicts itself: vq-f4
 halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.
@@ -33,28 +36,25 @@ from her2.quantizer import Codebook
 
 # Official configurations vq-f4 and vq-f8; level 3 of vq-f8 is its "attn_resolutions: [32]" of 256 pixels.
 VQ_F4 = dict(factor=4, ch=128, ch_mult=(1, 2, 4), num_res_blocks=2, z_channels=3, num_codes=8192)
-VQ_F8 = dict(factor=8, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, num_codes=16384,
-             attention_levels=(3,))
+VQ_F8 = VQ_F4 | dict(factor=8, ch_mult=(1, 2, 2, 4), z_channels=4, num_codes=16384, attention_levels=(3,))
 # Not official. A latent cell should be about 1 um wide, many per nucleus: at the paper's .242 um per pixel
 # that is factor 4, at 1 um per pixel it is nearest to this one.
-VQ_F2 = dict(factor=2, ch=128, ch_mult=(1, 2), num_res_blocks=2, z_channels=3, num_codes=8192)
+VQ_F2 = VQ_F4 | dict(factor=2, ch_mult=(1, 2))
 
 
-def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
-    """GroupNorm of `groups` groups, or of as many as also divide the channels. eps as official."""
-    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:    # where groups do not fit, fewer that do
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)                     # eps as official
 
 
-class ResBlock(nn.Module):
-    # x + f(x): an image has to come out, so each block only learns what to change in it.
+class ResBlock(nn.Module):          # x + f(x): an image has to come out; a block learns what to change in it
     def __init__(self, in_channels: int, out_channels: int, groups: int = 32):
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        new = in_channels != out_channels                               # only then is a sum impossible
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if new else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The norm comes first, so the sum itself is never normalised: brightness passes through.
@@ -69,24 +69,19 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int = 32):
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)                # back to the axes of x
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)                                                     # (B, C, h, w)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1)          # (B, 1, hw, C)
-                   for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(y).flatten(2).mT.unsqueeze(1) for layer in (self.q, self.k, self.v))  # (B, 1, hw, C)
         y = F.scaled_dot_product_attention(q, k, v)                          # softmax(q k' / sqrt(C)) v
-        y = y.squeeze(1).transpose(1, 2).reshape(x.shape)                    # (B, C, h, w)
-        return x + self.proj_out(y)                                          # (B, C, h, w)
+        return x + self.proj_out(y.squeeze(1).mT.reshape(x.shape))           # (B, C, h, w)
 
 
 def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
     # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),        # OrderedDict: the official names
-                                     conv=nn.Conv2d(channels, channels, 3, stride=2)))
+    pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))                   # OrderedDict: the official names
 
 
 def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
@@ -98,20 +93,18 @@ def upsample(channels: int) -> nn.Sequential:                               # (B
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked, then a change of size."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int,
-                 coarser: bool = False, finer: bool = False):
+    def __init__(self, in_channels, out_channels, blocks, attention, groups, coarser=False, finer=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(in_channels if i == 0 else out_channels, out_channels, groups)
                                    for i in range(blocks))
-        self.attn = nn.ModuleList(Attention(out_channels, groups) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(Attention(out_channels, groups) if attention else nn.Identity()
+                                  for _ in range(blocks))
         self.downsample = downsample(out_channels) if coarser else nn.Identity()
         self.upsample = upsample(out_channels) if finer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)                                                     # (B, out, h, w)
-            if self.attn:
-                x = self.attn[i](x)                                          # (B, out, h, w)
+        for block, attention in zip(self.block, self.attn):
+            x = attention(block(x))                                          # (B, out, h, w)
         return self.upsample(self.downsample(x))                             # one of them, or none, changes x
 
 
@@ -167,11 +160,8 @@ class Decoder(nn.Module):
 class VQAutoencoder(nn.Module):
     """Encoder, codebook and decoder. Images are (B, 3, H, W) in [-1, 1], H and W multiples of `factor`.
 
-    ch, ch_mult       the width of level i is ch * ch_mult[i]; factor = 2 ** (levels - 1), to be checked
-    z_channels        latent channels of encoder and decoder; embed_dim: width D of a code (default: the same)
-    attention_levels  levels (0 = finest) with attention after every residual block
-    groups            of every GroupNorm; fewer where they do not divide the channels
-    """
+    Level i (0 = finest) has ch * ch_mult[i] channels; factor = 2 ** (levels - 1), to be checked. z_channels:
+    of the latent in encoder and decoder; embed_dim: width D of a code (default: the same)."""
 
     def __init__(self, factor: int = 4, ch: int = 128, ch_mult=(1, 2, 4), num_res_blocks: int = 2,
                  z_channels: int = 3, num_codes: int = 8192, attention_levels=(), beta: float = 0.25,
@@ -200,15 +190,14 @@ class VQAutoencoder(nn.Module):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """The latent before quantisation (B, D, H/f, W/f): what the diffusion model works on."""
-        height, width = image.shape[-2:]
         assert image.dim() == 4 and image.shape[1] == 3, f"image {tuple(image.shape)} should be (B, 3, H, W)"
-        assert height % self.factor == 0 and width % self.factor == 0, \
+        height, width = image.shape[2:]
+        assert height % self.factor == width % self.factor == 0, \
             f"image size {height} x {width} should be a multiple of {self.factor}"
         return self.quant_conv(self.encoder(image))                          # (B, D, h, w)
 
-    def decode_quantized(self, z_q: torch.Tensor) -> torch.Tensor:
-        """Codes (B, D, h, w) -> image (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant_conv(z_q))
+    def decode_quantized(self, z_q: torch.Tensor) -> torch.Tensor:       # image about [-1, 1], not clamped
+        return self.decoder(self.post_quant_conv(z_q))                       # (B, 3, H, W)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent (B, D, h, w) -> image: quantised first, as official; no gradient passes to the codes."""
@@ -227,28 +216,21 @@ class VQAutoencoder(nn.Module):
 
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Weights of an autoencoder of latent-diffusion: on its own (its `loss.*` networks are left out), or
-        as `first_stage_model.*` of a whole checkpoint (whose other parts are left out).
-
-        Raises ValueError that lists every missing, unexpected and misshapen tensor.
-        """
-        prefix, others = "first_stage_model.", ("loss.",)
-        if any(name.startswith(prefix) for name in state_dict):
-            others = ("model.", "model_ema.", "cond_stage_model.")
-            # Names without a dot are the buffers of the noise schedule.
-            state_dict = {name: tensor for name, tensor in state_dict.items() if "." in name}
+        as `first_stage_model.*` of a whole checkpoint (whose other parts are left out). ValueError lists
+        every missing, unexpected and misshapen tensor."""
+        prefix, others = "first_stage_model.", ("loss.", "model.", "model_ema.", "cond_stage_model.")
+        # Names without a dot are the buffers of the noise schedule.
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
-               if not name.startswith(others)}
+               if "." in name and not name.startswith(others)}
         try:
-            self.load_state_dict(own, strict=True)
+            self.load_state_dict(own)
         except RuntimeError as error:
             raise ValueError(f"not the weights of this autoencoder: {error}") from None
 
 
 def edge_l1(a, b):
-    """Mean distance of the differences between neighbours of images (B, C, H, W): ().
-
-    L1 of the pixels alone is least for a smooth guess where a membrane may be; this one asks for its edge.
-    """
+    """Mean distance of the differences between neighbours of images (B, C, H, W): ()."""
+    # L1 of the pixels alone is least for a smooth guess where a membrane may be; this one asks for its edge.
     return sum((torch.diff(a, dim=axis) - torch.diff(b, dim=axis)).abs().mean() for axis in (-2, -1))
 
 

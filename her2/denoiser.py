@@ -5,14 +5,14 @@
 
 The U-Net is that of Dhariwal and Nichol (Diffusion Models Beat GANs, NeurIPS 2021) as latent-diffusion uses
 it for semantic synthesis (models/ldm/semantic_synthesis256): three resolutions of 128 x (1, 4, 8) channels,
-two residual blocks each, the time added inside every block. Module names are the official ones. Its list of
-attention resolutions [32, 16, 8] means downsampling factors, and there are only 1, 2 and 4: attention sits in
-the middle alone. Kept as it is.
+two residual blocks each, the time added inside every block; attention in the middle alone, because its
+attention resolutions [32, 16, 8] are factors that do not occur (1, 2, 4 do). Modules have official names.
 
 Differs from the official code (latent-diffusion): LatentDenoiser owns the label code with the U-Net, so that
 the moving average covers both (officially the U-Net alone: sampling then pairs averaged weights with a label
-code they were never trained with); the scale of the latents is stored with the weights (officially measured
-on the first batch alone); no gradient checkpointing; the number of groups is an argument.
+code they were never trained with); latents are always scaled to variance 1, measured over 256 patches
+(officially where `scale_by_std` asks for it, on the first batch; semantic_synthesis256 does not: 1); no
+gradient checkpointing; the number of groups is an argument.
 
 PAPER: guidance is not mentioned. A dropped label (classifier-free guidance, Ho and Salimans 2022) is a code
 of zeros: the label conv has no bias, so only pixels without any class (IGNORE) have the same.
@@ -46,11 +46,10 @@ def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     # A number from 0 to 999 says little to a linear layer. Waves of all lengths do, as the hands of a clock:
     # fast ones tell t from t + 1, slow ones early from late.
     half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)         # (half,)
     # float32 in the official order of operations: at t = 999 one rounding (1e-7) turns an angle by 1e-4, so
     # another order, or another machine's exp, is seen in the output (1e-6), and nothing better is to be had.
-    frequencies = torch.exp(-math.log(10000.0) * steps / half)               # (half,)
-    angles = t[:, None].float() * frequencies[None]                          # (B, half)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)         # (half,)
+    angles = t[:, None].float() * torch.exp(-math.log(10000.0) * steps / half)          # (B, half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))  # (B, dim); odd: 0 at the end
 
 
@@ -62,8 +61,7 @@ class LabelCode(nn.Module):
         self.halvings = halvings
         self.channel_mapper = nn.Conv2d(num_classes, out_channels, 1, bias=False)
 
-    def forward(self, onehot: torch.Tensor) -> torch.Tensor:
-        x = onehot
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Bilinear halving averages 2 x 2 pixels: the code sees the share of every class in each latent cell.
         for _ in range(self.halvings):
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear")          # (B, K, H/2, W/2) shares in 0..1
@@ -116,13 +114,11 @@ def downsample(channels: int) -> nn.Sequential:                             # (B
 
 
 def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
-    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0),
                                      conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
-class Layers(nn.ModuleList):
-    """Layers in a row; the residual blocks among them get the time embedding."""
-
+class Layers(nn.ModuleList):                 # in a row; the residual blocks among them get the time embedding
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
@@ -130,55 +126,43 @@ class Layers(nn.ModuleList):
 
 
 class Denoiser(nn.Module):
-    """U-Net: x (B, in_channels, h, w), t (B,) -> (B, out_channels, h, w); 2 ** (levels - 1) divides h and w.
-
-    attention_factors: downsampling factors at which attention follows the residual blocks.
-    """
+    """U-Net: x (B, in_channels, h, w), t (B,) -> (B, out_channels, h, w), multiples of 2 ** (levels - 1)."""
 
     def __init__(self, in_channels: int = 6, out_channels: int = 3, model_channels: int = 128,
-                 channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8,
-                 attention_factors=(32, 16, 8), groups: int = 32):
+                 channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8, groups: int = 32):
         super().__init__()
         self.in_channels, self.model_channels, self.levels = in_channels, model_channels, len(channel_mult)
         emb_dim = 4 * model_channels                       # official
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_dim), nn.SiLU(),
                                         nn.Linear(emb_dim, emb_dim))
-
         block = partial(ResBlock, emb_dim=emb_dim, groups=groups)
-        attention = partial(Attention, num_heads=num_heads, groups=groups)
-
-        def blocks(channels, out, level):
-            return [block(channels, out), *([attention(out)] if 2 ** level in attention_factors else [])]
-
         widths = [multiple * model_channels for multiple in channel_mult]  # per level
         channels = model_channels
-        skips = [channels]                                 # widths of what the way up will concatenate
+        skips = [channels]                     # widths of what the way up will concatenate, last first
         self.input_blocks = nn.ModuleList([Layers([nn.Conv2d(in_channels, channels, 3, padding=1)])])
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.input_blocks.append(Layers(blocks(channels, width, level)))
+                self.input_blocks.append(Layers([block(channels, width)]))
                 channels = width
-                skips.append(channels)                                 # popped in reverse order on the way up
+                skips.append(channels)
             if level < self.levels - 1:
                 self.input_blocks.append(Layers([downsample(channels)]))
                 skips.append(channels)
         # At the coarsest level every place sees every other: the stain agrees across a patch.
-        middle = [block(channels, channels), attention(channels), block(channels, channels)]
-        self.middle_block = Layers(middle)
+        self.middle_block = Layers([block(width, width), Attention(width, num_heads, groups),
+                                    block(width, width)])
         self.output_blocks = nn.ModuleList()               # the way up: a block more per level, for the skips
         for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = blocks(channels + skips.pop(), width, level)
+            for _ in range(num_res_blocks + 1):
+                self.output_blocks.append(Layers([block(channels + skips.pop(), width)]))
                 channels = width
-                if level > 0 and i == num_res_blocks:
-                    layers.append(upsample(channels))           # the last block of a level, but at the finest
-                self.output_blocks.append(Layers(layers))
+            if level > 0:
+                self.output_blocks[-1].append(upsample(channels))      # after the last block of a level
         self.out = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
                                  zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        assert x.dim() == 4 and x.shape[1] == self.in_channels, \
-            f"x {tuple(x.shape)} should be (B, {self.in_channels}, h, w)"
+        assert x.shape[1] == self.in_channels, f"x {tuple(x.shape)} should be (B, {self.in_channels}, h, w)"
         assert all(size % 2 ** (self.levels - 1) == 0 for size in x.shape[2:]), \
             f"latent size {tuple(x.shape[2:])} should be a multiple of {2 ** (self.levels - 1)}"
         emb = self.time_embed(time_embedding(t, self.model_channels))        # (B, E)
@@ -193,19 +177,17 @@ class Denoiser(nn.Module):
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance: 1 is `cond`, the answer with the label; 3 goes on where the label
-    led it (clearer classes, less variety); 8 leaves the law of the data (colours saturate)."""
+    """Classifier-free guidance: 1 is `cond`, the answer with the label; 3 goes on where the label led it
+    (clearer classes, less variety); 8 leaves the law of the data (colours saturate)."""
     return uncond + guidance * (cond - uncond)
 
 
 class LatentDenoiser(nn.Module):
     """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
 
-    stages: halvings of the label map, log2 of the autoencoder's factor (named so in saved files).
-    code_channels: z_channels by default. groups: of every GroupNorm, see autoencoder.py. latent_scale (a
-    buffer, 1 / standard deviation of the latents) is NaN until `set_latent_scale`; loading weights whose
-    scale is not a positive number raises ValueError.
-    """
+    stages: halvings of the label map, log2 of the autoencoder's factor. code_channels: default z_channels.
+    The buffer latent_scale, 1 / standard deviation of the latents, is NaN until `set_latent_scale`; loading
+    weights whose scale is not a positive number raises ValueError."""
 
     def __init__(self, num_classes: int = 6, z_channels: int = 3, model_channels: int = 128,
                  channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8, stages: int = 2,
@@ -257,8 +239,7 @@ class LatentDenoiser(nn.Module):
         return self.unet(x.to(memory_format=self.memory_format), t)          # (B, D, h, w)
 
     @staticmethod
-    def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-        """`code` with the images where `dropped` (B,) is True set to the code of no label."""
+    def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:   # dropped: (B,) bool
         return code.masked_fill(dropped[:, None, None, None], 0.0)           # (B, code, h, w)
 
     def predictor(self, code: torch.Tensor, guidance: float = 1.0):
@@ -273,14 +254,12 @@ class LatentDenoiser(nn.Module):
         return predict
 
     def load_official_state_dict(self, state_dict: dict, ema: bool = True) -> None:
-        """U-Net, label conv and scale out of a latent-diffusion checkpoint; its other parts are left out.
-
-        ema: take the averaged U-Net (model_ema.*, names without dots) where there is one; the official one
-        does not cover the label conv. ValueError lists every missing, unexpected and misshapen tensor.
-        """
-        averaged = ema and any(name.startswith("model_ema.diffusion_model") for name in state_dict)
-        flat = {"model_ema.diffusion_model" + name.replace(".", ""): "unet." + name
-                for name in self.unet.state_dict()}
+        """U-Net, label conv and scale of a latent-diffusion checkpoint; its other parts are left out. ema:
+        take the averaged U-Net (model_ema.*, names without dots) where there is one; the official average
+        does not cover the label conv. ValueError lists every missing, unexpected and misshapen tensor."""
+        inside = "model_ema.diffusion_model"
+        averaged = ema and any(name.startswith(inside) for name in state_dict)
+        flat = {inside + name.replace(".", ""): "unet." + name for name in self.unet.state_dict()}
         unused = ("first_stage_model.", "model_ema.decay", "model_ema.num_updates",
                   "model." if averaged else "model_ema.")
         # Names without a dot are the tables of the schedule, and the factor of the latents.

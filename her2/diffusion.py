@@ -11,7 +11,7 @@
 with alpha_t = 1 - beta_t and alpha_bar_t the product of the alphas up to t; t counts from 0, and alpha_bar
 before the first is 1. Eq. 1 is many small steps at once, q(xt | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t):
 each shrinks what is there and adds noise; shrinking multiplies up, variances add up to 1 - alpha_bar_t.
-Eq. 3 follows in four lines from two Gaussians of x_{t-1}:
+Eq. 3 is the product of two Gaussians of x_{t-1}:
 
     seen from x0 (eq. 1)   mean sqrt(alpha_bar_{t-1}) x0, variance 1 - alpha_bar_{t-1}
     seen from xt (a step)  mean xt / sqrt(alpha_t), variance beta_t / alpha_t
@@ -38,9 +38,8 @@ import torch
 class Schedule:
     """Tables over t = 0 .. T-1 (float64) and what follows from them. Latents (B, C, h, w), t (B,) int64.
 
-    parametrisation    what the network puts out: "eps" or "v"
-    zero_terminal_snr  the last level is pure noise; needs "v", because eq. 2 divides by 0 there
-    """
+    parametrisation: what the network puts out, "eps" or "v". zero_terminal_snr: the last level is pure noise;
+    needs "v", because eq. 2 divides by 0 there."""
 
     def __init__(self, T: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0205,
                  zero_terminal_snr: bool = False, parametrisation: str = "eps"):
@@ -64,8 +63,7 @@ class Schedule:
         self.alpha_bar, self.alpha_bar_before = alpha_bar, before
         self.alpha = alpha_bar / before if zero_terminal_snr else 1 - beta  # (T,)
         self.beta = 1 - self.alpha if zero_terminal_snr else beta       # (T,)
-        # Eq. 3. Training and sampling do without it (samplers.py, eta 1, is the same law): it is here to
-        # be looked at, and for comparison with the reference only.
+        # Eq. 3, to be looked at and compared with the reference: sampling (samplers.py, eta 1) does without.
         self.posterior_variance = self.beta * (1 - before) / (1 - alpha_bar)
         self.posterior_x0 = before.sqrt() * self.beta / (1 - alpha_bar)  # weight of x0: grows towards t = 0
         self.posterior_xt = self.alpha.sqrt() * (1 - before) / (1 - alpha_bar)  # weight of xt
@@ -79,8 +77,7 @@ class Schedule:
     def at(self, table: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Entries of a table for a batch, (B, 1, 1, 1), in x's precision but no less than float32."""
         assert t.shape == x.shape[:1], f"t {tuple(t.shape)} should be ({len(x)},)"
-        values = table[t].to(torch.promote_types(x.dtype, torch.float32))    # (B,)
-        return values.view(-1, *[1] * (x.dim() - 1))                    # (B, 1, 1, 1)
+        return table[t].to(torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.dim() - 1))
 
     def roots(self, t: torch.Tensor, x: torch.Tensor):
         """sqrt(alpha_bar), sqrt(1 - alpha_bar): strengths of signal and noise at t, each (B, 1, 1, 1)."""
@@ -90,7 +87,7 @@ class Schedule:
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """Eq. 1: x0 noised to level t."""
         assert x0.shape == eps.shape, f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} differ in shape"
-        signal, noise = self.roots(t, x0)                               # (B, 1, 1, 1) each
+        signal, noise = self.roots(t, x0)
         return signal * x0 + noise * eps                                     # (B, C, h, w)
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -104,7 +101,6 @@ class Schedule:
 
     def x0_and_eps(self, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor):
         """The network's output read as (x0, eps): (eq. 2, output), or for v
-
             x0 = sqrt(alpha_bar) xt - sqrt(1 - alpha_bar) v   eps = sqrt(1 - alpha_bar) xt + sqrt(alpha_bar) v
         """
         assert output.shape == xt.shape, f"output {tuple(output.shape)} and xt {tuple(xt.shape)} differ"
@@ -117,8 +113,7 @@ class Schedule:
         # (xt, v) is (x0, eps) turned by an angle, so turning back has no division and no such growth.
         return signal * xt - noise * output, signal * output + noise * xt    # (B, C, h, w) each
 
-    def eps_from_x0(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Eq. 1 solved for eps."""
+    def eps_from_x0(self, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:     # eq. 1
         signal, noise = self.roots(t, xt)
         return (xt - signal * x0) / noise                                    # (B, C, h, w)
 
@@ -128,19 +123,16 @@ def draw_timesteps(count: int, T: int, spread: float, generator) -> torch.Tensor
 
     A short training gains from the middle, where the image is decided: half of all uniform levels are nearly
     pure noise (signal-to-noise below 0.1), and their loss is flat after a few hundred steps. It changes how
-    often a level is seen, not the minimum of its loss. Source: Esser et al., ICML 2024, section 3.1.
-    """
+    often a level is seen, not the minimum of its loss. Source: Esser et al., ICML 2024, section 3.1."""
     if not spread:
         return torch.randint(T, (count,), generator=generator)          # (count,)
     return (T * torch.sigmoid(spread * torch.randn(count, generator=generator))).long().clamp(max=T - 1)
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1") -> torch.Tensor:
-    """Mean absolute ("l1", as official) or squared ("l2") error per image: (B,) float32.
-
-    l2 is least for the mean of all that xt may come from, which is what sampling asks for; l1 for the median,
-    close to it and less moved by single large errors.
-    """
+    """Mean absolute ("l1", as official) or squared ("l2") error per image: (B,) float32. l2 is least for the
+    mean of all that xt may come from, which is what sampling asks for; l1 for the median, close to it and
+    less moved by single large errors."""
     assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
     assert output.shape == target.shape, f"output {tuple(output.shape)}, target {tuple(target.shape)}"
     error = (output.float() - target.float()).flatten(1)                     # (B, C*h*w)
@@ -148,19 +140,14 @@ def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1")
 
 
 def loss_of_zero_output(kind: str = "l1") -> float:
-    """What a network that always says 0 scores on eps: E|eps| = sqrt(2 / pi), or E eps^2 = 1.
-
-    A loss that stays here means that nothing is learned. For v the same numbers hold as far as x0 is Gaussian
-    and of unit variance; `latent_scale` sees to the variance.
-    """
+    """What a network that always says 0 scores on eps, E|eps| = sqrt(2 / pi) or E eps^2 = 1: it has learned
+    nothing. The same for v as far as x0 is Gaussian and of unit variance (`latent_scale` sees to that)."""
     return {"l1": math.sqrt(2 / math.pi), "l2": 1.0}[kind]              # .798, 1
 
 
 def quartile_sums(loss: torch.Tensor, t: torch.Tensor, T: int):
     """Losses (B,) by quarter of the noise levels: sums and counts, (4,) float64, to be added up over steps.
-
-    The quarters differ by an order of magnitude: their common mean hides which of them improves.
-    """
+    The quarters differ by an order of magnitude: their common mean hides which of them improves."""
     assert loss.shape == t.shape, f"loss {tuple(loss.shape)} and t {tuple(t.shape)} differ in shape"
     member = (t * 4 // T == torch.arange(4, device=t.device)[:, None]).double()          # (4, B)
     return (member * loss.detach().double()).sum(1), member.sum(1)

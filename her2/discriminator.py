@@ -9,12 +9,12 @@ per overlapping window ("PatchGAN", Isola et al., CVPR 2017): texture is judged,
     PatchGAN                  of the VQ autoencoder: one stack on the image alone
 
 Source: Wang et al., "pix2pixHD", CVPR 2018, section 3.2; Park et al., CVPR 2019, appendix A; Esser et al.,
-"Taming transformers", CVPR 2021, section 3.1. Parameter names are the official ones (NVlabs/SPADE, taming).
-Differs from the official code: nothing in the numbers. The instance norms hold no parameters in either.
+"Taming transformers", CVPR 2021, section 3.1. Nothing differs from the official code (NVlabs/SPADE, taming)
+in numbers or names of parameters.
 
-How much a logit sees: back from it, r pixels become r + 3 below a 4x4 convolution of stride 1 and 2 r + 2
-below one of stride 2. Both stacks end with two of stride 1, and have three of stride 2 before: 4, 7, 16, 34,
-70. On the half-size copy 70 pixels are 141 of the image.
+A logit sees 70 pixels: back from it, r pixels become r + 3 below a 4x4 convolution of stride 1 and 2 r + 2
+below one of stride 2. Both stacks have three of stride 2, then two of stride 1: 4, 7, 16, 34, 70. On the
+half-size copy 70 pixels are 141 of the image.
 
 Key: B batch, C channels, h w size of a feature map, n = ndf, K classes.
 """
@@ -30,9 +30,7 @@ SLOPE = 0.2                                                       # of every Lea
 
 class LevelDiscriminator(nn.Module):
     """num_layers convolutions (stride 2, the last one 1), then one to the logits; x -> every layer's output.
-
-    Padding is 2 for a kernel of 4, as officially, so maps grow by one pixel: 64 -> 33, 17, 9, 10, 11.
-    """
+    Padding is 2 for a kernel of 4, as officially, so maps grow by one pixel: 64 -> 33, 17, 9, 10, 11."""
 
     def __init__(self, in_channels: int, ndf: int, num_layers: int):
         super().__init__()
@@ -44,8 +42,8 @@ class LevelDiscriminator(nn.Module):
             stride = 2 if index < num_layers - 1 else 1            # the last one looks wider, not coarser
             # Spectral norm bounds how steeply D can change, and with it the gradient that G gets from D.
             convolution = SpectralConv2d(in_width, width, 4, stride, padding=2, bias=False)
-            self.add_module(f"model{index}", nn.Sequential(
-                nn.Sequential(convolution, nn.InstanceNorm2d(width)), nn.LeakyReLU(SLOPE)))
+            normalised = nn.Sequential(convolution, nn.InstanceNorm2d(width))
+            self.add_module(f"model{index}", nn.Sequential(normalised, nn.LeakyReLU(SLOPE)))
         self.add_module(f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))  # the logits
 
     def forward(self, x: torch.Tensor) -> list:
@@ -61,17 +59,14 @@ class MultiscaleDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 9, ndf: int = 64, num_layers: int = 4, num_levels: int = 2):
         super().__init__()
-        assert num_layers >= 2 and num_levels >= 1, f"found num_layers {num_layers}, num_levels {num_levels}"
         self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers, num_levels=num_levels)
-        # Two levels, because a logit sees 70 pixels of what it is given: on the image that is the texture of
-        # nuclei and membranes, on the half-size copy (141 pixels) how nuclei stand together in a nest.
+        # 70 pixels of the image are the texture of nuclei and membranes, 141 how nuclei stand in a nest.
         for level in range(num_levels):                           # own weights each: other things to look for
             self.add_module(f"discriminator_{level}", LevelDiscriminator(in_channels, ndf, num_layers))
 
     def forward(self, x: torch.Tensor) -> list:
-        assert x.dim() == 4 and x.shape[1] == self.config["in_channels"], \
-            f"x must be (B, {self.config['in_channels']}, H, W), found {tuple(x.shape)}"
-        features = []
+        channels, features = self.config["in_channels"], []
+        assert x.shape[1] == channels, f"x must be (B, {channels}, H, W), found {tuple(x.shape)}"
         for level, discriminator in enumerate(self.children()):
             if level:            # zeros around the image do not count: a dark rim would tell nothing of fakes
                 x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)  # (B, K+3, h/2, w/2)
@@ -81,26 +76,20 @@ class MultiscaleDiscriminator(nn.Module):
     load_official_state_dict = load_strict                 # NVlabs/SPADE's latest_net_D.pth: the same names
 
 
-def discriminate(discriminator: MultiscaleDiscriminator, onehot: torch.Tensor, fake: torch.Tensor,
-                 real: torch.Tensor):
-    """Features of fake and of real images under the same label maps -> (fake_features, real_features).
-
-    Both go through in one batch, fake first: D's spectral norms make one step of power iteration per forward,
-    so fake and real are judged by one D.
-    """
+def discriminate(discriminator: MultiscaleDiscriminator, onehot, fake: torch.Tensor, real: torch.Tensor):
+    """Features of fake and of real images under the same label maps -> (fake_features, real_features). Both
+    go through in one batch, fake first: D's spectral norms make one step of power iteration per forward, so
+    fake and real are judged by one D."""
     assert fake.shape == real.shape, f"fake {tuple(fake.shape)} and real {tuple(real.shape)} differ in shape"
     # With its label map beside it, a good image of the wrong tissue is a fake as well.
     x = torch.cat([torch.cat([onehot, onehot]), torch.cat([fake, real])], dim=1)      # (2B, K+3, H, W)
-    features = discriminator(x)                                         # per level, per layer (2B, C, h, w)
-    halves = [[feature.chunk(2) for feature in level] for level in features]          # (B, C, h, w) each
+    halves = [[feature.chunk(2) for feature in level] for level in discriminator(x)]  # (B, C, h, w) each
     return tuple([[pair[half] for pair in level] for level in halves] for half in (0, 1))
 
 
 class PatchGAN(nn.Module):
     """image (B, 3, H, W) -> logits (B, 1, h, w); num_layers stride-2 convolutions with batch normalisation.
-
-    Initialise with init_weights(..., kind="normal"), as pix2pix does.
-    """
+    Initialise with init_weights(..., kind="normal"), as pix2pix does."""
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, num_layers: int = 3):
         super().__init__()
@@ -116,8 +105,8 @@ class PatchGAN(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))         # one logit per window
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        assert image.dim() == 4 and image.shape[1] == self.config["in_channels"], \
-            f"image must be (B, {self.config['in_channels']}, H, W), found {tuple(image.shape)}"
+        channels = self.config["in_channels"]
+        assert image.shape[1] == channels, f"image must be (B, {channels}, H, W), found {tuple(image.shape)}"
         return self.main(image)                                                       # (B, 1, h, w)
 
     def load_official_state_dict(self, state_dict: dict) -> None:

@@ -1,6 +1,4 @@
-"""Losses of the two adversarial networks, each equation once.
-
-With D's logits on real and fake images (hinge loss; Lim & Ye 2017, used by SPADE and by the VQ autoencoder):
+"""Losses of the two adversarial networks. D's hinge loss (Lim & Ye 2017; of SPADE and of the VQ autoencoder):
 
     loss_real = mean relu(1 - logits_real)      loss_fake = mean relu(1 + logits_fake)      (discriminator)
     loss_G    = -mean logits_fake                                                           (generator)
@@ -15,13 +13,13 @@ Taming's autoencoder weighs its adversarial loss so that both losses pull equall
 with nll the reconstruction loss (its official name) and g the loss of the generator.
 
 PAPER: the HER2 paper gives no weights; 10 and 0.05 are the numbers of the official code.
-Differs from the official code in one point: NVlabs/SPADE sums the KL divergence over the batch, so that its
-weight grows with the batch. Here it is the mean, so 0.05 pulls B times less than officially at batch B; at
-the paper's batch of 16, `--lambda-kld 0.8` pulls as hard. reduction="sum" is for comparison with the
-reference only.
+Differs from the official code (NVlabs/SPADE), also in the preset `paper`: the KL divergence is a mean over
+the batch, not a sum, so that its weight does not grow with the batch: 0.05 pulls 16 times less than there at
+batch 16 (`--lambda-kld 0.8` is the official strength there; reduction="sum" is for the parity test only). The
+third official loss, 10 times that of VGG-19's features (net_perceptual.py), is off without a file at `--vgg`.
 
-"logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns: then the last entry of every level
-counts, and the levels are averaged. Everything is summed up in float32, under autocast too.
+"logits" is one map (B, 1, h, w), or what MultiscaleDiscriminator returns, of which the last entry of every
+level counts. Everything is summed up in float32, under autocast too.
 """
 
 import torch
@@ -53,11 +51,10 @@ def feature_matching(fake_features: list, real_features: list, weight: float = 1
     counts = [[len(level) for level in features] for features in (fake_features, real_features)]
     assert counts[0] == counts[1], f"fake has {counts[0]} features per scale, real {counts[1]}"
     # Where D is sure of every fake, the slope of its logits says little about how to become real. The
-    # distance to real features still does. The logits are left out: they are the other loss. `detach`: it is
-    # the fake that has to move.
+    # distance to real features still does. `detach`: it is the fake that has to move.
     distances = [F.l1_loss(fake.float(), real.detach().float())
                  for fake_level, real_level in zip(fake_features, real_features)
-                 for fake, real in zip(fake_level[:-1], real_level[:-1])]
+                 for fake, real in zip(fake_level[:-1], real_level[:-1])]       # logits are the other loss
     return weight / len(fake_features) * torch.stack(distances).sum()   # ()
 
 
@@ -72,22 +69,17 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean
 
 
 def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, loss_scale: float = 1.0):
-    """The gradients of both losses at `last_layer`, (2, *its shape).
-
-    loss_scale: the losses are multiplied by it and their gradients divided. In fp16 the gradient of a mean
-    over millions of pixels is nothing but rounding; there it is GradScaler.get_scale().
-    """
+    """The gradients of both losses at `last_layer`, (2, *its shape). loss_scale: the losses are multiplied by
+    it and their gradients divided: GradScaler.get_scale(), because in fp16 the gradient of a mean over
+    millions of pixels is nothing but rounding."""
     return torch.stack([torch.autograd.grad(loss_scale * loss, last_layer, retain_graph=True)[0].float()
                         / loss_scale for loss in (nll, g)])
 
 
-def adaptive_weight(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor,
-                    loss_scale: float = 1.0, pool=None) -> torch.Tensor:
-    """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4.
-
-    Where the scaled gradients overflow (GradScaler then skips the step and lowers itself) it is 0. pool:
-    turns the gradients of a part of the batch into those of all of it, where the rest is elsewhere.
-    """
+def adaptive_weight(nll, g, last_layer: torch.Tensor, loss_scale: float = 1.0, pool=None) -> torch.Tensor:
+    """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4, and 0
+    where the scaled gradients overflow (GradScaler then skips the step and lowers itself). pool: turns the
+    gradients of a part of the batch into those of all of it, where the rest is elsewhere."""
     # The last layer stands for all others: every path of both losses goes through it, so the ratio there is
     # about the ratio everywhere, and its gradient costs one layer's backward instead of the whole network's.
     gradients = pulls(nll, g, last_layer, loss_scale)

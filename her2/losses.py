@@ -10,14 +10,13 @@ With prob = softmax(logits), g = one-hot target, and sums over the pixels of the
     total                dice_weight * Dice + ce_weight * cross-entropy                   (paper, section 2.3)
 
 PAPER: [20] is the generalised Dice, while the authors' public code of 2024 sums soft Dice over the batch,
-without background, eps 0.01. Soft Dice is our default, generalised the alternative. The weights are not
-given: 0.5 each.
+without background, eps 0.01: our default, generalised is the alternative. No weights are given: 0.5 each.
 
-Differs from the official code (MONAI's GeneralizedDiceLoss), on purpose; tests/parity_segmentation.py has
-the official form. An absent class has weight 0 (there that of the rarest class): its 1 / V^2 is infinite, and
-whatever stands in for that is arbitrary. All w are divided by the largest, which does not change Sudre's
-ratio: left as they are, the sums shrink with the number of pixels (sum w V = sum 1 / V) while eps stays. For
-16 patches of 512 px they are about 3e-6, so eps = 1e-5 decides, and the loss is near 0 whatever is predicted.
+Differs from the official code (MONAI's GeneralizedDiceLoss; its form is in tests/parity_segmentation.py): an
+absent class has weight 0 (there that of the rarest class): its 1 / V^2 is infinite, and whatever stands in
+for that is arbitrary. All w are divided by the largest, which does not change Sudre's ratio: as they are, the
+sums shrink with the number of pixels (sum w V = sum 1 / V) while eps stays. For 16 patches of 512 px they are
+about 3e-6, so eps = 1e-5 decides, and the loss is near 0 whatever is predicted.
 
 A pixel whose target is IGNORE is in none of the sums. Everything is float32, under autocast too: a float16
 sum of ones stops at 2048, a bfloat16 one at 256, and a batch has 4 million pixels.
@@ -32,11 +31,8 @@ from her2.data_classes import IGNORE
 
 
 def class_sums(logits: torch.Tensor, target: torch.Tensor, pool=None, first: int = 0) -> tuple:
-    """I, P, V of the module's docstring, (K - first,) each, from logits (B, K, H, W) and target (B, H, W).
-
-    first: the classes before it are left out. pool: turns sums over a part of the batch into those over all
-    of it, where the rest is elsewhere.
-    """
+    """I, P, V as above, (K - first,) each, without the classes before `first`; of logits (B, K, H, W) and
+    target (B, H, W). pool: turns sums over a part of the batch into those over all of it."""
     assert logits.ndim == 4 and target.shape == (logits.shape[0], *logits.shape[2:]), \
         f"logits (B, K, H, W) and target (B, H, W), found {tuple(logits.shape)} and {tuple(target.shape)}"
     # Probabilities instead of a decision per pixel: a threshold has no gradient.
@@ -52,11 +48,10 @@ def class_sums(logits: torch.Tensor, target: torch.Tensor, pool=None, first: int
     return pool(torch.stack(sums)).unbind() if pool else tuple(sums)
 
 
-def soft_dice_loss(logits, target, include_background: bool = False, eps: float = 0.01, pool=None):
+def soft_dice_loss(logits, target, eps: float = 0.01, pool=None) -> torch.Tensor:
     """1 - mean over the classes of (2 I + eps) / (P + V + eps): ()."""
     # Without background: it is most of all pixels, always found, and would only lift the mean.
-    first = 0 if include_background else 1
-    intersection, predicted, volume = class_sums(logits, target, pool, first)     # (K - first,) each
+    intersection, predicted, volume = class_sums(logits, target, pool, first=1)   # (K - 1,) each
     # Where nothing is there and nothing is predicted, eps / eps = 1: the loss is 0, and not 0 / 0.
     scores = (2 * intersection + eps) / (predicted + volume + eps).clamp_min(1e-7)
     return 1 - scores.mean()
@@ -73,24 +68,16 @@ def generalised_dice_loss(logits, target, eps: float = 1e-5, pool=None) -> torch
     return 1 - (2 * (weight * intersection).sum() + eps) / ((weight * (predicted + volume)).sum() + eps)
 
 
-def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 0.5, ce_weight: float = 0.5,
-                       class_weight=None, label_smoothing: float = 0.0, pool=None):
-    """The training loss. Returns (loss, {"dice": tensor, "ce": tensor}): the parts detached, unweighted, for
-    the log.
-
-    logits (B, K, H, W); target (B, H, W) ids 0..K-1 or IGNORE: for the paper's network 0 background, 1 tumor.
-    `class_weight` (K,) and `label_smoothing` are those of torch's cross_entropy. Where all is ignored: 0.
-    """
+def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight=0.5, ce_weight=0.5, pool=None):
+    """The training loss: (loss, {"dice": tensor, "ce": tensor}), the parts detached, unweighted, for the log.
+    logits (B, K, H, W); target (B, H, W) ids 0..K-1 (the paper's: 0 background, 1 tumor) or IGNORE."""
     assert dice in ("soft", "generalised"), f"dice is 'soft' or 'generalised', found {dice!r}"
     dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(logits, target, pool=pool)
     # Dice alone is flat where the network is sure and wrong: softmax passes nothing there, and small tumor
     # gets lost in the first steps. Cross-entropy gives every pixel a gradient of its own, prob - target.
     target = target.long()
-    counts = target != IGNORE                                                     # (B, H, W)
-    weights = counts if class_weight is None else class_weight[target.where(counts, 0)] * counts
-    whole = weights.sum(dtype=torch.float32)                                      # ()
-    ce = F.cross_entropy(logits.float(), target, weight=class_weight, label_smoothing=label_smoothing,
-                         ignore_index=IGNORE, reduction="sum")
+    whole = (target != IGNORE).sum(dtype=torch.float32)                           # ()
+    ce = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
     # A mean over the pixels that count, of all parts together: a mean per part would weigh them unevenly.
     ce, whole = pool(torch.stack([ce, whole])) if pool else (ce, whole)
     ce = ce / whole.clamp_min(1e-7)                                               # ()
@@ -98,16 +85,11 @@ def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight: float = 
 
 
 @torch.no_grad()
-def constant_prediction_loss(target: torch.Tensor, prior=None, num_classes: int = 2, **options) -> float:
-    """The loss of a network that predicts at every pixel the same probabilities `prior` (K,): by default the
-    class frequencies of `target`, the best constant for cross-entropy.
-
-    A training loss that stays here has learned nothing from the pixels. For two classes, tumor share s:
-    cross-entropy = -s ln s - (1-s) ln(1-s), soft Dice loss = 1 - s. `options` as of `dice_cross_entropy`.
-    """
-    if prior is None:
-        seen = target[target != IGNORE].long()                                    # (pixels that count,)
-        prior = torch.bincount(seen, minlength=num_classes) / max(len(seen), 1)   # (K,)
-    prior = torch.as_tensor(prior, dtype=torch.float32, device=target.device)
+def constant_prediction_loss(target: torch.Tensor, num_classes: int = 2, **options) -> float:
+    """The loss of a network that predicts the class frequencies of `target` at every pixel, the best constant
+    for cross-entropy. A training loss that stays here has learned nothing from the pixels. For two classes,
+    tumor share s: cross-entropy = -s ln s - (1-s) ln(1-s), soft Dice loss = 1 - s. `options` as above."""
+    seen = target[target != IGNORE].long()                                        # (pixels that count,)
+    prior = torch.bincount(seen, minlength=num_classes) / max(len(seen), 1)       # (K,)
     logits = prior.clamp_min(1e-7).log().view(1, -1, 1, 1).expand(target.shape[0], -1, *target.shape[1:])
     return float(dice_cross_entropy(logits, target, **options)[0])

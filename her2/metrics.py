@@ -8,20 +8,21 @@ The bins are bounded by THRESHOLDS, so for each threshold t of that grid the con
 
     confusion[k] = (pixels of k with prob < t, pixels of k with prob >= t)      (K, 2), predicted no | tumor
 
-and TP, FN (tumor rows), FP, TN (other rows) are its sums. Ratios are formed once, at the end, from the pooled
-counts:
+and TP, FN (tumor rows), FP, TN (other rows) are its sums. Ratios are formed at the end, of pooled counts:
 
     dice = 2 TP / (2 TP + FP + FN)      precision = TP / (TP + FP)      fpr = FP / (FP + TN)
     recall[k] = confusion[k, 1] / confusion[k].sum()       subtype_variance = var(recall[k], k in HER2 rows)
 
 Tables of disjoint sets of pixels add up, so the metric of a union is the metric of the sum, and a mean over
-images of different content never appears. Source: paper, section 2.4; Fig. 6 is `confusion` with each row
-divided by its sum.
+images of different content never appears. Source: paper, section 2.4; Fig. 6 is `confusion`, rows divided by
+their sums.
 
 PAPER: which recalls enter the variance, and whether it is divided by n or n - 1, is not said. Here: the
 classes with `variance` set (the four HER2 scores, LCIS/DCIS left out), divided by n, from one matrix over the
 whole split, as in the authors' public code of 2024. PAPER: variance falls when the operating point shifts
-towards more tumor; `matched` compares two networks at one false-positive rate.
+towards more tumor; hence two networks are compared at one false-positive rate. There are two such points:
+`matched` (results.json, the report) finds the threshold on val, as one would in use, and the rate on test is
+then only near; the "matched" of report_statistics.py (the study's tests) finds it on the test split itself.
 
 What does not exist is None ("n/a"), neither 0 nor NaN: the recall of an absent class, the precision of an
 empty prediction, the variance of fewer than two recalls. Only the Dice of nothing by nothing is 1.
@@ -45,20 +46,18 @@ class ProbabilityHistogram:
     """counts (K, BINS) int64. `classes`: a ClassTable (anything with names, tumor_ids, variance_ids, len)."""
 
     def __init__(self, classes, counts=None):
-        self.classes = classes
-        self.counts = np.zeros((len(classes), BINS), dtype=np.int64) if counts is None else np.array(counts)
-        right = self.counts.shape == (len(classes), BINS) and self.counts.dtype == np.int64
-        if not right or (self.counts < 0).any():
-            raise ValueError(f"counts are ({len(classes)}, {BINS}) integers, not negative; "
+        shape = len(classes), BINS
+        self.classes, self.counts = classes, np.array(np.zeros(shape, np.int64) if counts is None else counts)
+        if self.counts.shape != shape or self.counts.dtype != np.int64 or (self.counts < 0).any():
+            raise ValueError(f"counts are {shape} integers, not negative; "
                              f"found {self.counts.shape} of {self.counts.dtype}")
 
     def add(self, prob, label) -> "ProbabilityHistogram":
         """Count pixels: tumor probability and true class id (0..K-1, or IGNORE: not counted), equal shapes,
         array or CPU tensor."""
-        prob, label = np.asarray(prob), np.asarray(label)
         if prob.shape != label.shape:
-            raise ValueError(f"prob has shape {prob.shape}, label {label.shape}")
-        prob, label = prob.reshape(-1), label.reshape(-1)               # (pixels,) each
+            raise ValueError(f"prob has shape {tuple(prob.shape)}, label {tuple(label.shape)}")
+        prob, label = np.asarray(prob).reshape(-1), np.asarray(label).reshape(-1)           # (pixels,) each
         for start in range(0, prob.size, 1 << 20):  # in pieces: the float64 copies stay small
             p, k = prob[start:start + (1 << 20)], label[start:start + (1 << 20)].astype(np.int64)
             p, k = p[k != IGNORE], k[k != IGNORE]                       # nobody knows what they are
@@ -71,9 +70,8 @@ class ProbabilityHistogram:
         return self
 
     def __add__(self, other) -> "ProbabilityHistogram":
-        if isinstance(other, int):                         # sum() starts with 0
-            return self
-        return ProbabilityHistogram(self.classes, self.counts + other.counts)
+        counts = other.counts if isinstance(other, ProbabilityHistogram) else other     # sum() starts with 0
+        return ProbabilityHistogram(self.classes, self.counts + counts)
 
     __radd__ = __add__
 
@@ -96,11 +94,11 @@ class ProbabilityHistogram:
         # Variance alone misleads. Say one network finds .2 .4 .6 .9 of 0, 1+, 2+, 3+ at threshold .9
         # (variance .067), .5 .7 .9 1 at .5 (.037) and .9 1 1 1 at .1 (.002): the last calls half the stroma
         # tumor, and looks best. So it is read beside fpr, or at one fpr (`matched`).
-        confusion, names = self.confusion(threshold), self.classes.names
-        found = {key: float(value) for key, value in rates(confusion, self.classes).items()}
-        found = {key: None if np.isnan(value) else value for key, value in found.items()}
-        return {"dice": found["dice"], "recall": {names[k]: found[f"recall {names[k]}"]
-                                                  for k in self.classes.tumor_ids},
+        confusion = self.confusion(threshold)
+        found = {key: None if np.isnan(value) else float(value)
+                 for key, value in rates(confusion, self.classes).items()}
+        names = [self.classes.names[k] for k in self.classes.tumor_ids]
+        return {"dice": found["dice"], "recall": {name: found[f"recall {name}"] for name in names},
                 "subtype_variance": found["variance"], "precision": found["precision"], "fpr": found["fpr"],
                 "confusion": confusion.tolist()}
 
@@ -115,9 +113,8 @@ class ProbabilityHistogram:
     def threshold_at_fpr(self, target_fpr: float) -> float | None:
         """The threshold whose false-positive rate is nearest to `target_fpr`; None without background."""
         background = np.delete(self.counts, self.classes.tumor_ids, axis=0).sum(0)        # (BINS,)
-        if not background.sum():
-            return None
-        return least(np.abs(at_or_over(background) / background.sum() - target_fpr))
+        whole = background.sum()
+        return least(np.abs(at_or_over(background) / whole - target_fpr)) if whole else None
 
 
 def at_or_over(counts) -> np.ndarray:
@@ -150,13 +147,12 @@ def rates(confusion, classes) -> dict:
 
 
 def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_fpr: float | None):
-    """The figures of `test` at the threshold that gives `val` the baseline's false-positive rate.
-    `baseline_val_fpr` is val.report()["fpr"] of the subtype-sampled baseline of the same seed, at its
-    threshold 0.5. "fpr" in the result is the rate on test. None where val has no background to match on."""
+    """The figures of `test` at the threshold that gives `val` the false-positive rate `baseline_val_fpr`,
+    that of the subtype-sampled baseline of the same seed on val at 0.5. None where val has no background."""
     # Threshold from val, figures from test: chosen on the pixels it is judged by, it would flatter.
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:
         return None
-    figures = test.report(threshold)                             # the same network, moved along its own curve
-    return {**{key: figures[key] for key in ("fpr", "dice", "recall", "subtype_variance")},
-            "threshold": threshold, "precision": figures["precision"]}
+    figures = test.report(threshold) | {"threshold": threshold}  # the same network, moved along its own curve
+    return {key: figures[key]
+            for key in ("fpr", "dice", "recall", "subtype_variance", "threshold", "precision")}

@@ -1,13 +1,10 @@
 """What several networks share: spectral normalisation, weight initialisation, strict loading of weights.
 
 Spectral normalisation (Miyato et al., ICLR 2018, algorithm 1) divides a weight matrix W by its largest
-singular value sigma, so that the layer cannot stretch any input by more than 1. sigma is tracked by one
-step of power iteration per training forward:
+singular value sigma, so that the layer cannot stretch any input by more than 1. One step of power iteration
+per training forward tracks sigma; no gradient flows through u and v, and eval mode uses them as they are:
 
     v = W^T u / |W^T u|        u = W v / |W v|        sigma = u . (W v)        weight = W / sigma
-
-No gradient flows through u and v. In eval mode the stored u and v are used as they are. The tensors carry
-the official names (weight_orig, weight_u, weight_v), so that official files load without a table.
 
 Differs from the official code (NVlabs/SPADE, which uses torch's hook): written out as a layer; products are
 taken element by element and then summed, because autocast would turn a matrix product into half precision;
@@ -28,14 +25,12 @@ from torch import nn
 class SpectralConv2d(nn.Module):
     """A convolution whose weight is divided by its largest singular value; arguments as nn.Conv2d."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int = 0,
-                 bias: bool = True):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride=1, padding=0, bias=True):
         super().__init__()
         self.stride, self.padding = stride, padding
-        weight = torch.empty(out_channels, in_channels, kernel, kernel)
-        nn.init.kaiming_uniform_(weight, a=5 ** 0.5)                   # torch's default for convolutions
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels)) if bias else None)
-        self.weight_orig = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.weight_orig = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        nn.init.kaiming_uniform_(self.weight_orig, a=5 ** 0.5)         # torch's default for convolutions
         self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(in_channels * kernel * kernel), dim=0))
 
@@ -60,14 +55,11 @@ class SpectralConv2d(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.02,
-                 kind: str = "xavier") -> None:
-    """Draw every weight of `module` anew from `generator` (a CPU generator); biases become 0.
+def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.02, kind="xavier") -> None:
+    """Draw every weight of `module` anew from `generator` (CPU); biases become 0, affine norms N(1, gain).
 
     "xavier": normal with variance gain^2 * 2 / (fan_in + fan_out): SPADE's default for G, D and E, gain 0.02.
-    "normal": normal with standard deviation `gain`: the PatchGAN of the VQ autoencoder, as in pix2pix.
-    Weights of affine norms become N(1, gain). Running statistics are left alone.
-    """
+    "normal": normal with standard deviation `gain`: the PatchGAN of the VQ autoencoder, as in pix2pix."""
     assert kind in ("xavier", "normal"), f"kind is 'xavier' or 'normal', found {kind!r}"
     for layer in module.modules():
         spectral = isinstance(layer, SpectralConv2d)
@@ -88,7 +80,7 @@ def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.
 
 def power_iterations(on: bool, *modules: nn.Module) -> None:
     """Let training forwards of the spectral norms in `modules` turn u and v, or not: once per step is due."""
-    for layer in (layer for module in modules for layer in module.modules()):
+    for layer in nn.ModuleList(modules).modules():
         if isinstance(layer, SpectralConv2d):
             layer.train(on)
 
@@ -120,13 +112,9 @@ def frozen(module: nn.Module):
 def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:
     """Copy `state_dict` into `module`: every tensor of the module, no other, each with its exact shape.
 
-    `rename` is a sequence of (regular expression, replacement) pairs that are applied in order to every
-    name of `state_dict`, to turn official names into ours.
-    Raises ValueError that lists all missing, unexpected and misshapen tensors; nothing is copied then.
-    A module on the meta device has no memory to copy into: it takes over the given tensors themselves.
-    """
-    own = module.state_dict()
-    given, clashes = {}, []
+    rename: (regular expression, replacement) pairs, applied in order, that turn official names into ours.
+    ValueError lists all missing, unexpected and misshapen tensors; nothing is copied then."""
+    own, given, clashes = module.state_dict(), {}, []
     for name, tensor in state_dict.items():
         for pattern, replacement in rename:
             name = re.sub(pattern, replacement, name)
@@ -142,4 +130,5 @@ def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:
     problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in wrong.items() if names]
     if problems:
         raise ValueError(f"weights do not fit {type(module).__name__}: " + "; ".join(problems))
+    # On the meta device there is no memory to copy into: such a module takes over the tensors themselves.
     module.load_state_dict(given, assign=any(tensor.is_meta for tensor in own.values()))

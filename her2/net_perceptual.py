@@ -8,14 +8,14 @@
                 Its file: a checkpoint of a CompVis autoencoder that holds loss.perceptual_loss.*, or
                 torchvision's vgg16 (vgg16-397923af.pth) with the linear maps of LPIPS 0.1 (vgg.pth)
 
-Neither network is trained here and neither is worth anything without its weights, so both are off unless
-the user gives a file. Until it is loaded a network lives on torch's meta device, without memory.
+Neither is trained here nor worth anything without its weights, so both are off unless the user gives a file.
+Until it is loaded a network lives on torch's meta device, without memory.
 
 Source: Park et al., CVPR 2019, appendix A (from Wang et al., pix2pixHD, CVPR 2018); Zhang et al., "The
 unreasonable effectiveness of deep features as a perceptual metric", CVPR 2018, eq. 1.
-Differs from the official code: nothing in the numbers. VGG19Loss takes images in [-1, 1] as they are,
-without ImageNet's mean and standard deviation, as the official one does (the factor 10 was tuned with that).
-Both stay in eval mode whatever .train() says; the official LPIPS has dropout that a stray .train() turns on.
+Differs from the official code: nothing in the numbers. VGG19Loss takes images in [-1, 1] as they are, as
+officially, without ImageNet's mean and deviation (the factor 10 was tuned with that). Both stay in eval mode
+whatever .train() says; the official LPIPS has dropout that a stray .train() turns on.
 
 Key: B batch, C channels, h w size of a feature map.
 """
@@ -56,7 +56,6 @@ class FrozenVGG(nn.Module):
 
     def activations(self, x: torch.Tensor) -> list:
         """The five features of x (B, 3, H, W), each (B, C, h, w)."""
-        assert x.dim() == 4 and x.shape[1] == 3, f"images must be (B, 3, H, W), found {tuple(x.shape)}"
         assert not self.features[0].weight.is_meta, f"{type(self).__name__} has no weights: load them first"
         found = []
         for index, layer in enumerate(self.features):
@@ -66,10 +65,7 @@ class FrozenVGG(nn.Module):
         return found
 
     def load_official_state_dict(self, state_dict: dict, rename=()) -> None:
-        """Weights up to the last tap; classifier and deeper layers of a whole VGG file are left out.
-
-        ValueError lists what does not fit.
-        """
+        """Weights up to the last tap; classifier and deeper layers of a whole VGG file are left out."""
         def used(name):
             number = re.match(r"features\.(\d+)\.", name)
             return not name.startswith("classifier.") and (not number or int(number[1]) <= self.taps[-1])
@@ -97,9 +93,8 @@ class LPIPS(FrozenVGG):
 
     def __init__(self):
         super().__init__(VGG16, VGG16_TAPS)
-        widths = (64, 128, 256, 512, 512)
-        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False, device="meta") for width in widths)
-        self.requires_grad_(False)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False, device="meta")
+                                   for width in (64, 128, 256, 512, 512)).requires_grad_(False)
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         assert a.shape == b.shape, f"images {tuple(a.shape)} and {tuple(b.shape)} differ in shape"
@@ -113,9 +108,8 @@ class LPIPS(FrozenVGG):
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Weights of one file, or of two as {**vgg16, **linear}."""
         inside = "perceptual_loss."
-        if any(inside in name for name in state_dict):
-            state_dict = {name.split(inside)[1]: state_dict[name] for name in state_dict if inside in name}
+        state_dict = {k.split(inside)[1]: v for k, v in state_dict.items() if inside in k} or state_dict
         doubles = ("scaling_layer.", "lins.")       # the two constants above, and other names of lin0 to lin4
-        super().load_official_state_dict(
-            {name: state_dict[name] for name in state_dict if not name.startswith(doubles)},
-            rename=[(r"^net\.slice\d\.(\d+)\.", r"features.\1."), (r"^lin(\d)\.model\.1\.", r"heads.\1.")])
+        given = {name: state_dict[name] for name in state_dict if not name.startswith(doubles)}
+        super().load_official_state_dict(given, rename=[(r"^net\.slice\d\.(\d+)\.", r"features.\1."),
+                                                        (r"^lin(\d)\.model\.1\.", r"heads.\1.")])

@@ -10,8 +10,7 @@ its codes. Source: van den Oord et al., Neural Discrete Representation Learning,
 Differs from the official code (taming-transformers, VectorQuantizer2, as latent-diffusion calls it):
 - the official default puts beta = 0.25 on the first term, the codebook's ("legacy"). The codes learn from
   that term alone and Adam divides a gradient by its own size, so they move as before; but the commitment of
-  the encoder weighs 1 instead of 0.25 against L1. Here beta is on the commitment; `legacy=True`, for
-  comparison with the reference only, reproduces it.
+  the encoder weighs 1 instead of 0.25 against L1. Here beta is on the commitment, but with `legacy=True`.
 - distances are computed in chunks (16 images of 512 px at factor 4 and K = 8192 make an 8 GiB matrix) and in
   float32 also under autocast (bfloat16 mistakes neighbouring codes for each other).
 - codes that stay unused are restarted at latents of the data, as in Jukebox (Dhariwal et al. 2020, app. A.1).
@@ -27,11 +26,8 @@ CHUNK = 2 ** 24                     # distances held at once: 64 MiB of float32
 
 
 def vq_loss(z: torch.Tensor, e: torch.Tensor, beta: float = 0.25, legacy: bool = False) -> torch.Tensor:
-    """Codebook plus commitment term, a float32 scalar. z latents, e their codes, any equal shape.
-
-    `e` must be the looked-up codes themselves, not the straight-through z_q: through that one, the
-    codebook would get no gradient at all. The value does not depend on `legacy`, the gradients do.
-    """
+    """Codebook plus commitment term, a float32 scalar. z latents, e their codes as looked up, one shape:
+    through the straight-through z_q the codebook would get no gradient. `legacy` changes gradients alone."""
     assert z.shape == e.shape, f"z {tuple(z.shape)} and e {tuple(e.shape)} differ in shape"
     z, e = z.float(), e.float()                                                      # half precision ends
     # One distance, two gradients: left the codes move to the latents, right the latents to their codes.
@@ -45,7 +41,6 @@ class Codebook(nn.Module):
     def __init__(self, num_codes: int, dim: int, beta: float = 0.25):
         super().__init__()
         self.beta = beta
-        assert num_codes >= 1 and dim >= 1, f"a codebook needs codes, found {num_codes} of width {dim}"
         self.embedding = nn.Embedding(num_codes, dim)                   # (K, D)
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)       # official; all near 0
 
@@ -56,10 +51,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Index of the nearest code of every latent vector; the lowest index wins a tie."""
-        assert z.dim() == 4 and z.shape[1] == self.weight.shape[1], \
-            f"z {tuple(z.shape)} should be (B, {self.weight.shape[1]}, h, w)"
+        codes = self.weight.float()                                                  # (K, D)
+        assert z.shape[1] == codes.shape[1], f"z {tuple(z.shape)} should be (B, {codes.shape[1]}, h, w)"
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):          # see above
-            codes = self.weight.float()                                              # (K, D)
             rows = z.permute(0, 2, 3, 1).reshape(-1, codes.shape[1]).float()         # (N, D)
             squares = (codes ** 2).sum(1)                                            # (K,)
             # |z - e|^2 without |z|^2, which is the same for all codes and only costs precision.
@@ -67,8 +61,7 @@ class Codebook(nn.Module):
                        for chunk in rows.split(max(1, CHUNK // len(codes)))]
         return torch.cat(nearest).view(z.shape[0], *z.shape[2:])                     # (B, h, w)
 
-    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
-        """Codes of the indices (B, h, w), as latents."""
+    def lookup(self, indices: torch.Tensor) -> torch.Tensor:           # (B, h, w) -> their codes, as latents
         return self.embedding(indices).permute(0, 3, 1, 2)                           # (B, D, h, w)
 
     def forward(self, z: torch.Tensor, legacy: bool = False):
@@ -89,11 +82,9 @@ def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
 
 
 class CodeUsage:
-    """How often each code was used over `window` steps (one batch says little), and the restarts for it.
-
-    The first look is after a fifth of a window: all codes begin near 0, and few are nearest to any latent.
-    After step `last` no code is moved. used: codes in use in the last whole window, None before.
-    """
+    """How often each code was used over `window` steps (one batch says little), and the restarts for it. The
+    first look is after a fifth of a window: all codes begin near 0, and few are nearest to any latent. After
+    step `last` no code is moved. used: codes in use in the last whole window, None before."""
 
     def __init__(self, num_codes: int, window: int, last: int, device=None):
         self.counts = torch.zeros(num_codes, dtype=torch.long, device=device)                # (K,)
@@ -105,7 +96,7 @@ class CodeUsage:
         whole, first = step % self.window == 0, step == self.window // 5
         if whole:
             self.used = int((self.counts > 0).sum())
-        if first or (whole and step <= self.last):                 # later ones would disturb what has settled
+        if (first or whole) and step <= self.last:                 # later ones would disturb what has settled
             restart_dead_codes(codebook, self.counts, z, generator, optimizer)
         if first or whole:
             self.counts.zero_()                                         # a new window
@@ -119,16 +110,12 @@ class CodeUsage:
 
 
 @torch.no_grad()
-def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z_sample: torch.Tensor,
-                       generator: torch.Generator, optimizer=None) -> int:
-    """Move every code whose `usage` (K,) is 0 to a randomly drawn latent of the data; returns how many.
-
-    z_sample: latents (B, D, h, w), or vectors (N, D). `generator` is a CPU generator: the same restart on
-    every device. Adam's moments of the moved rows in `optimizer` are cleared: they belong to the old place.
-    """
+def restart_dead_codes(codebook: Codebook, usage: torch.Tensor, z, generator, optimizer=None) -> int:
+    """Move every code whose `usage` (K,) is 0 to a randomly drawn latent of z (B, D, h, w) or (N, D); returns
+    how many. `generator` is a CPU generator: the same restart on every device. Adam's moments of the moved
+    rows in `optimizer` are cleared: they belong to the old place."""
     weight = codebook.weight
-    assert usage.shape == weight.shape[:1], f"usage {tuple(usage.shape)} should be ({len(weight)},)"
-    vectors = z_sample.movedim(1, -1).reshape(-1, weight.shape[1])                   # (N, D)
+    vectors = z.movedim(1, -1).reshape(-1, weight.shape[1])                          # (N, D)
     # A code that is never the nearest gets no gradient, so it stays where it is, for ever.
     dead = (usage.to(weight.device) == 0).nonzero().flatten()                        # (dead codes,)
     # Without replacement where the sample is large enough: two codes at one place would stay one code.

@@ -14,14 +14,11 @@ is then the variance of the posterior (diffusion.py, eq. 3); with S < T it is th
 visited levels alone. Source: Song et al., Denoising Diffusion Implicit Models, ICLR 2021, eq. 12 and 16.
 
 DPM-Solver++(2M). With eta 0 the step follows an ordinary differential equation, and holds the guess x0 fixed
-on the way, as Euler's method would. But the guess drifts, nearly in a straight line over
+on the way, as Euler's method would. But the guess drifts, nearly in a straight line over lambda, half the log
+of the signal-to-noise ratio. So this sampler continues the line through the last two guesses to the middle of
+the step (h = the step in lambda, h_before the one before it), and takes the deterministic step from there:
 
-    lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))             half the log of the signal-to-noise ratio
-
-so this sampler continues the line through the last two guesses to the middle of the step (h = the step in
-lambda, h_before the one before it), and takes the deterministic step with the result:
-
-    x0 <- x0 + h / (2 h_before) (x0 - x0_before)
+    lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))        x0 <- x0 + h / (2 h_before) (x0 - x0_before)
 
 Twice as many steps then divide the error by 4, not by 2. Where there is no line (first step; lambda infinite:
 the step from pure noise, the last one to x0) the guess is taken as it is. Source: Lu et al., DPM-Solver++,
@@ -30,12 +27,11 @@ the step from pure noise, the last one to x0) the guess is taken as it is. Sourc
 Timesteps. "trailing" (ours): exactly S steps for every S <= T, from T-1 down; the last step ends at x0
 (after = 1). Lin et al., WACV 2024, section 3.3. "leading" is latent-diffusion's "uniform": every (T // S)-th
 level plus one. It rarely visits T-1, makes other numbers of steps when S does not divide T (7 -> 8), and for
-some S asks for level T: an IndexError there, a ValueError here. "quadratic" is its "quad".
+some S asks for level T: an IndexError there, a ValueError here. "log-snr": see `log_snr_timesteps`.
 
 Inpainting. The known latent is put back before every step and, clean, after the last: Lugmayr et al.,
 RePaint, CVPR 2022, algorithm 1 without resampling. Officially the last one is missing (DDIMSampler), or the
-replacement comes after the step at the step's own level, so that noise of t = 0 remains (p_sample_loop). The
-arguments `final_alpha_bar`, `blend` and `clip_x0` of `trajectory` repeat the official samplers.
+replacement comes after the step at the step's own level, so that noise of t = 0 remains (p_sample_loop).
 
 PAPER: neither sampler nor number of steps is given. Default: 50 steps with eta 1; eta 0 gave washed-out
 images from models that were trained briefly.
@@ -48,8 +44,10 @@ import torch
 from her2.run_seeds import generator
 
 SAMPLERS = ("ddim", "ddpm", "dpm")
-# On a mixture of three Gaussians 12 steps have 0.74 of the error that they have with 1e-4, and what the jump
-# over the levels below loses for good, 0.0018, is less than the error of DDIM in 1000 steps, 0.0022.
+# Below this alpha_bar (signal 1/20 of the noise) lambda falls far, without end for a terminal signal-to-noise
+# ratio of 0, while the guess hardly moves from the mean of the data: log-snr jumps over it in one step. On a
+# mixture of three Gaussians 12 steps then have 0.74 of the error that they have with 1e-4, and what the jump
+# loses for good, 0.0018, is less than the error of DDIM in 1000 steps, 0.0022.
 LOWEST = 0.0025
 
 
@@ -61,10 +59,7 @@ def ddim_timesteps(T: int, S: int, spacing: str = "trailing") -> list:
         return [(2 * T * k + S) // (2 * S) - 1 for k in range(1, S + 1)]         # round(T k / S) - 1
     if spacing == "leading":
         return [t + 1 for t in range(0, T, T // S)]       # official, for comparison: S may come out otherwise
-    if spacing == "quadratic":
-        roots = torch.linspace(0, (T * 0.8) ** 0.5, S, dtype=torch.float64)      # official too
-        return [int(root ** 2) + 1 for root in roots]
-    raise ValueError(f"spacing is 'trailing', 'leading', 'quadratic' or 'log-snr', found {spacing!r}")
+    raise ValueError(f"spacing is 'trailing', 'leading' or 'log-snr', found {spacing!r}")
 
 
 def half_log_snr(schedule) -> torch.Tensor:
@@ -80,8 +75,6 @@ def log_snr_timesteps(schedule, S: int) -> list:
         raise ValueError(f"the number of steps should be 1 to {T}, found {S}")
     if S == 1:
         return [T - 1]                                                  # from pure noise at once
-    # Below LOWEST lambda falls far (with a terminal signal-to-noise ratio of 0 without end) while the guess
-    # hardly moves: one step is enough.
     seen = max(1, int((schedule.alpha_bar >= LOWEST).sum()))            # levels 0 .. seen - 1
     jump = [T - 1] if seen < T else []
     wanted = torch.linspace(float(levels[0]), float(levels[seen - 1]), S - len(jump), dtype=torch.float64)
@@ -113,8 +106,7 @@ def extrapolation(schedule, timesteps) -> torch.Tensor:
 def image_noise(seeds, shape, device="cpu"):
     """-> noise(purpose, i), standard normal (B, *shape): one independent stream per image seed (int or str),
     so that an image does not depend on the batch it is made in (after Karras et al., EDM, 2022)."""
-    def noise(purpose: str, i: int) -> torch.Tensor:
-        # Drawn on the CPU, so that every device gets the same numbers.
+    def noise(purpose: str, i: int) -> torch.Tensor:     # from the CPU: every device gets the same numbers
         images = [torch.randn(shape, generator=generator(seed, purpose, i)) for seed in seeds]
         return torch.stack(images).to(device)                           # (B, *shape)
 
@@ -122,17 +114,13 @@ def image_noise(seeds, shape, device="cpu"):
 
 
 def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None, repaint=None,
-               final_alpha_bar: float = 1.0, blend: str = "before", clip_x0: bool = False,
-               multistep: bool = False):
+               final_alpha_bar: float = 1.0, blend: str = "before", multistep: bool = False):
     """Yields (xt, x0) after every step: the new latent and the guess that led to it, (B, C, h, w) each.
     predict(xt, t) -> the network's output, t (B,). noise(purpose, i) with purpose "start" (i = 0), "step" and
     "known" (i = number of the step). timesteps ascending. multistep: DPM-Solver++(2M), with eta 0. Official
-    samplers: final_alpha_bar = schedule.alpha_bar[0]; blend "after" the step, at its level; clip_x0 to [-1,
-    1] (for images, not for latents)."""
-    if blend not in ("before", "after"):
-        raise ValueError(f"blend is 'before' or 'after', found {blend!r}")
-    if multistep and eta:
-        raise ValueError(f"DPM-Solver++(2M) adds no noise: eta is 0, found {eta}")
+    samplers: final_alpha_bar = schedule.alpha_bar[0]; blend "after" the step, at its level."""
+    assert blend in ("before", "after"), f"blend is 'before' or 'after', found {blend!r}"
+    assert not (multistep and eta), f"DPM-Solver++(2M) adds no noise: eta is 0, found {eta}"
     xt = noise("start", 0)                                                   # (B, C, h, w)
     if known is not None:
         assert known.shape == xt.shape, f"known {tuple(known.shape)} should be {tuple(xt.shape)}"
@@ -153,9 +141,6 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
         if known is not None and blend == "before":
             xt = keep_known(xt, t, i)
         x0, eps = schedule.x0_and_eps(predict(xt, t), xt, t)            # (B, C, h, w) each
-        if clip_x0:                                         # images end at -1 and 1; latents do not
-            x0 = x0.clamp(-1, 1)
-            eps = schedule.eps_from_x0(x0, xt, t)                       # so that x0 and eps still make xt
         if multistep:
             guess, guess_before = x0, guess                 # the line goes through unextended guesses
             if middle[k] > 0:
@@ -172,22 +157,18 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
 @torch.no_grad()
 def sample(predict, schedule, noise, steps: int = 50, eta: float = 1.0, sampler: str = "ddim",
            spacing: str = "auto", known=None, repaint=None) -> torch.Tensor:
-    """A batch of latents x0 (B, C, h, w) from noise.
-
-    predict    function(xt (B, C, h, w), t (B,)) -> output, as `schedule.parametrisation` says
-    noise      function(purpose, i) -> (B, C, h, w), see image_noise
-    sampler    "ddim" with `steps` and `eta`; "ddpm", ancestral sampling in all T steps; or "dpm", which is
-               DPM-Solver++(2M) with `steps`, without fresh noise
-    spacing    of the timesteps; "auto" is "log-snr" for "dpm" and "trailing" for the others
-    known      clean latent (B, C, h, w) to keep where `repaint` (B, 1, h, w) bool is False"""
+    """A batch of latents x0 (B, C, h, w) from noise (see image_noise). predict(xt (B, C, h, w), t (B,)) ->
+    output, as `schedule.parametrisation` says. sampler: "ddim" with `steps` and `eta`; "ddpm", ancestral
+    sampling in all T steps; or "dpm", DPM-Solver++(2M) with `steps`, without fresh noise. spacing: of the
+    timesteps; "auto" is "log-snr" for "dpm" and "trailing" for the others. known: clean latent (B, C, h, w)
+    to keep where `repaint` (B, 1, h, w) bool is False."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is one of {', '.join(SAMPLERS)}, found {sampler!r}")
-    if (known is None) != (repaint is None):
-        raise ValueError("known and repaint are given together or not at all")  # an image needs its region
+    assert (known is None) == (repaint is None), "known and repaint are given together or not at all"
     eta = {"ddim": eta, "ddpm": 1.0, "dpm": 0.0}[sampler]               # fresh noise: some, all, none
     timesteps = spaced_timesteps(schedule, steps, sampler, spacing)
-    for xt, _ in trajectory(predict, schedule, noise, timesteps, eta, known, repaint,
-                            multistep=sampler == "dpm"):
+    walk = trajectory(predict, schedule, noise, timesteps, eta, known, repaint, multistep=sampler == "dpm")
+    for xt, _ in walk:
         pass
     # What is known needs no guess: clean, and not as the last step left it.
     return xt if known is None else torch.where(repaint, xt, known)

@@ -1,17 +1,15 @@
 """The segmentation network: a U-Net whose contracting half is a ResNet-34, and inference on whole ROIs.
 
 A ResNet-34 without its classifier halves the image five times and keeps the feature map of every level. The
-decoder goes back up: double the resolution (nearest), append the encoder's map of that level (the skip), two
-3x3 convolutions. The last doubling reaches the image's own resolution, where the encoder has no map. A 3x3
-convolution gives two logits per pixel, background and tumor:
+decoder goes back up: double the resolution (nearest), append the encoder's map of that level (the skip; none
+at the image's own resolution), two 3x3 convolutions. One more gives the logits of background and tumor:
 
     features  f_0 = x, f_1 (1/2, w), f_2 (1/4, w), f_3 (1/8, 2w), f_4 (1/16, 4w), f_5 (1/32, 8w)     w = width
     y_0 = f_5        y_i = block_i(concat(up2(y_{i-1}), f_{5-i})), i = 1..4        y_5 = block_5(up2(y_4))
     logits = conv3x3(y_5)
 
-Source: paper, section 2.3 (U-Net [17] with a ResNet-34 [18] backbone pre-trained on ImageNet [19]); the
-layout is that of segmentation-models-pytorch's Unet("resnet34"), whose files load, as do torchvision's
-resnet34 files (encoder). Names of parameters are the official ones.
+Source: paper, section 2.3 (U-Net [17] with a ResNet-34 [18] backbone pre-trained on ImageNet [19]); layout
+and names of segmentation-models-pytorch's Unet("resnet34"), whose files load, as do torchvision's (encoder).
 
 Differs from the official code: images come in [-1, 1] and the ImageNet normalisation is part of the network
 (the official one leaves it to the data pipeline, where it is easily forgotten); the width is free; the
@@ -50,19 +48,18 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = None                           # what came in is added as it is
-        if stride > 1:                                   # but where the shape changes, as in torchvision
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                                            nn.BatchNorm2d(out_channels))
+        # What came in is added as it is, but where the shape changes: as in torchvision.
+        self.downsample = nn.Identity() if stride == 1 else nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)               # (B, c_out, h / stride, w / stride)
-        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)  # (B, c_out, h / stride, ..)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)                     # the same
 
 
 class ResNet34Encoder(nn.Module):
-    """ResNet-34 without classifier; parameters named as torchvision's. Official `width`: 64."""
+    """ResNet-34 without classifier; parameters named as torchvision's."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -92,8 +89,6 @@ def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class DecoderBlock(nn.Module):
-    """Double the resolution, append the skip if there is one, two 3x3 convolutions."""
-
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
         super().__init__()
         self.conv1 = conv_bn_relu(in_channels + skip_channels, out_channels)
@@ -109,7 +104,7 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, channels, decoder_channels):
         super().__init__()
-        inputs = [channels[5], *decoder_channels[:-1]]                  # what arrives from the coarser level
+        inputs = [channels[5], *decoder_channels]                       # what arrives from the coarser level
         skips = [*channels[4:0:-1], 0]                               # f_4 .. f_1; the image itself is no skip
         self.blocks = nn.ModuleList(map(DecoderBlock, inputs, skips, decoder_channels))
 
@@ -124,27 +119,23 @@ class UNet(nn.Module):
     """image (B, 3, H, W) in [-1, 1], H and W divisible by 32 -> logits (B, num_classes, H, W).
 
     `width` 64 is the official size (24,436,514 parameters); 16 or 32 train on a CPU. `decoder_channels`
-    defaults to the official (256, 128, 64, 32, 16) times width / 64, at least 16 each.
-    """
+    defaults to the official (256, 128, 64, 32, 16), one per doubling, times width / 64, at least 16 each."""
 
     def __init__(self, num_classes: int = 2, width: int = 64, decoder_channels=None):
         super().__init__()
         if decoder_channels is None:
             decoder_channels = [max(16, c * width // 64) for c in (256, 128, 64, 32, 16)]  # 16: no bottleneck
-        if len(decoder_channels) != 5:
-            raise ValueError(f"decoder_channels has one entry per doubling, 5; found {decoder_channels}")
+        assert len(decoder_channels) == 5, f"decoder_channels are 5, found {decoder_channels}"
         self.config = {"num_classes": num_classes, "width": width, "decoder_channels": list(decoder_channels)}
         self.encoder = ResNet34Encoder(width)
         self.decoder = Decoder(self.encoder.channels, decoder_channels)
         self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], num_classes, 3, padding=1))
-        # Not in the state_dict: constants, and the official files do not have them.
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-        self.register_buffer("factor", 0.5 / std, persistent=False)
+        self.register_buffer("factor", 0.5 / std, persistent=False)   # constants: official files have none
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
         he_init(self)                                              # the file of --encoder-weights comes after
 
-    def normalised(self, image: torch.Tensor) -> torch.Tensor:
-        """((image + 1) / 2 - mean) / std: what the encoder takes, and ImageNet's weights were made for."""
+    def normalised(self, image: torch.Tensor) -> torch.Tensor:         # ((image + 1) / 2 - mean) / std
         return image * self.factor + self.shift                         # (B, 3, H, W)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -156,36 +147,30 @@ class UNet(nn.Module):
         return self.segmentation_head(self.decoder(features))           # (B, K, H, W)
 
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc).
-
-        Strict: ValueError lists every missing, unexpected and misshapen tensor, and nothing is loaded then.
-        """
-        # Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
-        # and the counters have no effect at a fixed momentum.
+        """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc),
+        strictly: ValueError lists every missing, unexpected and misshapen tensor; nothing is loaded then."""
         whole = any(name.startswith("encoder.") for name in state_dict)
         target, unused = (self, ()) if whole else (self.encoder, ("fc.weight", "fc.bias"))  # no decoder there
         given = {name: tensor for name, tensor in state_dict.items() if name not in unused}
-        if not any(name.endswith("num_batches_tracked") for name in given):
-            given.update({name: tensor for name, tensor in target.state_dict().items()
-                          if name.endswith("num_batches_tracked")})
-        load_strict(target, given)
+        # Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
+        # and the counters have no effect at a fixed momentum.
+        counters = {k: v for k, v in target.state_dict().items() if k.endswith("num_batches_tracked")}
+        load_strict(target, given if counters.keys() & given.keys() else counters | given)
 
 
-def he_init(model: nn.Module, generator: torch.Generator | None = None) -> None:
+def he_init(model: nn.Module) -> None:
     """Draw all weights anew: convolutions as He et al., 2015 (fan-out, ReLU), the head as Glorot.
 
     Measured from scratch on a small texture task (width 16, batch 16, no clipping, 7 seeds each): every run
     converged at learning rates 2e-3 and 5e-3. A head that starts at zero, tempting because the first loss is
     then ln 2, left half of the runs at more than twice the final loss. Residual branches that start at zero
-    (last gamma of each block) changed nothing and are left out.
-    """
+    (last gamma of each block) changed nothing and are left out."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             # Fan-out: the gradient keeps its size through 34 layers of ReLU. (Batch norms begin as identity.)
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-    head = model.segmentation_head[0]
-    nn.init.xavier_uniform_(head.weight, generator=generator)
-    nn.init.zeros_(head.bias)                                           # no class is favoured at first
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.xavier_uniform_(model.segmentation_head[0].weight)
+    nn.init.zeros_(model.segmentation_head[0].bias)                     # no class is favoured at first
 
 
 def encoder_weights(choice: str) -> Path | None:
@@ -194,10 +179,10 @@ def encoder_weights(choice: str) -> Path | None:
     if choice == "none":
         return None                                                     # he_init's weights stay
     if choice != "imagenet":
-        if not Path(choice).is_file():
-            raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of "
-                            "torchvision's resnet34 or of smp's Unet")
-        return Path(choice)
+        if Path(choice).is_file():
+            return Path(choice)
+        raise UserError(f"--encoder-weights {choice}: no such file; give imagenet, none, or a file of "
+                        "torchvision's resnet34 or of smp's Unet")
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rsplit("/", 1)[1]
     expected = path.stem.split("-")[1]
     if not path.is_file():
@@ -221,7 +206,6 @@ def encoder_weights(choice: str) -> Path | None:
 
 
 def check_tiles(tile: int, overlap: int) -> None:
-    """UserError unless `predict_roi` can cut an image into tiles of this side and overlap."""
     if tile < STRIDE or tile % STRIDE or not 0 <= overlap <= tile - STRIDE:
         raise UserError(f"--tile {tile} --overlap {overlap}: tiles would not fit together; give a tile that "
                         f"is a multiple of {STRIDE} and an overlap of at most tile - {STRIDE}")
@@ -229,9 +213,7 @@ def check_tiles(tile: int, overlap: int) -> None:
 
 def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[int, int, int]]]:
     """Cut one axis into tiles: (size of a tile, [(start of the tile, start of the kept part, its end), ...]).
-
-    The kept parts are disjoint and cover [0, length). The last tile may reach beyond `length`.
-    """
+    The kept parts are disjoint and cover [0, length). The last tile may reach beyond `length`."""
     # Tiles start at multiples of 32: a network with five halvings then sees every pixel on the same grid as
     # in one pass over the image. Neighbours are cut in the middle of what they share: both see far there.
     padded = math.ceil(length / STRIDE) * STRIDE
@@ -255,8 +237,7 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
 
     `image` is float in [-1, 1] or uint8 (a view of a memory-mapped file is fine: only tiles are copied). The
     network sees overlapping tiles of which only the centres are kept, so each pixel comes from one tile.
-    `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be in eval mode.
-    """
+    `model` maps (B, 3, h, w) to logits (B, K, h, w) and must be in eval mode."""
     if model.training:
         raise ValueError("predict_roi needs model.eval(): batch statistics would tie the tiles together")
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
@@ -266,9 +247,7 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     (tile_h, spans_y), (tile_w, spans_x) = (tile_spans(length, tile, overlap) for length in (height, width))
     # Beyond right and bottom, up to a multiple of 32, a mirror: mirrored tissue is tissue, zeros would be an
     # even grey, which no slide has.
-    rows = reflected(height, spans_y[-1][0] + tile_h)
-    columns = reflected(width, spans_x[-1][0] + tile_w)
-
+    rows, columns = reflected(height, spans_y[-1][0] + tile_h), reflected(width, spans_x[-1][0] + tile_w)
     prob = torch.empty(height, width)                      # on the CPU: an ROI may be larger than a GPU holds
     jobs = list(itertools.product(spans_y, spans_x))       # one per tile
     for first in tqdm(range(0, len(jobs), batch_size), "tiles", leave=False, delay=3, disable=None):

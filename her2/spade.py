@@ -1,16 +1,15 @@
 """SPADE: an image generator that is told at every resolution which tissue belongs where.
 
-A usual conditional generator sees the label map once, at its input, and the normalisation layers then wash
-it out: a patch of one single class normalises to the same values whatever the class is. SPADE takes the
-label out of the input and lets it set factor and shift after every normalisation, pixel by pixel:
+A usual conditional generator sees the label map once, at its input, and normalisation then washes it out: a
+patch of one single class normalises to the same values whatever the class is. In SPADE the label sets factor
+and shift after every normalisation, pixel by pixel:
 
     h = relu(conv(onehot, resized to x))     gamma = conv(h)     beta = conv(h)
     SPADE(x) = norm(x) * (1 + gamma) + beta                                        (eq. 1, 2 of Park et al.)
 
-norm, batch or instance normalisation, has no parameters of its own. The generator starts from a linear map of
-a latent vector z and doubles the size five times; the residual blocks in between are normalised in this way.
-z comes from an encoder of a real image (a variational autoencoder: mean mu, log-variance logvar), so that it
-carries what the mask does not say, such as the stain:
+norm has no parameters of its own. The generator starts from a linear map of a latent vector z and doubles the
+size five times, with such residual blocks in between. z comes from an encoder of a real image (a variational
+autoencoder: mean mu, log-variance logvar), so that it carries what the mask does not say, such as the stain:
 
     z = mu + exp(logvar / 2) * noise                     at synthesis z ~ N(0, I): masks alone are enough
 
@@ -18,19 +17,17 @@ Source: Park et al., "Semantic image synthesis with spatially-adaptive normaliza
 and appendix A (layers), appendix "VAE". The HER2 paper, section 2.2, uses it with the VAE encoder.
 
 Differs from the official code (NVlabs/SPADE):
-- Any height and width divisible by `stride` (32) works, also after training: the latent grid, fixed by the
-  training size, is resized (nearest) to the image's. The official grid fits one size only.
-- The encoder follows the training size (officially images are always resized to 256 x 256, for which the one
-  of smaller crops lacks a layer: it fails) and has z_dim outputs (officially 256 whatever z_dim is).
-- Plain batch normalisation, no synchronised one: on one device the two are equal, but for the counter
-  num_batches_tracked, which the official one never advances.
+- Any height and width divisible by `stride` (32) works: the latent grid of the training size is resized
+  (nearest) to the image's. The official grid fits one size only.
+- The encoder follows the training size (officially images become 256 x 256, and the encoder of smaller crops
+  fails on them, a layer short) and has z_dim outputs (officially 256 whatever z_dim is).
+- Plain batch normalisation, not synchronised: equal on one device, but for the counter num_batches_tracked.
 - `hidden`, the width of h above, is an argument (officially 128): with a small ngf it dominates the cost.
-- PAPER: batch norm at test time is left open. Training images were normalised with the statistics of their
-  own batch; synthesised ones are with running averages, as officially, so that an image does not depend on
-  the others of its batch. But those averages belong to the weights of the last steps, not to averaged (EMA)
-  ones, and to z from the encoder, not from N(0, I). `recalibrated` measures them anew for what is saved.
-  In one run of 800 steps on the phantom it brought the images of averaged weights from a mean distance of
-  0.136 to 0.041 from what training mode gives (values in [-1, 1]), and their contrast from 80 % to 98 %.
+- PAPER: batch norm at test time is left open. Synthesised images are normalised with running averages, as
+  officially, so that none depends on the others of its batch. But those averages belong to the weights of the
+  last steps, not to averaged (EMA) ones, and to z from the encoder, not from N(0, I). `recalibrated` measures
+  them anew for what is saved. In one run of 800 steps on the phantom it brought images of averaged weights
+  from a mean distance of 0.136 to 0.041 of training mode's (in [-1, 1]), their contrast from 80 % to 98 %.
 
 Key: B batch, K classes, C channels, h w size of a feature map, H W of the image, g = 2^5 (stride), n = ngf.
 """
@@ -54,13 +51,11 @@ class SPADENorm(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, norm: str = "batch", hidden: int = 128):
         super().__init__()
-        assert norm in ("batch", "instance"), f"norm is 'batch' or 'instance', found {norm!r}"
-        layer = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
+        layer = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}[norm]
         self.param_free_norm = layer(channels, affine=False)   # what follows is the label map's business
         # 3 x 3 twice: gamma and beta know how far the next tissue is, not only which one is here.
         self.mlp_shared = nn.Sequential(nn.Conv2d(num_classes, hidden, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = nn.Conv2d(hidden, channels, 3, padding=1)
-        self.mlp_beta = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.mlp_gamma, self.mlp_beta = (nn.Conv2d(hidden, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
         """x (B, C, h, w); onehot (B, K, any, any) is resized to x -> (B, C, h, w)."""
@@ -76,8 +71,7 @@ class SPADENorm(nn.Module):
 class SPADEResBlock(nn.Module):
     """x + conv(conv(x)), each convolution after SPADE and LeakyReLU; 1x1 shortcut where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_classes: int, norm: str = "batch",
-                 hidden: int = 128):
+    def __init__(self, in_channels: int, out_channels: int, num_classes: int, norm="batch", hidden=128):
         super().__init__()
         middle = min(in_channels, out_channels)        # the narrower of the two: most of the cost is here
         self.conv_0 = SpectralConv2d(in_channels, middle, 3, padding=1)
@@ -100,36 +94,27 @@ class SPADEResBlock(nn.Module):
 class SPADEGenerator(nn.Module):
     """onehot (B, K, H, W) and z (B, z_dim) -> image (B, 3, H, W) in [-1, 1]; H, W divisible by `stride`.
 
-    size    the training patch, one int or (height, width): fixes the grid of the first linear layer
+    size: the training patch, one int or (height, width): fixes the grid of the first linear layer.
     Official variants, which no script here asks for: norm="instance"; upsampling "more" doubles six times
     instead of five, "most" seven, with one more block; use_vae=False starts from a convolution of the
-    downsampled label map instead of z, so that the image is a function of the mask alone.
-    """
+    downsampled label map instead of z, so that the image is a function of the mask alone."""
 
     def __init__(self, num_classes: int = 6, ngf: int = 64, z_dim: int = 256, size=512, norm: str = "batch",
                  use_vae: bool = True, upsampling: str = "normal", hidden: int = 128):
         super().__init__()
-        assert upsampling in UPSAMPLINGS, f"upsampling is one of {list(UPSAMPLINGS)}, found {upsampling!r}"
         size = [size, size] if isinstance(size, int) else list(size)
         self.config = dict(num_classes=num_classes, ngf=ngf, z_dim=z_dim, size=size, norm=norm,
                            use_vae=use_vae, upsampling=upsampling, hidden=hidden)
         self.stride = 2 ** UPSAMPLINGS[upsampling]
-        assert all(s > 0 and s % self.stride == 0 for s in size), \
-            f"the training size must be divisible by {self.stride} ('{upsampling}' upsampling), found {size}"
+        assert all(s % self.stride == 0 for s in size), f"size: found {size}, not divisible by {self.stride}"
         self.grid = [s // self.stride for s in size]
         block = partial(SPADEResBlock, num_classes=num_classes, norm=norm, hidden=hidden)
-        # One linear map paints the coarsest grid: z sets the look of a patch.
-        self.fc = (nn.Linear(z_dim, 16 * ngf * math.prod(self.grid)) if use_vae
+        self.fc = (nn.Linear(z_dim, 16 * ngf * math.prod(self.grid)) if use_vae   # z sets the look of a patch
                    else nn.Conv2d(num_classes, 16 * ngf, 3, padding=1))
-        self.head_0 = block(16 * ngf, 16 * ngf)
-        self.G_middle_0 = block(16 * ngf, 16 * ngf)
-        self.G_middle_1 = block(16 * ngf, 16 * ngf)
-        self.up_0 = block(16 * ngf, 8 * ngf)           # twice the side, half the width: the same cost
-        self.up_1 = block(8 * ngf, 4 * ngf)
-        self.up_2 = block(4 * ngf, 2 * ngf)
-        self.up_3 = block(2 * ngf, ngf)
-        if upsampling == "most":
-            self.up_4 = block(ngf, ngf // 2)
+        for name in ("head_0", "G_middle_0", "G_middle_1"):
+            self.add_module(name, block(16 * ngf, 16 * ngf))
+        for i in range(5 if upsampling == "most" else 4):      # twice the side, half the width: the same cost
+            self.add_module(f"up_{i}", block(16 * ngf // 2 ** i, 8 * ngf // 2 ** i))
         self.conv_img = nn.Conv2d(ngf // 2 if upsampling == "most" else ngf, 3, 3, padding=1)
 
     def start(self, onehot: torch.Tensor, z) -> torch.Tensor:
@@ -144,14 +129,11 @@ class SPADEGenerator(nn.Module):
         return x if grid == self.grid else F.interpolate(x, size=grid, mode="nearest")  # (B, 16n, H/g, W/g)
 
     def forward(self, onehot: torch.Tensor, z=None) -> torch.Tensor:
-        assert onehot.dim() == 4 and onehot.shape[1] == self.config["num_classes"], \
-            f"onehot must be (B, {self.config['num_classes']}, H, W), found {tuple(onehot.shape)}"
-        assert all(s > 0 and s % self.stride == 0 for s in onehot.shape[2:]), \
+        classes = self.config["num_classes"]
+        assert onehot.shape[1] == classes, f"onehot must be (B, {classes}, H, W), found {tuple(onehot.shape)}"
+        assert all(s % self.stride == 0 for s in onehot.shape[2:]), \
             f"height and width must be divisible by {self.stride}, found {tuple(onehot.shape[2:])}"
-
-        def double(x):
-            return F.interpolate(x, scale_factor=2, mode="nearest")   # no transposed convolution: no checkers
-
+        double = partial(F.interpolate, scale_factor=2, mode="nearest")   # no transposed one: no checkers
         x = self.start(onehot, z)                                                     # (B, 16n, H/g, W/g)
         x = double(self.head_0(x, onehot))                                            # (B, 16n, 2H/g, ..)
         x = self.G_middle_0(x, onehot)                                                # a second look at this
@@ -172,35 +154,27 @@ class SPADEGenerator(nn.Module):
 
 class VAEEncoder(nn.Module):
     """image (B, 3, any, any) in [-1, 1] -> mu, logvar (B, z_dim) of q(z | image).
-
     3x3 convolutions of stride 2 with spectral and instance normalisation, down to 4x4, then two linear maps.
     `size` is the training patch: images are resized (bilinear) to the largest power of two that is neither
-    above it nor above 256, so 256 at paper size (official value) and no resizing for patches of 64 or 128.
-    """
+    above it nor above 256, so 256 at paper size (official value) and no resizing for patches of 64 or 128."""
 
     def __init__(self, ngf: int = 64, z_dim: int = 256, size: int = 256):
         super().__init__()
-        assert size >= 8, f"the encoder needs patches of at least 8 pixels, found size {size}"
         self.config = dict(ngf=ngf, z_dim=z_dim, size=size)
-        halvings = int(math.log2(min(size, 256))) - 2          # a side of 4 is left
-        self.side = 4 * 2 ** halvings
-        widths = [3] + [ngf * min(2 ** i, 8) for i in range(halvings)]           # 3, n * 1, 2, 4, 8, 8, 8
-        self.layers = [f"layer{i + 1}" for i in range(halvings)]                        # official names
-        for name, in_width, out_width in zip(self.layers, widths, widths[1:]):
+        self.halvings = int(math.log2(min(size, 256))) - 2     # a side of 4 is left
+        self.side = 4 * 2 ** self.halvings
+        widths = [3] + [ngf * min(2 ** i, 8) for i in range(self.halvings)]      # 3, n * 1, 2, 4, 8, 8, 8
+        for i, (in_width, out_width) in enumerate(zip(widths, widths[1:]), start=1):
             convolution = SpectralConv2d(in_width, out_width, 3, stride=2, padding=1, bias=False)
-            self.add_module(name, nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
+            self.add_module(f"layer{i}", nn.Sequential(convolution, nn.InstanceNorm2d(out_width)))
         # What is left is 4 x 4: too coarse to hold where a nest is, fine enough for how dark it is.
-        self.fc_mu = nn.Linear(widths[-1] * 16, z_dim)
-        self.fc_var = nn.Linear(widths[-1] * 16, z_dim)
+        self.fc_mu, self.fc_var = (nn.Linear(widths[-1] * 16, z_dim) for _ in range(2))
 
     def forward(self, image: torch.Tensor):
-        assert image.dim() == 4 and image.shape[1] == 3, \
-            f"image must be (B, 3, H, W), found {tuple(image.shape)}"
-        x, size = image, (self.side, self.side)
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)     # (B, 3, side, side)
-        for name in self.layers:
-            x = F.leaky_relu(getattr(self, name)(x), SLOPE)                           # (B, C, h/2, w/2)
+        assert image.dim() == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
+        x = F.interpolate(image, size=(self.side, self.side), mode="bilinear")        # (B, 3, side, side)
+        for i in range(1, self.halvings + 1):
+            x = F.leaky_relu(getattr(self, f"layer{i}")(x), SLOPE)                    # (B, C, h/2, w/2)
         x = x.flatten(1)                                                              # (B, 8n*4*4)
         return self.fc_mu(x).float(), self.fc_var(x).float()     # (B, z_dim) twice; exp overflows in fp16
 
@@ -209,30 +183,23 @@ class VAEEncoder(nn.Module):
 
 def reparameterize(mu: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """z ~ N(mu, exp(logvar)) with gradients into mu and logvar; noise ~ N(0, I); all (B, z_dim)."""
-    assert mu.shape == logvar.shape == noise.shape, \
-        f"mu, logvar and noise must have one shape, found {[tuple(t.shape) for t in (mu, logvar, noise)]}"
+    assert mu.shape == logvar.shape == noise.shape, f"found {mu.shape}, {logvar.shape} and {noise.shape}"
     # Drawing has no gradient. Written so, the draw is in `noise`, and mu and logvar are ordinary factors.
     return mu + torch.exp(0.5 * logvar) * noise
 
 
 @torch.no_grad()
 def recalibrated(generator: SPADEGenerator, batches) -> SPADEGenerator:
-    """A copy in eval mode whose batch-norm statistics and singular vectors fit its weights.
-
-    batches: an iterable of (onehot, z), z ~ N(0, I) as in synthesis, as many as give steady averages (tens):
-    the statistics become the plain average over them.
-    """
-    network, count = copy.deepcopy(generator).eval(), 0    # eval: no power iteration per forward
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    """A copy in eval mode whose singular vectors and batch-norm statistics fit its weights: plain averages
+    over `batches`, (onehot, z) each, z ~ N(0, I) as in synthesis. Tens give steady ones."""
+    network = copy.deepcopy(generator).eval()              # eval: no power iteration per forward
     for layer in network.modules():
         if isinstance(layer, SpectralConv2d):
             layer.power_iteration(steps=10)                # averaged weights have other singular vectors
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None                               # torch: cumulative average instead of exponential
-        norm.train()
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None                          # torch: cumulative average instead of exponential
+            layer.train()
     for onehot, z in batches:
         network(onehot, z)
-        count += 1
-    assert count or not norms, "recalibrated needs at least one batch: statistics were reset"
     return network.eval()

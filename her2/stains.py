@@ -5,17 +5,15 @@ Light that passes a dye is attenuated exponentially (Beer-Lambert). Per colour c
     rgb = white * 10 ** -od                     od = optical density, additive in the dyes
     od  = amounts @ STAINS                      amounts = (haematoxylin, DAB, residual) of a pixel
 
-so three channels give three linear equations, and `deconvolve` inverts them: amounts = od @ inv(STAINS).
-The rows of STAINS are the unit colour vectors of Ruifrok & Johnston, "Quantification of histochemical
-staining by color deconvolution", Anal Quant Cytol Histol 23 (2001); the third row, perpendicular to
-both dyes, takes up what neither of them explains. `compose` is the same equation forward: the phantom
-is drawn with it, the augmentation changes the amounts and goes back, and the report measures with it
-whether a generated instance carries the staining that was asked for.
+so three channels give three linear equations, and `deconvolve` inverts them: amounts = od @ inv(STAINS). The
+rows of STAINS are the unit colour vectors of Ruifrok & Johnston, "Quantification of histochemical staining by
+color deconvolution", Anal Quant Cytol Histol 23 (2001); the third row, perpendicular to both dyes, takes up
+what neither explains. `compose` is the same equation forward, with which the phantom is drawn.
 
-Difference from the common implementations: the white point is an argument instead of a fixed 255,
-because glass is not 255 in any scanner, and a wrong white point reads as dye everywhere. `stain_jitter`
-takes 255 all the same, since a training patch need not show glass: glass of 242 counts as a little dye
-there, and the jitter makes 231 to 253 of it, as lamps and scanners do.
+Differs from the common implementations: the white point is an argument instead of a fixed 255, because glass
+is not 255 in any scanner, and a wrong white point reads as dye everywhere. `stain_jitter` takes 255 all the
+same, since a training patch need not show glass: glass of 242 counts as a little dye there, and the jitter
+makes 231 to 253 of it, as lamps and scanners do.
 """
 
 import math
@@ -67,10 +65,9 @@ def compose(haematoxylin, dab, white=255.0, stains=STAINS) -> np.ndarray:
 def stain_jitter(image, generator, scale: float = 0.1, shift: float = 0.01) -> torch.Tensor:
     """Change how strongly each image of a batch is stained: image (B, 3, H, W) in [-1, 1] -> the same.
 
-    Every amount is multiplied by 1 + U(-scale, scale) and moved by U(-shift, shift), one draw per image
-    and dye. PAPER: the paper does not say how it augments. Mild: as much as laboratories may differ. What
-    the segmenter is asked, tumor or not, stays true under more; a subtype does not: twice the dye makes 2+
-    of 1+.
+    Every amount is multiplied by 1 + U(-scale, scale) and moved by U(-shift, shift), one draw per image and
+    dye. PAPER: the paper does not say how it augments. Mild: as much as laboratories may differ. What the
+    segmenter is asked, tumor or not, stays true under more; a subtype does not: twice the dye makes 2+ of 1+.
     """
     # In densities, not in RGB: laboratories differ in the amount of dye, while the colour of a dye stays.
     # A shift in RGB makes violet DAB and yellow glass, which no laboratory has.

@@ -7,6 +7,7 @@ official code has are here, on our sums. tests/test_losses.py shows ours beside 
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from golden_reader import gradient_outputs, probe, probes
 
 from her2 import losses
@@ -104,7 +105,9 @@ def one_loss(name, logits, target):
         return generalised_dice_loss(logits, target, flags["bg"], flags["batch"], MONAI_EPS,
                                      weighting=options[-1], absent="largest", relative=False)
     if kind == "monai_dice" and flags["batch"] and not flags["sq"]:
-        return losses.soft_dice_loss(logits, target, flags["bg"], MONAI_EPS)
+        if not flags["bg"]:
+            return losses.soft_dice_loss(logits, target, MONAI_EPS)
+        return soft_dice_loss(logits, target, True, eps=MONAI_EPS)
     if kind == "monai_dice":
         return soft_dice_loss(logits, target, flags["bg"], batch=flags["batch"], eps=MONAI_EPS,
                               squared=flags["sq"])
@@ -124,9 +127,12 @@ def one_loss(name, logits, target):
         loss = -score.clamp_min(1e-7).log() if options[0] == "log" else 1 - score
         loss = loss * (class_sums(logits, target)[2] > 0)
         return loss[1] if options[0] == "class1" else loss.mean()
-    options = {"ce": {}, "ce_weighted": {"class_weight": torch.arange(1.0, classes + 1)},
-               "ce_ls0.1": {"label_smoothing": 0.1}}[kind]
-    return dice_cross_entropy(logits, target, dice_weight=0.0, ce_weight=1.0, **options)[0]
+    if kind in ("ce_weighted", "ce_ls0.1"):              # forms that nothing here uses
+        weighted = {"weight": torch.arange(1.0, classes + 1)}
+        options = weighted if kind == "ce_weighted" else {"label_smoothing": 0.1}
+        return F.cross_entropy(logits, target.long(), **options)
+    assert kind == "ce", kind
+    return dice_cross_entropy(logits, target, dice_weight=0.0, ce_weight=1.0)[0]
 
 
 def seg_losses(meta, sd, inp, out):

@@ -233,6 +233,10 @@ def test_codes_are_counted_over_a_window_and_restarted_in_its_first_fifth_and_at
             assert torch.equal(codebook.weight[0], before[0])
         assert usage.used == (1 if step >= 10 else None)
     assert moved == [2, 10, 20]
+    short, before = CodeUsage(4, window=10, last=1), codebook.weight.detach().clone()
+    for step in (1, 2):                                      # a first look after `last` moves nothing either
+        short.step(step, codebook, torch.zeros(1, 2, 2, dtype=torch.long), z + 1, torch.Generator(), None)
+    assert torch.equal(before, codebook.weight)
     usage.counts += 7
     copy = CodeUsage(4, window=10, last=20)
     copy.load_state_dict(usage.state_dict())

@@ -111,14 +111,10 @@ def test_wrong_shapes_are_refused():
         LatentDenoiser(**dict(SMALL, num_heads=3))
 
 
-def test_attention_at_a_factor_that_exists():
-    def attentions(**options):
-        model = Denoiser(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, **options)
-        return model, sum(isinstance(module, Attention) for module in model.modules())
-
-    assert attentions()[1] == 1                                      # the official list names no factor here
-    model, count = attentions(attention_factors=(2,))
-    assert count == 1 + 1 + 2                                        # middle, down, up
+def test_attention_is_in_the_middle_alone():
+    model = Denoiser(model_channels=32, channel_mult=(1, 2), num_res_blocks=1)
+    assert [isinstance(module, Attention) for module in model.modules()].count(True) == 1
+    assert isinstance(model.middle_block[1], Attention)
     assert model(draw(1, 6, 8, 8), torch.tensor([5])).shape == (1, 3, 8, 8)
 
 

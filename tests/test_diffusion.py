@@ -173,7 +173,7 @@ def test_inpainting_keeps_the_known_latent_and_regenerates_the_rest(eta):
     half[..., :4] = False
     found = sample(toy, EPS, noise, 20, eta, known=known, repaint=half)
     assert torch.equal(found[..., :4], known[..., :4]) and (found[..., 4:] != known[..., 4:]).all()
-    with pytest.raises(ValueError, match="together"):
+    with pytest.raises(AssertionError, match="together"):
         sample(toy, EPS, noise, 20, known=known)
 
 
