@@ -19,13 +19,16 @@ half-size copy 70 pixels are 141 of the image.
 Key: B batch, C channels, h w size of a feature map, n = ndf, K classes.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from her2.net_blocks import SpectralConv2d, load_strict
 
-SLOPE = 0.2                                                       # of every LeakyReLU (official value)
+# 0.2: official value. In place: the gradient needs the output alone, which the next layer keeps anyway.
+LeakyReLU = partial(nn.LeakyReLU, 0.2, inplace=True)
 
 
 class LevelDiscriminator(nn.Module):
@@ -35,7 +38,7 @@ class LevelDiscriminator(nn.Module):
     def __init__(self, in_channels: int, ndf: int, num_layers: int):
         super().__init__()
         # No normalisation in the first layer: it would take away the brightness that a fake may have wrong.
-        self.model0 = nn.Sequential(nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2), nn.LeakyReLU(SLOPE))
+        self.model0 = nn.Sequential(nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2), LeakyReLU())
         width = ndf                                                     # doubles per layer
         for index in range(1, num_layers):
             in_width, width = width, min(2 * width, 512)           # 512: the official ceiling
@@ -43,7 +46,7 @@ class LevelDiscriminator(nn.Module):
             # Spectral norm bounds how steeply D can change, and with it the gradient that G gets from D.
             convolution = SpectralConv2d(in_width, width, 4, stride, padding=2, bias=False)
             normalised = nn.Sequential(convolution, nn.InstanceNorm2d(width))
-            self.add_module(f"model{index}", nn.Sequential(normalised, nn.LeakyReLU(SLOPE)))
+            self.add_module(f"model{index}", nn.Sequential(normalised, LeakyReLU()))
         self.add_module(f"model{num_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))  # the logits
 
     def forward(self, x: torch.Tensor) -> list:
@@ -94,14 +97,14 @@ class PatchGAN(nn.Module):
     def __init__(self, in_channels: int = 3, ndf: int = 64, num_layers: int = 3):
         super().__init__()
         self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers)
-        layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), LeakyReLU()]
         width = ndf
         for index in range(1, num_layers + 1):
             in_width, width = width, ndf * min(2 ** index, 8)      # 8: the official ceiling
             stride = 2 if index < num_layers else 1                # a logit sees 70 pixels (3 layers), 34 (2)
             # No bias: batch normalisation subtracts the mean, and a bias with it.
             layers += [nn.Conv2d(in_width, width, 4, stride, padding=1, bias=False),
-                       nn.BatchNorm2d(width), nn.LeakyReLU(SLOPE)]
+                       nn.BatchNorm2d(width), LeakyReLU()]
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))         # one logit per window
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,8 @@ def draw_box(axes, x, values, color, with_mean=True):
 
 def widened(low, high, share=0.04) -> tuple:
     """A range of at least `share` of its values: differences in the fourth digit must not fill the frame."""
+    if low == high == 0:                                # nothing differs: a range all the same
+        return -share, share
     room = max(share * max(abs(low), abs(high)) - (high - low), 0) / 2
     return low - room, high + room
 

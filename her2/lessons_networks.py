@@ -190,7 +190,7 @@ def losses():
     Answer: {missed[0]:.3f} for half found, {excess[0]:.3f} for half too much; soft Dice, which is a = b =
     0.5, has {missed[1]:.3f} and {excess[1]:.3f}."""
     def tversky(logits, target, a=0.3, b=0.7):
-        hit, predicted, volume = (sums[1] for sums in class_sums(logits, target))
+        hit, predicted, volume = (sums[1] for sums in class_sums(logits.log_softmax(1), target))
         return 1 - hit / (hit + a * (predicted - hit) + b * (volume - hit) + 1e-6)
 
     def logits_of(target, prob):    # probability `prob` of the true class, everywhere
@@ -199,17 +199,20 @@ def losses():
     def area(columns, width=100):   # (1, 40, 100), the left columns are tumor
         return (torch.arange(width) < columns).long().expand(1, 40, width)
 
-    kinds = {"soft Dice": soft_dice_loss, "generalised": generalised_dice_loss,
-             "cross-entropy": F.cross_entropy}
+    def soft_dice(logits, target):
+        return soft_dice_loss(logits.log_softmax(1), target)
+
+    kinds = {"soft Dice": soft_dice, "cross-entropy": F.cross_entropy,
+             "generalised": lambda logits, target: generalised_dice_loss(logits.log_softmax(1), target)}
     q, charts, pull = torch.linspace(0.02, 0.98, 49), [], []
     for name, target in (("small, 1 %", area(1)), ("large, 50 %", area(50)), ("absent", area(0))):
         curves = {kind: (q.numpy(), [float(loss(logits_of(target, one), target)) for one in q])
                   for kind, loss in kinds.items()}
         charts.append(plot(curves, name, "probability q of the truth", y_range=(0, 2)))
         logits = logits_of(target, torch.tensor(0.5)).requires_grad_(True)
-        pull.append(torch.autograd.grad(soft_dice_loss(logits, target), logits)[0][0, 1, 0, 0].abs().item())
+        pull.append(torch.autograd.grad(soft_dice(logits, target), logits)[0][0, 1, 0, 0].abs().item())
     missed, excess = ([loss(logits_of(area(columns), torch.tensor(1 - 1e-6)), area(40)).item()
-                       for loss in (tversky, soft_dice_loss)] for columns in (20, 60))
+                       for loss in (tversky, soft_dice)] for columns in (20, 60))
     return [charts], [], {"small": pull[0] / pull[1], "missed": missed, "excess": excess, "tversky": tversky}
 
 

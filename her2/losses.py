@@ -30,36 +30,36 @@ import torch.nn.functional as F
 from her2.data_classes import IGNORE
 
 
-def class_sums(logits: torch.Tensor, target: torch.Tensor, pool=None, first: int = 0) -> tuple:
-    """I, P, V as above, (K - first,) each, without the classes before `first`; of logits (B, K, H, W) and
-    target (B, H, W). pool: turns sums over a part of the batch into those over all of it."""
-    assert logits.ndim == 4 and target.shape == (logits.shape[0], *logits.shape[2:]), \
-        f"logits (B, K, H, W) and target (B, H, W), found {tuple(logits.shape)} and {tuple(target.shape)}"
+def class_sums(log_prob: torch.Tensor, target: torch.Tensor, pool=None, first: int = 0) -> tuple:
+    """I, P, V as above, (K - first,) each, without the classes before `first`; of log_prob (B, K, H, W), the
+    log_softmax of the logits, and target (B, H, W). pool: turns sums over a part of the batch into those over
+    all of it."""
+    assert log_prob.ndim == 4 and target.shape == (log_prob.shape[0], *log_prob.shape[2:]), \
+        f"logits (B, K, H, W) and target (B, H, W), found {tuple(log_prob.shape)} and {tuple(target.shape)}"
     # Probabilities instead of a decision per pixel: a threshold has no gradient.
-    prob = logits.float().softmax(dim=1).flatten(2)[:, first:]                    # (B, k, H*W) k = K - first
+    prob = log_prob[:, first:].exp().flatten(2)                                   # (B, k, H*W) k = K - first
     target = target.flatten(1).unsqueeze(1)                                       # (B, 1, H*W)
-    classes = torch.arange(first, logits.shape[1], dtype=target.dtype, device=target.device)    # (k,)
-    onehot = target == classes[:, None]                                           # (B, k, H*W) IGNORE: none
+    classes = torch.arange(first, log_prob.shape[1], dtype=target.dtype, device=target.device)  # (k,)
+    onehot = (target == classes[:, None]).float()                                 # (B, k, H*W) IGNORE: none
     # Over the whole batch: a patch without tumor has no Dice of its own. Its term would be 1 whatever the
     # network does short of exact zeros, and a few such patches would drown the rest.
-    zero = prob.new_zeros(())
-    kept = prob.where(onehot, zero), prob.where(target != IGNORE, zero), onehot   # (B, k, H*W) each
-    sums = [values.sum(2, dtype=torch.float32).sum(0) for values in kept]         # (k,) each
+    kept = prob * onehot, prob * (target != IGNORE).float(), onehot               # (B, k, H*W) each
+    sums = [values.sum(2).sum(0) for values in kept]                              # (k,) each
     return pool(torch.stack(sums)).unbind() if pool else tuple(sums)
 
 
-def soft_dice_loss(logits, target, eps: float = 0.01, pool=None) -> torch.Tensor:
+def soft_dice_loss(log_prob, target, eps: float = 0.01, pool=None) -> torch.Tensor:
     """1 - mean over the classes of (2 I + eps) / (P + V + eps): ()."""
     # Without background: it is most of all pixels, always found, and would only lift the mean.
-    intersection, predicted, volume = class_sums(logits, target, pool, first=1)   # (K - 1,) each
+    intersection, predicted, volume = class_sums(log_prob, target, pool, 1)       # (K - 1,) each
     # Where nothing is there and nothing is predicted, eps / eps = 1: the loss is 0, and not 0 / 0.
     scores = (2 * intersection + eps) / (predicted + volume + eps).clamp_min(1e-7)
     return 1 - scores.mean()
 
 
-def generalised_dice_loss(logits, target, eps: float = 1e-5, pool=None) -> torch.Tensor:
+def generalised_dice_loss(log_prob, target, eps: float = 1e-5, pool=None) -> torch.Tensor:
     """Sudre's generalised Dice loss over all classes: (). A batch of background alone has a gradient too."""
-    intersection, predicted, volume = class_sums(logits, target, pool)            # (K,) each
+    intersection, predicted, volume = class_sums(log_prob, target, pool)          # (K,) each
     # I and V of a class grow with its pixels: one 1/V makes shares of them, so that each class counts alike
     # whatever its size; the second 1/V is Sudre's, and lets the smaller class count even more.
     weight = volume.clamp_min(1) ** -2 * (volume > 0)                             # (K,) absent class: 0
@@ -72,12 +72,13 @@ def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight=0.5, ce_w
     """The training loss: (loss, {"dice": tensor, "ce": tensor}), the parts detached, unweighted, for the log.
     logits (B, K, H, W); target (B, H, W) ids 0..K-1 (the paper's: 0 background, 1 tumor) or IGNORE."""
     assert dice in ("soft", "generalised"), f"dice is 'soft' or 'generalised', found {dice!r}"
-    dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(logits, target, pool=pool)
+    log_prob = logits.float().log_softmax(dim=1)                                 # (B, K, H, W) once, for both
+    dice_loss = (soft_dice_loss if dice == "soft" else generalised_dice_loss)(log_prob, target, pool=pool)
     # Dice alone is flat where the network is sure and wrong: softmax passes nothing there, and small tumor
     # gets lost in the first steps. Cross-entropy gives every pixel a gradient of its own, prob - target.
     target = target.long()
     whole = (target != IGNORE).sum(dtype=torch.float32)                           # ()
-    ce = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
+    ce = F.nll_loss(log_prob, target, ignore_index=IGNORE, reduction="sum")       # ()
     # A mean over the pixels that count, of all parts together: a mean per part would weigh them unevenly.
     ce, whole = pool(torch.stack([ce, whole])) if pool else (ce, whole)
     ce = ce / whole.clamp_min(1e-7)                                               # ()

@@ -75,7 +75,7 @@ class ResNet34Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x: ImageNet-normalised image. Returns the six maps f_0 .. f_5 of the module's docstring."""
-        f1 = F.relu(self.bn1(self.conv1(x)))                        # (B, w, H/2, W/2)
+        f1 = F.relu(self.bn1(self.conv1(x)), inplace=True)          # (B, w, H/2, W/2)
         f2 = self.layer1(F.max_pool2d(f1, 3, stride=2, padding=1))  # (B, w, H/4, W/4)
         f3 = self.layer2(f2)                                        # (B, 2w, H/8, W/8)
         f4 = self.layer3(f3)                                        # (B, 4w, H/16, W/16)
@@ -98,7 +98,8 @@ class DecoderBlock(nn.Module):
         y = F.interpolate(y, scale_factor=2, mode="nearest")        # (B, c_in, 2h, 2w)
         if skip is not None:                                        # where exactly: what halving has lost
             y = torch.cat([y, skip], dim=1)                         # (B, c_in + c_skip, 2h, 2w)
-        return self.conv2(self.conv1(y))                            # (B, c_out, 2h, 2w)
+        y = self.conv1(y)                       # the same name: the widest map of all is gone before conv2
+        return self.conv2(y)                                        # (B, c_out, 2h, 2w)
 
 
 class Decoder(nn.Module):

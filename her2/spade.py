@@ -86,8 +86,9 @@ class SPADEResBlock(nn.Module):
     def forward(self, x: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
         # The label enters before each convolution, the shortcut's too: no learned path goes around it.
         skip = self.conv_s(self.norm_s(x, onehot)) if self.shortcut else x            # (B, C', h, w)
-        x = self.conv_0(F.leaky_relu(self.norm_0(x, onehot), SLOPE))                  # (B, min, h, w)
-        x = self.conv_1(F.leaky_relu(self.norm_1(x, onehot), SLOPE))                  # (B, C', h, w)
+        # In place: a leaky ReLU's gradient needs its output alone, which the convolution keeps anyway.
+        x = self.conv_0(F.leaky_relu(self.norm_0(x, onehot), SLOPE, inplace=True))    # (B, min, h, w)
+        x = self.conv_1(F.leaky_relu(self.norm_1(x, onehot), SLOPE, inplace=True))    # (B, C', h, w)
         return skip + x                                                               # (B, C', h, w)
 
 
@@ -147,7 +148,7 @@ class SPADEGenerator(nn.Module):
         if self.stride > 64:
             x = self.up_4(double(x), onehot)                                          # (B, n/2, H, W)
         # tanh keeps the image in [-1, 1]; where it saturates its gradient is 0: see saturated_share.
-        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE)))                      # (B, 3, H, W)
+        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=True)))        # (B, 3, H, W)
 
     load_official_state_dict = load_strict          # NVlabs/SPADE's latest_net_G.pth: the same names
 
@@ -174,7 +175,7 @@ class VAEEncoder(nn.Module):
         assert image.dim() == 4 and image.shape[1] == 3, f"image is (B, 3, H, W), found {tuple(image.shape)}"
         x = F.interpolate(image, size=(self.side, self.side), mode="bilinear")        # (B, 3, side, side)
         for i in range(1, self.halvings + 1):
-            x = F.leaky_relu(getattr(self, f"layer{i}")(x), SLOPE)                    # (B, C, h/2, w/2)
+            x = F.leaky_relu(getattr(self, f"layer{i}")(x), SLOPE, inplace=True)      # (B, C, h/2, w/2)
         x = x.flatten(1)                                                              # (B, 8n*4*4)
         return self.fc_mu(x).float(), self.fc_var(x).float()     # (B, z_dim) twice; exp overflows in fp16
 

@@ -13,10 +13,18 @@ from golden_reader import gradient_outputs, probe, probes
 from her2 import losses
 from her2.data_classes import IGNORE
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
-from her2.losses import class_sums, dice_cross_entropy
+from her2.losses import dice_cross_entropy
 from her2.segmenter import UNet
 
 MONAI_EPS = 1e-5  # its smooth_nr and smooth_dr
+
+
+def of_logits(function):
+    """The same function of logits, as the official losses are."""
+    return lambda logits, *more, **options: function(logits.float().log_softmax(1), *more, **options)
+
+
+class_sums = of_logits(losses.class_sums)
 
 
 def image_sums(logits, target, batch=True, squared=False):
@@ -106,7 +114,7 @@ def one_loss(name, logits, target):
                                      weighting=options[-1], absent="largest", relative=False)
     if kind == "monai_dice" and flags["batch"] and not flags["sq"]:
         if not flags["bg"]:
-            return losses.soft_dice_loss(logits, target, MONAI_EPS)
+            return of_logits(losses.soft_dice_loss)(logits, target, MONAI_EPS)
         return soft_dice_loss(logits, target, True, eps=MONAI_EPS)
     if kind == "monai_dice":
         return soft_dice_loss(logits, target, flags["bg"], batch=flags["batch"], eps=MONAI_EPS,

@@ -17,19 +17,20 @@ from parity_segmentation import confusion_matrix
 from PIL import Image
 
 from generate import keep
-from her2 import draw
+from her2 import draw, losses
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, ClassTable
 from her2.data_folder import load_dataset
 from her2.data_patches import SAMPLINGS, PatchSampler
 from her2.data_regions import open_roi, read_roi
-from her2.losses import (class_sums, constant_prediction_loss, dice_cross_entropy, generalised_dice_loss,
-                         soft_dice_loss)
+from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.metrics import ProbabilityHistogram
 from her2.relabel import relabel, repaint_mask
 from her2.run_errors import UserError
 from her2.run_seeds import generator, numpy_generator
 from her2.run_training import one_hot
 
+class_sums, soft_dice_loss, generalised_dice_loss = map(forms.of_logits, (
+    losses.class_sums, losses.soft_dice_loss, losses.generalised_dice_loss))
 
 def example(classes=2, seed=0):
     """Logits (3, K, 8, 10), target with a third ignored; both without the ignored pixels: (1, K, 1, n)."""

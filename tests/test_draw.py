@@ -282,6 +282,14 @@ def box_picture(values, **options):
     return canvas.array()
 
 
+def test_intervals_without_any_difference_stand_on_the_middle_line(recorder):
+    """Two arms of one seed that agree in everything: no range to draw to, and no division by it."""
+    draw_charts.intervals([("Dice", [(0.0, None, None), (0.0, 0.0, 0.0)], False),
+                           ("variance", [(0.0, 0.0, 0.0), None], True)], ["arm a", "arm b"])
+    recorder.check()
+    assert {"0", "x 1", "n/a"} <= set(recorder.texts())
+
+
 @pytest.mark.parametrize("values", [[1, 2, 4, 5, 9], [3.0, 7.0], list(np.linspace(0.5, 9.5, 40))])
 def test_box_ends_at_minimum_maximum_and_quartiles(values):
     picture = box_picture(values, with_mean=False)

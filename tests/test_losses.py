@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from her2.losses import (class_sums, constant_prediction_loss, dice_cross_entropy, generalised_dice_loss,
-                         soft_dice_loss)
+from her2 import losses
+from her2.losses import constant_prediction_loss, dice_cross_entropy
 
+class_sums, soft_dice_loss, generalised_dice_loss = map(forms.of_logits, (
+    losses.class_sums, losses.soft_dice_loss, losses.generalised_dice_loss))
 MONAI = dict(eps=1e-5, absent="largest", relative=False)  # what brings back MONAI's GeneralizedDiceLoss
 
 
