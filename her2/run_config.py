@@ -12,6 +12,7 @@ flag. An unknown key in a preset is an error, so that a renamed field cannot be 
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -47,6 +48,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; {self.remedy}")
 
 
+@functools.cache
 def field_help(cls) -> dict:
     """{field: its trailing comment, with the comment lines below}, read from the source of the dataclass."""
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]

@@ -1,6 +1,6 @@
 """Kill the training loops and generate.py at random moments, again and again; compare with whole runs.
 
-    python tests/kill_harness.py --kills 100 --seed 0
+    python tests/run_kill_harness.py --kills 100 --seed 0
 
 Each loop runs through its real script at miniature size. A killed process (SIGKILL; TerminateProcess on
 Windows) gets no chance to clean up. When the same command has finally been let through, these must be equal
@@ -15,6 +15,7 @@ Prints one line per loop with the kills by the moment that they hit; exit status
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -30,6 +31,8 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 
 from data_factory import write_dataset  # noqa: E402
 from PIL import Image  # noqa: E402
+
+from her2.run_errors import command  # noqa: E402
 
 TIMING = ("samples_per_s", "memory_mib")        # the only values of a record that may differ
 AIMS = ("start-up", "training", "training", "checkpoint", "sample", "model", "any time")
@@ -59,6 +62,15 @@ def command_line(name: str, root, out) -> list:
     root = Path(root)
     return [*(word.format(root=root.as_posix()) for word in LOOPS[name]), "--data", str(root / "data"),
             "--cache", str(root / "cache"), "--out", str(root / out)]
+
+
+def in_process(line: list) -> int:
+    """Exit status of a script run inside this process (torch is imported once)."""
+    try:
+        command(importlib.import_module(Path(line[0]).stem).main, line[1:])
+    except SystemExit as stop:
+        return stop.code
+    raise RuntimeError(f"{line[0]} went on after its end")
 
 
 def start(line: list, errors) -> subprocess.Popen:

@@ -12,9 +12,8 @@ from torch import nn
 from her2 import run, run_distributed
 from her2.losses import dice_cross_entropy
 from her2.segmenter import UNet
-from run_kill_harness import command_line, differences, prepare
+from run_kill_harness import command_line, differences, in_process, prepare
 from run_processes import double_precision, start, together
-from test_run_resume import in_process
 
 # 5 patches: neither 2 nor 3 divides them.
 THREE = ["--batch", "5", "--steps", "3", "--lr", "1e-3", "--log-every", "2", "--save-every", "3"]
@@ -148,9 +147,9 @@ def test_a_killed_process_ends_all_with_one_line_and_loses_nothing(root):
     assert step >= 5 and step % 5 == 0
 
 
-def test_a_batch_smaller_than_the_processes_is_one_line(root, monkeypatch):
+def test_a_batch_smaller_than_the_processes_is_one_line(monkeypatch):
     monkeypatch.setattr(run_distributed, "world", lambda: 3)
-    with pytest.raises(run_distributed.UserError, match="--batch: found 5; 2 piece"):
+    with pytest.raises(run_distributed.UserError, match="--batch: found 5; give 6 or more"):
         run_distributed.divide(type("", (), {"batch": 5, "accumulate": 2}))
 
 

@@ -8,25 +8,11 @@ import sys
 import time
 
 import pytest
-import torch
 
 from her2 import run
-from run_kill_harness import ROOT, command_line, differences, prepare, progress, start
-from test_run_resume import in_process
+from run_kill_harness import ROOT, command_line, differences, in_process, progress, start
 
 POSIX = os.name == "posix"                  # Windows knows no signals to send
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    prepare(folder)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in ("autoencoder", "diffusion", "GAN"):
-        assert in_process(command_line(name, folder, name)) == 0
-    yield folder
-    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not POSIX, reason="no signals")
@@ -101,9 +87,12 @@ def test_a_console_that_knows_few_letters():
 
 
 def test_without_docstrings_and_assertions():
-    for line in (["train_seg.py", "--help"], ["train_ldm.py", "--help"]):
-        done = python("-OO", *line, capture_output=True, text=True)
-        assert done.returncode == 0 and "--steps" in done.stdout or "--lr" in done.stdout, done.stderr
+    program = ("import train_ldm, train_seg\nfrom her2.run_errors import command\n"
+               "for script in (train_seg, train_ldm):\n    try:\n        command(script.main, ['--help'])\n"
+               "    except SystemExit as stop:\n        print('ended', stop.code)\n")
+    done = python("-OO", "-c", program, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("ended 0") == 2, done.stderr
+    assert done.stdout.count("--device {auto,cpu,cuda}") >= 2
 
 
 CONSTANT = {"segmentation": ["--schedule", "constant"], "diffusion": ["--schedule", "constant"], "GAN": []}

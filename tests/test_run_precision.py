@@ -5,7 +5,6 @@ types as on a GPU.
 """
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch import nn
 from her2 import run
 from her2.net_blocks import SpectralConv2d
 from her2.quantizer import Codebook
-from her2.run_errors import UserError, command
+from her2.run_errors import UserError
 from her2.run_training import Precision
-from run_kill_harness import LOOPS, command_line, differences, prepare
+from run_kill_harness import LOOPS, command_line, differences, in_process, prepare
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TRAINING = [name for name in LOOPS if name != "generate"]
@@ -49,10 +48,7 @@ def test_fp16_on_a_cpu_is_refused_in_one_line():
 
 def start(name, root, out):
     """Exit status of a loop in bf16, run inside this process."""
-    line = [*command_line(name, root, out), "--amp", "bf16"]
-    with pytest.raises(SystemExit) as stop:
-        command(importlib.import_module(Path(line[0]).stem).main, line[1:])
-    return stop.value.code
+    return in_process([*command_line(name, root, out), "--amp", "bf16"])
 
 
 @pytest.fixture(scope="module")

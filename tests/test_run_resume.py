@@ -18,32 +18,12 @@ import torch
 
 from her2 import run, run_errors
 from her2.run_errors import UserError, atomic_write, command
-from run_kill_harness import (LOOPS, command_line, differences, half_pictures, interrupt, prepare)
+from run_kill_harness import LOOPS, command_line, differences, half_pictures, in_process, interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 # One kill of each kind that is cheap to hit, spread over the loops; the harness takes all kinds for each.
 AIMS = {"autoencoder": ["checkpoint"], "diffusion": ["training"], "GAN": ["checkpoint"],
         "segmentation": ["sample"], "generate": ["training"]}
-
-
-def in_process(line):
-    """Exit status of a script run inside this process (torch is imported once)."""
-    with pytest.raises(SystemExit) as stop:
-        command(importlib.import_module(Path(line[0]).stem).main, line[1:])
-    return stop.value.code
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Dataset and uninterrupted runs of all loops, at one thread as in the processes that are killed."""
-    folder = tmp_path_factory.mktemp("runs")
-    prepare(folder)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in LOOPS:
-        assert in_process(command_line(name, folder, name)) == 0
-    yield folder
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -211,9 +191,11 @@ import pathlib, sys
 from her2 import study
 from her2.run_errors import command
 def stages(config, seed, data_hash):
-    names = ("one", "two", "report")
-    return [study.Stage(name, "segmentation", ("-m", "stage", name, config.out),
-                        pathlib.Path(config.out) / name, names[:k]) for k, name in enumerate(names)]
+    made = []
+    for name in ("one", "two", "report"):
+        made.append(study.Stage(name, "segmentation", ("-m", "stage", name, config.out),
+                                pathlib.Path(config.out) / name, tuple(made)))
+    return made
 study.stages = stages
 command(study.main, sys.argv[1:])
 """

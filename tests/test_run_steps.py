@@ -8,9 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from her2 import run_training
 from her2.data_patches import Sampler
-from run_kill_harness import command_line, prepare
+from run_kill_harness import command_line, in_process, prepare
 from test_run_distributed import LOOPS, alone, apart, line_of
-from test_run_resume import in_process
 
 
 @pytest.fixture(scope="module")
