@@ -56,9 +56,13 @@ def start(lines: list, world: int, folder) -> list:
     return found
 
 
-def together(lines: list, world: int, folder) -> None:
-    """Run the command lines in `world` processes; AssertionError with their output where one fails."""
-    for rank, process in enumerate(start(lines, world, folder)):
+@contextmanager
+def together(lines: list, world: int, folder):
+    """Run the command lines in `world` processes beside the block; AssertionError where one fails, with what
+    it said."""
+    processes = start(lines, world, folder)
+    yield
+    for rank, process in enumerate(processes):
         status = process.wait()
         said = (Path(folder) / f"process{world}-rank{rank}.txt").read_text(encoding="utf-8", errors="replace")
         assert status == 0, f"process {rank} of {world}: {said[-3000:]}"

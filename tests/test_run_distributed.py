@@ -49,21 +49,19 @@ def root(tmp_path_factory):
     prepare(folder)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name in LOOPS:
-        alone(line_of(name, folder, f"one/{name}"))
-        if name == "autoencoder":
-            shutil.copytree(folder / "one" / name, folder / name)             # what `diffusion` reads
-        alone(line_of(name, folder, f"cut/{name}", "--accumulate", "2"))
-    for line in also(folder, folder / "one"):
-        alone(line)
-    for world, out in ((2, "two"), (3, "three")):
-        lines = [line_of(name, folder, f"{out}/{name}") for name in LOOPS]
-        if world == 2:
-            lines += [line_of(name, folder, f"two-cut/{name}", "--accumulate", "2") for name in CUT]
-            lines += [[*line_of("segmentation", folder, "back"), "--steps", "2"]]
-        else:
-            lines += also(folder, folder / out)
-        together(lines, world, folder)
+    alone(line_of("autoencoder", folder, "one/autoencoder"))
+    shutil.copytree(folder / "one" / "autoencoder", folder / "autoencoder")     # what `diffusion` reads
+    two, three = ([line_of(name, folder, f"{out}/{name}") for name in LOOPS] for out in ("two", "three"))
+    two += [line_of(name, folder, f"two-cut/{name}", "--accumulate", "2") for name in CUT]
+    two += [[*line_of("segmentation", folder, "back"), "--steps", "2"]]
+    with together(two, 2, folder):                      # beside them, one thread each:
+        for name in LOOPS[1:]:
+            alone(line_of(name, folder, f"one/{name}"))
+        for line in also(folder, folder / "one"):
+            alone(line)
+    with together(three + also(folder, folder / "three"), 3, folder):
+        for name in LOOPS:
+            alone(line_of(name, folder, f"cut/{name}", "--accumulate", "2"))
     yield folder
     torch.set_num_threads(before)
 
