@@ -202,8 +202,9 @@ def losses():
     def soft_dice(logits, target):
         return soft_dice_loss(logits.log_softmax(1), target)
 
-    kinds = {"soft Dice": soft_dice, "cross-entropy": F.cross_entropy,
-             "generalised": lambda logits, target: generalised_dice_loss(logits.log_softmax(1), target)}
+    kinds = {"soft Dice": soft_dice,
+             "generalised": lambda logits, target: generalised_dice_loss(logits.log_softmax(1), target),
+             "cross-entropy": F.cross_entropy}
     q, charts, pull = torch.linspace(0.02, 0.98, 49), [], []
     for name, target in (("small, 1 %", area(1)), ("large, 50 %", area(50)), ("absent", area(0))):
         curves = {kind: (q.numpy(), [float(loss(logits_of(target, one), target)) for one in q])
