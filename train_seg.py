@@ -116,7 +116,7 @@ def train(config, argv) -> None:
 
 @torch.no_grad()
 def sums_of_all(network, parts, is_tumor, config, precision, device) -> list:
-    """--accumulate: sums over the batch from a first pass: Dice is no mean of patches: it needs them."""
+    """--accumulate: sums over the whole batch, from a first pass. A mean over the parts is another Dice."""
     found = []
     with kept_buffers(network), precision.autocast():
         for part in parts:

@@ -109,11 +109,22 @@ def _flips(rings, height, width):
     return slice(top, bottom), slice(left, right), flips
 
 
+def _fill(rows, columns, flips):
+    """The bool (h, w) mask of a polygon from its flips."""
+    h, w = rows.stop - rows.start, columns.stop - columns.start         # of its box
+    lengths = np.diff(flips, prepend=0, append=h * (w + 1))
+    # Runs in turn outside and inside; column w ends each row outside.
+    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
+
+
 def rasterize(rings, height: int, width: int) -> np.ndarray:
     """The pixels of one polygon: bool (height, width). `rings` is a list of (n, 2) arrays of x, y in pixels,
     closed or not (a repeated first one is harmless). What lies outside the image is cut off; rings of fewer
     than three points hold no pixel."""
-    return paint([rings], [1], height, width)[0] > 0
+    mask = np.zeros((height, width), bool)                              # (H, W)
+    rows, columns, flips = _flips(_as_arrays(rings), height, width)
+    mask[rows, columns] = _fill(rows, columns, flips)
+    return mask
 
 
 def polygon_area(rings) -> float:
@@ -141,10 +152,7 @@ def paint(polygons, class_ids, height: int, width: int):
     label, instance = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
     for k in sorted(range(len(polygons)), key=lambda k: -sizes[k]):     # keeps ties in input order
         rows, columns, flips = outlines[k]
-        h, w = rows.stop - rows.start, columns.stop - columns.start     # of its box
-        # Runs in turn outside and inside; column w ends each row outside.
-        lengths = np.diff(flips, prepend=0, append=h * (w + 1))
-        inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
+        inside = _fill(rows, columns, flips)
         np.copyto(label[rows, columns], class_ids[k], where=inside)
         np.copyto(instance[rows, columns], k + 1 if class_ids[k] else 0, where=inside)
     return label, instance

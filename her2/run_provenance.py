@@ -42,7 +42,13 @@ def model_file(path) -> Path:
 
 def file_hash(path) -> str:
     """SHA-256 of a file, or "" where there is none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+    digest = hashlib.sha256()
+    if not Path(path).is_file():
+        return ""
+    with open(path, "rb") as file:          # in blocks: a network or a region may be larger than the memory
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def file_hashes(paths, cache="cache") -> list[str]:

@@ -24,11 +24,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
+import torch  # noqa: E402
 from data_factory import write_dataset  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -62,6 +64,18 @@ def command_line(name: str, root, out) -> list:
     root = Path(root)
     return [*(word.format(root=root.as_posix()) for word in LOOPS[name]), "--data", str(root / "data"),
             "--cache", str(root / "cache"), "--out", str(root / out)]
+
+
+@contextmanager
+def one_thread():
+    """torch on one thread inside the block, as killed processes run: networks of a few channels are slower on
+    more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_process(line: list) -> int:

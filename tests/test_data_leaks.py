@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_factory import save, write_dataset
+from run_kill_harness import one_thread
 from her2 import run
 from her2.run_errors import command
 
@@ -81,20 +81,19 @@ def run_chain(folder, monkeypatch) -> dict:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """{"plain", "tainted", "train changed": (folder, outcome)}"""
-    before, found = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in ("plain", "tainted", "train changed"):
-            folder = tmp_path_factory.mktemp("chain")
-            write_dataset(folder / "data", slides=8, height=48, width=60)
-            if name == "tainted":
-                assert spoil(folder / "data", ("val", "test")) == ["s2", "s3", "s6", "s7"]
-            elif name == "train changed":
-                image = np.array(Image.open(folder / "data/images/roi0.png"))
-                save(folder / "data/images/roi0.png", 255 - image)
-            found[name] = folder, run_chain(folder, monkeypatch)
-    yield found
-    torch.set_num_threads(before)
+    found = {}
+    with one_thread():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            for name in ("plain", "tainted", "train changed"):
+                folder = tmp_path_factory.mktemp("chain")
+                write_dataset(folder / "data", slides=8, height=48, width=60)
+                if name == "tainted":
+                    assert spoil(folder / "data", ("val", "test")) == ["s2", "s3", "s6", "s7"]
+                elif name == "train changed":
+                    image = np.array(Image.open(folder / "data/images/roi0.png"))
+                    save(folder / "data/images/roi0.png", 255 - image)
+                found[name] = folder, run_chain(folder, monkeypatch)
+        yield found
 
 
 @pytest.mark.parametrize("name", CHAIN)

@@ -47,7 +47,6 @@ def test_exact_on_random_polygons(grid):
         assert np.array_equal(rasterize(rings, height, width), slow_rasterize(rings, height, width)), rings
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")    # of its area
 def test_exact_far_from_the_origin():
     """Coordinates of a slide: rounding grows with them, and one wrong crossing fills half a row."""
     rng = np.random.default_rng(8)

@@ -38,6 +38,7 @@ from her2.denoiser import LatentDenoiser  # noqa: E402
 from her2.diffusion import Schedule  # noqa: E402
 from her2.run_errors import UserError, atomic_write, command  # noqa: E402
 from her2.spade import SPADEGenerator  # noqa: E402
+from run_kill_harness import one_thread  # noqa: E402
 from test_data_annotations import BROKEN, SHAPES, WRITERS  # noqa: E402
 from test_data import BAD  # noqa: E402
 from test_data_images import BAD_IMAGES, BAD_INSTANCES, BAD_MASKS, RGB  # noqa: E402
@@ -389,12 +390,9 @@ def run_line(line):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks of a few channels are slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

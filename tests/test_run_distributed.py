@@ -12,7 +12,7 @@ from torch import nn
 from her2 import run, run_distributed
 from her2.losses import dice_cross_entropy
 from her2.segmenter import UNet
-from run_kill_harness import command_line, differences, in_process, prepare
+from run_kill_harness import command_line, differences, in_process, one_thread, prepare
 from run_processes import double_precision, start, together
 
 # 5 patches: neither 2 nor 3 divides them.
@@ -47,23 +47,21 @@ def root(tmp_path_factory):
     """The runs of one process, of two and of three; of two with --accumulate 2."""
     folder = tmp_path_factory.mktemp("processes")
     prepare(folder)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone(line_of("autoencoder", folder, "one/autoencoder"))
-    shutil.copytree(folder / "one" / "autoencoder", folder / "autoencoder")     # what `diffusion` reads
-    two, three = ([line_of(name, folder, f"{out}/{name}") for name in LOOPS] for out in ("two", "three"))
-    two += [line_of(name, folder, f"two-cut/{name}", "--accumulate", "2") for name in CUT]
-    two += [[*line_of("segmentation", folder, "back"), "--steps", "2"]]
-    with together(two, 2, folder):                      # beside them, one thread each:
-        for name in LOOPS[1:]:
-            alone(line_of(name, folder, f"one/{name}"))
-        for line in also(folder, folder / "one"):
-            alone(line)
-    with together(three + also(folder, folder / "three"), 3, folder):
-        for name in LOOPS:
-            alone(line_of(name, folder, f"cut/{name}", "--accumulate", "2"))
-    yield folder
-    torch.set_num_threads(before)
+    with one_thread():
+        alone(line_of("autoencoder", folder, "one/autoencoder"))
+        shutil.copytree(folder / "one" / "autoencoder", folder / "autoencoder")     # what `diffusion` reads
+        two, three = ([line_of(name, folder, f"{out}/{name}") for name in LOOPS] for out in ("two", "three"))
+        two += [line_of(name, folder, f"two-cut/{name}", "--accumulate", "2") for name in CUT]
+        two += [[*line_of("segmentation", folder, "back"), "--steps", "2"]]
+        with together(two, 2, folder):                      # beside them, one thread each:
+            for name in LOOPS[1:]:
+                alone(line_of(name, folder, f"one/{name}"))
+            for line in also(folder, folder / "one"):
+                alone(line)
+        with together(three + also(folder, folder / "three"), 3, folder):
+            for name in LOOPS:
+                alone(line_of(name, folder, f"cut/{name}", "--accumulate", "2"))
+        yield folder
 
 
 def flat(state, prefix=""):

@@ -15,7 +15,7 @@ from her2.net_blocks import SpectralConv2d
 from her2.quantizer import Codebook
 from her2.run_errors import UserError
 from her2.run_training import Precision
-from run_kill_harness import LOOPS, command_line, differences, in_process, prepare
+from run_kill_harness import LOOPS, command_line, differences, in_process, one_thread, prepare
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TRAINING = [name for name in LOOPS if name != "generate"]
@@ -55,12 +55,10 @@ def start(name, root, out):
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bf16")
     prepare(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in TRAINING:
-        assert start(name, folder, name) == 0
-    yield folder
-    torch.set_num_threads(threads)
+    with one_thread():
+        for name in TRAINING:
+            assert start(name, folder, name) == 0
+        yield folder
 
 
 @pytest.mark.parametrize("name", TRAINING)

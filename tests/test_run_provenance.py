@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_factory import save, write_csv, write_dataset
 from PIL import Image
 
@@ -31,6 +30,7 @@ from her2 import run_provenance
 from her2.data_folder import load_dataset
 from her2.run_errors import UserError, command
 from her2.run_provenance import data_hashes, differences, file_hash, file_hashes
+from run_kill_harness import one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "Meine Sch\u00e4tze/D'Arcy (2)"
@@ -44,13 +44,10 @@ TINY = ((train_gan.PRESETS, dict(SMALL, hidden=8, z_dim=4)),
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """Presets that take a moment, and one thread: networks of a few channels are slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with one_thread(), pytest.MonkeyPatch.context() as monkeypatch:
         for presets, small in TINY:
             monkeypatch.setitem(presets, "tiny", small)
         yield
-    torch.set_num_threads(before)
 
 
 def stale(folder, cache="cache", **moved) -> list[str]:

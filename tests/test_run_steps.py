@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from her2 import run_training
 from her2.data_patches import Sampler
-from run_kill_harness import command_line, in_process, prepare
+from run_kill_harness import command_line, in_process, one_thread, prepare
 from test_run_distributed import LOOPS, alone, apart, line_of
 
 
@@ -16,11 +16,9 @@ from test_run_distributed import LOOPS, alone, apart, line_of
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     prepare(folder)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert in_process(command_line("autoencoder", folder, "autoencoder")) == 0
-    yield folder
-    torch.set_num_threads(before)
+    with one_thread():
+        assert in_process(command_line("autoencoder", folder, "autoencoder")) == 0
+        yield folder
 
 
 class Reads(TorchDispatchMode):
