@@ -33,7 +33,7 @@ from her2.data_classes import ClassTable, csv_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.run_provenance import changed_since, data_hashes, file_hash, locate, read_fields
+from her2.run_provenance import changed_since, data_hashes, file_hash, locate, places, read_fields
 from her2.data_regions import class_pixels, open_roi
 from her2.segmenter import UNet, check_tiles, predict_roi
 
@@ -143,7 +143,8 @@ def read_run(folder) -> report.Run:
         raise UserError(f"{folder / 'config.json'}: no good field {', '.join(missing)}; "
                         "it was made by another version of the code, train again")
     # The set may have been trained on under any folder name: how it was made is what the arm is called by.
-    method = synthetic_method(fields["synthetic"]) if fields["synthetic"] else ""
+    named = fields["synthetic"]                     # it may have moved
+    method = synthetic_method(next(iter(places(folder, "synthetic")), named)) if named else ""
     return report.Run(str(folder), fields, method, {}, {})
 
 
@@ -258,9 +259,9 @@ def read_metrics(one, key, dataset) -> bool:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"key": None}
         if content["key"] != key:           # another model, dataset or tile size: other counts
             return False
-        one.rois = content["rois"]
-        one.val, one.test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes)
-                              for slide, part in content[split].items()} for split in ("val", "test"))
+        one.rois, one.val, one.test = content["rois"], *(
+            {slide: ProbabilityHistogram.from_json(part, dataset.classes)
+             for slide, part in content[split].items()} for split in ("val", "test"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"note: {path}: damaged ({error}), computed again", file=sys.stderr)
         return False

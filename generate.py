@@ -17,6 +17,7 @@ a run was interrupted.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
+import json
 import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 from her2 import (autoencoder, data_folder, data_regions, denoiser, diffusion, draw, inpainting, run,
-                  run_distributed, run_log, run_setup, run_training, spade, study_controls)
-from her2.data_classes import IGNORE, csv_text
+                  run_distributed, run_setup, run_training, spade, study_controls)
+from her2.data_classes import csv_text
 from her2.data_patches import to_tensors
 from her2.relabel import relabel, renumber, repaint_mask
 from her2.run_errors import UserError, atomic_write, command
@@ -72,6 +73,7 @@ class Config(configuration.Patches):    # data, patch, uniform, device and what 
         self.model = self.model or RUN_OF.get(KIND.get(self.method), "")
 
 
+KINDS = ("images", "masks", "instances")     # the files of an image
 KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
@@ -98,17 +100,35 @@ def main(argv):
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
     count = number_of_images(config, sampler)
 
-    # ---- 2 what an earlier start of this command left ------------------------------------------------------
+    # ---- 2 what an earlier start of this command left: a file is there whole or not at all -----------------
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
     with run_distributed.in_turn():
         folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
                               input_hashes(config, dataset))
-        manifest = run_log.Manifest(folder)
-        done = manifest.finished(folder, checkpoint)
-    if len(done) >= count and (folder / "slides.csv").exists():
+        done = {i for i in range(count) if all((folder / kind / f"{i:06d}.png").exists() for kind in KINDS)}
+        complete = len(done) == count and (folder / "slides.csv").exists()
+    if complete:
         print(f"{folder}: complete ({count} images); nothing to do")
         return 0
     run_distributed.rank() or data_folder.write_split(folder / "split.json", dataset)
+
+    # ---- 3 what image i shows: a function of (seed, i) alone -----------------------------------------------
+    records = {}
+
+    def drawn(i):
+        """(patch, its new label, {instance: (old, new class)}) of image i; keeps its line of the manifest."""
+        # A real patch: its tissue is where the new image will have tissue, and of the same shape. And a new
+        # subtype for every instance: the step that balances (paper, section 2.2).
+        patch = source(config.seed, i)
+        label, mapping = (
+            relabel(patch["label"], patch["instance"], classes, generator(config.seed, "relabel", i), allowed)
+            if config.relabel else keep(patch, classes))
+        records[i] = {
+            "image": f"images/{i:06d}.png", "source_image": patch["name"], "source_slide": patch["slide"],
+            "x": patch["x"], "y": patch["y"],
+            "instances": {str(j): list(pair) for j, pair in mapping.items()},             # [old, new]
+            "seed": hashed_seed(config.seed, "image", i), "checkpoint": checkpoint}
+        return patch, label, mapping
 
     batches = range(0, count, config.batch)[run_distributed.rank()::run_distributed.world()]
     for first in tqdm(batches, desc=config.method, leave=False, disable=None):
@@ -119,47 +139,41 @@ def main(argv):
         if not missing:
             continue
 
-        # ---- 3 real patches: their tissue is where the new image will have tissue, and of the same shape
-        patches = [source(config.seed, i) for i in ids]
+        # ---- 4 paint. Image i has noise of its own, so it is the same whatever batch or process it is in.
+        patches, labels, mappings = zip(*map(drawn, ids))
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
-
-        # ---- 4 a new subtype for every instance: the step that balances (paper, section 2.2)
-        labels, mappings = zip(*(
-            relabel(patch["label"], patch["instance"], classes, generator(config.seed, "relabel", i), allowed)
-            if config.relabel else keep(patch) for i, patch in zip(ids, patches)))
-        label = torch.stack(labels)                                                     # (B, H, W)
-
-        # ---- 5 paint. Image i has noise of its own, so it is the same whatever batch or process it is in.
-        seeds = [hashed_seed(config.seed, "image", i) for i in ids]
+        label, seeds = torch.stack(labels), [records[i]["seed"] for i in ids]           # (B, H, W)
+        repaint = torch.stack(list(map(repaint_mask, instance, mappings)))              # (B, H, W)
+        repaint = inpainting.grow(repaint, config.blend)
         with torch.no_grad(), precision.autocast():
             painted = painter.paint({
                 "image": image, "label": label, "instance": instance, "seeds": seeds, "sources": patches,
                 "onehot": run_training.one_hot(label, len(classes), device), "mappings": mappings,
-                "repaint": torch.stack(list(map(repaint_mask, instance, mappings)))}).float().cpu()
+                "repaint": repaint}).float().cpu()
         # A decoder gives smooth pixels: without the sensor's noise a segmenter learns who painted, not what.
         if config.grain and content:
             levels = torch.stack([level(patch["name"]) for patch in patches])           # (B,)
-            painted = inpainting.add_grain(painted, image, levels, seeds)
+            painted = inpainting.add_grain(painted, levels, seeds)
+        if config.method == "inpaint":
+            # Decoding moved every pixel a little; those of the background are the photograph's again.
+            painted = inpainting.paste(image, painted, repaint)
 
-        # ---- 6 write; the line of the manifest last, for it vouches for the three files
+        # ---- 5 write
         for i in missing:
             k, name = i - first, f"{i:06d}.png"
             draw.save_png(folder / "images" / name, draw.to_uint8(painted[k]))
             draw.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8), classes.palette())
             draw.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
-            manifest.append({
-                "image": f"images/{name}", "source_image": patches[k]["name"],
-                "source_slide": patches[k]["slide"], "x": patches[k]["x"], "y": patches[k]["y"],
-                "instances": {str(j): list(pair) for j, pair in mappings[k].items()},     # [old, new]
-                "seed": seeds[k], "checkpoint": checkpoint})
 
-    # ---- 7 what makes a dataset of these files -------------------------------------------------------------
+    # ---- 6 what makes a dataset of these files -------------------------------------------------------------
     run_distributed.barrier()
     if not run_distributed.rank():
-        manifest.finished(folder, checkpoint)       # what the other processes have painted
-        write_dataset(folder, manifest.write_ordered(), dataset)
-        configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", config.ratio)
+        for i in range(count):
+            i in records or drawn(i)                # painted by another process, or by an earlier start
+        write_dataset(folder, [records[i] for i in range(count)], dataset)
+        ratio = f"{count / sampler.num_patches:.6g}" if config.count else config.ratio
+        configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", ratio)
     return 0
 
 
@@ -186,11 +200,11 @@ def draw_patch(sampler, seed, i) -> dict:
             "slide": roi.slide, "x": x, "y": y}
 
 
-def keep(patch):
-    """--no-relabel: the real label, every instance mapped to its own class."""
+def keep(patch, classes):
+    """--no-relabel: the real label, every tumor instance mapped to its own class."""
     label, instance = patch["label"], patch["instance"]
     olds = {j: int(label[instance == j][0]) for j in instance.unique().tolist() if j}
-    return label, {j: (old, old) for j, old in olds.items() if old != IGNORE}
+    return label, {j: (old, old) for j, old in olds.items() if old in classes.tumor_ids}
 
 
 def relabel_ids(names: str, classes, present) -> list:
@@ -287,7 +301,7 @@ class DiffusionPainter:
     def paint(self, batch):
         config, factor, known, cells = self.config, self.autoencoder.factor, None, None
         if config.method == "inpaint":
-            image, region = batch["image"], inpainting.grow(batch["repaint"], config.blend)     # (B, H, W)
+            image, region = batch["image"], batch["repaint"]
             # The encoder sees the whole patch: what it shall not carry on is taken out before.
             source = inpainting.erase(image, region) if config.erase else image
             z = self.autoencoder.encode(run_training.to_device(source, self.device))    # (B, C, h, w)
@@ -298,15 +312,15 @@ class DiffusionPainter:
         predict = self.denoiser.predictor(self.denoiser.label_code(batch["onehot"]), config.guidance)
         x0 = sample(predict, self.schedule, noise, steps=config.steps, eta=config.eta, sampler=config.sampler,
                     spacing=config.spacing, known=known, repaint=cells)                 # (B, C, h, w)
-        painted = self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1).cpu()
-        # Decoding moves every pixel a little; those of the background are the photograph's again.
-        return painted if known is None else inpainting.paste(image, painted, region)
+        return self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1)
 
 
 # ---- the dataset folder ------------------------------------------------------------------------------------
 def write_dataset(folder, records, dataset) -> None:
-    """classes.json as in the source dataset, where it has one; preview.png, the first new labels above the
-    images generated from them; slides.csv last: a folder that has it is complete."""
+    """manifest.jsonl; classes.json as in the source dataset, where it has one; preview.png, the first new
+    labels above the images generated from them; slides.csv last: a folder that has it is complete."""
+    atomic_write(folder / "manifest.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n"
+                                                    for record in records))
     if (dataset.root / "classes.json").exists():
         atomic_write(folder / "classes.json", (dataset.root / "classes.json").read_bytes())
     names = [Path(record["image"]).name for record in records]

@@ -48,6 +48,7 @@ def train(config, argv) -> None:
     networks = {"generator": net, "encoder": encoder, "discriminator": disc}
     saved = {**networks, "ema": ema, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler}
+    run_training.compile_parts(config, *networks.values())
     folder, log, step, numbers = run_log.begin("train_gan.py", config, device, argv, dataset, saved,
                                                idle=torch.zeros((), dtype=torch.long))
     idle = numbers["idle"].to(device)               # steps in a row with d_loss of almost 0
@@ -83,7 +84,6 @@ def train(config, argv) -> None:
 
     losses = run_log.Losses(folder, networks, scaler)
     run_distributed.same_start(*networks.values())
-    run_training.compile_parts(config, *networks.values())
     steps = run_training.Steps("GAN", config, sampler, step, device, losses,
                                save=lambda: run.save_checkpoint(folder, saved, step=step, idle=idle))
     for batch in steps:

@@ -49,6 +49,7 @@ def train_autoencoder(config, argv) -> None:
     usage = quantizer.CodeUsage(config.codes, math.ceil(1000 / config.batch), config.steps // 2, device)
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
+    run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
     folder, log, step, _ = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset,
                                          saved)
     if step >= config.steps:
@@ -93,7 +94,6 @@ def train_autoencoder(config, argv) -> None:
 
     losses = run_log.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
     run_distributed.same_start(model, disc)
-    run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
     steps = run_training.Steps("autoencoder", config, sampler, step, device, losses,
                                save=lambda: run.save_checkpoint(folder, saved, step=step))
     for batch in steps:
@@ -160,6 +160,7 @@ def train_diffusion(config, argv) -> None:
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
     saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    run_training.compile_parts(config, denoiser.unet)
     folder, log, step, kept = run_log.begin("train_ldm.py --stage diffusion", config, device, argv, dataset,
                                             saved, quarters=torch.zeros(2, 4, dtype=torch.double))
     quarters = kept["quarters"].to(device)          # sums and numbers of losses by quarter of t, (2, 4)
@@ -205,7 +206,6 @@ def train_diffusion(config, argv) -> None:
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
     batches = config.latent_pool and data_latents.pooled_latents(config, dataset, encode, step)
     run_distributed.same_start(denoiser, ema.module)
-    run_training.compile_parts(config, denoiser.unet)
     steps = run_training.Steps("diffusion", config, sampler, step, device, losses, batches=batches,
                                save=lambda: run.save_checkpoint(folder, saved, step=step, quarters=quarters))
     for batch in steps:

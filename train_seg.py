@@ -46,6 +46,7 @@ def train(config, argv) -> None:
     scaler = precision.scaler()                     # fp16 only: small gradients would round to 0
 
     saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    run_training.compile_parts(config, network)
     folder, log, step, _ = run_log.begin("train_seg.py", config, device, argv, dataset, saved, synthetic)
     if step >= config.steps:
         return
@@ -77,7 +78,6 @@ def train(config, argv) -> None:
 
     losses = run_log.Losses(folder, {"network": network}, scaler)
     run_distributed.same_start(network)
-    run_training.compile_parts(config, network)
     steps = run_training.Steps("segmentation", config, sampler, step, device, losses,
                                save=lambda: run.save_checkpoint(folder, saved, step=step))
     for batch in steps:

@@ -198,11 +198,13 @@ def main(argv):
         raise UserError(f"{small.image}: smaller than the synthetic images ({patch} pixels); make them of a "
                         "smaller --patch")
     count = args.count or len(synthetic.rois)
-    rois = synthetic.rois[::max(1, len(synthetic.rois) // count)][:count]
+    chosen = np.linspace(0, len(synthetic.rois) - 1, min(count, len(synthetic.rois))).astype(int)
+    rois = [synthetic.rois[i] for i in chosen]
     pictures = [open_roi(roi, synthetic.classes, args.cache).window(0, 0, patch, patch) for roi in rois]
     # Both splits held out, for more slides: neither the networks nor their training saw one of them.
     unseen = replace(dataset, rois=[replace(r, split="val") for r in dataset.rois if r.split != "train"])
-    sampler = PatchSampler(unseen, "val", patch, fields.get("sampling", "tumor"), cache=args.cache)
+    sampler = PatchSampler(unseen, "val", patch, fields.get("sampling", "tumor"), cache=args.cache,
+                           uniform=fields.get("uniform", 0.0))
     held_out = [sampler.draw(numpy_generator(args.seed, "audit", j))[:3] for j in range(args.held_out)]
     found, where, normal, kept = audit(pictures, held_out, train, dataset.classes, patch,
                                        pick_device(args.device), inpainted, args.cache)
@@ -218,13 +220,12 @@ def main(argv):
         here = [one["similarity"] for one in nearest if one["slide"] == slide]
         rows.append([slide, str(sum(one["source_slide"] == slide for one in nearest)), str(len(here)),
                      str(sum(s > threshold for s in here)), f"{max(here):.3f}" if here else "n/a"])
-    out, quantiles = Path(args.out), [0, 0.25, 0.5, 0.75, 1]
+    out = Path(args.out)
     run.write_json(out / "audit.json", {
         "images": len(found), "left_out": len(rois) - len(found), "held_out": len(normal), "p": p,
         "region": "regenerated tumor" if inpainted else "whole image", "false_alarm": args.false_alarm,
         "threshold": threshold, "share_above": share, "slides": [dict(zip(rows[0], row)) for row in rows[1:]],
-        "quantiles": {"synthetic": np.quantile(found, quantiles).tolist(),
-                      "held_out": np.quantile(normal, quantiles).tolist()}, "nearest": nearest})
+        "nearest": nearest})
     pairs, shown = [[], []], np.argsort(-found)[:8]
     for i in shown:                         # the image as it would have to be turned, above what it is like
         image = torch.from_numpy(pictures[kept[i]][0]).movedim(-1, 0)

@@ -19,7 +19,7 @@ officially in the loss with weight 1, is off without a file at `--lpips`, and ed
 discriminator learns from the first step on and the decoder listens from `disc_start` on (officially neither
 happens before, so that the decoder first listens to a discriminator that knows nothing).
 
-PAPER: "the vq-f4 configuration, which compressed the input by a factor of eight" contradicts itself: vq-f4
+PAPER: vq-f4, "which compressed the input by a factor of eight" (section 2.2), contradicts itself: vq-f4
 halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.
 
 Key: B batch, C channels, D latent channels, H W image size, h w size of a feature map, f factor.

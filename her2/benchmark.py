@@ -61,7 +61,7 @@ def script_config(loop: str, preset: str):
     script, *stage = run.KINDS[loop][0]
     names = runpy.run_path(str(ROOT / script), run_name="her2.benchmark")
     cls, presets = (f"{loop.title()}Config", f"{loop.upper()}_PRESETS") if stage else ("Config", "PRESETS")
-    config = configuration.build(names[cls], names[presets], {"preset": preset})
+    config = names[cls](**{"preset": preset, **names[presets][preset]})     # not by `build`: it asks runs/vq
     if loop == "segmenter":
         config.encoder_weights = "none"                 # sizes are asked for: no download for that
     return config
@@ -104,7 +104,7 @@ def one_step(loop: str, c, device):
         def step(batch):
             logits, target = net(zeros(batch, 3)), zeros(batch).long()
             losses.dice_cross_entropy(logits, target, c.dice)[0].backward()
-        return [net], [], step
+        return [net], [net], step
 
     if loop == "gan":
         net, encoder, disc = run_setup.spade_gan(c, CLASSES, device)

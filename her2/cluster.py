@@ -32,7 +32,8 @@ from tqdm import tqdm
 from her2 import draw, report, run, run_config as configuration
 from her2.data_classes import ClassTable, TissueClass, csv_text
 from her2.data_folder import load_dataset
-from her2.data_regions import open_roi
+from her2.data_mapped import open_region
+from her2.data_regions import region_files
 from her2.report_staining import SMALLEST
 from her2.run_errors import UserError, atomic_write, command
 from her2.run_provenance import input_hashes
@@ -66,22 +67,22 @@ def main(argv):
     configuration.check_ranges(config)
     config.out = config.out or config.data.rstrip("/\\") + ("-merged" if config.merge else "-clusters")
     dataset = load_dataset(config.data, seed=config.split_seed)
-    regions = [open_roi(roi, dataset.classes, config.cache) for roi in dataset.rois]
+    files = region_files(dataset.rois, dataset.classes, config.cache)   # not all open: systems limit handles
     if not config.merge:
-        found = instances(dataset, regions)
+        found = instances(dataset, files)
         member, record = cluster(dataset, found, config)
         table, meaning = clusters_table(dataset.classes, member.max() + 1)
     else:
         table, meaning = merged(dataset.classes, config.merge)
-    class_of = [meaning[region.class_of] for region in regions]   # per region: the new class of each instance
+    class_of = [meaning[open_region(file).class_of] for file in files]  # the new class of each instance
     folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
                           input_hashes(config, dataset))
     if not config.merge:
         for roi, i, k in zip(found["roi"], found["id"], member):
             class_of[roi][i] = table.tumor_ids[k]
         run.write_json(folder / "clusters.json", record)
-        draw.save_png(folder / "clusters.png", examples(found, member, regions, class_of, table))
-    write_dataset(folder, dataset, table, regions, class_of)
+        draw.save_png(folder / "clusters.png", examples(found, member, files, class_of, table))
+    write_dataset(folder, dataset, table, files, class_of)
     print(f"done: {folder}, tumor classes {', '.join(table.names[k] for k in table.tumor_ids)}; "
           f"next: python train_ldm.py --stage autoencoder --data {folder}")
     return 0
@@ -109,7 +110,7 @@ def merged(classes, text: str):
             for k, (name, olds) in enumerate(groups.items())]
     aliases = {**classes.aliases, **{c.name: c.id for c in classes.classes if c.name not in groups}}
     try:
-        return ClassTable(rows, {alias: int(meaning[k]) for alias, k in aliases.items()}), meaning
+        return ClassTable(rows, [(alias, int(meaning[k])) for alias, k in aliases.items()]), meaning
     except ValueError as error:                                 # two new names that differ by case alone
         raise UserError(f"--merge {text!r}: {error}") from error
 
@@ -125,10 +126,11 @@ def clusters_table(classes, K: int):
     return ClassTable(rows), meaning
 
 
-def instances(dataset, regions) -> dict:
+def instances(dataset, files) -> dict:
     """The n tumor instances of all regions: {"roi", "id", "pixels", "class": (n,), "x": (n, 3)}."""
     parts = []
-    for roi, region in enumerate(tqdm(regions, desc="instances", leave=False, disable=None)):
+    for roi, file in enumerate(tqdm(files, desc="instances", leave=False, disable=None)):
+        region = open_region(file)
         pixels, *sums = instance_sums(region)
         ids = np.flatnonzero(np.isin(region.class_of, dataset.classes.tumor_ids) & (pixels > 0))
         mean, square, gradient = (total[ids] / pixels[ids] for total in sums)
@@ -143,11 +145,11 @@ def instance_sums(region, strip: int = 512) -> np.ndarray:
     """(4, N + 1): pixels of each instance; sums over them of DAB, of its square, of its gradient's length."""
     white, sums = white_point(region.image[::8, ::8]), np.zeros((4, len(region.class_of)))
     for top in range(0, region.height, strip):                  # a whole region in float64 takes gigabytes
-        dab = deconvolve(region.image[top:top + strip], white)[1]                       # (strip, W)
+        dab = deconvolve(region.image[top:top + strip + 1], white)[1]       # a row more, for the gradient
         gradient = np.hypot(np.diff(dab, axis=0, append=dab[-1:]), np.diff(dab, axis=1, append=dab[:, -1:]))
         which = region.instance[top:top + strip].reshape(-1)
         for total, values in zip(sums, (np.ones_like(dab), dab, dab ** 2, gradient)):
-            total += np.bincount(which, weights=values.reshape(-1), minlength=len(total))
+            total += np.bincount(which, weights=values[:strip].reshape(-1), minlength=len(total))
     return sums
 
 
@@ -231,13 +233,13 @@ def cluster(dataset, found, config):
     return member, {"bic": bic, "adjusted_rand": agreement, "table": rows}
 
 
-def examples(found, member, regions, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
+def examples(found, member, files, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
     """A row of instances per cluster, evenly spread over those that are not too small, with outlines."""
     rows = [[] for _ in range(member.max() + 1)]
     for k, row in enumerate(rows):
         here = np.flatnonzero((member == k) & (found["pixels"] >= SMALLEST))
         for j in here[np.linspace(0, len(here) - 1, min(columns, len(here))).astype(int)]:
-            region, new = regions[found["roi"][j]], class_of[found["roi"][j]]
+            region, new = open_region(files[found["roi"][j]]), class_of[found["roi"][j]]
             shape = region.instance.shape
             corner = [int(np.clip(np.median(at) - side // 2, 0, max(0, size - side)))
                       for at, size in zip(np.nonzero(region.instance == found["id"][j]), shape)]
@@ -246,11 +248,11 @@ def examples(found, member, regions, class_of, table, columns: int = 8, side: in
     return draw.image_grid(rows, [table.names[k] for k in table.tumor_ids], cell=128)
 
 
-def write_dataset(folder, dataset, table, regions, class_of) -> None:
+def write_dataset(folder, dataset, table, files, class_of) -> None:
     """Images as they are, masks by `class_of` (N + 1,) of each region, classes.json, and slides.csv last."""
     rows = []
-    for roi, region, new in zip(tqdm(dataset.rois, "writing", leave=False, disable=None), regions, class_of):
-        instance = np.array(region.instance, dtype=np.int32)                              # (H, W)
+    for roi, file, new in zip(tqdm(dataset.rois, "writing", leave=False, disable=None), files, class_of):
+        instance = np.array(open_region(file).instance, dtype=np.int32)                   # (H, W)
         if instance.max() > 65535:
             raise UserError(f"{roi.image}: {instance.max()} instances, too many for a 16-bit PNG; cut it up")
         mask, numbers = (f"{kind}/{roi.name.removesuffix('.png')}.png" for kind in ("masks", "instances"))

@@ -7,10 +7,8 @@ Source: paper, section 2.1 (annotated in EXACT); the other formats are what othe
 
 import json
 import re
-import unicodedata
 from dataclasses import replace
 from difflib import get_close_matches
-from pathlib import Path
 
 from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
 from her2.data_checks import REMEDY, Found, plain_path, show
@@ -56,10 +54,13 @@ def check_image(found: Found, image, slide: str, height: int, width: int) -> Non
     if size != [None, None] and size != [width, height]:
         raise UserError(f"{found.path}: annotations of an image of {show(size[0])} x {show(size[1])} pixels, "
                         f"but {image} has {width} x {height}; annotate it, or give x, y and downsample")
-    theirs, ours, known = (normal_form(unicodedata.normalize("NFC", text))
-                           for text in (plain_path(name or "").stem, Path(image).stem, slide))
+    theirs, ours, known = map(normal_form, (plain_path(name or "").stem, plain_path(image).stem, slide))
+
+    def within(part, whole):        # the image "1" is not the image "10"
+        return re.search(rf"(?:(?<!\d)|(?!\d)){re.escape(part)}(?:(?!\d)|(?<!\d))", whole)
+
     # Programs add to names (a folder, a hash, an ending): one name inside the other is the same image.
-    if name and not (theirs in ours or ours in theirs or known in theirs):
+    if name and not (within(theirs, ours) or within(ours, theirs) or within(known, theirs)):
         raise UserError(f"{found.path}: annotations of the image {show(name)}, not of {image}; correct the "
                         "annotations cell, or give the image that name if it is the one")
 
@@ -109,8 +110,8 @@ def likely_class(name: str, classes: ClassTable) -> str:
     score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
     part = name.rpartition(":")[2].strip()                      # QuPath's derived classes: "Tumor: 3+"
     guesses = [part] if part in classes.names else []
+    guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []      # whatever its staining
     guesses += [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
-    guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []
     tumor = re.search(r"tumou?r|carcinom|cancer|invasi|metasta|ignore|\?", text)
     if not tumor and re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|"
                                r"background|glass|region", text):

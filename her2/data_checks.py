@@ -6,7 +6,7 @@ background to a network.
 """
 
 import re
-from collections import Counter
+import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -37,10 +37,6 @@ class Found:
     def __init__(self, path):
         self.path, self.polygons, self.left_out, self.problems, self._ids = path, [], [], [], set()
         self.about = (None, None, None)     # name, width and height of the image, None: the file does not say
-
-    @property
-    def skipped(self) -> Counter:
-        return Counter(reason for reason, _ in self.left_out)
 
     def leave_out(self, reason, rings=lambda: []):
         """Keep an annotation that is no polygon of this image; `rings()` gives its outline, if any."""
@@ -133,5 +129,5 @@ def choose_image(names: dict, image, path):
 
 
 def plain_path(name) -> PurePosixPath:
-    """A path as any system writes it."""
-    return PurePosixPath(str(name).replace("\\", "/"))
+    """A path as any system writes it, letters in Unicode form C (a Mac's archive has them in form D)."""
+    return PurePosixPath(unicodedata.normalize("NFC", str(name).replace("\\", "/")))

@@ -60,10 +60,10 @@ def normal_form(name: str) -> str:
 class ClassTable:
     """Classes with ids 0..K-1, found by id or by name. ValueError where the table contradicts itself.
 
-    aliases  further names: {name: id}          colors      (256, 3) uint8: colors[label] is a picture
+    aliases  further names and their ids        colors      (256, 3) uint8: colors[label] is a picture
     masks    "score", "ids", or "" = not said   len(table)  K, the channels of a one-hot map"""
 
-    def __init__(self, classes, aliases=None, masks: str = ""):
+    def __init__(self, classes, aliases=(), masks: str = ""):
         self.classes, self.masks = list(classes), masks
         self.names, ids = [c.name for c in self.classes], [c.id for c in self.classes]
         self.tumor_ids = [c.id for c in self.classes if c.tumor]
@@ -86,7 +86,7 @@ class ClassTable:
             if self._ids.setdefault(normal_form(c.name), c.id) != c.id or not normal_form(c.name):
                 raise ValueError(f"name {c.name!r} is empty or used twice (case and spaces do not count)")
         self.aliases = {}
-        for alias, class_id in (aliases or {}).items():
+        for alias, class_id in aliases:
             if not 0 <= class_id < len(ids) and class_id != IGNORE:
                 raise ValueError(f"alias {alias!r} means class {class_id}; the ids are 0 to {len(ids) - 1}")
             known = self._ids.setdefault(normal_form(alias), class_id)
@@ -148,14 +148,11 @@ def _table_from_json(obj) -> ClassTable:
         if type(class_id) is not int:
             raise ValueError(f"alias {alias!r} means {show(target)}, which is no class name and no id")
         aliases.append((alias.strip() or NO_CLASS, class_id))
-    meanings = {normal_form(alias): class_id for alias, class_id in aliases}    # the last one of each
-    twice = [alias for alias, class_id in aliases if meanings[normal_form(alias)] != class_id]
-    if twice:                                                           # which one was meant nobody can tell
-        raise ValueError(f"the aliases {show(twice)} have two meanings each")
-    inherited = {alias: class_id for alias, class_id in DEFAULT_ALIASES.items()
-                 if normal_form(alias) not in {**meanings, **by_name} and (class_id == IGNORE or
-                 classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id])}
-    return ClassTable(classes, {**dict(aliases), **inherited}, obj.get("masks", ""))
+    taken = {normal_form(name) for name in [*(c.name for c in classes), *(alias for alias, _ in aliases)]}
+    inherited = [(alias, class_id) for alias, class_id in DEFAULT_ALIASES.items()
+                 if normal_form(alias) not in taken and (class_id == IGNORE or
+                 classes[class_id:] and classes[class_id].name == DEFAULT_CLASSES.names[class_id])]
+    return ClassTable(classes, aliases + inherited, obj.get("masks", ""))
 
 
 def _class_from_json(row) -> TissueClass:
@@ -195,7 +192,7 @@ DEFAULT_CLASSES = ClassTable([      # id, name, tumor, in the variance, color
     TissueClass(3, "2+", True, True, (44, 160, 44)),                    # weak to moderate, complete
     TissueClass(4, "3+", True, True, (214, 39, 40)),                    # strong and complete
     TissueClass(5, "LCIS/DCIS", True, False, (240, 200, 20)),           # inside ducts: never scored
-], DEFAULT_ALIASES)
+], DEFAULT_ALIASES.items())
 
 
 def read_text(path, remedy: str) -> str:

@@ -52,7 +52,7 @@ def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]
     try:
         classes = load_classes(root)
     except UserError as error:
-        classes = DEFAULT_CLASSES
+        classes, rois = DEFAULT_CLASSES, []         # by the wrong table, good labels would look wrong
         problems.append(str(error))
     if not problems and not any(roi.split for roi in rois):
         table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, problems, notes)

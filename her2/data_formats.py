@@ -11,6 +11,7 @@ what is refused. Source: the files that these programs write; the paper (section
 """
 
 import re
+from collections import Counter
 from xml.etree import ElementTree
 
 import numpy as np
@@ -154,7 +155,7 @@ def read_geojson(obj, found):
                     found.add(rings, qupath_class(properties), source_id)
                 else:
                     found.leave_out(f"{kind} {DETECTED}", lambda: rings)
-    skipped = found.skipped
+    skipped = Counter(reason for reason, _ in found.left_out)
     if skipped and not found.polygons + found.problems and all(DETECTED in reason for reason in skipped):
         kinds = ", ".join(f"{count} x {reason.split()[0]}" for reason, count in skipped.items())
         raise UserError(f"{found.path}: no annotation, only what QuPath detected by itself ({kinds}); export "
@@ -197,30 +198,11 @@ def read_asap(text, found):
             found.add([[asap_number(point.get(axis)) for point in points for axis in "XY"]], name, number)
 
 
-def uncompressed(text) -> list:
-    """The counts of COCO's compressed runs: five bits a character, the lowest first, 32 = more follow; bit 16
-    of the last is the sign. From the fourth on they are differences to the count two before."""
-    counts, value, shift = [], 0, 0
-    for letter in text:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise Malformed(f"has the run lengths {show(text)}, which COCO cannot have written")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (1 << shift) if bits & 16 else 0
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
-    if shift:
-        raise Malformed(f"has the run lengths {show(text)}, which are cut off")
-    return counts
-
-
 def run_length_polygons(code) -> list:
     """The polygons of a COCO mask {"size": [h, w], "counts": runs of 0 and 1 in turn, column by column}."""
     size, counts = as_list(code.get("size"), least=2), code.get("counts")
     if isinstance(counts, str):
-        counts = uncompressed(counts)
+        raise Malformed("has a mask in compressed run lengths; export polygons, or the masks as PNG")
     if not all(type(v) is int and v >= 0 for v in [*size, *as_list(counts)]) or len(size) != 2:
         raise Malformed(f"has the size {show(size)} and counts {show(counts)}, not whole numbers from 0")
     height, width = size

@@ -147,7 +147,7 @@ def draft_classes(root) -> None:
     if masks and two_valued == masks:
         content["masks"] = "score"
     if not content:
-        print(f"{root}: every name is a class or an alias of the default table; no classes.json is needed")
+        print(f"{root}: every name is a class of the default table; no classes.json is needed")
         return
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     for name, class_name in aliases.items():

@@ -4,8 +4,8 @@ How a patch is chosen decides what a network learns (section 3 of the paper comp
 
     tumor     a pixel uniform over all tumor pixels of the split, whatever their subtype
     subtype   a tumor class uniform over those present, then a pixel uniform over its pixels
-    uniform   a region in proportion to its pixels, then a position uniform over all that fit into it and are
-              not centred on a pixel to be ignored
+    uniform   a region in proportion to its pixels that count, then a position uniform over all that fit into
+              it and are not centred on a pixel to be ignored
 
 The patch is centred on the pixel, moved by up to a quarter of its side (else the network would learn that
 the centre is always tumor) and pushed back inside the region. A share of the patches may be uniform whatever
@@ -24,6 +24,7 @@ Dimension letters: B batch, P side of the patch, H, W region.
 """
 
 import math
+import signal
 import sys
 
 import numpy as np
@@ -208,12 +209,19 @@ class MixedSampler(Sampler):
         return image, self.meaning[label], instance, self.rois[which].name
 
 
+def deaf(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the workers of a loader too; the main process saves first, then ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(sampler: Sampler, first_step: int, last_step: int, indices, workers=0, pin_memory=False):
     """A DataLoader of the samples `indices` of steps first_step..last_step-1; `workers` make them ahead."""
     # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
     # make other random numbers depend on how often a run was resumed. No batch uses it.
     return DataLoader(sampler, batch_size=None, sampler=[(k, indices) for k in range(first_step, last_step)],
                       num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
+                      worker_init_fn=deaf,
                       multiprocessing_context="spawn" if workers else None)
 
 

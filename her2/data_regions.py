@@ -92,6 +92,8 @@ def _read_mask_and_instances(roi, classes):
 
 def _tumor_of_score(roi, ids, classes) -> np.uint8:
     """The class of what is not 0 in a mask of two values under {"masks": "score"}."""
+    if ids == [0]:
+        return np.uint8(0)                          # no tumor, so none of any subtype
     if len(set(ids) - {0}) > 1:
         raise UserError(f"{roi.mask}: holds the values {', '.join(map(str, ids[:8]))}, but {{\"masks\": "
                         '"score"} in classes.json promises 0 and one other; remove it if these are class ids')

@@ -42,7 +42,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 def time_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """t (B,) -> (B, dim): cos, then sin of t at half = dim // 2 frequencies 10000^(-i/half), 1 to 1/10000."""
+    """t (B,) -> (B, dim): cos, then sin of t at half = dim // 2 frequencies 10000^(-i/half), from 1 down."""
     # A number from 0 to 999 says little to a linear layer. Waves of all lengths do, as the hands of a clock:
     # fast ones tell t from t + 1, slow ones early from late.
     half = dim // 2

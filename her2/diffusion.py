@@ -20,7 +20,7 @@ Eq. 3 is the product of two Gaussians of x_{t-1}:
 
 Sources: (1) to (3) Ho et al., DDPM, NeurIPS 2020, eq. 4, 6, 7; (4) Salimans and Ho, Progressive Distillation,
 ICLR 2022, appendix D. The schedule is latent-diffusion's "linear", linear in sqrt(beta), from 0.0015 to
-0.0205 (models/ldm/semantic_synthesis256; other official configs end at 0.0195).
+0.0205 (models/ldm/semantic_synthesis256; some official configs end at 0.0195).
 
 Differs from the official code: tables stay in float64 until a value is used (officially float32 buffers);
 v-prediction and the zero terminal signal-to-noise ratio are additions, one argument each. With the official

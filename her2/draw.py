@@ -234,7 +234,8 @@ def class_legend(classes, tumor_only=False) -> list:
 def side_by_side(rows, classes, cell=256) -> np.ndarray:
     """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8."""
     names = {"original": "Original", "gan": "GAN", "ldm": "Diffusion", "inpaint": "Inpainting",
-             "oracle": "Oracle", "restain": "Restained"}
+             "oracle": "Oracle", "fresh": "New tissue", "restain": "Restained",
+             "reconstruct": "Reconstructed"}
     columns = {key: name for key, name in names.items() if any(key in row for row in rows)}
     pictures = [[colorize(row["label"], classes), *(row.get(key) for key in columns)] for row in rows]
     return image_grid(pictures, [row.get("caption", "") for row in rows],

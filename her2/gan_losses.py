@@ -85,7 +85,8 @@ def adaptive_weight(nll, g, last_layer: torch.Tensor, loss_scale: float = 1.0, p
     gradients = pulls(nll, g, last_layer, loss_scale)
     nll_gradient, g_gradient = pool(gradients) if pool else gradients
     # 1e-4 and 1e4 (official): a D that says nothing would otherwise be amplified without bound.
-    return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).nan_to_num(0.0).clamp(0.0, 1e4).detach()
+    ratio = nll_gradient.norm() / (g_gradient.norm() + 1e-4)
+    return ratio.nan_to_num(0.0, posinf=0.0).clamp(0.0, 1e4).detach()
 
 
 def saturated_share(image: torch.Tensor) -> torch.Tensor:

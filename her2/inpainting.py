@@ -74,9 +74,9 @@ def noise_level(image: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(fine ** 2, 8).flatten(1).quantile(0.1, dim=1).sqrt() / SMOOTHEST
 
 
-def add_grain(painted: torch.Tensor, image: torch.Tensor, level: torch.Tensor, seeds) -> torch.Tensor:
-    """Noise that brings `painted` (B, 3, H, W) to `level` (B,), on all pixels that differ from `image`."""
+def add_grain(painted: torch.Tensor, level: torch.Tensor, seeds) -> torch.Tensor:
+    """Noise that brings `painted` (B, 3, H, W) to `level` (B,). Before `paste`: in a photograph the smoothest
+    squares would be its own, and what a network painted would seem to have its noise already."""
     lacking = (level ** 2 - noise_level(painted) ** 2).clamp(min=0).sqrt()   # variances of noises add up
     noise = torch.stack([torch.randn(painted.shape[1:], generator=generator("grain", s)) for s in seeds])
-    grainy = (painted + lacking[:, None, None, None] * noise).clamp(-1, 1)
-    return torch.where((painted == image).all(dim=1, keepdim=True), painted, grainy)
+    return (painted + lacking[:, None, None, None] * noise).clamp(-1, 1)

@@ -8,11 +8,10 @@ phantom.json with the settings. The physical model is the same at every preset, 
 in resolution and amount. A ROI is a function of (seed, slide, roi) alone, so an interrupted run goes on where
 it stopped and ends in the same bytes.
 
-`slides.csv` comes with a split in which the four scores are equally frequent. Subtypes are not: slides of a
-higher score hold more tumor, and a slide mixes subtypes around its score (paper, section 2.1 and Fig. 2:
-3+ most frequent, 0 rare). PAPER: the figure has no numbers that could be read off; the shares of the tumor
-aimed at are those at which subtype sampling is known to help (0 .07, 1+ .16, 2+ .24, 3+ .43, and .11 for the
-tumor class without a subtype, LCIS/DCIS).
+`slides.csv` comes with a split in which the four scores are equally frequent (paper, section 2.1). Subtypes
+are not: slides of a higher score hold more tumor, and a slide mixes subtypes around its score. PAPER: Fig. 2
+has no numbers that could be read off; the shares of the tumor aimed at are those at which a prototype saw
+subtype sampling help (0 .07, 1+ .16, 2+ .24, 3+ .43, and LCIS/DCIS, which has no subtype, .11).
 """
 
 import json
@@ -213,7 +212,7 @@ def measure(out: Path, preset: Preset, seed: int, rows) -> str:
 
 
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m her2.phantom", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m her2.phantom", description=(__doc__ or "").split("\n\n")[0])
     sizes = ", ".join(f"{name}: {'-'.join(map(str, one.slides))} slides x {one.rois} ROIs of {one.size} px "
                       f"at {one.um_per_px} um" for name, one in PRESETS.items())
     parser.add_argument("--out", default=str(Path("data", "phantom")), help="dataset folder [%(default)s]")

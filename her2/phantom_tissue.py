@@ -9,7 +9,7 @@ picture of the scene.
 Only a tumor site has a HER2 subtype, 0 to 3 (for 0, 1+, 2+, 3+). LCIS/DCIS, a tumor class of its own, has a
 hidden one: it is stained like tumor of its slide, but its label does not tell. Everything else is background,
 however much it looks like tumor: lobules (groups of small acini with nuclei like those of tumor) make subtype
-0 hard, as normal breast tissue does in the paper. All lengths are micrometres, after photographs at 40x.
+0 hard. All lengths are micrometres, after photographs at 40x.
 """
 
 from collections import namedtuple

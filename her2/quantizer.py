@@ -13,7 +13,7 @@ Differs from the official code (taming-transformers, VectorQuantizer2, as latent
   the encoder weighs 1 instead of 0.25 against L1. Here beta is on the commitment, but with `legacy=True`.
 - distances are computed in chunks (16 images of 512 px at factor 4 and K = 8192 make an 8 GiB matrix) and in
   float32 also under autocast (bfloat16 mistakes neighbouring codes for each other).
-- codes that stay unused are restarted at latents of the data, as in Jukebox (Dhariwal et al. 2020, app. A.1).
+- codes that stay unused are restarted at latents of the data, as in Jukebox (Dhariwal et al. 2020, 3.1).
 
 Key: B batch, D width of a code, K number of codes, h w latent height and width, N = B h w.
 """
@@ -84,7 +84,7 @@ def count_codes(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
 class CodeUsage:
     """How often each code was used over `window` steps (one batch says little), and the restarts for it. The
     first look is after a fifth of a window: all codes begin near 0, and few are nearest to any latent. After
-    step `last` no code is moved. used: codes in use in the last whole window, None before."""
+    step `last` no code is moved. used: codes in use in the last window, None before."""
 
     def __init__(self, num_codes: int, window: int, last: int, device=None):
         self.counts = torch.zeros(num_codes, dtype=torch.long, device=device)                # (K,)

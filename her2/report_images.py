@@ -99,13 +99,15 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
     root = next(iter(synthetic.values()))[0].root
     by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
                  for method, (images, entries) in synthetic.items()}
-    first = next(iter(by_source.values()))
+    originals = {roi.name: roi for roi in dataset.rois}
+    # New tissue has no original, so it is the last to say which patches are shown.
+    first = max(by_source.values(), key=lambda rois: any(name in originals for name, *_ in rois))
     # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
     by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
     common = [source for source in first if all(source in rois for rois in by_source.values())]
     sources = sorted(common or first, key=lambda source: hashed_seed(seed, "fig4", repr(source)))[:100]
     labels = {source: content(first[source])[1] for source in sources}
-    originals, rows = {roi.name: roi for roi in dataset.rois}, []
+    rows = []
     for k in dataset.classes.tumor_ids:
         shares = {source: (min((label == k).mean(), 1 / 2) + min((label == 0).mean(), 1 / 3))
                   for source, label in labels.items() if (label == k).any()}
@@ -113,15 +115,15 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
             continue
         source = max(shares, key=shares.get)
         label, (name, x, y, _) = labels.pop(source), source
-        region = open_roi(originals[name], dataset.classes, cache)
-        height, width = label.shape
-        if not (type(x) is type(y) is int and 0 <= x <= region.width - width
-                and 0 <= y <= region.height - height):
-            raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
-                            "make the images again with generate.py")
         painted = {method: content(rois[source])[0] for method, rois in by_source.items() if source in rois}
-        rows.append({"caption": dataset.classes.names[k], "label": label,
-                     "original": region.window(y, x, height, width)[0], **painted})
+        if name in originals:
+            region, (height, width) = open_roi(originals[name], dataset.classes, cache), label.shape
+            if not (type(x) is type(y) is int and 0 <= x <= region.width - width
+                    and 0 <= y <= region.height - height):
+                raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
+                                "make the images again with generate.py")
+            painted["original"] = region.window(y, x, height, width)[0]
+        rows.append({"caption": dataset.classes.names[k], "label": label, **painted})
     if not rows:
         raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
     return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)

@@ -74,11 +74,13 @@ def together(runs: list) -> Outcome:
 
 
 def averaged(dicts):
-    """Nested dicts of numbers -> the same with the mean over those not None (NaN stays); "n" is their sum."""
+    """Nested dicts of numbers -> the same with the mean over those not None (NaN stays); "n" is their sum. A
+    key may stand in some of them only: seeds have other arms."""
     dicts = [one for one in dicts if one is not None]
     if dicts and isinstance(dicts[0], dict):
-        return {key: sum(one[key] for one in dicts) if key == "n"
-                else averaged([one.get(key) for one in dicts]) for key in dicts[0]}
+        keys = dict.fromkeys(key for one in dicts for key in one)
+        return {key: sum(one.get(key, 0) for one in dicts) if key == "n"
+                else averaged([one.get(key) for one in dicts]) for key in keys}
     numbers = [one for one in dicts if isinstance(one, (int, float)) and not isinstance(one, bool)]
     return float(np.mean(numbers)) if numbers else None
 
@@ -124,15 +126,6 @@ def t_interval(differences, level: float = 1 - ALPHA) -> dict:
         low, high = mean - width, mean + width
         p = 1 - t_within(abs(mean) / error, n - 1) if error else float(mean == 0)
     return {"mean": mean, "low": low, "high": high, "level": level, "n": n, "p": p}
-
-
-def sign_flip(differences) -> float:
-    """Exact two-sided p-value of 1 to 20 paired differences, without any law; never below 2 / 2^n."""
-    d = np.asarray(differences, dtype=np.float64)
-    assert 1 <= len(d) <= 20, f"{len(d)} pairs: no sign pattern, or too many"
-    # Were the arms alike, each difference might as well have come out with the other sign.
-    signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)          # (2^n, n) of +-1
-    return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).mean())  # but for rounding
 
 
 def holm(p_values) -> tuple[list, list]:
@@ -191,7 +184,7 @@ class Study:
         return drawn.mean(axis=1)
 
     def difference(self, new, old, point, figure):
-        """t_interval of `new` - `old`, "seeds", "values", "sign_flip", "bootstrap"; None without a pair."""
+        """t_interval of `new` - `old`, "seeds", "values", "bootstrap"; None without a pair."""
         seeds, (a, b) = self.values((new, old), point, figure)
         if not seeds:
             return None
@@ -200,8 +193,7 @@ class Study:
         if self.replicates and figure != "average_precision":
             drawn = percentiles(self.replicated(new, seeds, point, figure)
                                 - self.replicated(old, seeds, point, figure), len(seeds))
-        return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(),
-                "sign_flip": sign_flip(a - b), "bootstrap": drawn}
+        return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(), "bootstrap": drawn}
 
     def efficiency(self, arm, baseline, oracle, point, figure):
         """[share of the oracle's gain that the arm reaches, low, high]; None where that gain may be 0."""

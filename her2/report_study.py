@@ -28,7 +28,6 @@ from her2.metrics import ProbabilityHistogram
 from her2.report_statistics import ORACLE, Outcome, Study, averaged, outcome, ratio_text, together
 from her2.run_config import Parser
 from her2.run_errors import UserError, atomic_write, command
-from her2.run_provenance import git_commit, versions
 
 FORMAT = 1              # of the file of a seed
 # From the most that can be had to the paper's methods, and what stands beside them.
@@ -67,8 +66,8 @@ def write_seed(config, seed: int, seconds: dict) -> None:
     results = run.read_json(root / "report" / "results.json")
     folders = {arm["name"]: [Path(one.pop("folder")) for one in arm["runs"]] for arm in results["configs"]}
     baseline = folders[report.BASELINE][0]
-    dataset = load_dataset(run.read_json(baseline / "config.json")["fields"]["data"],
-                           split=read_split(baseline / "split.json"))
+    made = run.read_json(baseline / "config.json")      # by which code: this one may be newer
+    dataset = load_dataset(made["fields"]["data"], split=read_split(baseline / "split.json"))
     scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, {}
     for name in sorted(folders, key=lambda name: name != report.BASELINE):  # the baseline first
         runs = []
@@ -90,7 +89,7 @@ def write_seed(config, seed: int, seconds: dict) -> None:
         "classes": dataset.classes.to_json(), "slides": list(test), "arms": arms,
         "configs": results["configs"],
         **{key: results.get(key, {}) for key in ("images", "staining", "old and new")},
-        "seconds": seconds, "commit": git_commit(), "versions": versions(),
+        "seconds": seconds, "commit": made["git"], "versions": made["versions"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor}"})
 
 
@@ -105,16 +104,23 @@ def read_seeds(files) -> list:
             raise UserError(f"{file}: seed {content['seed']} was given before; leave one of them out")
         found[content["seed"]] = content
         first = next(iter(found.values()))
-        if any(content[key] != first[key] for key in ("classes", "preset")):
-            raise UserError(f"seeds {first['seed']} and {content['seed']}: of other presets or class tables; "
-                            "report them apart")
+        if kind(content) != kind(first):
+            raise UserError(f"seeds {first['seed']} and {content['seed']}: of other presets, class tables, "
+                            "kinds of data or --trial; report them apart")
     return [found[seed] for seed in sorted(found)]
+
+
+def kind(content: dict) -> tuple:
+    """What seeds of one report have in common. (The first files came before `settings`: all phantoms.)"""
+    settings = content.get("settings", {})      # the same data lie in another folder on another machine
+    return content["preset"], bool(settings.get("data")), settings.get("trial", 0), content["classes"]
 
 
 def interval_text(found, ratio: bool) -> str:
     """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]"."""
     if found is None:
         return "n/a"
+    # The sign of what rounds to 0 stays: it says whether the interval holds 0.
     mean, low, high = (x if x is None else ratio_text(x) if ratio else f"{x + 0.0:+.3f}"
                        for x in (found["mean"], found["low"], found["high"]))
     return ("x " if ratio else "") + mean + ("" if low is None else f" [{low}, {high}]")
@@ -147,7 +153,11 @@ def difference_table(found: dict, study) -> list:
 
 def ladder(out, found) -> list:
     """ladder.png into `out`; [(file, caption)]."""
-    rows, panels = [arm for arm in LADDER if f"{arm} against {report.BASELINE}" in found], []
+    pairs = [name.split(" against ") for name in found]
+    arms, panels = [new for new, old in pairs if old == report.BASELINE], []
+    rows = [*(arm for arm in LADDER if arm in arms), *(arm for arm in arms if arm not in LADDER)]
+    if not rows:
+        return []
     for title, figure in (("Dice, difference", "dice"), ("subtype variance, ratio", "log_variance")):
         parts = [found[f"{arm} against {report.BASELINE}"][f"{figure} matched"] for arm in rows]
         ends = [one and (one["mean"], one["low"], one["high"]) for one in parts]
@@ -210,7 +220,7 @@ def write_report(files, out) -> dict:
 
 
 def main(argv):
-    parser = Parser(prog="python -m her2.report_study", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m her2.report_study", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="seeds/seedN.json of one or more studies")
     parser.add_argument("--out", default="runs/study-report", help="folder of the report [%(default)s]")
     args = parser.parse_args(argv)

@@ -35,6 +35,7 @@ try:
 except ImportError:
     import msvcrt                           # Windows
 
+LOCK = ".lock"      # in every run folder
 FORMAT = 1          # version of model.pt and last.pt; a newer one is refused
 _held = {}          # {path: open file}; open until the process ends
 
@@ -58,28 +59,32 @@ def open_run(script: str, config, device, command, inputs=None, free=("out", "wo
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
     if path.exists():
-        check_same_run(path, script, fields, inputs, free, longer)
-    elif folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
+        content = check_same_run(path, script, fields, inputs, free, longer)
+    elif folder.exists() and any(item.suffix != ".tmp" and item.name != LOCK for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
     else:
+        content = {"script": script, "fields": fields, "cwd": os.getcwd(), "command": list(command),
+                   "device": str(device), "git": git_commit(), "versions": versions()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); "
                             "choose another --out") from None
-        write_json(path, {"script": script, "fields": fields, "cwd": os.getcwd(), "command": list(command),
-                          "device": str(device), "git": git_commit(), "versions": versions()})
-    if not run_distributed.rank():                      # process 0 holds the folder
+    if not run_distributed.rank():                      # process 0 holds the folder, then writes into it
         hold(folder)
+        if content:
+            write_json(path, content)
         if not (folder / "inputs.json").exists():
             write_json(folder / "inputs.json", inputs)
-        for rubbish in folder.rglob("*.tmp"):           # of an earlier start that was killed while writing
+        # Of an earlier start that was killed while writing; below that are the runs of a study.
+        for rubbish in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
             rubbish.unlink(missing_ok=True)
     return folder
 
 
-def check_same_run(path, script, fields, inputs, free, longer) -> None:
-    """UserError unless the config.json `path` is of the run that `open_run` is asked for."""
+def check_same_run(path, script, fields, inputs, free, longer):
+    """What config.json shall say now, None for what it says. UserError unless it is of the run that is asked
+    for (`open_run`)."""
     folder, content = path.parent, read_json(path)
     old = content.get("fields") if isinstance(content, dict) else None
     if not isinstance(old, dict):
@@ -107,17 +112,16 @@ def check_same_run(path, script, fields, inputs, free, longer) -> None:
                         f"({in_short(stale)}); restore that, or delete the folder to make it again")
     for name in moved:
         print(f"note: {folder}: --{name} {fields[name]} has the content of {old.get(name)}")
-    if lengthened:
-        write_json(path, content)
+    return content if lengthened else None
 
 
 def hold(folder) -> None:
-    """Take the lock of a run folder that holds config.json. UserError while another process has it, for two
-    would mix their logs and checkpoints. The lock is the operating system's: it ends with the process."""
-    path = (Path(folder) / "config.json").resolve()
+    """Take the lock of a run folder. UserError while another process has it, for two would mix their logs and
+    checkpoints. The lock is the operating system's: it ends with the process."""
+    path = (Path(folder) / LOCK).resolve()
     if path in _held:
         return
-    file = open(path, "r+b")
+    file = open(path, "ab")             # a file that nobody replaces: its lock would stay with the old one
     try:
         if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,8 +33,9 @@ RANGES = {name: ends for ends, names in {
     (0.0, 1e6): "lambda_feat lambda_kld lambda_vgg lambda_lpips lambda_edge", (0.0, math.inf): "ratio",
     (0.0, 100.0): "guidance disc_weight", (0.0, 10.0): "t_spread", (0.0, 1000.0): "simplify",
     (16, 8192): "patch", (8, 1024): "width", (1, 1024): "disc_width", (1, 4096): "hidden z_dim",
-    (1, 16): "blocks", (2, 2**20): "codes", (2, 100000): "timesteps", (0, 256): "workers",
-    (0, 4096): "overlap", (0, 1024): "blend", (0, 64): "dilate"}.items() for name in names.split()}
+    (1, 16): "blocks", (2, 2**20): "codes", (0, 255): "classes", (2, 100000): "timesteps",
+    (0, 256): "workers", (0, 4096): "overlap", (0, 1024): "blend", (0, 64): "dilate",
+}.items() for name in names.split()}
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 # What the machine or a wrong path can cause; every other OSError is a defect of this code.
 MACHINE = {errno.EFBIG: "the file is too large for this disk", errno.EIO: "the disk does not answer",
            errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files",
+           errno.ENOENT: "a file is gone that was there before",
            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full"),
            **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no permission"),
            **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR),

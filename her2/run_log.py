@@ -1,11 +1,10 @@
 """How a training run begins, and what it says: log.txt for people, log.jsonl for the curves (a resumed run
 cuts it back to its checkpoint's step: it reads as if nothing had happened); its losses, watched at every
-step, read from the device only when they are needed; the manifest of painted images.
+step, read from the device only when they are needed.
 """
 
 import json
 import math
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ def size(*networks) -> str:
 def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=None, **numbers):
     """Open the run folder and go on from its checkpoint: (folder, log, step, numbers); log: None for a run
     that is complete. `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset."""
+    run_distributed.divide(config)  # before a folder is made: its remedy is another --batch
     longer = "yes"                  # unless an earlier step would have been another one in the longer run
     if getattr(config, "schedule", "constant") != "constant":
         longer = "a cosine schedule has used up its learning rate by then"
@@ -44,18 +44,6 @@ def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=Non
     return folder, log, step, numbers
 
 
-def json_lines(path, known) -> list:
-    """The objects in a .jsonl file, up to the first that is not `known`: a crash may have cut it short."""
-    found = []
-    with suppress(ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            one = json.loads(line)
-            if not known(one):
-                break
-            found.append(one)
-    return found
-
-
 class Log:
     """log.txt and log.jsonl of one run, of which `step` steps are done (0: a new run)."""
 
@@ -68,8 +56,15 @@ class Log:
                 atomic_write(self.text_path, "")
 
     def records(self) -> list:
-        """All records so far, as `record` wrote them."""
-        return json_lines(self.json_path, lambda record: isinstance(record["step"], int))
+        """All records so far, as `record` wrote them; a crash may have cut the last one short."""
+        found = []
+        with suppress(ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
+            for line in self.json_path.read_text(encoding="utf-8", errors="replace").splitlines():
+                one = json.loads(line)
+                if not isinstance(one["step"], int):
+                    break
+                found.append(one)
+        return found
 
     def begin(self, step: int, text: str) -> None:
         """Say `text` at step 0, later that the run goes on."""
@@ -88,7 +83,8 @@ class Log:
 
     def record(self, step: int, **values) -> None:
         """Append {"step": step, ...} to log.jsonl and print it in short."""
-        values = {name: None if value is None else float(value) for name, value in values.items()}
+        values = {name: None if value is None or not math.isfinite(value) else float(value)
+                  for name, value in values.items()}            # JSON has no infinity: fp16's norms
         if not run_distributed.rank():
             with open(self.json_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -148,46 +144,3 @@ class Losses:
         raise UserError(f"{self.folder}: {', '.join(broken)} not finite at step {step} "
                         f"(see {self.folder / 'diagnosis.json'}); the last checkpoint is intact; "
                         "try a lower --lr, a longer --warmup, or --amp off, with another --out")
-
-
-class Manifest:
-    """manifest.jsonl: one line per image whose files are on the disk; process k > 0 has manifest.k.jsonl."""
-
-    def __init__(self, folder):
-        self.path = folder / "manifest.jsonl"
-        self.own = folder / f"manifest.{run_distributed.rank() or ''}.jsonl".replace("..", ".")
-
-    @staticmethod
-    def number(record) -> int:
-        return int(Path(record["image"]).stem)
-
-    def finished(self, folder, checkpoint) -> set:
-        """Numbers of the images that are whole; those that no line vouches for are made again. A last line
-        cut short is dropped: appending goes on after a whole one. UserError if of another checkpoint."""
-        self.records, others = {}, sorted(folder.glob("manifest.*.jsonl"))
-        for path in (self.path, *others):
-            for record in json_lines(path, lambda one: one["image"] == f"images/{self.number(one):06d}.png"):
-                made_by, name = record.get("checkpoint"), Path(record["image"]).name
-                if made_by != checkpoint:
-                    raise UserError(f"{folder}: holds images of another checkpoint ({made_by}, the model is "
-                                    f"now {checkpoint}); delete the folder or choose another --out")
-                if all((folder / kind / name).exists() for kind in ("images", "masks", "instances")):
-                    self.records[self.number(record)] = record
-        if (others or self.path.exists()) and not run_distributed.rank():
-            self.write_ordered()
-            for path in others:
-                path.unlink()
-        return set(self.records)
-
-    def append(self, record) -> None:
-        self.records[self.number(record)] = record
-        with open(self.own, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())         # it vouches for the images, also after a power cut
-
-    def write_ordered(self) -> list:
-        """The file again, in the order of the images; returns the records in that order."""
-        ordered = [self.records[i] for i in sorted(self.records)]
-        atomic_write(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered))
-        return ordered

@@ -88,9 +88,9 @@ def check_patch(config, halves: str) -> None:
     """UserError where the network cannot take these patches; `halves`: the words for what it does to them."""
     if config.patch % 32:
         raise UserError(f"--patch: found {config.patch}; {halves} five times, give a multiple of 32")
-    if config.patch == 32 and config.batch == 1:
-        raise UserError("--batch: found 1, with patches of 32 batch norm would see one value per channel; "
-                        "give 2 or more")
+    if config.patch == 32 and config.batch // config.accumulate == 1:
+        raise UserError(f"--batch: found {config.batch} in {config.accumulate} pieces, with patches of 32 "
+                        "batch norm would see one value per channel; give 2 or more per --accumulate piece")
 
 
 def set_learning_rate(optimizer, config, step: int) -> None:
@@ -111,7 +111,7 @@ def load_official(network, path) -> None:
     content = run.load_file(path)                   # a state_dict, or a checkpoint with one inside
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else content
     values = state_dict.values() if isinstance(state_dict, dict) else ()
-    if not any(isinstance(value, torch.Tensor) for value in values):
+    if not any(isinstance(value, torch.Tensor) for value in values) or set(map(type, state_dict)) != {str}:
         raise UserError(f"{path}: holds no tensors by name; give a state_dict, or a checkpoint with one")
     try:
         network.load_official_state_dict(state_dict)
@@ -157,8 +157,8 @@ BACKEND = "inductor"        # torch's own; the tests take one that needs no comp
 
 def compile_parts(config, *parts: torch.nn.Module) -> None:
     """--compile: let torch.compile fuse the forward and backward of these modules, from their next call on.
-    UserError where it does not work. What is compiled can be differentiated once per step only: the part
-    between two losses whose gradients are compared is left as it is."""
+    UserError where it does not work, so it is called before a run folder is made. What is compiled can be
+    differentiated once per step only: the part between two losses whose gradients are compared is left."""
     if not config.compile:
         return
     try:

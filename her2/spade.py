@@ -5,7 +5,7 @@ patch of one single class normalises to the same values whatever the class is. I
 and shift after every normalisation, pixel by pixel:
 
     h = relu(conv(onehot, resized to x))     gamma = conv(h)     beta = conv(h)
-    SPADE(x) = norm(x) * (1 + gamma) + beta                                        (eq. 1, 2 of Park et al.)
+    SPADE(x) = norm(x) * (1 + gamma) + beta                 (eq. 1 of Park et al.; 1 + gamma as in their code)
 
 norm has no parameters of its own. The generator starts from a linear map of a latent vector z and doubles the
 size five times, with such residual blocks in between. z comes from an encoder of a real image (a variational

@@ -43,6 +43,8 @@ Changes   2026-11-25, before a generator of a final seed was trained: 3000 steps
           2026-11-28, on the wording of "the real half of every batch": a place of a batch is real with
           probability 1 / (1 + ratio), half of them at 100 % alone. Equal in all arms of synthetic patches and
           `subtype` are the real patches themselves, as augmented, at the places and steps that are real.
+          2026-11-28: inpainted tumor that fills less than an eighth of its patch (3.4 % of the patches of
+          seed 10) got too little of the sensor's noise in seeds 10 to 14 and 77; mended for later ones.
 
 Every stage is a command that is printed first and can be run by hand. What is complete is not run again; what
 was interrupted goes on; seeds and arms can be added. A seed leaves seeds/seedN.json, of which `report_study`
@@ -76,8 +78,9 @@ JUDGE_SEED = 0                  # of the tissue on which the judge of images is 
 # Seconds per stage of `small`, one thread of an AMD EPYC at 2.6 GHz, for the first guess of the time left.
 COST = {"phantom": 50, "autoencoder": 600, "diffusion": 900, "GAN": 600, "images": 150,
         "segmentation": 240, "evaluation": 120}
-# May change from one start to the next: seeds, arms and repeats are added to what is there.
-FREE = ("out", "cache", "seed", "seeds", "arms", "repeats", "jobs", "device")
+# May change from one start to the next: seeds, arms and repeats are added to what is there. The other fields
+# stand in the commands of the stages: all would be made again.
+FREE = ("seed", "seeds", "arms", "repeats", "jobs")
 UNIFORM = ["--uniform", "0.25"]
 
 
@@ -163,8 +166,9 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
         method, kind = name.partition("-")[::2]
         flags, source = common, tissue
         if kind in REGROUPED:                           # the same tissue in other classes, its own diffusion
-            source = add("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind]], kind,
-                         tissue)
+            split = ["--split-seed", config.split_seed, "--cache", config.cache] if config.data else []
+            source = add("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind], *split],
+                         kind, tissue)
             flags = [source.folder if one is data else one for one in common]
             network[name] = train_ldm(f"diffusion {kind}", ["--autoencoder", vq.folder, *flags],
                                       f"ldm-{kind}", source, vq)

@@ -17,7 +17,6 @@ real data have no oracle. A painter has `multiple`, which must divide the side o
     mappings [B] {instance: (old, new)}
 """
 
-import json
 import re
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -71,8 +70,8 @@ class OraclePainter:
         if not path.exists():
             raise UserError(f"{dataset.root}: is no phantom (no phantom.json), so nothing can render it "
                             "again; use a folder made by her2.phantom, or another --method")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["recipe"] != phantom.RECIPE:
+        found = run.read_json(path)
+        if not isinstance(found, dict) or found.get("recipe") != phantom.RECIPE:
             raise UserError(f"{path}: made by another version of the phantom; make it again")
         self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
         self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
@@ -98,7 +97,8 @@ class OraclePainter:
         return window(scene, um, source["y"], source["x"], *instance.shape, numpy_generator(seed, "sensor"))
 
     def fresh_patch(self, sampler, seed: int, i: int) -> dict:
-        """Source patch i, of a slide that the phantom would make next, in place of `draw_patch`."""
+        """Source patch i, of a slide that the phantom would make next, in place of `draw_patch`. It is
+        centred on tumor exactly, PatchSampler moves by up to a quarter: as in the published seeds."""
         rng, side, patch = numpy_generator(seed, "fresh", i), self.preset.size, sampler.patch
         _, polygons = self.scene(FRESH + i, 0)
         label, instance = paint([[ring] for _, ring in polygons], [k for k, _ in polygons], side, side)

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from her2 import run
-from her2.run_errors import ROOT
+from her2.run_errors import ROOT, script_line, shell
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +37,12 @@ class Stage:
 
     @property
     def command(self) -> str:
-        return subprocess.list2cmdline(["python", *self.line])  # a path with spaces gets its quotes
+        return (shell(["python", *self.line]) if self.line[0] == "-m" else
+                script_line(*self.line))        # to be run by hand, from wherever the study was started
 
     @cached_property
     def key(self) -> str:
-        parts = [self.command, self.data, *(stage.key for stage in self.needs)]
+        parts = [shell(["python", *self.line]), self.data, *(stage.key for stage in self.needs)]
         return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:16]
 
 
@@ -176,8 +176,8 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
                     text = f"{job.stage.name} ({job.seconds:.0f} s): {job.last_line('step')}"
                 bar.set_description_str(text[:shutil.get_terminal_size()[0] - 1])
     finally:
-        for job in running.values():        # send_signal does nothing to a process that has ended
-            job.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        for job in running.values():        # not SIGINT, which what a shell starts with & does not hear
+            job.process.terminate()
         for job in running.values():
             job.process.wait()
         for bar in bars:

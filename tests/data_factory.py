@@ -3,6 +3,7 @@
 import csv
 import json
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def save(path, array, **options):
 def read_annotations(path, image=None):
     """(polygons of the file, {reason: annotations left out})"""
     found = read_file(path, image)
-    return found.polygons, found.skipped
+    return found.polygons, Counter(reason for reason, _ in found.left_out)
 
 
 def transform_polygons(polygons, x=0.0, y=0.0, downsample=1.0):

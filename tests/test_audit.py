@@ -222,6 +222,20 @@ def test_inpainting_is_audited_where_it_painted(tissue, folder, capsys):
     assert Path("out/audit.json").read_bytes() == first
 
 
+def test_what_is_compared_is_spread_over_the_set_and_drawn_as_its_sources(tissue, folder, monkeypatch):
+    real, drawn = tissue[0], []
+    make_set(folder / "ldm", real, draws(real, ("train",), 9, 3), "ldm")
+    config = run.read_json(folder / "ldm" / "config.json")
+    config["fields"].update(sampling="subtype", uniform=0.25)
+    run.write_json(folder / "ldm" / "config.json", config)
+    monkeypatch.setattr(audit, "PatchSampler", lambda *a, **b: drawn.append((a[3], b)) or PatchSampler(*a, **b))
+    assert call("ldm", "--count", 5, "--held-out", 20, "--false-alarm", 0.1, "--out", "out") == 0
+    found = json.loads(Path("out/audit.json").read_text(encoding="utf-8"))
+    assert [one["image"] for one in found["nearest"]] == [f"images/{i}.png" for i in (0, 2, 4, 6, 8)]
+    [(sampling, more)] = drawn
+    assert sampling == "subtype" and more["uniform"] == 0.25
+
+
 @pytest.mark.parametrize("line, spoil, words", [
     (["none"], None, ["none", "no such folder"]),
     (["set", "--held-out", "5"], None, ["--held-out"]),

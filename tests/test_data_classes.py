@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from her2.data_classes import DEFAULT_CLASSES, ClassTable, TissueClass, load_classes, parse_json, read_text
+from her2.data_classes import (DEFAULT_CLASSES, IGNORE, ClassTable, TissueClass, load_classes, parse_json,
+                               read_text)
 from her2.run_errors import UserError
 
 ROW = {"id": 0, "name": "Glass", "tumor": False, "variance": False, "color": [255, 255, 255]}
@@ -66,6 +67,7 @@ def test_the_three_forms_of_the_file(tmp_path):
     table = load({"aliases": {"Tumor three plus": "3+", "Stroma": "0"}})
     assert table.id_of("TUMOR THREE PLUS") == 4 and table.id_of("HER2 2+") == 3
     assert table.id_of("stroma") == 1, "the file's meaning of an alias wins over the default"
+    assert table.id_of("Ignore") == table.id_of("Ignore*") == IGNORE
 
 
 def test_aliases_follow_a_class_that_keeps_id_and_name():

@@ -3,8 +3,10 @@
 And what the file itself contradicts: refused or left out with a count, each with a remedy that is tried here.
 """
 
+import contextlib
 import json
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from data_factory import save, write_csv
 from PIL import Image
 
 from her2 import data
+from her2.data_annotations import check_image
+from her2.data_checks import Found, choose_image
 from her2.data_classes import load_classes
 from her2.data_folder import inspect_dataset, load_dataset
 from her2.data_regions import read_polygons, read_roi
@@ -181,6 +185,35 @@ def test_names_and_sizes_that_may_differ(tmp_path, content, row):
     """Folders, hashes, case and endings; the slide's name; and everything for a crop of a slide."""
     label = read_roi(one(tmp_path, content, **row), load_classes(tmp_path))[1]
     assert set(np.unique(label)) == {0, 3}
+
+
+@pytest.mark.parametrize("name, image, slide, same", [
+    ("1.png", "10.png", "10", False), ("1.png", "21.png", "s2", False), ("7.svs", "a.png", "17", False),
+    ("10.png", "1.png", "1", False), ("case1.png", "case12.png", "case12", False),
+    ("1.png", "a/1.jpg", "x", True), ("task_1/abc-12.png", "12.png", "12", True), ("1_roi.png", "1.png", "1", True),
+    ("scan1.svs", "2.png", "scan1", True),
+    (unicodedata.normalize("NFC", "M\u00fcller1.png"), unicodedata.normalize("NFD", "M\u00fcller1.png"), "x", True),
+])
+def test_a_number_is_not_the_beginning_of_another(name, image, slide, same):
+    found = Found("a.json")
+    found.about = (name, 40, 30)
+    with contextlib.nullcontext() if same else pytest.raises(UserError, match="of the image"):
+        check_image(found, image, slide, 30, 40)
+
+
+def test_one_of_several_images_is_found_whatever_unicode_form_its_name_has(tmp_path):
+    names = {k: unicodedata.normalize("NFC", f"M\u00fcller{k}.png") for k in (1, 2)}
+    for form in ("NFC", "NFD"):
+        assert choose_image(names, unicodedata.normalize(form, "a/M\u00fcller2.png"), "f.json") == 2
+
+
+def test_a_broken_class_table_is_one_problem_and_masks_are_not_blamed(tmp_path, capsys):
+    for row in dataset(tmp_path, "masks"):
+        save(tmp_path / row["mask"], np.full((SIDE, SIDE), 6, np.uint8))        # a class of the user's own table
+    (tmp_path / "classes.json").write_text('{"classes": 5}', encoding="utf-8")
+    assert data.check(tmp_path, 0, tmp_path / "a.png") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "classes.json" in said[0]
 
 
 def test_cells_beside_annotations_are_left_out_with_a_count_and_an_outline(tmp_path):

@@ -126,7 +126,7 @@ SCORE = {"masks": "score"}
 
 @pytest.mark.parametrize("mask, score, class_id", [
     ((LABEL > 0).astype(np.uint8), "2+", 3), ((LABEL > 0).astype(np.uint8) * 255, "3+", 4),
-    (LABEL > 0, "0", 1), ((LABEL > 0).astype(np.uint8) * 7, "1", 2), (LABEL * 0, "1+", 0),
+    (LABEL > 0, "0", 1), ((LABEL > 0).astype(np.uint8) * 7, "1", 2), (LABEL * 0, "1+", 0), (LABEL * 0, "", 0),
 ])
 def test_black_and_white_masks_take_the_subtype_of_the_score(tmp_path, mask, score, class_id):
     label, instance = with_masks(tmp_path, mask, score, SCORE)

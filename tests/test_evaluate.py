@@ -19,7 +19,7 @@ from PIL import Image
 import evaluate
 from her2 import draw_overlay, report, report_staining, run
 from her2.data_classes import DEFAULT_CLASSES
-from her2.data_folder import load_dataset, write_split
+from her2.data_folder import NEW_TISSUE, load_dataset, write_split
 from her2.run_errors import command
 from her2.metrics import THRESHOLDS, ProbabilityHistogram
 from her2.segmenter import UNet
@@ -270,6 +270,10 @@ def test_runs_are_predicted_once_and_again_when_something_changed(place, predict
     assert again() == ["runs/subtype1"], "the model changed"
     Path("runs/subtype0/metrics.json").write_text('{"key": ', encoding="utf-8")
     assert again() == ["runs/subtype0"], "half a file"
+    content = json.loads(Path("runs/subtype0/metrics.json").read_text(encoding="utf-8"))
+    Path("runs/subtype0/metrics.json").write_text(json.dumps({**content, "test": {"s3": [1]}}), encoding="utf-8")
+    assert again() == ["runs/subtype0"], "damaged counts"
+    assert json.loads(Path("runs/subtype0/metrics.json").read_text(encoding="utf-8")) == content
     assert again("--tile", "128") == RUNS[:2], "another setting"
     assert again("--tile", "128") == []
     label = np.array(Image.open("data/masks/roi3.png"))
@@ -392,6 +396,15 @@ def test_the_script_itself(place):
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "train_seg.py" in failed.stderr
 
 
+def test_a_synthetic_set_that_moved_with_its_run_is_found(place, monkeypatch):
+    shutil.move("synth", "runs/synth")                      # beside the run now, as it was before the move
+    run.write_json("runs/ldm1/config.json", json.loads(Path("runs/ldm1/config.json").read_text(encoding="utf-8"))
+                   | {"cwd": str(place / "runs")})
+    edit("runs/ldm1/config.json", data=str(place / "data"))
+    evaluate.main(["runs/ldm1"])
+    assert list(by_name(results())) == ["ldm-100"]
+
+
 def test_runs_with_other_hyperparameters_are_named(place, capsys):
     edit("runs/tumor0/config.json", lr=0.3, workers=5)
     evaluate.main(RUNS[:3])
@@ -422,6 +435,29 @@ def test_staining_is_measured_per_instance_and_by_the_subtype_asked_for(place):
         assert np.allclose(np.array(medians) - offset, amounts, atol=0.02)
         assert found[method]["2+"] == {"n": 0, "q25": None, "median": None, "q75": None}
         assert found[method]["ordered"] is None
+
+
+def test_new_tissue_alone_has_examples_without_originals(place):
+    """`fresh` has no source in the dataset; beside another set that one says which patches are shown."""
+    make_synthetic("synth/fresh", "data", "fresh")
+    lines = Path("synth/fresh/manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        entry = json.loads(line)
+        lines[i] = json.dumps(dict(entry, source_image=f"{NEW_TISSUE}{i}", source_slide=f"{NEW_TISSUE}{i}"))
+    Path("synth/fresh/manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_csv("synth/fresh", [dict(row, slide=f"{NEW_TISSUE}{i}") for i, row in enumerate(
+        csv.DictReader(Path("synth/fresh/slides.csv").open(encoding="utf-8", newline="")))])
+    Path("data/phantom.json").write_text("{}", encoding="utf-8")
+    shutil.copytree("synth/ldm", "synth/restain")
+    config = run.read_json("synth/restain/config.json")
+    config["fields"]["method"] = "restain"                  # behind `fresh` in the order of methods
+    run.write_json("synth/restain/config.json", config)
+    sizes = {}
+    for sets in (["synth/fresh"], ["synth/fresh", "synth/restain"], ["synth/restain"]):
+        evaluate.main(["runs/subtype0", "--synthetic", *sets])
+        with Image.open("runs/report/fig4.png") as picture:
+            sizes[len(sets), sets[0]] = picture.width
+    assert sizes[1, "synth/fresh"] < sizes[2, "synth/fresh"] == sizes[1, "synth/restain"]
 
 
 def test_instance_densities_against_a_loop():

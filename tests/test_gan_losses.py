@@ -114,6 +114,7 @@ def test_adaptive_weight_of_half_precision_needs_the_scale():
     weight = adaptive_weight(x.sum(), g.sum(), last, loss_scale=2.0 ** 16)
     assert weight.item() == pytest.approx(5e-8 / 1e-4, rel=0.02)
     assert adaptive_weight(x.sum() * 1e8, g.sum() * 1e8, last, loss_scale=2.0 ** 20) == 0        # inf / inf
+    assert adaptive_weight(x.sum() * 1e8, g.sum(), last, loss_scale=2.0 ** 20) == 0              # inf / finite
 
 
 def test_saturated_share():

@@ -82,10 +82,6 @@ def test_noise_level_is_that_of_the_sensor_and_grain_restores_it():
     level = inpainting.noise_level(noisy)
     assert torch.allclose(level, torch.full((4,), 0.02), rtol=0.08)
     assert (inpainting.noise_level(ramp) < 1e-6).all()
-    painted = ramp.clone()
-    painted[:, :, :, 32:] = noisy[:, :, :, 32:]                 # pasted pixels of the photograph
-    grainy = inpainting.add_grain(ramp.where(torch.arange(64) < 32, painted), noisy, level, range(4))
-    assert torch.equal(grainy[..., 32:], noisy[..., 32:])
-    plain = inpainting.add_grain(ramp, noisy, level, range(4))
+    plain = inpainting.add_grain(ramp, level, range(4))
     assert torch.allclose(inpainting.noise_level(plain), level, rtol=0.1)
-    assert torch.equal(plain, inpainting.add_grain(ramp, noisy, level, range(4)))
+    assert torch.equal(plain, inpainting.add_grain(ramp, level, range(4)))

@@ -151,15 +151,9 @@ def test_t_interval_by_hand():
     assert same["low"] == same["high"] == 0.25 and same["p"] == 0 and t_interval([0, 0])["p"] == 1
 
 
-@pytest.mark.parametrize("values", [[0.3], [1, 2, 3, 4, 5], [0.1, -0.3, 0.2, 0.7], [0.1, 0.1, -0.2], [0, 0]])
-def test_sign_flip_counts_all_patterns(values):
-    hits = [abs(sum(s * v for s, v in zip(signs, values))) >= abs(sum(values)) - 1e-9
-            for signs in itertools.product((1, -1), repeat=len(values))]
-    assert st.sign_flip(values) == sum(hits) / len(hits)
-
-
-def test_five_pairs_cannot_go_below_one_in_sixteen():
-    assert st.sign_flip([1, 2, 3, 4, 5]) == 0.0625 and st.sign_flip([1, 2, 3, 4, 5, 6]) == 0.03125
+def test_seeds_with_other_sets_are_averaged_over_those_that_have_them():
+    found = st.averaged([{"real": {"n": 2, "a": 1.0}}, {"real": {"n": 3, "a": 2.0}, "GAN": {"n": 4, "a": 5.0}}, None])
+    assert found == {"real": {"n": 5, "a": 1.5}, "GAN": {"n": 4, "a": 5.0}}
 
 
 def test_holm_is_the_closed_test_of_bonferroni():

@@ -28,10 +28,10 @@ def counts(rng, shift):
     return table
 
 
-def seed_file(folder, seed, preset="small"):
+def seed_file(folder, seed, preset="small", names=ARMS, **more):
     rng = np.random.default_rng(seed)
     arms, configs, fpr = {}, [], None
-    for arm, shift in zip(ARMS, (0, -40, 80, 150)):
+    for arm, shift in zip(names, (0, -40, 80, 150)):
         val, test = counts(rng, shift), counts(rng, shift)
         one = outcome(val, test, ["0", "0", "3+", "3+"], DEFAULT_CLASSES, fpr)
         fpr = one.figures["half"]["fpr"] if fpr is None else fpr
@@ -48,7 +48,7 @@ def seed_file(folder, seed, preset="small"):
                "staining": {"real": {"0": {"n": seed, "median": 0.1 * seed}, "ordered": True}},
                "old and new": {"gan": {old: {new: {"n": 5, "mean": seed + i + 10.0 * j, "half": 1.0}
                                              for i, new in enumerate(TUMOR)} for j, old in enumerate(TUMOR)}},
-               "seconds": {f"seed {seed}: GAN": 60.0 * seed}}
+               "seconds": {f"seed {seed}: GAN": 60.0 * seed}, **more}
     path = folder / f"seed{seed}.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
@@ -84,6 +84,18 @@ def test_seeds_become_one_report(files, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text("utf-8")) == json.loads(json.dumps(results))
 
 
+@pytest.mark.parametrize("names, rows", [
+    (("subtype",), None), (("subtype", "gan-200"), ["gan-200"]),
+    (("subtype", "ldm-only", "ldm-100", "ldm-100-clusters"), ["ldm-100", "ldm-100-clusters", "ldm-only"])])
+def test_the_ladder_has_whatever_arms_there_are(tmp_path, monkeypatch, names, rows):
+    drawn = []
+    monkeypatch.setattr(report_study.draw_charts, "intervals",
+                        lambda panels, names: drawn.append(names) or np.zeros((9, 9, 3), np.uint8))
+    files = [seed_file(tmp_path, seed, names=names) for seed in (10, 11)]
+    report_study.write_report(files, tmp_path / "out")
+    assert drawn == ([rows] if rows else []) and (tmp_path / "out" / "report.md").exists()
+
+
 def test_a_seed_survives_its_file(files):
     content = report_study.read_seeds(files)[0]
     for arm in ARMS:
@@ -100,6 +112,9 @@ def test_wrong_files_are_refused(files, tmp_path):
         report_study.write_report([*files, files[1]], tmp_path)
     with pytest.raises(UserError, match="other presets"):
         report_study.write_report([*files, seed_file(tmp_path, 13, "tiny")], tmp_path / "out")
+    for settings in ({"trial": 2}, {"data": "my_data"}):
+        with pytest.raises(UserError, match="kinds of data or --trial"):
+            report_study.write_report([*files, seed_file(tmp_path, 13, settings=settings)], tmp_path / "out")
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match="not the file of a seed"):
         report_study.write_report([tmp_path / "list.json"], tmp_path / "out")

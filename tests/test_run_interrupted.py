@@ -36,6 +36,22 @@ def test_a_stopped_run_saves_its_step_and_ends_with_the_same_bits(root, name, nu
     assert differences(root / name, folder) == []
 
 
+@pytest.mark.skipif(not POSIX, reason="no signals")
+def test_a_signal_to_the_workers_too_ends_no_run_before_it_is_saved(root):
+    """A terminal and a scheduler send to every process of the group."""
+    out = "workers"
+    line = [sys.executable, *command_line("segmentation", root, out), "--workers", "1"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while process.poll() is None and not (root / out / "last.pt").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 143 and "Traceback" not in said and said.count("stopped at step") == 1, said
+    assert in_process(command_line("segmentation", root, out)) == 0
+    assert differences(root / "segmentation", root / out) == []
+
+
 def test_a_second_ctrl_c_does_not_wait():
     from her2.run_errors import Stopped, asked_to_stop
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs begin without one

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from data_factory import save, write_csv, write_dataset
-from test_run_provenance import quick, run_line, succeed
+from test_run_provenance import hint, quick, run_line, succeed
 
 assert quick                                            # a fixture: presets of a step or two
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are taken apart as a POSIX shell does")
@@ -72,6 +72,11 @@ def test_an_interrupted_synthetic_set_goes_on_with_its_command(place):
     succeed(*command_in(told))
     assert Path("synth/slides.csv").read_bytes() == whole and Path("synth/images/000001.png").exists()
     succeed(*SEG)
+
+
+def test_a_set_of_a_given_size_is_trained_on_with_the_command_that_is_named(place):
+    succeed(*GAN)
+    succeed(*shlex.split(hint(succeed(*PAINT)))[1:])
 
 
 def test_a_set_too_small_for_the_ratio_is_made_larger(place):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,19 +172,25 @@ def test_two_processes_do_not_work_in_one_folder(root, tmp_path):
     """The first one holds the folder until it ends, however it ends."""
     program = ("import sys, time\nfrom her2 import run\nrun.hold(sys.argv[1])\n"
                "print('held', flush=True)\ntime.sleep(60)\n")
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    config = {"out": str(tmp_path), "steps": 5}
+    run.open_run("x", SimpleNamespace(**config), "cpu", [])
+    run._held.pop((tmp_path / run.LOCK).resolve()).close()
+    before = (tmp_path / "config.json").read_bytes()
     first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
                              text=True)
     try:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another process is working in this folder"):
             run.hold(tmp_path)
+        for steps in (5, 6):            # one that would be lengthened too, and its configuration stays
+            with pytest.raises(UserError, match="another process is working in this folder"):
+                run.open_run("x", SimpleNamespace(**config | {"steps": steps}), "cpu", [], longer="yes")
+        assert (tmp_path / "config.json").read_bytes() == before
     finally:
         first.kill()
         first.communicate()
-    run.hold(tmp_path)
-    run.hold(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == {}
+    run.open_run("x", SimpleNamespace(**config | {"steps": 6}), "cpu", [], longer="yes")
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["fields"]["steps"] == 6
 
 
 STUDY = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,22 @@ def test_changed_data_make_again_what_read_them(finished, tmp_path):
     assert not (tmp_path / "a").exists() and (tmp_path / "a.stale").is_dir()
 
 
+def test_a_finished_study_is_not_made_again_for_another_cache(finished):
+    folder, command, _ = finished
+    before = list((folder / "out").rglob("*.stale"))        # an arm was added: the report was made again
+    for flag, value in (("--cache", "elsewhere"), ("--device", "cpu"), ("--out", str(folder / "out"))):
+        again = run(folder, *command, flag, value)
+        assert again.returncode == 2 and flag[2:] in again.stderr and "old value" in again.stderr, again.stderr
+    assert list((folder / "out").rglob("*.stale")) == before
+
+
+def test_commands_are_quoted_for_this_shell(tmp_path, monkeypatch):
+    stage = Stage("a", "segmentation", ("train_seg.py", "--data", "D'Arcy (2) & co"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(stage.command)
+    assert Path(words[1]).samefile(ROOT / "train_seg.py") and words[2:] == ["--data", "D'Arcy (2) & co"]
+
+
 def test_a_failing_stage_names_itself_and_the_rest_goes_on(tmp_path, capfd):
     def stage(name, code, *needs):
         program = f"import pathlib; pathlib.Path({str(tmp_path / name)!r}).mkdir(); {code}"
@@ -220,5 +237,8 @@ def test_the_protocol_has_its_arms():
         folder = str(by_name[f"classes {kind}"].folder)
         assert folder in by_name[f"diffusion {kind}"].line and folder in by_name[f"images ldm-{kind}"].line
         assert folder not in by_name[f"segmentation ldm-100-{kind}"].line       # evaluated in HER2 subtypes
+    with_data = study.stages(study.Config(data="data", arms="ldm-100-clusters", split_seed=3, cache="c"), 0)
+    line = next(stage for stage in with_data if stage.name.endswith("classes clusters")).line
+    assert line[line.index("--split-seed") + 1] == "3" and line[line.index("--cache") + 1] == "c"
     with_data = study.stages(study.Config(data="data", arms="all"), 0)
     assert not any("oracle" in stage.name or "fresh" in stage.name for stage in with_data)
