@@ -16,7 +16,6 @@ computed again while model, data and settings stay the same. Runs are grouped by
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
-import glob
 import hashlib
 import json
 import sys
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import (draw, draw_charts, draw_overlay, report, report_images, report_staining, run,
+from her2 import (draw, draw_charts, report, report_images, report_staining, run,
                   run_distributed, run_training)
 from her2.data_classes import ClassTable, csv_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
@@ -110,20 +109,16 @@ def main(argv):
 
 def parse(argv):
     """(configuration, run folders, synthetic folders) of the command line."""
-    parser = configuration.Parser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("runs", nargs="*", default=["runs/seg"], metavar="RUN",
-                        help="run folders of train_seg.py [runs/seg]")
-    parser.add_argument("--synthetic", nargs="+", default=[], metavar="DIR",
-                        help="folders made by generate.py, for Fig. 4 and the comparison of staining")
-    configuration.add_fields(parser, Config, PRESETS)
-    given = vars(parser.parse_args(argv))
-    names, synthetic = given.pop("runs"), given.pop("synthetic")
-    config = configuration.build(Config, PRESETS, given)
+    config, names, synthetic = configuration.parse(
+        Config, PRESETS, argv, __doc__, "evaluate.py",
+        runs=dict(nargs="*", default=["runs/seg"], metavar="RUN",
+                  help="run folders of train_seg.py [runs/seg]"),
+        synthetic=dict(flag="--synthetic", nargs="+", default=[], metavar="DIR",
+                       help="folders made by generate.py, for Fig. 4 and the comparison of staining"))
     check_tiles(config.tile, config.overlap)
     folders = {}
-    for name in names:          # not every shell replaces runs/seg*; a folder named twice counts once
-        for path in sorted(glob.glob(name)) or [name]:
-            folders.setdefault(Path(path).resolve(), Path(path))
+    for path in configuration.named_paths(names):           # a folder named twice counts once
+        folders.setdefault(path.resolve(), path)
     return config, list(folders.values()), synthetic
 
 
@@ -212,7 +207,7 @@ def predict(one, dataset, config, device, precision) -> None:
         # Counts, for one matrix of the whole split: in a mean of Dice an almost empty ROI weighs in full.
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":
-            share, pictures = draw_overlay.errors(image, label, prob.numpy(), dataset.classes, CELL)
+            share, pictures = draw.errors(image, label, prob.numpy(), dataset.classes, CELL)
             # Not all stay in memory. Ties by name: the same whatever the number of processes.
             worst = sorted([*worst, (-share, roi.name, pictures)])[:WORST]
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))

@@ -22,13 +22,12 @@ from her2.run_config import Parser
 from her2.data_folder import Dataset, empty_splits, inspect_dataset, load_dataset
 from her2.data_leaks import double_slides
 from her2.run_errors import UserError, command, one_line
-from her2.draw import save_png
+from her2.draw import COLUMNS, ROWS, save_png, sheet
 from her2.data_index import SLIDE_PATTERN, draft_classes, index
 from her2.data_regions import in_threads, region_path
 from her2.data_slides import SPLITS
 from her2.data_mapped import prune_regions
 from her2.data_survey import Survey, doubts
-from her2.draw_overlay import COLUMNS, ROWS, sheet
 
 
 def survey_all(dataset: Dataset, problems: list, notes: list) -> list[Survey]:

@@ -13,7 +13,7 @@ from her2.data_leaks import content_key
 from her2.data_regions import read_polygons, read_roi
 from her2.data_slides import ROI
 from her2.data_mapped import classes_of
-from her2.draw_overlay import overlay
+from her2.draw import overlay
 from her2.stains import deconvolve, optical_density, white_point
 
 SPECK = 20          # pixels: smaller instances come from smoothed masks, not from a hand

@@ -11,6 +11,7 @@ Dimension letters: B batch, H height, W width, K classes. A picture is a uint8 a
 import math
 import unicodedata
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ INK, GREY, PALE = (38, 38, 38), (120, 120, 120), (225, 225, 225)    # text, axes
 BLUE, VERMILION, GREEN = (0, 114, 178), (213, 94, 0), (0, 158, 115)
 PURPLE, ORANGE, SKY = (204, 121, 167), (230, 159, 0), (86, 180, 233)
 CYCLE = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY]
+CELL, COLUMNS, ROWS = 384, 4, 6     # an overlay sheet: longer side of a region in pixels; regions in it
+LEFT_OUT = (205, 205, 205)          # outlines of annotations that are not used
 
 
 @lru_cache(maxsize=None)
@@ -240,3 +243,54 @@ def side_by_side(rows, classes, cell=256) -> np.ndarray:
     pictures = [[colorize(row["label"], classes), *(row.get(key) for key in columns)] for row in rows]
     return image_grid(pictures, [row.get("caption", "") for row in rows],
                       ["Label asked for", *columns.values()], cell=cell, legend=class_legend(classes))
+
+
+# ---- overlay sheets: regions as a person would check them, 24 to a sheet; no number replaces looking ---
+def overlay(image, label, instance, classes, left_out) -> np.ndarray:
+    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near CELL pixels; what is ignored is
+    hatched. `left_out`: outlines drawn thin and grey, lists of (n, 2) rings in pixels of the image."""
+    small = fit(image, CELL)
+    near = np.ix_(*(((np.arange(side) + 0.5) * whole // side).astype(int)
+                    for side, whole in zip(small.shape, label.shape)))
+    few, scale = label[near], small.shape[1] / label.shape[1]
+    drawn = outline(small, few, classes, instance[near], width=2)
+    drawn[(few == IGNORE) & (np.add(*np.indices(few.shape)) % 8 < 2)] = classes.colors[IGNORE]
+    picture = Image.fromarray(drawn)
+    pen = ImageDraw.Draw(picture)
+    for ring in chain(*left_out):
+        points = [tuple(point) for point in (np.vstack([ring, ring[:1]]) * scale).tolist()]
+        pen.line(points, (60, 60, 60), 3)
+        pen.line(points, LEFT_OUT, 1)
+    return np.array(picture)
+
+
+def sheet(cells, classes, title) -> np.ndarray:
+    """One sheet of `cells`: (picture, [line of text, ...], color of the swatch before the first line)."""
+    side, pictures = max(300, *(picture.shape[1] for picture, *_ in cells)), []
+    for picture, texts, color in cells:
+        top = picture.shape[0] + 5
+        canvas = Canvas(side, top + 18 * len(texts))
+        canvas.paste(picture, 0, 0)
+        if color is not None:
+            canvas.rectangle(0, top + 2, 11, top + 13, tuple(color), INK, 0.5)
+        for i, text in enumerate(texts):
+            indent = 0 if i or color is None else 17
+            while text_width(text, 13) > side - indent:
+                text = text[:-4].rstrip(" .") + "..."
+            canvas.text(indent, top + 18 * i, text, 13, GREY if i > 1 else INK)
+        pictures.append(canvas.array())
+    others = [("left out", LEFT_OUT), ("ignored", tuple(classes.colors[IGNORE].tolist()))]
+    return image_grid([pictures[k:k + COLUMNS] for k in range(0, len(cells), COLUMNS)], title=title,
+                      cell=max(max(picture.shape) for picture in pictures),
+                      legend=[*class_legend(classes), *others])
+
+
+def errors(image, label, prob, classes, side: int):
+    """(share of wrong pixels, [image, annotated outlines, errors]) of an ROI, thinned to `side` pixels."""
+    tumor, found, counts = np.isin(label, classes.tumor_ids), prob >= 0.5, label != IGNORE
+    share = ((tumor != found) & counts).sum() / max(1, counts.sum())
+    step = max(1, max(label.shape) // side)
+    image, label, tumor, found, counts = (a[::step, ::step] for a in (image, label, tumor, found, counts))
+    wrong = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
+    wrong[tumor & ~found], wrong[found & ~tumor & counts] = BLUE, VERMILION
+    return share, [image, outline(image, label, classes), wrong]

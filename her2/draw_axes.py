@@ -44,14 +44,9 @@ def log_ticks(low, high) -> list:
 
 def tick_texts(ticks) -> list:
     """One text per tick, all with the same number of decimals."""
-    largest, steps = max(abs(t) for t in ticks), [b - a for a, b in zip(ticks, ticks[1:])]
+    steps = [b - a for a, b in zip(ticks, ticks[1:])]
     if max(steps) > 1.5 * min(steps):                                        # logarithmic
         return [f"{t:g}" for t in ticks]
-    if largest >= 10000:
-        return [f"{t / 1000:g}k" if t else "0" for t in ticks]
-    if 0 < largest < 0.001:
-        digits = max(0, math.floor(math.log10(largest) + 1e-9) - math.floor(math.log10(steps[0]) + 1e-9))
-        return [f"{t:.{digits}e}".replace("e-0", "e-") if t else "0" for t in ticks]
     return [f"{t:.{max(0, -math.floor(math.log10(steps[0]) + 1e-9))}f}" for t in ticks]
 
 

@@ -3,10 +3,10 @@
     python -m her2.phantom --out data/phantom --preset tiny
 
 writes a dataset folder: images/*.png, annotations/* (EXACT JSON for half of the slides, QuPath GeoJSON for
-the other half, in the coordinates of the whole slide at LEVEL0), slides.csv, preview.png and, last,
-phantom.json with the settings. The physical model is the same at every preset, in micrometres; presets differ
-in resolution and amount. A ROI is a function of (seed, slide, roi) alone, so an interrupted run goes on where
-it stopped and ends in the same bytes.
+the other half, in the coordinates of the whole slide at LEVEL0), slides.csv and, last, phantom.json with the
+settings. The physical model is the same at every preset, in micrometres; presets differ in resolution and
+amount. A ROI is a function of (seed, slide, roi) alone, so an interrupted run goes on where it stopped and
+ends in the same bytes.
 
 `slides.csv` comes with a split in which the four scores are equally frequent (paper, section 2.1). Subtypes
 are not: slides of a higher score hold more tumor, and a slide mixes subtypes around its score. PAPER: Fig. 2
@@ -19,21 +19,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from her2.data_classes import DEFAULT_CLASSES, csv_text
 from her2.run_config import Parser
-from her2.run_errors import UserError, atomic_write, command
+from her2.run_errors import UserError, atomic_write, check_line, command
 from her2.phantom_microscope import render
-from her2.polygons import paint
 from her2.run_seeds import numpy_generator
-from her2.stains import deconvolve, white_point
 from her2.phantom_tissue import draw_style, lay_out
 
 RECIPE = 1         # counts changes of what a seed looks like: older folders are then not "the same"
 LEVEL0 = 0.242     # um per pixel of the scanner, in which QuPath keeps its coordinates
-MEASURED_ROIS = 2  # per slide, in the table and the preview: decoding all 400 of preset `paper` takes long
 SCORES = ("0", "1+", "2+", "3+")
 SUBTYPE_CLASS = (1, 2, 3, 4)   # class ids of the subtypes 0..3
 IN_SITU_CLASS = 5
@@ -130,7 +127,7 @@ def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True
     settings = json.loads(json.dumps({"preset": preset, "seed": seed, "recipe": RECIPE, **asdict(size)}))
     rows = [(slide, roi, _row(size, slide, roi)) for slide, roi in np.ndindex(sum(size.slides), size.rois)]
     files = [row[key] for _, _, row in rows for key in ("image", "annotations")]
-    if _found(out, settings) and all((out / name).exists() for name in [*files, "slides.csv", "preview.png"]):
+    if _found(out, settings) and all((out / name).exists() for name in [*files, "slides.csv"]):
         print(f"{out}: complete (phantom {preset}, seed {seed})")
         return out
     atomic_write(out / "phantom.json", json.dumps({"complete": False, **settings}, indent=1))
@@ -144,8 +141,8 @@ def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True
                      qupath_geojson(polygons, row["x"], row["y"], row["downsample"]))
         atomic_write(image, lambda file: picture.save(file, format="PNG", compress_level=4))
     atomic_write(out / "slides.csv", csv_text([row for _, _, row in rows]))
-    print(measure(out, size, seed, [row for row in rows if row[1] < MEASURED_ROIS]))
     atomic_write(out / "phantom.json", json.dumps({"complete": True, **settings}, indent=1))
+    print(f"{out}: done (phantom {preset}, seed {seed}); to look at it: {check_line(out)}")
     return out
 
 
@@ -171,44 +168,6 @@ def _found(out: Path, settings: dict) -> bool:
     if differences:
         raise UserError(f"{out}: holds another phantom ({differences}); choose another --out or remove it")
     return complete
-
-
-def measure(out: Path, preset: Preset, seed: int, rows) -> str:
-    """Write preview.png and return a table: area share per split and DAB density per class, against the white
-    of each image. "10-90 %" is the spread of the means of single instances."""
-    names, splits, thumbnails = DEFAULT_CLASSES.names, ("train", "val", "test"), []
-    area = np.zeros((len(names), len(splits)))
-    density = [[] for _ in names]                       # per class: (mean of an instance, its pixels)
-    n = -(-preset.size // 1024)                         # large images are read at every n-th pixel
-    for slide, roi, row in rows:
-        picture = np.asarray(Image.open(out / row["image"]))
-        rgb = picture[n // 2::n, n // 2::n]
-        _, polygons = scene_of(preset, seed, slide, roi)
-        rings, ids = [[ring / n] for _, ring in polygons], [class_id for class_id, _ in polygons]
-        label, instance = paint(rings, ids, *rgb.shape[:2])
-        dab = deconvolve(rgb, white_point(rgb))[1]
-        area[:, splits.index(row["split"])] += np.bincount(label.ravel(), minlength=len(names))
-        for k in np.unique(instance):
-            where = instance == k
-            density[label[where][0]].append((dab[where].mean(), where.sum()))
-        if roi == 0:        # a thumbnail with its polygons outlined in the colours of their classes
-            thumbnails.append(Image.fromarray(picture).resize((320, 320), Image.Resampling.LANCZOS))
-            for class_id, ring in polygons:
-                points = np.vstack([ring, ring[:1]]) * (320 / preset.size)
-                color = DEFAULT_CLASSES.classes[class_id].color
-                ImageDraw.Draw(thumbnails[-1]).line(points.ravel().tolist(), color, 2)
-    sheet = np.concatenate([np.concatenate(thumbnails[k:k + 4], axis=1)     # slides come in fours as well
-                            for k in range(0, len(thumbnails), 4)])
-    atomic_write(out / "preview.png", lambda file: Image.fromarray(sheet).save(file, format="PNG"))
-    lines = [f"{'class':12}{'instances':>10}{'train':>8}{'val':>8}{'test':>8}{'DAB':>9}{'10-90 %':>12}"]
-    for k, name in enumerate(names):
-        values, weights = np.array(density[k] or [(np.nan, 1)]).T
-        mean, (low, high) = np.average(values, weights=weights), np.percentile(values, (10, 90))
-        share = area[k] / (area[1:].sum(axis=0) if k else area.sum(axis=0))
-        lines.append(f"{name:12}{len(density[k]) if k else '-':>10}" + "".join(f"{s:8.3f}" for s in share)
-                     + f"{mean:9.3f}{low:8.2f}{high:6.2f}")
-    lines.append("shares: of the tumor area of the split, Background: of all; DAB: mean density")
-    return "\n".join(lines)
 
 
 def main(argv=None) -> int:

@@ -6,10 +6,10 @@ outline of its site. Nests are filled by a jittered hexagonal lattice, walls of 
 
 HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of it
 that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they were
-tuned by eye and by the mean density of DAB inside the polygons, which `her2.phantom` prints: about .07, .18,
-.25, .65 for 0, 1+, 2+, 3+. Eight photographs of stained tissue gave .19, .21, .29, 1.1. In both, nests of
-neighbouring subtypes overlap, and the pattern tells more than the amount. All lengths are micrometres; dyes
-are amounts as in `stains`.
+tuned by eye and by the mean density of DAB inside the polygons (`report_staining`): about .07, .18, .25, .65
+for 0, 1+, 2+, 3+. Eight photographs of stained tissue gave .19, .21, .29, 1.1. In both, nests of neighbouring
+subtypes overlap, and the pattern tells more than the amount. All lengths are micrometres; dyes are amounts as
+in `stains`.
 """
 
 from collections import namedtuple

@@ -19,10 +19,8 @@ The same command again goes on where it stopped; an image that changed is predic
 """
 
 import csv
-import glob
 import io
 import json
-import sys
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,6 @@ from her2 import draw, run, run_config as configuration, run_training
 from her2.data_classes import ClassTable, TissueClass, csv_text
 from her2.data_images import ENDINGS, read_image, read_size
 from her2.data_slides import read_slides
-from her2.metrics import ProbabilityHistogram
 from her2.polygons import outlines, paint, polygon_area
 from her2.run_errors import UserError, atomic_write, command
 from her2.run_provenance import file_hash
@@ -57,8 +54,7 @@ COLUMNS = ["image", "x", "y", "downsample", "width", "height", "tumor_share", "m
 class Config(configuration.Tiles):  # device, preset, size and number of the tiles, as in evaluate.py
     model: str = "runs/seg"         # run folder of train_seg.py, or its model.pt
     out: str = "runs/predictions"   # output folder
-    threshold: float = 0.0          # probability from which a pixel is tumor; 0: that of the best Dice on val
-                                    # if evaluate.py was run on the model, else 0.5
+    threshold: float = 0.5          # probability from which a pixel is tumor
     min_area: int = 64              # pixels; smaller specks are left out, smaller holes are filled
     simplify: float = 0.0           # pixels by which an outline may move to save points
 
@@ -69,11 +65,9 @@ Input = namedtuple("Input", "name path x y downsample", defaults=(0.0, 0.0, 1.0)
 
 
 def main(argv):
-    parser = configuration.Parser(prog="python -m her2.predict", description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="images, or folders that hold them")
-    configuration.add_fields(parser, Config, PRESETS)
-    given = vars(parser.parse_args(argv))
-    names, config = given.pop("images"), configuration.build(Config, PRESETS, given)
+    config, names = configuration.parse(
+        Config, PRESETS, argv, __doc__, "python -m her2.predict",
+        images=dict(nargs="+", metavar="IMAGES", help="images, or folders that hold them"))
     check_tiles(config.tile, config.overlap)
     images = find_images(names, config.out)
 
@@ -81,7 +75,6 @@ def main(argv):
     precision = run_training.Precision(device, config.amp)
     content, model = run.load_model(config.model, "segmenter"), run.model_file(config.model)
     network = run.build_model(UNet, content, config.model, device)
-    config.threshold = config.threshold or best_threshold(model, content)
     out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv],
                        {"model": {model.name: file_hash(model)}})
 
@@ -105,7 +98,7 @@ def main(argv):
 def find_images(names, out) -> list:
     """The Inputs that the command line names, headers checked. UserError when two would share their files."""
     images, seen = [], {}
-    for path in (Path(path) for name in names for path in sorted(glob.glob(name)) or [name]):
+    for path in configuration.named_paths(names):
         if (path / "slides.csv").is_file():
             rois, problems, _ = read_slides(path)
             if problems:
@@ -127,21 +120,6 @@ def find_images(names, out) -> list:
             raise UserError(f"{other.path} and {image.path}: their files in {out} would have one name; give "
                             "each a command and an --out of its own")
     return images
-
-
-def best_threshold(model, content) -> float:
-    """The threshold of the best Dice on val, from the metrics.json beside a model.pt; 0.5 without one."""
-    path = model.with_name("metrics.json")
-    if not path.is_file():
-        return 0.5
-    try:
-        metrics, classes = run.read_json(path), ClassTable.from_json(content["classes"], model)
-        if metrics["key"]["model"] == file_hash(model):                 # else they are of another training
-            val = sum(ProbabilityHistogram.from_json(part, classes) for part in metrics["val"].values())
-            return val.best_threshold() or 0.5
-    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"note: {path}: damaged ({error}), the threshold is 0.5", file=sys.stderr)
-    return 0.5
 
 
 def predict(image, paths, network, config, precision, device) -> dict:

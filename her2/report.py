@@ -21,7 +21,7 @@ import numpy as np
 from her2 import draw_charts, report_images, report_staining
 from her2.draw import BLUE, GREEN, GREY, ORANGE, PURPLE, save_png
 from her2.metrics import matched
-from her2.report_statistics import ORACLE
+from her2.report_statistics import ORACLE, ratio_text, t_interval
 
 BASELINE = "subtype"
 METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in the paper's order
@@ -126,17 +126,12 @@ def mean_sd(numbers):
 
 
 def change(config: dict, baseline: dict, path):
-    """Change of a figure against the baseline over the common seeds: (mean, sd, percentage of the baseline),
-    or None; the sd of a single seed and the percentage of a baseline of 0 are None. The baseline's figure is
-    that at 0.5, where it is matched to itself."""
+    """`t_interval` of the change of a figure against the baseline over the common seeds, None without any.
+    The baseline's figure is that at 0.5, where it is matched to itself."""
     base = dict(zip(figures_of(baseline, "seed"), figures_of(baseline, path[-1])))
     pairs = zip(figures_of(config, *path), map(base.get, figures_of(config, "seed")))
     pairs = [pair for pair in pairs if None not in pair]
-    if not pairs:
-        return None
-    mean, deviation = mean_sd([new - old for new, old in pairs])
-    reference = float(np.mean([old for _, old in pairs]))
-    return mean, deviation, 100 * mean / reference if reference else None
+    return t_interval([new - old for new, old in pairs]) if pairs else None
 
 
 def spread(numbers, digits=3) -> str:
@@ -145,14 +140,14 @@ def spread(numbers, digits=3) -> str:
     return "n/a" if found is None else " \u00b1 ".join(f"{v:.{digits}f}" for v in found if v is not None)
 
 
-def change_text(found, digits=3) -> str:
-    """"+0.021 +- 0.003 (+2.5 %)" of what `change` returns."""
+def interval_text(found, ratio=False, digits=3) -> str:
+    """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]" of a `t_interval`; of a single seed without ends."""
     if found is None:
         return "n/a"
-    mean, deviation, percent = found
-    text = f"{round(mean, digits) + 0.0:+.{digits}f}"                       # + 0.0: never "-0.000"
-    text += "" if deviation is None else f" \u00b1 {deviation:.{digits}f}"
-    return text + (f" ({round(percent, 1) + 0.0:+.1f} %)" if percent is not None else "")
+    # The sign of what rounds to 0 stays: it says whether the interval holds 0.
+    mean, low, high = (x if x is None else ratio_text(x) if ratio else f"{x + 0.0:+.{digits}f}"
+                       for x in (found["mean"], found["low"], found["high"]))
+    return ("x " if ratio else "") + mean + ("" if low is None else f" [{low}, {high}]")
 
 
 MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3))       # key, digits shown
@@ -173,8 +168,9 @@ def change_table(results: dict) -> list:
     """Rows of texts, header first: change of Dice and variance against the baseline, at 0.5 and matched."""
     baseline = next((config for config in results["configs"] if config["name"] == BASELINE), None)
     return [["configuration", "Dice", "subtype variance", "Dice, matched", "subtype variance, matched"],
-            *([config["name"], *(change_text(baseline and change(config, baseline, (*prefix, key)), digits)
-                                 for prefix in ((), ("matched",)) for key, digits in MEASURES[:2])]
+            *([config["name"], *(interval_text(baseline and change(config, baseline, (*prefix, key)), False,
+                                               digits) for prefix in ((), ("matched",))
+                                 for key, digits in MEASURES[:2])]
               for config in results["configs"] if config is not baseline)]
 
 
@@ -202,7 +198,7 @@ def page(results: dict, data: str, notes, pictures) -> str:
         *(f"- **Note:** {note}" for note in notes),
         "## Results at threshold 0.5", markdown(result_table(results)),
         f"## Change against the subtype-sampled baseline (`{BASELINE}`)",
-        "Over the seeds that both have; in brackets per cent of the baseline.",
+        "Mean over the seeds that both have, in brackets its 95 % t interval.",
         markdown(change_table(results)),
         "## Results at the baseline's false-positive rate",
         "The threshold of each run is the one at which its false-positive rate on val equals that of the "

@@ -116,16 +116,6 @@ def kind(content: dict) -> tuple:
     return content["preset"], bool(settings.get("data")), settings.get("trial", 0), content["classes"]
 
 
-def interval_text(found, ratio: bool) -> str:
-    """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]"."""
-    if found is None:
-        return "n/a"
-    # The sign of what rounds to 0 stays: it says whether the interval holds 0.
-    mean, low, high = (x if x is None else ratio_text(x) if ratio else f"{x + 0.0:+.3f}"
-                       for x in (found["mean"], found["low"], found["high"]))
-    return ("x " if ratio else "") + mean + ("" if low is None else f" [{low}, {high}]")
-
-
 def arm_table(study, arms) -> list:
     """Rows of texts, header first: mean and spread over seeds of every figure."""
     recalls = [(f"recall {study.classes.names[k]}", "half", 3) for k in study.classes.tumor_ids]
@@ -145,7 +135,7 @@ def difference_table(found: dict, study) -> list:
         drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
         if old == report.BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
             share = study.efficiency(new, old, ORACLE, "best", "dice")
-        rows.append([name, *(interval_text(part, key.startswith("log")) for key, part in one.items()),
+        rows.append([name, *(report.interval_text(part, key.startswith("log")) for key, part in one.items()),
                      f"[{ratio_text(drawn[0])}, {ratio_text(drawn[1])}]" if drawn else "n/a",
                      f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"])
     return rows

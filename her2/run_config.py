@@ -13,6 +13,7 @@ flag. An unknown key in a preset is an error, so that a renamed field cannot be 
 import argparse
 import dataclasses
 import functools
+import glob
 import inspect
 import math
 import re
@@ -23,7 +24,7 @@ from her2.run_errors import UserError, script_line
 from her2.run_provenance import trained_with
 
 OUT = {"generate.py": "data/synth", "train_seg.py": "runs/seg", "train_ldm.py": "runs/ldm"}     # + its source
-SOURCES = ("model", "autoencoder", "synthetic", "reconstruct")  # fields that name what a run builds on
+SOURCES = ("model", "autoencoder", "synthetic")     # fields that name what a run builds on
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
 RANGES = {name: ends for ends, names in {
     (1, 10**9): "steps batch accumulate sample_steps log_every save_every seeds repeats jobs",
@@ -110,11 +111,24 @@ def say_done(config, script: str, *flags) -> None:
     print(f"done: {model if model.exists() else config.out}; next: {script_line(script, *words)}")
 
 
-def parse(cls, presets: dict, argv, description: str, prog: str):
-    """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it."""
+def parse(cls, presets: dict, argv, description: str, prog: str, **more):
+    """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it. `more`: what
+    is no field, {name: keywords of add_argument}; then (instance, *their values)."""
     parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))  # None under -OO
+    for name, form in more.items():
+        parser.add_argument(form.pop("flag", name), **form)
     add_fields(parser, cls, presets)
-    return build(cls, presets, vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    values = [given.pop(name) for name in more]
+    config = build(cls, presets, given)
+    return (config, *values) if more else config
+
+
+def named_paths(names) -> list[Path]:
+    """The files and folders of a command line. Not every shell replaces `runs/seg*`; what exists under a name
+    is taken by it, whatever brackets that has."""
+    return [Path(path) for name in names
+            for path in ([name] if Path(name).exists() else sorted(glob.glob(name)) or [name])]
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from her2.run_errors import UserError, atomic_write, say
 
 REMEDY = "restore or remove the file"
 FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
-KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthetic", "reconstruct"), str),
+KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthetic"), str),
          "split_seed": int, "patch": int, "fields": dict}       # what the fields that are read must be
 
 

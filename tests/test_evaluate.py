@@ -17,7 +17,7 @@ from data_factory import save, write_csv, write_dataset
 from PIL import Image
 
 import evaluate
-from her2 import draw_overlay, report, report_staining, run
+from her2 import draw, report, report_staining, run
 from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import NEW_TISSUE, load_dataset, write_split
 from her2.run_errors import command
@@ -196,7 +196,7 @@ def test_results_csv_has_a_row_per_run_and_roi_and_the_worst_are_drawn(place):
         with Image.open(Path(folder, "worst.png")) as picture:
             drawn = {color for _, color in picture.convert("RGB").getcolors(1 << 24)}
         mask, prob = np.array(Image.open(roi.mask)), slow_pixels(folder, "test", [roi])[0]
-        share, (_, _, wrong) = draw_overlay.errors(np.array(Image.open(roi.image)), mask,
+        share, (_, _, wrong) = draw.errors(np.array(Image.open(roi.image)), mask,
                                                    prob.reshape(mask.shape), dataset.classes, evaluate.CELL)
         assert share == pytest.approx(shares[roi.name], abs=2e-4)
         painted = (wrong == evaluate.draw.BLUE).all(-1) | (wrong == evaluate.draw.VERMILION).all(-1)
@@ -526,21 +526,23 @@ def config_of(name, method="real", ratio=0.0, **runs):
 def test_change_compares_the_same_seeds_only():
     base = config_of("subtype", s0=(0.80, 0.02), s1=(0.84, 0.04), s2=(0.1, 0.9))
     other = config_of("ldm-100", "ldm", 1.0, s1=(0.86, 0.03), s0=(0.84, 0.01), s7=(0.2, 0.5))
-    mean, deviation, percent = report.change(other, base, ("dice",))
-    assert (mean, deviation) == (pytest.approx(0.03), pytest.approx(np.std([0.04, 0.02], ddof=1)))
-    assert percent == pytest.approx(100 * 0.03 / 0.82)
-    assert report.change(other, base, ("subtype_variance",))[2] == pytest.approx(100 * -0.01 / 0.03)
+    found = report.change(other, base, ("dice",))
+    half = 12.7062 * np.std([0.04, 0.02], ddof=1) / np.sqrt(2)                      # t(.975, 1), printed tables
+    assert found["mean"] == pytest.approx(0.03) and found["high"] - found["mean"] == pytest.approx(half, rel=1e-4)
+    assert report.change(other, base, ("subtype_variance",))["mean"] == pytest.approx(-0.01)
     assert report.change(other, base, ("matched", "dice")) is None
     assert report.change(other, config_of("subtype", s5=(0.8, 0.1)), ("dice",)) is None
     rows = report.change_table({"configs": [base, other]})
-    assert rows[1] == ["ldm-100", "+0.030 \u00b1 0.014 (+3.7 %)", "-0.0100 \u00b1 0.0000 (-33.3 %)",
-                       "n/a", "n/a"]
+    assert rows[1] == ["ldm-100", "+0.030 [-0.097, +0.157]", "-0.0100 [-0.0100, -0.0100]", "n/a", "n/a"]
 
 
 def test_texts_of_one_several_and_no_numbers():
     assert report.spread([0.8334]) == "0.833" and report.spread([None, None]) == "n/a"
     assert report.spread([0.8, 0.9, None]) == "0.850 \u00b1 0.071" and report.spread([]) == "n/a"
-    assert report.change_text((-0.0001, None, -0.01)) == "+0.000 (+0.0 %)"
+    one = {"mean": 0.0213, "low": None, "high": None}
+    assert report.interval_text(one) == "+0.021" and report.interval_text(None) == "n/a"
+    assert report.interval_text({**one, "low": -0.0001, "high": 0.1}) == "+0.021 [-0.000, +0.100]", "0 is inside"
+    assert report.interval_text(dict(one, mean=0.0), ratio=True) == "x 1.00"
     assert report.markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n| --- | --- |\n| 1 | 2 |"
     assert report.plain([["name", "x"], ["a", "12"]]).splitlines() == ["name  x", "-" * 8, "a     12"]
 

@@ -275,3 +275,15 @@ def test_kernel_distance_is_unbiased():
     random = np.random.default_rng(6)
     draws = [kernel_distance(random.normal(size=(10, 3)), random.normal(size=(8, 3))) for _ in range(1500)]
     assert abs(np.mean(draws)) < 4 * np.std(draws) / 1500 ** 0.5 and min(draws) < 0
+
+
+def test_the_best_threshold_is_that_of_the_highest_dice_and_nearest_to_a_half():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 6, 4000)
+    prob = np.clip(0.2 * (label > 0) + rng.normal(0.3, 0.15, 4000), 0, 1).astype(np.float32)
+    histogram = ProbabilityHistogram(DEFAULT_CLASSES).add(prob, label)
+    dice = [histogram.report(t)["dice"] for t in THRESHOLDS]
+    best = histogram.best_threshold()
+    assert dice[list(THRESHOLDS).index(best)] == max(dice) and best < 0.5
+    assert all(abs(t - 0.5) >= abs(best - 0.5) for t, d in zip(THRESHOLDS, dice) if d == max(dice))
+    assert ProbabilityHistogram(DEFAULT_CLASSES).add(prob, label * 0).best_threshold() is None

@@ -193,7 +193,7 @@ def test_an_interrupted_phantom_is_finished_in_the_same_bytes(tmp_path, monkeypa
     monkeypatch.setitem(phantom.PRESETS, "tiny", SMALLER)
     first, second = (phantom.make_phantom(tmp_path / name, "tiny", 4, progress=False) for name in "ab")
     names = sorted(str(p.relative_to(first)) for p in first.rglob("*") if p.is_file())
-    assert len(names) == 2 * 12 + 3
+    assert len(names) == 2 * 12 + 2
     (second / "images" / "slide03_roi0.png").unlink()
     settings = json.loads((first / "phantom.json").read_text(encoding="utf-8"))
     assert settings["complete"] and settings["seed"] == 4

@@ -13,11 +13,8 @@ from test_evaluate import make_run
 from test_polygons import four_neighbours
 
 from her2 import predict, run
-from her2.data_classes import DEFAULT_CLASSES
-from her2.metrics import THRESHOLDS, ProbabilityHistogram
 from her2.polygons import outlines, rasterize
 from her2.run_errors import command
-from her2.run_provenance import file_hash
 from her2.segmenter import UNet
 from her2.stains import STAINS, compose
 
@@ -99,7 +96,7 @@ def table():
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("[!.]*"))
             if p.is_file() and p.name != "config.json"}
 
 
@@ -251,31 +248,11 @@ def test_an_interrupted_call_goes_on_and_a_changed_image_is_predicted_again(plac
     assert call("in", "--threshold", 0.6) == 2, "another threshold belongs into another folder"
 
 
-def test_the_threshold_is_the_best_on_val_where_evaluate_recorded_it(place, capsys):
-    rng = np.random.default_rng(0)
-    label = rng.integers(0, 6, 4000)
-    prob = np.clip(0.2 * (label > 0) + rng.normal(0.3, 0.15, 4000), 0, 1).astype(np.float32)
-    histogram = ProbabilityHistogram(DEFAULT_CLASSES).add(prob, label)
-    dice = [histogram.report(t)["dice"] for t in THRESHOLDS]
-    best = histogram.best_threshold()
-    assert dice[list(THRESHOLDS).index(best)] == max(dice) and best < 0.5
-    assert all(abs(t - 0.5) >= abs(best - 0.5) for t, d in zip(THRESHOLDS, dice) if d == max(dice))
-    assert ProbabilityHistogram(DEFAULT_CLASSES).add(prob, label * 0).best_threshold() is None
-
-    content = run.load_model("runs/seg", "segmenter")
-    model, metrics = Path("runs/seg/model.pt"), {"key": {"model": file_hash("runs/seg/model.pt")},
-                                                 "val": {"s": histogram.to_json()}}
-    assert predict.best_threshold(model, content) == 0.5
-    run.write_json("runs/seg/metrics.json", metrics)
-    assert predict.best_threshold(model, content) == best
-    run.write_json("runs/seg/metrics.json", {**metrics, "key": {"model": "of another training"}})
-    assert predict.best_threshold(model, content) == 0.5 and not capsys.readouterr().err
-    for text in ("{", "[]", '{"key": {}}', json.dumps({**metrics, "val": {"s": {"counts": [1]}}})):
-        Path("runs/seg/metrics.json").write_text(text)
-        assert predict.best_threshold(model, content) == 0.5 and "damaged" in capsys.readouterr().err
-    run.write_json("runs/seg/metrics.json", metrics)
-    assert call("in/0.png") == 0 and f"threshold {best:g}" in capsys.readouterr().out
-    assert run.read_json("new/config.json")["fields"]["threshold"] == best
+def test_a_name_with_brackets_is_that_file_and_no_pattern(place):
+    save("odd/scan[1].png", np.zeros((32, 32, 3), np.uint8))
+    save("odd/scan1.png", np.zeros((32, 32, 3), np.uint8))
+    assert [one.path.name for one in predict.find_images(["odd/scan[1].png"], "new")] == ["scan[1].png"]
+    assert [one.path.name for one in predict.find_images(["odd/sc*1.png"], "new")] == ["scan1.png"]
 
 
 def write(path, content):
