@@ -247,8 +247,8 @@ def side_by_side(rows, classes, cell=256) -> np.ndarray:
 
 # ---- overlay sheets: regions as a person would check them, 24 to a sheet; no number replaces looking ---
 def overlay(image, label, instance, classes, left_out) -> np.ndarray:
-    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near CELL pixels; what is ignored is
-    hatched. `left_out`: outlines drawn thin and grey, lists of (n, 2) rings in pixels of the image."""
+    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near CELL pixels; ignored pixels
+    are hatched. `left_out`: outlines drawn thin and grey, lists of (n, 2) rings in pixels of the image."""
     small = fit(image, CELL)
     near = np.ix_(*(((np.arange(side) + 0.5) * whole // side).astype(int)
                     for side, whole in zip(small.shape, label.shape)))
