@@ -12,9 +12,10 @@ A dataset may bring `classes.json`, in one of three forms:
     {"aliases": {"Tumor three plus": "3+"}}                             the default table with more names
 
 In the last two, "masks": "score" says that what is not 0 in a mask is tumor, of the subtype in the column
-score of slides.csv (a mask with instances beside it always holds ids). A mask may also be a picture in the
-classes' colors; an alias "#fa3253" gives a further color its class. Case and white space do not count in
-names. The default aliases follow a class that keeps its id and name, unless the file says otherwise.
+score of slides.csv (a mask with instances beside it always holds ids), "masks": "ids" that a mask of 0 and
+255 is background and pixels to be ignored. A mask may also be a picture in the classes' colors; an alias
+"#fa3253" gives a further color its class. Case and white space do not count in names. The default aliases
+follow a class that keeps its id and name, unless the file says otherwise.
 
 What nobody can tell (folds, blur; the alias of "ignore") has the label IGNORE and no class: it is never the
 pixel around which a patch is drawn, has no one-hot code, and enters neither losses nor metrics.

@@ -28,6 +28,9 @@ from her2.data_slides import ROI
 from her2.data_mapped import VERSION, MappedRegion, classes_of, open_region, write_region
 
 
+OUTSIDE = "outside the image"       # why a polygon of a slide is left out in a crop of it
+
+
 def read_roi(roi: ROI, classes: ClassTable):
     """Decode one region: image (H, W, 3) uint8, label (H, W) uint8, instance (H, W) int32."""
     image = read_image(roi.image)
@@ -53,7 +56,7 @@ def read_polygons(roi: ROI, classes: ClassTable):
     polygons, outside = place_polygons(found.polygons, roi.annotations, roi.height, roi.width, *place)
     left_out = [(reason, [(ring - place[:2]) / roi.downsample for ring in rings], "")
                 for reason, rings in found.left_out]
-    left_out += [("outside the image", p.rings, p.source_id) for p in outside]
+    left_out += [(OUTSIDE, p.rings, p.source_id) for p in outside]
     return polygons, polygon_classes(polygons, classes, roi.annotations), left_out
 
 

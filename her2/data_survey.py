@@ -10,7 +10,7 @@ import numpy as np
 
 from her2.data_classes import IGNORE
 from her2.data_leaks import content_key
-from her2.data_regions import read_polygons, read_roi
+from her2.data_regions import OUTSIDE, read_polygons, read_roi
 from her2.data_slides import ROI
 from her2.data_mapped import classes_of
 from her2.draw import overlay
@@ -43,7 +43,7 @@ class Survey:
         self.reach = max((float((p.rings[0].max(axis=0) / (roi.width, roi.height)).max()) for p in polygons),
                          default=0.0)
         self.kept = {p.source_id for p in polygons}         # of the polygons that meet the image
-        self.outside = {name for reason, _, name in left_out if reason == "outside the image"}
+        self.outside = {name for reason, _, name in left_out if reason == OUTSIDE}
         self.left_out = Counter(reason for reason, *_ in left_out)
 
         step = max(1, min(label.shape) // SAMPLE)

@@ -62,14 +62,14 @@ class MultiscaleDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 9, ndf: int = 64, num_layers: int = 4, num_levels: int = 2):
         super().__init__()
-        self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers, num_levels=num_levels)
+        self.in_channels = in_channels
         # 70 pixels of the image are the texture of nuclei and membranes, 141 how nuclei stand in a nest.
         for level in range(num_levels):                           # own weights each: other things to look for
             self.add_module(f"discriminator_{level}", LevelDiscriminator(in_channels, ndf, num_layers))
 
     def forward(self, x: torch.Tensor) -> list:
-        channels, features = self.config["in_channels"], []
-        assert x.shape[1] == channels, f"x must be (B, {channels}, H, W), found {tuple(x.shape)}"
+        features = []
+        assert x.shape[1] == self.in_channels, f"x {tuple(x.shape)} should have {self.in_channels} channels"
         for level, discriminator in enumerate(self.children()):
             if level:            # zeros around the image do not count: a dark rim would tell nothing of fakes
                 x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)  # (B, K+3, h/2, w/2)
@@ -96,7 +96,7 @@ class PatchGAN(nn.Module):
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, num_layers: int = 3):
         super().__init__()
-        self.config = dict(in_channels=in_channels, ndf=ndf, num_layers=num_layers)
+        self.in_channels = in_channels
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), LeakyReLU()]
         width = ndf
         for index in range(1, num_layers + 1):
@@ -108,8 +108,7 @@ class PatchGAN(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))         # one logit per window
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        channels = self.config["in_channels"]
-        assert image.shape[1] == channels, f"image must be (B, {channels}, H, W), found {tuple(image.shape)}"
+        assert image.shape[1] == self.in_channels, f"{tuple(image.shape)}, not {self.in_channels} channels"
         return self.main(image)                                                       # (B, 1, h, w)
 
     def load_official_state_dict(self, state_dict: dict) -> None:

@@ -68,6 +68,7 @@ def generalised_dice_loss(log_prob, target, eps: float = 1e-5, pool=None) -> tor
     return 1 - (2 * (weight * intersection).sum() + eps) / ((weight * (predicted + volume)).sum() + eps)
 
 
+# pool is called twice, for Dice first: `run_distributed.WholeSums` hands out what it knows in this order.
 def dice_cross_entropy(logits, target, dice: str = "soft", dice_weight=0.5, ce_weight=0.5, pool=None):
     """The training loss: (loss, {"dice": tensor, "ce": tensor}), the parts detached, unweighted, for the log.
     logits (B, K, H, W); target (B, H, W) ids 0..K-1 (the paper's: 0 background, 1 tumor) or IGNORE."""

@@ -87,7 +87,7 @@ def power_iterations(on: bool, *modules: nn.Module) -> None:
 
 @contextmanager
 def kept_buffers(module: nn.Module):
-    """Around a forward that is made twice: batch norm remembers the other one only."""
+    """Around the first pass of --accumulate, a forward that is made again: batch norm remembers that one."""
     before = [buffer.clone() for buffer in module.buffers()]
     try:
         yield

@@ -128,6 +128,7 @@ def _bodies(cells, x, y, ys, xs):
     return first, second, d1, d2
 
 
+# By the numbers of cells: a table of cells may grow at its end only, or cells elsewhere change (oracle).
 def _coin(first, second) -> np.ndarray:
     """A number in [0, 1) per pair of cells, the same from both sides: bits mixed as in a hash table."""
     low, high = np.minimum(first, second).astype(np.uint32), np.maximum(first, second).astype(np.uint32)

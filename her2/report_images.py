@@ -34,7 +34,7 @@ def judge(network, image, device, batch: int = 64):
     for part in image.split(batch):
         maps = network.encoder(network.normalised(run_training.to_device(part, device)))
         prob.append(network.segmentation_head(network.decoder(maps)).float().softmax(1)[:, 1].cpu())
-        features.append(torch.cat([maps[k].float().mean((2, 3)) for k in (2, 3)], dim=1).cpu())
+        features.append(torch.cat([maps[k].float().mean((2, 3)) for k in (2, 3)], dim=1).cpu())  # f_2, f_3
     return torch.cat(prob), torch.cat(features)
 
 

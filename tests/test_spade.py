@@ -268,8 +268,7 @@ def test_generator_refuses_what_it_cannot_use():
 
 
 def test_config_rebuilds_the_network():
-    for network in (small_generator(upsampling="more", norm="instance"), VAEEncoder(4, 8, 96),
-                    MultiscaleDiscriminator(9, 4, 3, 3), PatchGAN(3, 4, 2)):
+    for network in (small_generator(upsampling="more", norm="instance"), VAEEncoder(4, 8, 96)):
         twin = type(network)(**network.config)
         assert {k: v.shape for k, v in twin.state_dict().items()} == \
                {k: v.shape for k, v in network.state_dict().items()}
