@@ -228,12 +228,27 @@ def test_what_is_compared_is_spread_over_the_set_and_drawn_as_its_sources(tissue
     config = run.read_json(folder / "ldm" / "config.json")
     config["fields"].update(sampling="subtype", uniform=0.25)
     run.write_json(folder / "ldm" / "config.json", config)
-    monkeypatch.setattr(audit, "PatchSampler", lambda *a, **b: drawn.append((a[3], b)) or PatchSampler(*a, **b))
+    monkeypatch.setattr(audit, "PatchSampler", lambda *a, **b: drawn.append((a, b)) or PatchSampler(*a, **b))
     assert call("ldm", "--count", 5, "--held-out", 20, "--false-alarm", 0.1, "--out", "out") == 0
     found = json.loads(Path("out/audit.json").read_text(encoding="utf-8"))
     assert [one["image"] for one in found["nearest"]] == [f"images/{i}.png" for i in (0, 2, 4, 6, 8)]
-    [(sampling, more)] = drawn
+    [((unseen, split, _, sampling), more)] = drawn
     assert sampling == "subtype" and more["uniform"] == 0.25
+    assert {roi.slide for roi in unseen.split(split)} == {roi.slide for roi in real.rois if roi.split != "train"}
+
+
+def test_copies_are_called_near_and_fresh_tissue_is_not(tissue, folder, capsys, monkeypatch):
+    real, fresh = tissue
+    rng, seen, honest = np.random.default_rng(5), [], audit.audit
+    monkeypatch.setattr(audit, "audit", lambda *a: seen.append(honest(*a)) or seen[-1])
+    make_set(folder / "copies", real, [disturbed(w, rng) for w in draws(real, ("train",), 20, 8)], "ldm")
+    make_set(folder / "fresh", real, draws(fresh, ("train", "val", "test"), 20, 9), "ldm")
+    for name, words in (("copies", "The set is nearer"), ("fresh", "Nothing says that the set is nearer")):
+        assert call(name, "--held-out", 60, "--false-alarm", 0.1, "--out", "out") == 0
+        assert words in capsys.readouterr().out
+        threshold = json.loads(Path("out/audit.json").read_text(encoding="utf-8"))["threshold"]
+        normal = seen[-1][2]
+        assert threshold in normal and 0.05 < (normal > threshold).mean() <= 0.1
 
 
 @pytest.mark.parametrize("line, spoil, words", [

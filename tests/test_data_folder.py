@@ -312,7 +312,7 @@ def test_a_region_is_decoded_once_and_again_when_anything_it_depends_on_changes(
         return len(decoded) > before
 
     assert use() and not use(), "decoded twice"
-    assert use(x=1) and use(downsample=2) and not use(x=1)
+    assert use(x=1) and use(downsample=2) and use(y=3) and not use(x=1)
     (tmp_path / "a.json").write_text(json.dumps({"results": [square(5, 5, 20, 21, "1+")]}), encoding="utf-8")
     assert use()
     (tmp_path / "classes.json").write_text(json.dumps({"aliases": {"odd": "3+"}}), encoding="utf-8")
@@ -320,6 +320,15 @@ def test_a_region_is_decoded_once_and_again_when_anything_it_depends_on_changes(
     assert use(annotations="", mask="masks/roi0.png")
     save(tmp_path / "masks/roi0.png", rectangles(40, 60, (5, 4)))
     assert use(annotations="", mask="masks/roi0.png")
+    numbers = rectangles(40, 60, (1, 2))
+    labelled = dict(annotations="", mask="masks/roi0.png", instances="numbers.png")
+    for factor in (1, 2):                       # the same mask, other instances
+        save(tmp_path / "numbers.png", np.where(rectangles(40, 60, (5, 4)), factor * numbers.astype(np.uint16), 0))
+        assert use(**labelled) and not use(**labelled)
+    save(tmp_path / "masks/roi0.png", (rectangles(40, 60, (5, 4)) > 0).astype(np.uint8))
+    (tmp_path / "classes.json").write_text(json.dumps({"masks": "score"}), encoding="utf-8")
+    for score in ("1+", "3+"):                  # the score says what the mask shows
+        assert use(annotations="", mask="masks/roi0.png", score=score)
     save(tmp_path / "images/roi0.png", np.zeros((40, 60, 3), np.uint8))
     assert use() and not use()
 
@@ -346,6 +355,7 @@ def test_damaged_cache_files_are_made_again(tmp_path, capsys):
         data_mapped.open_region.cache_clear()
         path.write_bytes(header)
         region_file(dataset.rois[0], DEFAULT_CLASSES, tmp_path / "cache")
+        assert path.read_bytes() == whole, at
         header[at] ^= 0x21
     data_mapped.open_region.cache_clear()
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [path.name]

@@ -163,7 +163,8 @@ def test_moving_median_against_a_loop(rng):
     for i in range(40):
         window = [v for v in values[max(0, i - 2):i + 3] if math.isfinite(v)]
         assert smooth[i] == pytest.approx(np.median(window)) if window else math.isnan(smooth[i])
-    assert draw_axes.moving_median(values, 1) is not None and len(draw_axes.moving_median([], 5)) == 0
+    assert np.array_equal(draw_axes.moving_median(values, 1), values, equal_nan=True)
+    assert len(draw_axes.moving_median([], 5)) == 0
 
 
 def test_a_curve_goes_through_its_points():
@@ -335,6 +336,12 @@ def test_confusion_matrices_say_their_numbers(recorder, deviation):
     assert texts.count("\u00b1 0.02") == (0 if deviation is None else 10)
     names = [text for text in texts if text in DEFAULT_CLASSES.names]
     assert names == [*DEFAULT_CLASSES.names[1:], "Background"] * 2
+    middle = {}                         # of each text on the canvas, by what it says
+    for _, text, _, top, _, bottom in recorder.boxes:
+        middle.setdefault(text, []).append((top + bottom) / 2)
+    for name, values in (("Background", ("0.95", "0.05")), ("0", ("0.27", "0.73")), ("3+", ("0.01", "0.99"))):
+        for value in values:            # within half a row (the deviation moves it by 7 pixels)
+            assert min(abs(a - b) for a in middle[name] for b in middle[value]) < 12, (name, value)
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ from data_factory import save, write_csv, write_dataset
 from PIL import Image
 
 import evaluate
-from her2 import draw, report, report_staining, run
+from her2 import draw, report, report_images, report_staining, report_study, run
 from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import NEW_TISSUE, load_dataset, write_split
 from her2.run_errors import command
-from her2.metrics import THRESHOLDS, ProbabilityHistogram
+from her2.metrics import BINS, THRESHOLDS, ProbabilityHistogram
 from her2.segmenter import UNet
 from her2.stains import compose, deconvolve
 
@@ -37,7 +38,8 @@ def make_run(folder, data, step=10, **fields):
     network = UNet(num_classes=2, width=8)
     dataset = load_dataset(data)
     folder = Path(folder)
-    run.write_json(folder / "config.json", {"script": "train_seg.py", "fields": fields})
+    run.write_json(folder / "config.json", {"script": "train_seg.py", "fields": fields, "git": "0123abc",
+                                            "versions": {}})
     run.save_model(folder, "segmenter", network.config, network.state_dict(), step=step,
                    classes=dataset.classes.to_json())
     write_split(folder / "split.json", dataset)
@@ -74,7 +76,10 @@ def template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("template")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        write_dataset("data", slides=8, height=64, width=96)
+        rows = write_dataset("data", slides=8, height=64, width=96)
+        for k in (6, 7):                # slides of two regions: 2 and 6 are val, 3 and 7 test
+            rows[k]["slide"] = rows[k - 4]["slide"]
+        write_csv("data", rows)
         for seed in (0, 1):
             make_run(f"runs/subtype{seed}", "data", seed=seed)
         make_run("runs/tumor0", "data", sampling="tumor")
@@ -199,8 +204,9 @@ def test_results_csv_has_a_row_per_run_and_roi_and_the_worst_are_drawn(place):
         share, (_, _, wrong) = draw.errors(np.array(Image.open(roi.image)), mask,
                                                    prob.reshape(mask.shape), dataset.classes, evaluate.CELL)
         assert share == pytest.approx(shares[roi.name], abs=2e-4)
-        painted = (wrong == evaluate.draw.BLUE).all(-1) | (wrong == evaluate.draw.VERMILION).all(-1)
-        assert painted.sum() == round(share * (mask != 255).sum())
+        found = prob.reshape(mask.shape) >= 0.5
+        assert np.array_equal((wrong == draw.BLUE).all(-1), (mask > 0) & (mask != 255) & ~found), "missed"
+        assert np.array_equal((wrong == draw.VERMILION).all(-1), (mask == 0) & found), "false"
         assert {evaluate.draw.BLUE, evaluate.draw.VERMILION} <= drawn
     evaluate.main(RUNS)
     assert Path("runs/report/results.csv").read_bytes() == first, "from metrics.json"
@@ -396,6 +402,36 @@ def test_the_script_itself(place):
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "train_seg.py" in failed.stderr
 
 
+def test_the_file_of_a_seed_matches_on_test_and_chooses_on_val(place):
+    """Known counts in place of the networks': val and test differ, and so do the two arms."""
+    evaluate.main([RUNS[0], RUNS[2], "--out", "out/seed0/report"])
+    sums, rng = {}, np.random.default_rng(3)
+    for folder, shift in (("runs/subtype0", 0), ("runs/tumor0", 120)):
+        content = json.loads(Path(folder, "metrics.json").read_text(encoding="utf-8"))
+        for split, move in (("val", -180), ("test", 60)):
+            for slide in content[split]:
+                counts = np.zeros((6, BINS), np.int64)
+                for k, row in enumerate(counts):
+                    at = rng.normal((300, 640)[k > 0] + shift + move, 120, 500).clip(0, BINS - 1).astype(int)
+                    np.add.at(row, at, 1)
+                content[split][slide] = ProbabilityHistogram(DEFAULT_CLASSES, counts).to_json()
+                sums[folder, split] = sums.get((folder, split), 0) + counts
+        run.write_json(Path(folder, "metrics.json"), content)
+    config = SimpleNamespace(out="out", preset="small", data="data", split_seed=0, device="cpu", amp="off", trial=0)
+    report_study.write_seed(config, 0, {})
+    content = json.loads(Path("out/seeds/seed0.json").read_text(encoding="utf-8"))
+    whole = {key: ProbabilityHistogram(DEFAULT_CLASSES, counts) for key, counts in sums.items()}
+    target = whole["runs/subtype0", "test"].report(0.5)["fpr"]
+    for arm, folder in (("subtype", "runs/subtype0"), ("tumor", "runs/tumor0")):
+        found = content["arms"][arm]
+        rates = [whole[folder, "test"].report(t)["fpr"] for t in THRESHOLDS]
+        assert abs(found["figures"]["matched"]["fpr"] - target) == pytest.approx(min(abs(r - target) for r in rates))
+        dice = [whole[folder, "val"].report(t)["dice"] for t in THRESHOLDS]
+        assert dice[int(np.abs(THRESHOLDS - found["thresholds"]["best"]).argmin())] == max(dice)
+        assert np.array(found["tables"]["half"]).sum() == sums[folder, "test"].sum()
+    assert content["commit"] == run.read_json("runs/subtype0/config.json")["git"]
+
+
 def test_a_synthetic_set_that_moved_with_its_run_is_found(place, monkeypatch):
     shutil.move("synth", "runs/synth")                      # beside the run now, as it was before the move
     run.write_json("runs/ldm1/config.json", json.loads(Path("runs/ldm1/config.json").read_text(encoding="utf-8"))
@@ -435,6 +471,21 @@ def test_staining_is_measured_per_instance_and_by_the_subtype_asked_for(place):
         assert np.allclose(np.array(medians) - offset, amounts, atol=0.02)
         assert found[method]["2+"] == {"n": 0, "q25": None, "median": None, "q75": None}
         assert found[method]["ordered"] is None
+
+
+def test_examples_stand_beside_the_patch_they_were_made_from(place, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report_images.draw, "side_by_side",
+                        lambda rows, *a, **b: shown.extend(rows) or np.zeros((4, 4, 3), np.uint8))
+    evaluate.main(["runs/subtype0", "--synthetic", "synth/ldm"])
+    source = np.array(Image.open("data/images/roi0.png"))
+    entries = [json.loads(line) for line in Path("synth/ldm/manifest.jsonl").read_text("utf-8").splitlines()]
+    assert len(shown) == 3
+    for row in shown:
+        [entry] = [one for one in entries
+                   if np.array_equal(np.array(Image.open(f"synth/ldm/{one['image']}")), row["ldm"])]
+        y, x = entry["y"], entry["x"]
+        assert np.array_equal(row["original"], source[y:y + 32, x:x + 32])
 
 
 def test_new_tissue_alone_has_examples_without_originals(place):

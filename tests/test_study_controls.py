@@ -1,5 +1,6 @@
 """The controls of the study: tissue that the phantom renders again, and instances that are restained."""
 
+import itertools
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 import generate
 from her2 import phantom, report_staining, study_controls
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic
+from her2.data_patches import PatchSampler
+from her2.data_regions import read_roi
 from her2.phantom_microscope import render, window
 from her2.run_errors import UserError
 from her2.run_seeds import numpy_generator
@@ -106,6 +109,52 @@ def test_restaining_reaches_the_median_of_the_new_subtype(folder):
     assert np.allclose(dab, painter.median[3], atol=1e-3) and np.allclose(haematoxylin, 0.2, atol=1e-3)
 
 
+def test_the_oracle_paints_the_source_where_it_lies_in_its_new_subtype(folder):
+    """Without a new class the pixels of the slide but for the sensor's noise; with one, new staining there."""
+    dataset = load_dataset(folder / "phantom")
+    painter, side = study_controls.OraclePainter(dataset), 96
+    whole = np.array(Image.open(folder / "phantom/images/slide03_roi0.png")).astype(int)
+    label, numbers = (np.array(one) for one in read_roi(next(
+        roi for roi in dataset.rois if roi.name == "images/slide03_roi0.png"), dataset.classes)[1:])
+    y, x = 40, 150
+    source = {"name": "images/slide03_roi0.png", "y": y, "x": x}
+    part = whole[y:y + side, x:x + side]
+    same = painter.render(source, np.zeros((side, side), int), {}, 0).astype(int)
+    assert np.abs(same - part).max() < 25
+    label, numbers = label[y:y + side, x:x + side], numbers[y:y + side, x:x + side]
+    size = np.bincount(numbers[(label > 0) & (label < 5)])
+    i = int(size.argmax())
+    where, old = numbers == i, int(label[numbers == i][0])
+    assert where.sum() > 400
+    found = {}
+    for new in (1, 4):
+        image = painter.render(source, numbers, {i: (old, new)}, 0).astype(int)
+        found[new] = deconvolve(image[where].clip(1), white_point(whole.astype(np.uint8)))[1].mean()
+        far = np.array(Image.fromarray(where).resize((side, side))) * 0 == 0
+        ys, xs = np.nonzero(where)
+        for yy, xx in zip(ys[::7], xs[::7]):            # beyond 25 um of the instance nothing has changed
+            far[max(0, yy - 26):yy + 27, max(0, xx - 26):xx + 27] = False
+        assert np.abs(image - part)[far].max(initial=0) < 25
+    assert found[4] > 0.4 > 0.2 > found[1]
+
+
+def test_fresh_tissue_has_its_label_where_its_tumor_is(folder):
+    dataset = load_dataset(folder / "phantom")
+    painter = study_controls.OraclePainter(dataset)
+    sampler = PatchSampler(dataset, "train", 64, cache=folder / "cache", uniform=0.25)
+    inside, outside = [], []
+    for i in range(8):
+        patch = painter.fresh_patch(sampler, 0, i)
+        label = patch["label"].numpy()
+        stained = {j: (1, 4) for j in patch["instance"].unique().tolist() if j}
+        image = painter.render(patch, patch["instance"].numpy(), stained, i)
+        dab = deconvolve(image)[1]
+        inside.append(dab[label > 0])
+        outside.append(dab[label == 0])
+    inside, outside = np.concatenate(inside), np.concatenate(outside)
+    assert len(inside) > 2000 and inside.mean() > 3 * outside.mean() and inside.mean() > 0.3
+
+
 def test_fresh_tissue_is_of_slides_that_no_folder_has(folder):
     out, lines, read = make(folder, "fresh")
     dataset = load_dataset(folder / "phantom")
@@ -129,7 +178,7 @@ def test_a_control_without_a_network_takes_no_model(folder):
         generate.main(["--method", "oracle", "--model", "runs/ldm", "--data", str(folder / "phantom")])
 
 
-def test_densities_by_old_and_new_subtype(folder):
+def test_densities_by_old_and_new_subtype(folder, monkeypatch):
     """Every instance of the manifest that is large enough, in the cell of its two subtypes, by a plain loop."""
     out, lines, read = make(folder, "restain", "--seed", "2")
     dataset, synthetic = load_dataset(folder / "phantom"), load_synthetic(out)
@@ -150,4 +199,9 @@ def test_densities_by_old_and_new_subtype(folder):
         assert one["n"] == len(values) and one["mean"] == pytest.approx(np.mean(values))
         if len(values) == 2:
             assert one["half"] == pytest.approx(12.7062 * abs(values[0] - values[1]) / 2, rel=1e-4)
-    assert report_staining.heat_maps({"restained": found}, dataset.classes).ndim == 3
+    drawn = []
+    monkeypatch.setattr(report_staining, "matrices", lambda panels, *names, **more: drawn.append((panels, names)))
+    report_staining.heat_maps({"restained": found}, dataset.classes)
+    [([(_, means, _)], (rows, columns, *_))] = drawn
+    for (i, old), (j, new) in itertools.product(enumerate(rows), enumerate(columns)):
+        assert found[old][new]["mean"] is None or means[i, j] == found[old][new]["mean"]
