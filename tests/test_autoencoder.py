@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from her2 import quantizer
-from her2.autoencoder import VQ_F4, VQ_F8, Attention, ResBlock, VQAutoencoder, edge_l1, psnr
+from her2.autoencoder import Attention, ResBlock, VQAutoencoder, edge_l1, psnr
 from her2.quantizer import Codebook, CodeUsage, count_codes, restart_dead_codes, vq_loss
 
 SMALL = dict(factor=4, ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=3, num_codes=32)
@@ -145,7 +145,6 @@ def test_wrong_sizes_are_refused():
         VQAutoencoder(**dict(SMALL, factor=8))
     with pytest.raises(AssertionError, match="10 x 16 should be a multiple of 4"):
         VQAutoencoder(**SMALL).encode(draw(1, 3, 10, 16))
-    assert VQ_F4["factor"] == 4 and VQ_F8["factor"] == 8
 
 
 def test_every_parameter_gets_a_gradient():
@@ -213,10 +212,6 @@ def test_narrow_networks_keep_four_channels_a_group():
     assert {(m.num_channels, m.num_groups) for m in norms} == {(16, 4), (32, 4), (64, 4)}
     with torch.device("meta"):
         assert {m.num_groups for m in VQAutoencoder().modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
-    # The mean of a channel survives: with one channel a group it would not.
-    x = torch.randn(1, 4, 8, 8) + torch.tensor([0.0, 3.0, 0.0, 0.0])[:, None, None]
-    spread = torch.nn.GroupNorm(1, 4)(x).mean((0, 2, 3))
-    assert spread.max() - spread.min() > 1
 
 
 def test_codes_are_counted_over_a_window_and_restarted_in_its_first_fifth_and_at_its_end():

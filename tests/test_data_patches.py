@@ -11,6 +11,7 @@ import torch
 from data_factory import memory_dataset, rectangles, save, write_dataset
 from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import load_dataset
+from her2.data_latents import latent_std, pooled_latents
 from her2.run_errors import UserError
 from her2.data_regions import read_roi
 from her2.data_patches import (SAMPLINGS, MixedSampler, PatchSampler, dihedral, iterate_rois, loader,
@@ -313,6 +314,26 @@ def test_the_real_half_of_a_mixed_batch_is_the_batch_without_synthetic_images(tm
                 assert name == plain["names"][k]
                 assert all(torch.equal(plain[key][k], both[key][k]) for key in ("image", "label", "instance"))
     assert 30 < same < 70
+
+
+def test_a_pool_of_latents_keeps_each_with_its_label_in_one_orientation(tmp_path):
+    """The encoder is the identity: what a sample shows is the patch at its place, turned like its label."""
+    write_dataset(tmp_path, slides=4, height=64, width=96)
+    dataset = load_dataset(tmp_path)
+    config = SimpleNamespace(patch=32, sampling="subtype", seed=5, cache=tmp_path / "cache", uniform=0.25, latent_pool=12,
+                             batch=8, steps=6, accumulate=1)
+    upright, turns = PatchSampler(dataset, "train", 32, cache=tmp_path / "cache"), set()
+    assert latent_std(upright, lambda image: 3 * image, 64) == pytest.approx(
+        3 * float(torch.cat([upright.batch(k, 64)["image"] for k in range(4)]).std()), rel=1e-5)
+    for batch in pooled_latents(config, dataset, lambda image: image, 2):
+        for z, label, name in zip(batch["z"], batch["label"], batch["names"], strict=True):
+            roi, x, y = name.split()
+            which = [one.name for one in upright.rois].index(roi)
+            image, truth, _ = upright.window(which, int(y[2:]), int(x[2:]))
+            [k] = [k for k in range(8) if torch.equal(dihedral(image, k), z)]
+            assert torch.equal(dihedral(truth, k), label)
+            turns.add(k)
+    assert len(turns) == 8
 
 
 def test_the_share_of_uniform_patches_is_what_was_asked_for(tmp_path):

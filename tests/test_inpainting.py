@@ -82,6 +82,10 @@ def test_noise_level_is_that_of_the_sensor_and_grain_restores_it():
     level = inpainting.noise_level(noisy)
     assert torch.allclose(level, torch.full((4,), 0.02), rtol=0.08)
     assert (inpainting.noise_level(ramp) < 1e-6).all()
+    wide = torch.linspace(-0.5, 0.5, 256).expand(4, 3, 256, 256)
+    some = wide + 0.016 * torch.randn(4, 3, 256, 256, generator=torch.Generator().manual_seed(2))
+    more = inpainting.add_grain(some, torch.full((4,), 0.02), range(4))     # what is there already counts
+    assert torch.allclose(inpainting.noise_level(more), torch.full((4,), 0.02), rtol=0.05)
     plain = inpainting.add_grain(ramp, level, range(4))
     assert torch.allclose(inpainting.noise_level(plain), level, rtol=0.1)
     assert torch.equal(plain, inpainting.add_grain(ramp, level, range(4)))

@@ -4,9 +4,10 @@ import importlib
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from her2 import run_training
+from her2 import data_latents, run_training
 from her2.data_patches import Sampler
 from run_kill_harness import command_line, in_process, one_thread, prepare
 from test_run_distributed import LOOPS, alone, apart, line_of
@@ -24,29 +25,67 @@ def root(tmp_path_factory):
 class Reads(TorchDispatchMode):
     """Counts what makes the host wait for a GPU: .item(), float(), bool(), .tolist(), nonzero, a[mask]."""
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal")
+    METHODS = (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy)
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count, reads = 0, self
+
+        class Calls(TorchFunctionMode):             # methods that copy in one piece, below no operation
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                reads.count += function in reads.METHODS
+                return function(*args, **(kwargs or {}))
+
+        self.calls = Calls()
+
+    def __enter__(self):
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.calls.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        self.count += name in self.NAMES
+        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)] \
+            if name in ("index", "index_put", "index_put_") else ()
+        self.count += name in self.NAMES or bool(masks) or name == "repeat_interleave" and len(args) == 1
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("read", [
+    lambda a: a.sum().item(), lambda a: float(a[0]), lambda a: bool(a[0] > 0), lambda a: a.tolist(), lambda a: a.nonzero(),
+    lambda a: a[a > 0], lambda a: a.index_put_((a > 0,), torch.zeros(())), lambda a: a.unique(), lambda a: a.cpu(),
+    lambda a: a.numpy(), lambda a: torch.equal(a, a), lambda a: a.masked_select(a > 0)])
+def test_reads_are_seen(read):
+    with Reads() as reads:
+        torch.ones(3) + 1
+        assert reads.count == 0
+        read(torch.ones(3))
+    assert reads.count > 0
 
 
 def unseen(function):
     """The same function, with its reads not counted: it works on the host's own memory on every device."""
     def inner(*args, **kwargs):
-        with torch.utils._python_dispatch._disable_current_modes():
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
             return function(*args, **kwargs)
     return inner
+
+
+def unseen_batches(batches):
+    """The same for an iterator: a pool of latents lies in the host's memory."""
+    batch = unseen(lambda: next(batches, None))
+    return iter(batch, None)
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_step_reads_nothing_from_the_device(root, name, monkeypatch):
     """Two steps more, neither logged nor saved, read not one number more."""
+    pooled = data_latents.pooled_latents
+    monkeypatch.setattr(data_latents, "pooled_latents", lambda *a: unseen_batches(pooled(*a)))
     monkeypatch.setattr(Sampler, "__getitem__", unseen(Sampler.__getitem__))
     for kind in (torch.optim.Adam, torch.optim.AdamW):      # Adam's step counts lie on the host
         monkeypatch.setattr(kind, "step", unseen(kind.step))

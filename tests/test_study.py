@@ -163,7 +163,7 @@ def test_every_picture_is_there_and_can_be_opened(finished):
               "gan/curves.png", "gan/samples/step000002.png", "seg-subtype/samples/step000002.png"]
     for name in wanted:
         with Image.open(folder / "out/seed0" / name) as picture:
-            assert picture.convert("RGB").getextrema() != ((255, 255),) * 3, f"{name} is blank"
+            assert any(low < high for low, high in picture.convert("RGB").getextrema()), f"{name} is blank"
     page = (folder / "out/seed0/report/report.md").read_text(encoding="utf-8")
     assert all(Path(name).name in page for name in wanted[:5])
 
@@ -225,6 +225,23 @@ def test_the_protocol_has_its_arms():
                         "subtype-2x"})
     shared = {stage.name for stage in plans[0]} & {stage.name for stage in plans[1]}
     assert shared == {"judge", "judge's phantom"}
+    def flag(stage, name):
+        return stage.line[stage.line.index(name) + 1] if name in stage.line else None
+
+    for stage in plans[0]:
+        arm = stage.name.split()[-1]
+        assert (flag(stage, "--uniform") == "0.25") == (stage.kind not in ("phantom", "evaluation")), stage.name
+        assert ("--no-relabel" in stage.line) == (stage.name.endswith("images ldm-same")), stage.name
+        if stage.kind == "images":
+            assert flag(stage, "--sampling") == "subtype"
+        if stage in runs:
+            assert flag(stage, "--sampling") == ("tumor" if arm == "tumor" else "subtype")
+            method, percent, *same = [*arm.split("-"), ""][:3] if "-" in arm else (arm, "")
+            if percent.isdigit():
+                assert flag(stage, "--ratio") == str(int(percent) / 100)
+                assert Path(flag(stage, "--synthetic")).name == "-".join(filter(None, ["synth", method, *same]))
+            else:
+                assert flag(stage, "--synthetic") is None
     double = next(stage for stage in runs if stage.name.endswith("2x"))
     for preset in study.STEPS:
         defaults = {**vars(train_seg.Config()), **train_seg.PRESETS[preset]}
