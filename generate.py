@@ -106,8 +106,9 @@ def main(argv):
         folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
                               input_hashes(config, dataset))
         done = {i for i in range(count) if all((folder / kind / f"{i:06d}.png").exists() for kind in KINDS)}
-        complete = len(done) == count and (folder / "slides.csv").exists()
-    if complete:
+        complete = len(done) == count and all((folder / name).exists() for name in (
+            "manifest.jsonl", "slides.csv"))
+    if run_distributed.gather_objects(complete)[0]:         # as process 0 found it: all paint, or none
         print(f"{folder}: complete ({count} images); nothing to do")
         return 0
     run_distributed.rank() or data_folder.write_split(folder / "split.json", dataset)

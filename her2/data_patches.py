@@ -23,7 +23,9 @@ decides it, so that two runs of one seed differ in what the synthetic images rep
 Dimension letters: B batch, P side of the patch, H, W region.
 """
 
+import atexit
 import math
+import multiprocessing
 import signal
 import sys
 
@@ -215,8 +217,16 @@ def deaf(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers() -> None:
+    """At its end Python sends them SIGTERM, which they do not hear, and would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def loader(sampler: Sampler, first_step: int, last_step: int, indices, workers=0, pin_memory=False):
     """A DataLoader of the samples `indices` of steps first_step..last_step-1; `workers` make them ahead."""
+    if workers:
+        atexit.register(end_workers)
     # A DataLoader draws a seed on every start, from the global generator unless it is given one: that would
     # make other random numbers depend on how often a run was resumed. No batch uses it.
     return DataLoader(sampler, batch_size=None, sampler=[(k, indices) for k in range(first_step, last_step)],

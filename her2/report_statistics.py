@@ -6,7 +6,6 @@ paired differences d_i = figure of one arm - figure of another, i = 1..n seeds:
     t interval    mean(d) +- q s / sqrt(n), s with n - 1, P(|T| <= q) = level for n - 1 degrees of freedom
     bootstrap     n seeds drawn with replacement, in each its slides, as many per HER2 score as it has;
                   percentiles of mean(d). Both arms get the same slides; the thresholds stay
-    sign flip     share of the 2^n swaps of the arms within seeds that give a mean at least as far from 0
     Holm          the i-th smallest of m p-values against .05 / (m + 1 - i), until the first that is larger
     efficiency    mean(arm - baseline) / mean(oracle - baseline), interval by bootstrap
 

@@ -72,12 +72,14 @@ def open_run(script: str, config, device, command, inputs=None, free=("out", "wo
                             "choose another --out") from None
     if not run_distributed.rank():                      # process 0 holds the folder, then writes into it
         hold(folder)
+        if content and path.exists():       # another start may have written it between the look and the lock
+            content = check_same_run(path, script, fields, inputs, free, longer)
         if content:
             write_json(path, content)
         if not (folder / "inputs.json").exists():
             write_json(folder / "inputs.json", inputs)
-        # Of an earlier start that was killed while writing; below that are the runs of a study.
-        for rubbish in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+        # Of an earlier start that was killed while writing. In the folders of a study others may be at work.
+        for rubbish in folder.glob("*.tmp" if script == "her2.study" else "**/*.tmp"):
             rubbish.unlink(missing_ok=True)
     return folder
 
@@ -98,7 +100,8 @@ def check_same_run(path, script, fields, inputs, free, longer):
         if longer != "yes":
             raise UserError(f"{folder}: was begun with --steps {before}; {longer}, choose another --out")
         old["steps"] = now
-    differing = [name for name in sorted({*fields, *old}) if old.get(name) != fields.get(name)]
+    differing = [name for name in sorted({*fields, *old}) if old.get(name) != fields.get(name)
+                 and not (name == "out" and Path(old.get(name, "")) == Path(fields[name]))]     # a slash more
     moved = [name for name in inputs if name in differing and known.get(name) == inputs[name]]
     changes = [f"{name}: {old.get(name)!r} -> {fields.get(name)!r}" for name in differing
                if name not in (*free, *moved)]

@@ -42,7 +42,9 @@ class Stage:
 
     @cached_property
     def key(self) -> str:
-        parts = [shell(["python", *self.line]), self.data, *(stage.key for stage in self.needs)]
+        # Quoted in one way on all systems: what the first studies completed stays complete.
+        line = subprocess.list2cmdline(["python", *self.line])
+        parts = [line, self.data, *(stage.key for stage in self.needs)]
         return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()[:16]
 
 

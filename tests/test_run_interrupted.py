@@ -42,7 +42,8 @@ def test_a_signal_to_the_workers_too_ends_no_run_before_it_is_saved(root):
     out = "workers"
     line = [sys.executable, *command_line("segmentation", root, out), "--workers", "1"]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
     while process.poll() is None and not (root / out / "last.pt").exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
@@ -50,6 +51,26 @@ def test_a_signal_to_the_workers_too_ends_no_run_before_it_is_saved(root):
     assert process.returncode == 143 and "Traceback" not in said and said.count("stopped at step") == 1, said
     assert in_process(command_line("segmentation", root, out)) == 0
     assert differences(root / "segmentation", root / out) == []
+
+
+BROKEN_LOADER = """
+from her2.data_patches import loader
+from her2.run_errors import command
+class Sampler:
+    def __getitem__(self, key):
+        if key[0] == 3:
+            raise MemoryError("three")
+        return key[0]
+if __name__ == "__main__":
+    command(lambda argv: [one for one in loader(Sampler(), 0, 100000, [0], workers=1)] and None)
+"""
+
+
+def test_a_run_whose_loader_fails_ends(tmp_path):
+    """Its worker still waits for work, and hears no signal."""
+    (tmp_path / "script.py").write_text(BROKEN_LOADER, encoding="utf-8")
+    done = python(tmp_path / "script.py", env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "memory is not enough" in done.stderr, done.stderr
 
 
 def test_a_second_ctrl_c_does_not_wait():

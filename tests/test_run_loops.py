@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from data_factory import rectangles, save, write_dataset
+from data_factory import rectangles, save, write_csv, write_dataset
 from run_kill_harness import LOOPS, command_line, in_process
 from run_processes import double_precision
 
@@ -365,6 +365,30 @@ def painter_and_batch(content, **fields):
     repaint[:, 8:16, 8:24] = True
     return painter, {"image": image, "label": label, "onehot": onehot_of(label).float(), "seeds": ["a", "b"],
                      "repaint": repaint}
+
+
+@pytest.mark.parametrize("grain", [True, False])
+def test_a_small_inpainted_region_gets_the_noise_of_its_slide(latent_model, tmp_path, monkeypatch, grain):
+    """Noise of 6 grey levels on grey, and a painter without any: 3 % of the patch is painted."""
+    rng, label = np.random.default_rng(0), np.zeros((64, 64), np.uint8)
+    label[20:31, 20:31] = 3
+    rows = []
+    for k, split in enumerate(("train", "train", "val", "test")):
+        save(tmp_path / f"data/{k}.png", (150 + 6 * rng.normal(size=(64, 64, 3))).round().clip(0, 255).astype(np.uint8))
+        save(tmp_path / f"data/{k}m.png", label)
+        rows.append({"image": f"{k}.png", "mask": f"{k}m.png", "slide": f"s{k}", "split": split})
+    write_csv(tmp_path / "data", rows)
+    dataset = load_dataset(tmp_path / "data")
+    content = {**latent_model, "classes": dataset.classes.to_json(), "split": dataset.slides(), "autoencoder": None}
+    monkeypatch.setattr(generate.run, "load_model", lambda *_: content)
+    monkeypatch.setattr(generate, "make_painter", lambda *_: Spy())     # grey: 127.5
+    generate.main(["--method", "inpaint", "--model", str(tmp_path / "none"), "--data", str(tmp_path / "data"), "--cache",
+                   str(tmp_path / "cache"), "--patch", "64", "--count", "8", "--out", str(tmp_path / "out"), "--device",
+                   "cpu", "--grain" if grain else "--no-grain"])
+    painted = np.concatenate([np.array(generate.draw.Image.open(roi.image))[label > 0]
+                              for roi in load_dataset(tmp_path / "out", require=("train",)).rois]).astype(float)
+    assert len(painted) == 8 * 121 and abs(painted.mean() - 127.5) < 1
+    assert abs(painted.std() - 6) < 0.6 if grain else painted.std() < 0.6
 
 
 @pytest.mark.parametrize("sampler, steps", [("ddim", 20), ("dpm", 15)])

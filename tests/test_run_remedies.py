@@ -71,6 +71,15 @@ def test_an_interrupted_synthetic_set_goes_on_with_its_command(place):
         assert "--index" not in told and "not finished" in told
     succeed(*command_in(told))
     assert Path("synth/slides.csv").read_bytes() == whole and Path("synth/images/000001.png").exists()
+    manifest = Path("synth/manifest.jsonl").read_bytes()
+    for spoil in (Path.unlink, lambda path: path.write_bytes(manifest[:-30])):
+        spoil(Path("synth/manifest.jsonl"))
+        Path("synth/slides.csv").unlink()
+        succeed(*PAINT)
+        assert Path("synth/manifest.jsonl").read_bytes() == manifest
+    Path("synth/manifest.jsonl").unlink()
+    succeed(*PAINT)
+    assert Path("synth/manifest.jsonl").read_bytes() == manifest
     succeed(*SEG)
 
 
