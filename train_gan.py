@@ -183,8 +183,8 @@ class Config(configuration.Training):               # data, seed, patch, device 
 
 # PAPER: learning rate 1e-5 and batch 16 are printed. SPADE's two-time-scale rule (TTUR), on by default in the
 # official code, makes them 5e-6 for G and E, 2e-5 for D; whether it was kept is not said. We take it as kept.
-# Tried on pilot seed 0 (256 images of `small`) and left out: DiffAugment (Zhao et al., NeurIPS 2020; shift and
-# cutout before D). Frechet distance 16.6 -> 11.9 at the same obedience, but 3+ too brown: .58 -> .77, real .60.
+# Tried on pilot seed 0 (256 images of `small`) and left out: DiffAugment (Zhao et al., NeurIPS 2020; shift,
+# cutout before D). Frechet distance 16.6 -> 11.9, obedience as before, 3+ too brown: .58 -> .77, real .60.
 PRESETS = {
     "tiny": {}, "small": dict(steps=900, lr=2e-4, disc_lr=4e-4, ema=0.998, log_every=50, save_every=450),
     "paper": dict(steps=200_000, batch=16, patch=512, width=64, hidden=128, z_dim=256, lr=5e-6, disc_lr=2e-5,

@@ -312,7 +312,7 @@ class DiffusionConfig(Common):
 # base rate by batch and devices (1e-6 x 16 = 1.6e-5); the paper does not say which is meant. For the
 # autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 # Tried on pilot seed 0 (256 images of `small`, 1500 steps) and left out: a label code of 6 channels for 3.
-# Obedience .923 -> .927, Frechet distance 4.3 -> 4.8, staining alike: six classes find room in three channels.
+# Obedience .923 -> .927, Frechet distance 4.3 -> 4.8, staining alike: three channels hold six classes.
 AUTOENCODER_PRESETS = {
     "tiny": {}, "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0,
                               warmup=100, save_every=400, log_every=50),
