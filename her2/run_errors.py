@@ -133,14 +133,18 @@ def command(main, argv=None):
         silence(sys.stdout)
         sys.exit(0)
     except OSError as error:
-        if error.errno not in MACHINE:
+        said = str(error).strip()           # from a loader's worker it comes as a text alone
+        number = error.errno or int((re.findall(r"\[Errno (\d+)\]", said) or [0])[-1])
+        if number not in MACHINE:
             raise
-        say(f"error: {error.filename or 'output'}: {MACHINE[error.errno]} ({error.strerror}); nothing that "
-            "was complete is lost, mend that or choose another folder, then run the same command again")
+        where = error.filename or (re.findall(r"'([^']+)'$", said) or ["output"])[-1]
+        say(f"error: {where}: {MACHINE[number]} ({os.strerror(number)}); nothing that was complete is lost, "
+            "mend that or choose another folder, then run the same command again")
     except (MemoryError, RuntimeError) as error:
         # torch has no classes of its own for memory on the CPU, and for a process that no longer answers.
         if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
-            say(f"error: the memory is not enough ({one_line(error)[:120]}); "
+            last = (str(error).strip().splitlines() or [""])[-1]        # above it a worker's traceback may stand
+            say(f"error: the memory is not enough ({one_line(last)[:120]}); "
                 "use a smaller --batch, --patch or --width")
         elif "WORLD_SIZE" in os.environ and re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
             say("error: another process of this run has ended; nothing that was saved is lost, the same "

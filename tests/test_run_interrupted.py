@@ -59,18 +59,21 @@ from her2.run_errors import command
 class Sampler:
     def __getitem__(self, key):
         if key[0] == 3:
-            raise MemoryError("three")
+            raise ERROR
         return key[0]
 if __name__ == "__main__":
     command(lambda argv: [one for one in loader(Sampler(), 0, 100000, [0], workers=1)] and None)
 """
 
 
-def test_a_run_whose_loader_fails_ends(tmp_path):
+@pytest.mark.parametrize("error, words", [
+    ("MemoryError('three')", "memory is not enough"),
+    ("FileNotFoundError(2, 'No such file', 'cache/a.tile')", "error: cache/a.tile: a file is gone")])
+def test_a_run_whose_loader_fails_ends_in_one_line(tmp_path, error, words):
     """Its worker still waits for work, and hears no signal."""
-    (tmp_path / "script.py").write_text(BROKEN_LOADER, encoding="utf-8")
+    (tmp_path / "script.py").write_text(BROKEN_LOADER.replace("ERROR", error), encoding="utf-8")
     done = python(tmp_path / "script.py", env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "memory is not enough" in done.stderr, done.stderr
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_second_ctrl_c_does_not_wait():
