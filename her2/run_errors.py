@@ -143,8 +143,9 @@ def command(main, argv=None):
     except (MemoryError, RuntimeError) as error:
         # torch has no classes of its own for memory on the CPU, and for a process that no longer answers.
         if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
-            last = (str(error).strip().splitlines() or [""])[-1]        # above it a worker's traceback may stand
-            say(f"error: the memory is not enough ({one_line(last)[:120]}); "
+            said = str(error).strip()
+            said = said.rpartition("\n")[2] if "Traceback" in said else said        # of a loader's worker
+            say(f"error: the memory is not enough ({one_line(said)[:120]}); "
                 "use a smaller --batch, --patch or --width")
         elif "WORLD_SIZE" in os.environ and re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
             say("error: another process of this run has ended; nothing that was saved is lost, the same "
