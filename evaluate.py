@@ -110,11 +110,11 @@ def main(argv):
 def parse(argv):
     """(configuration, run folders, synthetic folders) of the command line."""
     config, names, synthetic = configuration.parse(
-        Config, PRESETS, argv, __doc__, "evaluate.py",
-        runs=dict(nargs="*", default=["runs/seg"], metavar="RUN",
-                  help="run folders of train_seg.py [runs/seg]"),
-        synthetic=dict(flag="--synthetic", nargs="+", default=[], metavar="DIR",
-                       help="folders made by generate.py, for Fig. 4 and the comparison of staining"))
+        Config, PRESETS, argv, __doc__, "evaluate.py", {
+            "runs": dict(nargs="*", default=["runs/seg"], metavar="RUN",
+                         help="run folders of train_seg.py [runs/seg]"),
+            "--synthetic": dict(nargs="+", default=[], metavar="DIR",
+                                help="folders made by generate.py, for Fig. 4 and their staining")})
     check_tiles(config.tile, config.overlap)
     folders = {}
     for path in configuration.named_paths(names):           # a folder named twice counts once
@@ -268,7 +268,8 @@ def draw_synthetic(out, results, synthetic, dataset, config, device) -> list:
     """Captions of fig4, staining and old_and_new, drawn into `out`; their numbers go into `results`."""
     classes, train = dataset.classes, dataset.split("train")
     sets = {report.TITLES[method]: images.rois for method, (images, _) in synthetic.items()}
-    draw.save_png(out / "fig4.png", report_images.examples(synthetic, dataset, config.seed, config.cache))
+    draw.save_png(out / "fig4.png", report_images.examples(
+        synthetic, dataset, report.TITLES, config.seed, config.cache))
 
     # One white for all: a generated patch that is tumor from edge to edge shows no glass to measure it on.
     white = report_staining.median_white(train, classes, config.cache)

@@ -73,7 +73,7 @@ class Config(configuration.Patches):    # data, patch, uniform, device and what 
         self.model = self.model or RUN_OF.get(KIND.get(self.method), "")
 
 
-KINDS = ("images", "masks", "instances")     # the files of an image
+FILES = ("images", "masks", "instances")     # folders in which each image of a set has a file
 KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
 # PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
@@ -105,7 +105,7 @@ def main(argv):
     with run_distributed.in_turn():
         folder = run.open_run("generate.py", config, device, ["generate.py", *argv],
                               input_hashes(config, dataset))
-        done = {i for i in range(count) if all((folder / kind / f"{i:06d}.png").exists() for kind in KINDS)}
+        done = {i for i in range(count) if all((folder / kind / f"{i:06d}.png").exists() for kind in FILES)}
         complete = len(done) == count and all((folder / name).exists() for name in (
             "manifest.jsonl", "slides.csv"))
     if run_distributed.gather_objects(complete)[0]:         # as process 0 found it: all paint, or none

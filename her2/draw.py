@@ -234,12 +234,11 @@ def class_legend(classes, tumor_only=False) -> list:
     return [(entry.name, tuple(entry.color)) for entry in classes.classes if entry.tumor or not tumor_only]
 
 
-def side_by_side(rows, classes, cell=256) -> np.ndarray:
-    """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8."""
-    names = {"original": "Original", "gan": "GAN", "ldm": "Diffusion", "inpaint": "Inpainting",
-             "oracle": "Oracle", "fresh": "New tissue", "restain": "Restained",
-             "reconstruct": "Reconstructed"}
-    columns = {key: name for key, name in names.items() if any(key in row for row in rows)}
+def side_by_side(rows, classes, titles: dict, cell=256) -> np.ndarray:
+    """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8 "original"
+    and those of `titles`, {key: title of its column}."""
+    columns = {key: title[0].upper() + title[1:] for key, title in {"original": "original", **titles}.items()
+               if any(key in row for row in rows)}
     pictures = [[colorize(row["label"], classes), *(row.get(key) for key in columns)] for row in rows]
     return image_grid(pictures, [row.get("caption", "") for row in rows],
                       ["Label asked for", *columns.values()], cell=cell, legend=class_legend(classes))

@@ -86,7 +86,7 @@ def table(result: dict) -> list:
     return rows
 
 
-def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
+def examples(synthetic, dataset, titles: dict, seed: int, cache) -> np.ndarray:
     """Fig. 4: per tumor class a patch in which it was asked for, as each method painted it. Of 100 patches
     the one nearest to half of this class and a third background: where all is tumor, nobody sees whether the
     outlines of the label are obeyed."""
@@ -126,4 +126,4 @@ def examples(synthetic, dataset, seed: int, cache) -> np.ndarray:
         rows.append({"caption": dataset.classes.names[k], "label": label, **painted})
     if not rows:
         raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
-    return draw.side_by_side(rows, dataset.classes, cell=192 if len(rows[0]["label"]) <= 64 else 256)
+    return draw.side_by_side(rows, dataset.classes, titles, 192 if len(rows[0]["label"]) <= 64 else 256)

@@ -101,7 +101,7 @@ def check_same_run(path, script, fields, inputs, free, longer):
             raise UserError(f"{folder}: was begun with --steps {before}; {longer}, choose another --out")
         old["steps"] = now
     differing = [name for name in sorted({*fields, *old}) if old.get(name) != fields.get(name)
-                 and not (name == "out" and Path(old.get(name, "")) == Path(fields[name]))]     # a slash more
+                 and not (name == "out" and Path(str(old.get(name))) == folder)]        # a slash more
     moved = [name for name in inputs if name in differing and known.get(name) == inputs[name]]
     changes = [f"{name}: {old.get(name)!r} -> {fields.get(name)!r}" for name in differing
                if name not in (*free, *moved)]

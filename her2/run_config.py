@@ -112,15 +112,15 @@ def say_done(config, script: str, *flags) -> None:
     print(f"done: {model if model.exists() else config.out}; next: {script_line(script, *words)}")
 
 
-def parse(cls, presets: dict, argv, description: str, prog: str, **more):
+def parse(cls, presets: dict, argv, description: str, prog: str, more=None):
     """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it. `more`: what
-    is no field, {name: keywords of add_argument}; then (instance, *their values)."""
+    is no field, {name or --flag: keywords of add_argument}; then (instance, *their values)."""
     parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))  # None under -OO
-    for name, form in more.items():
-        parser.add_argument(form.pop("flag", name), **form)
+    for name, form in (more or {}).items():
+        parser.add_argument(name, **form)
     add_fields(parser, cls, presets)
     given = vars(parser.parse_args(argv))
-    values = [given.pop(name) for name in more]
+    values = [given.pop(name.lstrip("-")) for name in more or ()]
     config = build(cls, presets, given)
     return (config, *values) if more else config
 

@@ -349,7 +349,8 @@ def test_side_by_side_leaves_out_what_no_row_has(recorder, rng):
     image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     label = np.zeros((64, 64), np.int64)
     picture = draw.side_by_side([{"label": label, "caption": "3+", "original": image, "ldm": image[::-1]},
-                                    {"label": label, "original": image[:, ::-1]}], DEFAULT_CLASSES, cell=64)
+                                    {"label": label, "original": image[:, ::-1]}], DEFAULT_CLASSES,
+                                {"gan": "GAN", "ldm": "diffusion"}, cell=64)
     assert [len(find(picture, part)) for part in (image, image[::-1], image[:, ::-1])] == [1, 1, 1]
     recorder.check()
     assert {"Original", "Diffusion"} <= set(recorder.texts()) and "GAN" not in recorder.texts()

@@ -30,6 +30,7 @@ from her2.denoiser import LatentDenoiser
 from her2.diffusion import draw_timesteps
 from her2.losses import dice_cross_entropy
 from her2.quantizer import CodeUsage
+from her2.run_errors import UserError
 from her2.run_seeds import generator
 from her2.spade import SPADEGenerator
 
@@ -294,6 +295,13 @@ def test_codes_restart_alike_in_a_run_that_was_interrupted(root, monkeypatch):
     assert in_process(command_line("autoencoder", root, "restart-halves")) == 0
     again = run.load_file(root / "restart-halves" / "model.pt")["state_dict"]
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def test_a_file_without_names_is_no_official_weights(tmp_path):
+    for content in ({0: torch.zeros(1)}, {"a": 1}, [torch.zeros(1)]):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(UserError, match="holds no tensors by name"):
+            run_training.load_official(train_seg.run_setup.UNet(2, width=8), tmp_path / "a.pt")
 
 
 def test_groups_of_a_narrow_network_have_four_channels():
