@@ -66,14 +66,15 @@ def diffusion():
     noisy = [(f"t = {level}", to_uint8(SCHEDULE.q_sample(image, torch.tensor([level]), eps))[0])
              for level in (0, 150, 300, 450, 600, 999)]
     given = {"linear": (t, official.alpha_bar.numpy()), "zero terminal SNR": (t, SCHEDULE.alpha_bar.numpy())}
-    curves = {**given, "cosine": (t, np.cos(np.pi / 2 * ((t + 1) / 1000 + 0.008) / 1.008) ** 2)}
+    cosine = np.cos(np.pi / 2 * ((t + 1) / 1000 + 0.008) / 1.008) ** 2
     error = {name: (t, np.sqrt(1 / np.maximum(curve, 1e-9) - 1)) for name, (_, curve) in given.items()}
     weights = {"of x0": (t, official.posterior_x0.numpy()), "of xt": (t, official.posterior_xt.numpy())}
     charts = [plot(given, "alpha_bar", "t"),
               plot(error, "error in x0 per error in eps", "t", log="y", y_range=(0.01, 1000)),
               plot(weights, "weights in equation 3", "t", log="y", y_range=(1e-4, 1))]
-    return [noisy, charts], [[plot(curves, "alpha_bar", "t")]], {
-        "factor": error["linear"][1][-1], "half": [int((one < 0.5).argmax()) for _, one in curves.values()]}
+    return [noisy, charts], {
+        "factor": error["linear"][1][-1],
+        "half": [int((one < 0.5).argmax()) for one in (*(curve for _, curve in given.values()), cosine)]}
 
 
 def samplers():
@@ -99,13 +100,11 @@ def samplers():
     clouds = [plot({"_ends": (*one[-1].T, "dots"), **{f"_{k}": one[:, k].T for k in range(6)}},
                    f"eta {eta}, {S} steps", size=(200, 200), x_range=(-2.6, 2.6), y_range=(-2.4, 2.4),
                    colors=[GREY, *CYCLE[:6]]) for (eta, S), one in paths.items() if S in (5, 80)]
-    twice = {f"eta {eta}": (steps[:-1], [distance(paths[eta, S], paths[eta, 2 * S]) for S in steps[:-1]])
-             for eta in (0, 1)}
-    orders = {"eta 0": (steps, errors), "first order": (steps, [errors[5] * 160 / S for S in steps])}
-    return [clouds, [plot(twice, "distance between the ends of S and 2 S steps", "S", (405, 230), "x")]], [
-            [plot(orders, "distance to the end of 1000 steps", "S", (405, 230), "xy")]], {
-        "errors": errors, "order": math.log2(errors[4] / errors[5]), "apart": twice["eta 1"][1][3],
-        "close": twice["eta 0"][1][3], "ends": paths[1, 160][-1]}
+    close, apart = (distance(paths[eta, 40], paths[eta, 80]) for eta in (0, 1))
+    chart = plot({"eta 0": (steps[:5], errors[:5])}, "eta 0: distance to the end of 1000 steps", "S",
+                 (405, 230), "xy")
+    return [clouds, [chart]], {"errors": errors, "order": math.log2(errors[4] / errors[5]), "apart": apart,
+                               "close": close, "ends": paths[1, 160][-1]}
 
 
 def inpainting():
@@ -138,7 +137,7 @@ def inpainting():
     difference = abs(result - image)                                                    # (1, 3, 256, 256)
     shade = 0.2 * (~cells).double() + 0.4 * (~touched)                                  # (1, 1, 64, 64)
     return [[("region", to_uint8(image)[0]), ("cells, and their rim", ink(shade[0, 0])),
-             ("pasted", to_uint8(result)[0]), ("difference", to_uint8(difference - 1)[0])]], [], {
+             ("pasted", to_uint8(result)[0]), ("difference", to_uint8(difference - 1)[0])]], {
         "outside": float(difference[:, :, ~repaint[0]].max()), "last": levels[0], "touched": touched, **off,
         "predicted": float((1 - SCHEDULE.alpha_bar[levels[0]]).sqrt()), "cells": cells, "repaint": repaint}
 
@@ -186,7 +185,7 @@ def quantizer():
     for beta in (0.05, 0.25, 4):        # between them the slope is linear in z: where is it 0?
         at_x, at_code = torch.autograd.grad((z ** 2).mean() + vq_loss(z, torch.ones(2), beta), z)[0]
         rest.append(float(at_x / (at_x - at_code)))
-    return [pictures], [], {"used": used[1:], "slow": slow, "rest": rest}
+    return [pictures], {"used": used[1:], "slow": slow, "rest": rest}
 
 
 def denoiser():
@@ -219,7 +218,7 @@ def denoiser():
     widths = [block.emb_layers[1].out_features for block in network.modules() if isinstance(block, ResBlock)]
     channels = network.config["code_channels"]
     return [[("64 waves over t", ink(0.5 - time / 2).repeat(3, axis=0)), ("label", colorize(label, CLASSES)),
-             ("share of tumor per cell", ink(shares[0, 1]))], clouds], [], {
+             ("share of tumor per cell", ink(shares[0, 1]))], clouds], {
         "radius": [float(np.linalg.norm(end.mean(0))) for end in ends], "time": time, "onehot": onehot,
         "spread": [float(end.std(0).mean()) for end in ends], "film": 2 * 6 * sum(widths),
         "concat": 6 * channels + 9 * channels * network.config["model_channels"], "shares": shares}

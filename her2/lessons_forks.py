@@ -100,7 +100,7 @@ def forks():
     counts = ProbabilityHistogram(table)
     for k, found in ((1, 900), (2, 500)):
         counts.add(np.repeat([0.9, 0.1], [found, 1000 - found]), np.full(1000, k))
-    return [[chart, seven], pictures], [], {
+    return [[chart, seven], pictures], {
         "gain": curves["ddim, log-snr"][2] / curves["heun, log-snr"][2], "zero": recall["0"],
         "loss": curves["heun, trailing"][2] / curves["ddim, trailing"][2], "three": recall["3+"],
         "variance": counts.report()["subtype_variance"], "curves": curves}

@@ -62,7 +62,7 @@ def autoencoder():
     alone, _, whole = maps.values()
     inside = np.outer(alone.any(axis=1), alone.any(axis=0))
     pictures = [(name, ink(1 + np.log10(one / one.max() + 1e-6) / 6)) for name, one in maps.items()]
-    return [pictures], [], {
+    return [pictures], {
         "sees": int(inside.any(axis=0).sum()), "far": float(whole[~inside].sum() / whole.sum()),
         "count": [parameters(VQAutoencoder, **options) for options in (VQ_F4, VQ_F8)], "maps": [alone, whole]}
 
@@ -94,7 +94,7 @@ def spade():
             spread.append(float(x.std()))
     return [[(f"{caption}\n{name}", ink(0.5 - one[0] / 4))
              for caption, maps in (("conv + norm", usual), ("SPADE - norm", 1e4 * (told - plain)))
-             for name, one in zip(("class 0", "class 3+", "halves"), maps)]], [], {
+             for name, one in zip(("class 0", "class 3+", "halves"), maps)]], {
         "washed": float(abs(usual[0] - usual[1]).max()), "kept": float(abs(told[0] - told[1]).mean()),
         "spread": spread, "gamma": float(gamma.std()), "told": told, "plain": plain}
 
@@ -118,7 +118,7 @@ def discriminator():
         window = slice(95 - side // 2, 95 + side // 2), slice(183 - side // 2, 183 + side // 2)
         pictures.append((f"a window of {side} px", image // 3 + 170))
         pictures[-1][1][window] = image[window]
-    return [pictures], [], {
+    return [pictures], {
         "one": one, "two": two, "deeper": deeper, "count": parameters(MultiscaleDiscriminator, 9, 64, 4, 2),
         "deep": parameters(MultiscaleDiscriminator, 9, 64, 5, 1)}                       # layers, scales
 
@@ -136,23 +136,21 @@ def seeds():
     def equal(a, b):                # how many of the batches
         return sum(bool((x == y).all()) for x, y in zip(a.split(6, 1), b.split(6, 1)))
 
-    random, rows = torch.Generator().manual_seed(0), {}
+    def resumed(state, more=0):     # six batches of the global generator, after `more` draws
+        random.set_state(state)
+        torch.rand(more, generator=random)
+        return batches(*[random] * 6)
+
+    random = torch.Generator().manual_seed(0)
     start, before, state = random.get_state(), batches(*[random] * 6), random.get_state()
-    places = {"global": state, "started again": start, "state put back": state, "one draw more": state}
-    for name, place in places.items():
-        random.set_state(place)
-        if name == "one draw more":
-            torch.rand(1, generator=random)                 # for something else
-        rows[name] = batches(*[random] * 6)
-    _, again, restored, shifted = (equal(one, rows["global"]) for one in rows.values())
-    strips = [(f"{name}: steps 0 to 11", torch.cat([before, one], 1)) for name, one in rows.items()]
-    first, last, resumed = (batches(*(generator(0, "batch", step) for step in steps))
-                            for steps in (range(6), range(6, 12), range(6, 12)))
-    keys = [("keys: steps 0 to 11", torch.cat([first, last], 1)),
-            ("keys, resumed at 6", torch.cat([first, resumed], 1))]
-    return [keys, strips[:2]], [strips[2:]], {
-        "same": equal(last, resumed), "again": again, "state": len(state), "restored": restored,
-        "shifted": shifted}
+    rest, again, restored, shifted = resumed(state), resumed(start), resumed(state), resumed(state, 1)
+    first, last, keyed = (batches(*(generator(0, "batch", step) for step in steps))
+                          for steps in (range(6), range(6, 12), range(6, 12)))
+    rows = [[("keys: steps 0 to 11", first, last), ("keys, resumed at 6", first, keyed)],
+            [("global: steps 0 to 11", before, rest), ("global, started again at 6", before, again)]]
+    return [[(name, torch.cat(parts, 1)) for name, *parts in row] for row in rows], {
+        "same": equal(last, keyed), "again": equal(again, rest), "state": len(state),
+        "restored": equal(restored, rest), "shifted": equal(shifted, rest)}
 
 
 def segmenter():
@@ -162,7 +160,7 @@ def segmenter():
     at the seams of tiles that do not overlap, and by {seam_64:.0e} where tiles share 64 pixels and only their
     centres are kept.
     Exercise: leave out the skips: the last map, enlarged 32 times. How good can it be at best?
-    Answer: constant in cells of 32 pixels, a map reaches a Dice of {best[4]:.2f} on these labels even when
+    Answer: constant in cells of 32 pixels, a map reaches a Dice of {best[1]:.2f} on these labels even when
     every cell is right, in cells of 2 pixels {best[0]:.3f}: details live in the skips."""
     # A network that looks 32 pixels far on all sides: the mean of its window, sharpened.
     network, image = nn.Conv2d(3, 2, 65, padding=32).eval(), torch.from_numpy(region(2)[0]).permute(2, 0, 1)
@@ -170,13 +168,10 @@ def segmenter():
     whole, *tiled = (predict_roi(network, image, *tiles) for tiles in ((256, 0), (128, 0), (128, 64)))
     seams = [abs(one - whole) for one in tiled]
     tumor = torch.tensor(np.stack([region(score)[1] > 0 for score in range(4)]))[:, None].float()
-    cells = [2, 4, 8, 16, 32]
-    rough = [F.interpolate(F.avg_pool2d(tumor, cell).round(), scale_factor=cell) for cell in cells]
+    rough = [F.interpolate(F.avg_pool2d(tumor, cell).round(), scale_factor=cell) for cell in (2, 32)]
     best = [float(2 * (tumor * one).sum() / (tumor.sum() + one.sum())) for one in rough]
-    chart = plot({"best": (cells, best)}, "best Dice, constant in cells", "side of a cell", log="x")
-    pictures = [("image", region(2)[0]), ("overlap 0: 5 x the error", ink(5 * seams[0])),
-                ("overlap 64: 5 x the error", ink(5 * seams[1]))]
-    return [pictures], [[("labels", ink(tumor[3, 0])), ("in cells of 32", ink(rough[4][3, 0])), chart]], {
+    return [[("labels", ink(tumor[2, 0])), ("without skips", ink(rough[1][2, 0])),
+             ("overlap 0: 5 x error", ink(5 * seams[0])), ("overlap 64", ink(5 * seams[1]))]], {
         "seam_0": float(seams[0].max()), "seam_64": float(seams[1].max()), "best": best}
 
 
@@ -199,10 +194,7 @@ def losses():
     def area(columns, width=100):   # (1, 40, 100), the left columns are tumor
         return (torch.arange(width) < columns).long().expand(1, 40, width)
 
-    def soft_dice(logits, target):
-        return soft_dice_loss(logits.log_softmax(1), target)
-
-    kinds = {"soft Dice": soft_dice,
+    kinds = {"soft Dice": lambda logits, target: soft_dice_loss(logits.log_softmax(1), target),
              "generalised": lambda logits, target: generalised_dice_loss(logits.log_softmax(1), target),
              "cross-entropy": F.cross_entropy}
     q, charts, pull = torch.linspace(0.02, 0.98, 49), [], []
@@ -211,10 +203,11 @@ def losses():
                   for kind, loss in kinds.items()}
         charts.append(plot(curves, name, "probability q of the truth", y_range=(0, 2)))
         logits = logits_of(target, torch.tensor(0.5)).requires_grad_(True)
-        pull.append(torch.autograd.grad(soft_dice(logits, target), logits)[0][0, 1, 0, 0].abs().item())
+        [gradient] = torch.autograd.grad(kinds["soft Dice"](logits, target), logits)
+        pull.append(gradient[0, 1, 0, 0].abs().item())
     missed, excess = ([loss(logits_of(area(columns), torch.tensor(1 - 1e-6)), area(40)).item()
-                       for loss in (tversky, soft_dice)] for columns in (20, 60))
-    return [charts], [], {"small": pull[0] / pull[1], "missed": missed, "excess": excess, "tversky": tversky}
+                       for loss in (tversky, kinds["soft Dice"])] for columns in (20, 60))
+    return [charts], {"small": pull[0] / pull[1], "missed": missed, "excess": excess, "tversky": tversky}
 
 
 def metrics():
@@ -240,7 +233,7 @@ def metrics():
     fpr, colors = first.report()["fpr"], [entry.color for entry in CLASSES.classes[1:]]
     return [[plot(recalls, "recall", "threshold", y_range=(0, 1), colors=colors),
              plot(rates, "Dice and its like", "threshold", y_range=(0, 1)),
-             plot(variance, "subtype variance", "threshold")]], [], {
+             plot(variance, "subtype variance", "threshold")]], {
         "low": low, "middle": middle, "high": high, "second": second.report()["subtype_variance"], "fpr": fpr,
         "sigmoid": 1 / (1 + np.e), "matched": matched(second, second, fpr),
         "found": second.threshold_at_fpr(fpr)}
@@ -265,8 +258,8 @@ def frechet():
     charts = [plot({"mean": (counts, one.mean(1)), "single": (np.repeat(counts, 20), one.ravel(), "dots")},
                    f"{name} distance, one law", "samples", (405, 240), "x", notes=[(0, "0")])
               for name, one in (("Frechet", same[..., 0]), ("kernel", same[..., 1]))]
-    return [charts], [], {"mean": same[..., 0].mean(axis=1), "perfect": perfect[:, 0].mean(), "same": same,
-                          "flawed": flawed[:, 0].mean(), "wrong": (perfect >= flawed).mean(axis=0)}
+    return [charts], {"mean": same[..., 0].mean(axis=1), "perfect": perfect[:, 0].mean(), "same": same,
+                      "flawed": flawed[:, 0].mean(), "wrong": (perfect >= flawed).mean(axis=0)}
 
 
 def gan_losses():
@@ -292,5 +285,5 @@ def gan_losses():
     ratio = float(kl_divergence(batch, batch, "sum") / kl_divergence(batch, batch))
     charts = [plot(curves, "hinge loss", "logit"), plot(slopes, "its gradient", "logit"),
               plot({"of g": (scales, pull)}, "weighted pull of g", "scale of g", log="x", y_range=(0, 6))]
-    return [charts], [], {"change": abs(pull[-1] / pull[4] - 1), "ratio": ratio, "equal": 0.05 * ratio,
-                          "slopes": slopes}
+    return [charts], {"change": abs(pull[-1] / pull[4] - 1), "ratio": ratio, "equal": 0.05 * ratio,
+                      "slopes": slopes}

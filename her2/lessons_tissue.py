@@ -11,12 +11,10 @@ from PIL import Image, ImageDraw
 
 from her2 import relabel as relabelling
 from her2.data_classes import DEFAULT_CLASSES as CLASSES
-from her2.data_folder import Dataset
+from her2.data_folder import load_dataset
 from her2.data_patches import PatchSampler
-from her2.data_slides import ROI
 from her2.draw import BLUE, GREY, INK, ORANGE, PALE, VERMILION, Canvas, colorize, save_png, tint, to_uint8
 from her2.draw_axes import plot
-from her2.draw_charts import box_plots
 from her2.phantom import PRESETS, scene_of
 from her2.phantom_microscope import render
 from her2.phantom_tissue import draw_style, lay_out
@@ -64,12 +62,10 @@ def phantom():
     kinds = {f"HER2 {score}": ("tumor", k) for k, score in enumerate(CLASSES.names[1:5])}
     kinds |= {"in situ": ("dcis", 2), "lobule": ("acinus", 0)}
     found = {name: [*islice(specimens(*kind), 6)] for name, kind in kinds.items()}
-    dab = {name: [deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one]
-           for name, one in found.items()}
-    colors = dict(zip(kinds, [*(entry.color for entry in CLASSES.classes[1:]), GREY]))
-    chart = box_plots([("mean DAB density", [("six of each", [*dab.items()])], None)], colors, "", False, 220)
+    dab = [[deconvolve(image, white_point(image))[1][inside].mean() for image, inside in one]
+           for one in found.values()]
     pictures = [(name, one[0][0]) for name, one in found.items()]
-    return [pictures[:3], pictures[3:], [chart]], [], {"dab": [np.mean(one) for one in dab.values()]}
+    return [pictures[:3], pictures[3:]], {"dab": [np.mean(one) for one in dab]}
 
 
 def relabel():
@@ -100,12 +96,11 @@ def relabel():
         counts.append([np.bincount(draw(*window, n, pool).ravel(), minlength=6)[1:] for pool in pools])
     total = np.cumsum(counts, axis=0).swapaxes(0, 1)                                    # (2, 600, 5)
     shares = total / total.sum(axis=-1, keepdims=True).clip(1)
-    charts = [plot({CLASSES.names[i]: (range(1, 601), one[:, i - 1]) for i in ids}, "share of the tumor area",
-                   "patches", (405, 230), "x", y_range=(0, 1), notes=[(1 / len(ids), f"1 / {len(ids)}")],
-                   colors=[CLASSES.classes[i].color for i in ids])
-              for one, ids in zip(shares, pools)]
+    chart = plot({name: (range(1, 601), one) for name, one in zip(CLASSES.names[1:], shares[0].T)},
+                 "share of the tumor area", "patches", (405, 230), "x", y_range=(0, 1),
+                 notes=[(0.2, "1 / 5")], colors=[entry.color for entry in CLASSES.classes[1:]])
     root = np.linalg.norm(sizes) / sum(sizes)
-    return [[(name, colorize(one, CLASSES)) for name, one in maps.items()], charts[:1]], [charts[1:]], {
+    return [[(name, colorize(one, CLASSES)) for name, one in maps.items()], [chart]], {
         "instances": int(instance.max()), "components": int(merged.max()), "shares": shares[0, -1],
         "two": shares[1, -1, [0, 3]], "spread": 0.4 * root, "spread_two": 0.5 * root}
 
@@ -141,7 +136,7 @@ def stains():
     rgb = [to_bytes(image * numpy_generator("rgb", k).uniform(0.7, 1.3, 3)) for k in range(4)]
     glass = np.full((8, 8, 3), 220.0)
     seen, mended = ([jitter(glass, k, one).mean() for k in range(20)] for one in (255.0, 220.0))
-    return [dyes, [("jitter in density", one) for one in density], [("in RGB", one) for one in rgb]], [], {
+    return [dyes, [("jitter in density", one) for one in density], [("in RGB", one) for one in rgb]], {
         "residual": residual(image).mean(), "density": np.mean([residual(one).mean() for one in density]),
         "rgb": np.mean([residual(one).mean() for one in rgb]), "low": min(seen), "high": max(seen),
         "mended": np.mean(mended)}
@@ -187,8 +182,7 @@ def polygons():
         return canvas.array()
 
     return [[panel([(inside, BLUE)], star), panel([(first, BLUE), (second, ORANGE)], left, right),
-             panel([(first, BLUE), (extra, VERMILION)], left)]], [
-            [panel([(inside, BLUE), (added, VERMILION)], star)]], {
+             panel([(first, BLUE), (extra, VERMILION)], left)]], {
         "extra": extra.sum() / first.sum(), "added": int(added.sum()), "winding": winding, "inside": inside,
         "both": (left, right), "pixels": (first, second)}
 
@@ -205,12 +199,11 @@ def patches():
     discs = ((1, 60, 50, 14), (2, 110, 90, 18), (3, 50, 110, 24), (4, 120, 170, 44), (5, 200, 60, 20))
     label = sum(c * (np.hypot(y - cy, x - cx) < r) for c, cy, cx, r in discs).astype(np.uint8)
     pictures, never = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        image, mask = Path(folder) / "image.png", Path(folder) / "mask.png"
-        save_png(image, colorize(label, CLASSES))
-        save_png(mask, label)
-        roi = ROI("image.png", image, None, mask, None, 0.0, 0.0, 1.0, "slide", "", "train", 256, 256)
-        dataset = Dataset(Path(folder), CLASSES, [roi])
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # mapped files are open
+        save_png(Path(folder, "image.png"), colorize(label, CLASSES))
+        save_png(Path(folder, "mask.png"), label)
+        Path(folder, "slides.csv").write_text("image,mask,slide,split\nimage.png,mask.png,a,train\n")
+        dataset = load_dataset(folder, require=("train",))
         for mode in ("tumor", "subtype", "uniform"):
             sampler = PatchSampler(dataset, "train", 48, mode, cache=folder)
             corners = [sampler.place(numpy_generator("place", k))[1:] for k in range(2000)]
@@ -223,5 +216,5 @@ def patches():
             never[mode] = 1 - seen.mean()
             pictures.append((f"{mode}: {never[mode]:.0%} never seen", picture))
     area = np.bincount(label.ravel(), minlength=6) * (np.arange(6) > 0)
-    return [pictures], [], {"never": never["tumor"], "never_uniform": never["uniform"], "label": label,
-                            "area": area / area.sum(), "root": np.sqrt(area) / np.sqrt(area).sum()}
+    return [pictures], {"never": never["tumor"], "never_uniform": never["uniform"], "label": label,
+                        "area": area / area.sum(), "root": np.sqrt(area) / np.sqrt(area).sum()}
