@@ -88,7 +88,7 @@ def build(cls, presets: dict, given: dict):
     """The configuration: the dataclass's defaults, then the preset, then the flags that were given. What a
     trained network or a synthetic set that it names was made with stands above the preset: a network is used
     on its own data, with their split, and at its own size."""
-    preset = presets[given.get("preset") or cls.preset]     # a dataclass keeps its defaults as attributes
+    preset = presets and presets[given.get("preset") or cls.preset]     # attributes: a dataclass's defaults
     unknown = preset.keys() - cls.__dataclass_fields__
     assert not unknown, f"a preset of {cls.__name__} sets unknown fields {sorted(unknown)}"
     given = {name: value for name, value in given.items() if value is not None}

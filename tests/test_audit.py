@@ -12,7 +12,7 @@ from data_factory import save, write_csv, write_manifest
 from PIL import Image
 
 from her2 import audit, phantom, run
-from her2.data_folder import load_dataset
+from her2.data_folder import load_dataset, write_split
 from her2.data_patches import PatchSampler, dihedral
 from her2.data_regions import open_roi
 from her2.run_errors import command
@@ -75,10 +75,10 @@ def test_copies_are_caught_from_one_per_cent_on_and_fresh_tissue_is_not(measured
     fresh, copies, held_out = measured[inpainted]
     rng = np.random.default_rng(3)
     normal, clean = rng.choice(held_out, 1200), rng.choice(fresh, 400)
-    assert audit.permutation_p(clean, normal, 0) > 0.01
+    assert audit.permutation_p(clean, normal) > 0.01
     number = round(rate * 400)
     dirty = np.concatenate([clean[number:], rng.choice(copies, number)])
-    assert audit.permutation_p(dirty, normal, 0) < 0.01
+    assert audit.permutation_p(dirty, normal) < 0.01
     assert np.median(copies) > held_out.max() and np.median(fresh) < np.quantile(held_out, 0.7)
 
 
@@ -90,8 +90,8 @@ def test_search_equals_loops_over_places_and_turns(tissue):
     masks = [audit.pooled(torch.from_numpy(rng.random((1, P, P)) < 0.999).float(), P) for _ in windows]
     weights = [torch.stack([(m > 0.999).float() for m in scale]) for scale in zip(*masks)]
     rois = real.split("train")[:2]
-    searched = audit.Tissue(rois, real.classes, P, CPU, real.root / "cache")
-    similar, where = searched.search([torch.stack(scale) for scale in zip(*maps)], weights)
+    similar, where = audit.search([torch.stack(scale) for scale in zip(*maps)], weights, rois, real.classes, P,
+                                  CPU, real.root / "cache")
 
     regions = []
     for roi in rois:
@@ -156,9 +156,9 @@ def test_p_is_the_share_of_all_divisions_that_are_as_extreme(monkeypatch):
         excess = np.maximum(0, (both - np.median(both)) / scale) ** 3
         sums = [excess[list(chosen)].sum() for chosen in itertools.combinations(range(8), 3)]
         exact = np.mean([s >= excess[:3].sum() - 1e-9 for s in sums])
-        assert audit.permutation_p(synthetic, held_out, 0) == pytest.approx(exact, abs=0.02)
+        assert audit.permutation_p(synthetic, held_out) == pytest.approx(exact, abs=0.02)
     monkeypatch.setattr(audit, "PERMUTATIONS", 199)
-    p = [audit.permutation_p(rng.gumbel(size=50), rng.gumbel(size=100), 0) for _ in range(100)]
+    p = [audit.permutation_p(rng.gumbel(size=50), rng.gumbel(size=100)) for _ in range(100)]
     assert 0.35 < np.mean(p) < 0.65 and np.mean(np.array(p) <= 0.05) < 0.13
 
 
@@ -176,6 +176,7 @@ def make_set(folder, real, pictures, method):
         entries.append((f"images/{i}.png", source.name, source.slide))
     write_csv(folder, rows)
     write_manifest(folder, entries)
+    write_split(folder / "split.json", real)
     run.write_json(folder / "config.json", {"fields": {"method": method, "data": str(real.root)}})
     return folder
 
@@ -189,6 +190,8 @@ def call(*arguments):
 @pytest.fixture
 def folder(tissue, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(audit, "HELD_OUT", 40)
+    monkeypatch.setattr(audit, "FALSE_ALARM", 0.1)
     return tmp_path
 
 
@@ -203,7 +206,7 @@ def test_inpainting_is_audited_where_it_painted(tissue, folder, capsys):
     found = {}
     for method in ("inpaint", "ldm"):
         make_set(folder / method, real, pictures, method)
-        assert call(method, "--held-out", 40, "--false-alarm", 0.1, "--out", "out") == 0
+        assert call(method, "--out", "out") == 0
         found[method] = json.loads(Path("out/audit.json").read_text(encoding="utf-8"))
         assert "images" in capsys.readouterr().out
         with Image.open("out/audit.png") as picture:
@@ -218,7 +221,7 @@ def test_inpainting_is_audited_where_it_painted(tissue, folder, capsys):
     above = sum(s > found["ldm"]["threshold"] for s in whole)
     assert found["ldm"]["share_above"] == above / 7 == sum(int(r["above the threshold"]) for r in slides) / 7
     first = Path("out/audit.json").read_bytes()
-    assert call("ldm", "--held-out", 40, "--false-alarm", 0.1, "--out", "out") == 0
+    assert call("ldm", "--out", "out") == 0
     assert Path("out/audit.json").read_bytes() == first
 
 
@@ -229,7 +232,7 @@ def test_what_is_compared_is_spread_over_the_set_and_drawn_as_its_sources(tissue
     config["fields"].update(sampling="subtype", uniform=0.25)
     run.write_json(folder / "ldm" / "config.json", config)
     monkeypatch.setattr(audit, "PatchSampler", lambda *a, **b: drawn.append((a, b)) or PatchSampler(*a, **b))
-    assert call("ldm", "--count", 5, "--held-out", 20, "--false-alarm", 0.1, "--out", "out") == 0
+    assert call("ldm", "--count", 5, "--out", "out") == 0
     found = json.loads(Path("out/audit.json").read_text(encoding="utf-8"))
     assert [one["image"] for one in found["nearest"]] == [f"images/{i}.png" for i in (0, 2, 4, 6, 8)]
     [((unseen, split, _, sampling), more)] = drawn
@@ -240,11 +243,12 @@ def test_what_is_compared_is_spread_over_the_set_and_drawn_as_its_sources(tissue
 def test_copies_are_called_near_and_fresh_tissue_is_not(tissue, folder, capsys, monkeypatch):
     real, fresh = tissue
     rng, seen, honest = np.random.default_rng(5), [], audit.audit
+    monkeypatch.setattr(audit, "HELD_OUT", 60)
     monkeypatch.setattr(audit, "audit", lambda *a: seen.append(honest(*a)) or seen[-1])
     make_set(folder / "copies", real, [disturbed(w, rng) for w in draws(real, ("train",), 20, 8)], "ldm")
     make_set(folder / "fresh", real, draws(fresh, ("train", "val", "test"), 20, 9), "ldm")
     for name, words in (("copies", "The set is nearer"), ("fresh", "Nothing says that the set is nearer")):
-        assert call(name, "--held-out", 60, "--false-alarm", 0.1, "--out", "out") == 0
+        assert call(name, "--out", "out") == 0
         assert words in capsys.readouterr().out
         threshold = json.loads(Path("out/audit.json").read_text(encoding="utf-8"))["threshold"]
         normal = seen[-1][2]
@@ -253,14 +257,13 @@ def test_copies_are_called_near_and_fresh_tissue_is_not(tissue, folder, capsys, 
 
 @pytest.mark.parametrize("line, spoil, words", [
     (["none"], None, ["none", "no such folder"]),
-    (["set", "--held-out", "5"], None, ["--held-out"]),
-    (["set", "--false-alarm", "0"], None, ["--false-alarm"]),
     (["set", "--count", "-1"], None, ["--count"]),
     (["set"], lambda: Path("set/manifest.jsonl").unlink(), ["manifest.jsonl", "no such file"]),
+    (["set"], lambda: Path("set/split.json").unlink(), ["split.json"]),
     (["set"], lambda: Path("set/config.json").write_text('{"fields": {}}'), ["set", "--data"]),
     (["set"], lambda: [save(f"set/{kind}/0.png", np.zeros(shape, dtype)) for kind, shape, dtype in (
         ("images", (40, 40, 3), np.uint8), ("masks", (40, 40), np.uint8),
-        ("instances", (40, 40), np.uint16))], ["set", "2 sizes"]),
+        ("instances", (40, 40), np.uint16))], ["set", "32, 40"]),
     (["set"], lambda: run.write_json("set/config.json", {"fields": {"method": "inpaint", "data": "REAL"}}),
      ["enough regenerated tumor"]),
 ])
