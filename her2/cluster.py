@@ -35,7 +35,7 @@ from her2.data_folder import load_dataset
 from her2.data_mapped import open_region
 from her2.data_regions import region_files
 from her2.report_staining import SMALLEST
-from her2.run_errors import UserError, atomic_write, command
+from her2.run_errors import UserError, atomic_write, check_line, command, script_line
 from her2.run_provenance import input_hashes
 from her2.run_seeds import numpy_generator
 from her2.stains import deconvolve, white_point
@@ -48,7 +48,7 @@ PER_CLUSTER = 5         # instances at least: fewer do not determine a covarianc
 
 @dataclass
 class Config:
-    data: str = ""                  # dataset folder, the same as DIR
+    data: str = ""                  # the same as DIR
     out: str = ""                   # folder of the new one; empty: DIR-clusters or DIR-merged
     classes: int = 0                # number of clusters; 0: the one with the least BIC, 2 to 8
     merge: str = ""                 # join classes instead: "NEW=OLD,OLD; NEW=OLD"
@@ -58,22 +58,18 @@ class Config:
 
 
 def main(argv):
-    parser = configuration.Parser(prog="python -m her2.cluster", description=__doc__)
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="dataset folder")
-    configuration.add_fields(parser, Config, {})
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    given["data"] = given.pop("folder", given.get("data", ""))
-    config = Config(**given)
-    configuration.check_ranges(config)
+    config, folder = configuration.parse(Config, {}, argv, __doc__, "python -m her2.cluster", {
+        "folder": dict(nargs="?", metavar="DIR", help="dataset folder")})
+    config.data = folder or config.data
     config.out = config.out or config.data.rstrip("/\\") + ("-merged" if config.merge else "-clusters")
     dataset = load_dataset(config.data, seed=config.split_seed)
     files = region_files(dataset.rois, dataset.classes, config.cache)   # not all open: systems limit handles
-    if not config.merge:
+    if config.merge:
+        table, meaning = merged(dataset.classes, config.merge)
+    else:
         found = instances(dataset, files)
         member, record = cluster(dataset, found, config)
         table, meaning = clusters_table(dataset.classes, member.max() + 1)
-    else:
-        table, meaning = merged(dataset.classes, config.merge)
     class_of = [meaning[open_region(file).class_of] for file in files]  # the new class of each instance
     folder = run.open_run("her2.cluster", config, "cpu", ["-m", "her2.cluster", *argv],
                           input_hashes(config, dataset))
@@ -81,42 +77,40 @@ def main(argv):
         for roi, i, k in zip(found["roi"], found["id"], member):
             class_of[roi][i] = table.tumor_ids[k]
         run.write_json(folder / "clusters.json", record)
-        draw.save_png(folder / "clusters.png", examples(found, member, files, class_of, table))
     write_dataset(folder, dataset, table, files, class_of)
     print(f"done: {folder}, tumor classes {', '.join(table.names[k] for k in table.tumor_ids)}; "
-          f"next: python train_ldm.py --stage autoencoder --data {folder}")
-    return 0
+          f"to look at them: {check_line(folder)}; next: "
+          f"{script_line('train_ldm.py', '--stage', 'autoencoder', '--data', folder)}")
 
 
 def merged(classes, text: str):
     """"NEW=OLD,OLD; ..." -> (new table, (256,) uint8: the new id of each old one). UserError says why not."""
-    target = {}
+    target = {}                                                 # {old id: new name}
     for part in filter(str.strip, text.split(";")):
         new, _, olds = (piece.strip() for piece in part.partition("="))
         ids = {classes.id_of(old) if classes.knows(old) else None for old in olds.split(",")}
-        taken = classes.knows(new) and classes.id_of(new) not in ids
-        if not new or taken or ids & target.keys() or ids - set(classes.tumor_ids):
+        if ids & target.keys() or ids - set(classes.tumor_ids):
             known = ", ".join(repr(classes.names[k]) for k in classes.tumor_ids)
-            raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD where no other class is "
-                            f"called NEW, and each OLD stands once, of {known}")
+            raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD where each OLD stands once, "
+                            f"of {known}")
         target |= dict.fromkeys(ids, new)
-    groups = {}                                                 # {new name: old classes}, in their order
+    groups = {}             # {new name, or the id of a class that stays: old classes}, in their order
     for c in classes.classes:
-        groups.setdefault(target.get(c.id, c.name), []).append(c)
+        groups.setdefault(target.get(c.id, c.id), []).append(c)
     meaning = np.arange(256, dtype=np.uint8)                    # what has no class (IGNORE) stays what it is
     for k, olds in enumerate(groups.values()):
         meaning[[c.id for c in olds]] = k
-    rows = [replace(olds[0], id=k, name=name, variance=any(c.variance for c in olds))
-            for k, (name, olds) in enumerate(groups.items())]
-    aliases = {**classes.aliases, **{c.name: c.id for c in classes.classes if c.name not in groups}}
+    rows = [replace(olds[0], id=k, name=target.get(olds[0].id, olds[0].name),
+                    variance=any(c.variance for c in olds)) for k, olds in enumerate(groups.values())]
+    aliases = {**classes.aliases, **{classes.names[k]: k for k in target}}
     try:
         return ClassTable(rows, [(alias, int(meaning[k])) for alias, k in aliases.items()]), meaning
-    except ValueError as error:                                 # two new names that differ by case alone
-        raise UserError(f"--merge {text!r}: {error}") from error
+    except ValueError as error:         # a new name that is empty, or also another class's
+        raise UserError(f"--merge {text!r}: {error}; give NEW=OLD,OLD") from error
 
 
 def clusters_table(classes, K: int):
-    """As `merged`: the classes that are no tumor, then K clusters."""
+    """The same of clusters: the classes that are no tumor stay, K new ones follow."""
     kept, meaning = [c for c in classes.classes if not c.tumor], np.arange(256, dtype=np.uint8)
     meaning[[c.id for c in kept]] = np.arange(len(kept))
     rows = [replace(c, id=i) for i, c in enumerate(kept)]
@@ -218,12 +212,10 @@ def cluster(dataset, found, config):
     member = np.argsort(np.argsort(mixture[1][:, 0]))[member]   # ranks by the mean DAB
 
     tumor, names = dataset.classes.tumor_ids, dataset.classes.names
-    rows = [["cluster", "instances", "DAB", "its sd", "gradient", *(names[i] for i in tumor)]]
+    rows = [["cluster", "instances", *(names[i] for i in tumor)]]
     for k in range(K):
-        here = large & (member == k)
-        middle = np.exp(np.median(found["x"][here], axis=0)) if here.any() else [0] * D
-        rows.append([str(k + 1), str(here.sum()), *(f"{v:.3f}" for v in middle),
-                     *(str((found["class"][here] == i).sum()) for i in tumor)])
+        classes = found["class"][large & (member == k)]
+        rows.append([str(k + 1), str(len(classes)), *(str((classes == i).sum()) for i in tumor)])
     agreement = {part: adjusted_rand(member[here], found["class"][here])
                  for part, here in (("train", large & train), ("val and test", large & ~train)) if here.any()}
     print(report.plain(rows))
@@ -231,21 +223,6 @@ def cluster(dataset, found, config):
     print("adjusted Rand index against the annotated subtypes:",
           ", ".join(f"{value:.2f} ({part})" for part, value in agreement.items()))
     return member, {"bic": bic, "adjusted_rand": agreement, "table": rows}
-
-
-def examples(found, member, files, class_of, table, columns: int = 8, side: int = 96) -> np.ndarray:
-    """A row of instances per cluster, evenly spread over those that are not too small, with outlines."""
-    rows = [[] for _ in range(member.max() + 1)]
-    for k, row in enumerate(rows):
-        here = np.flatnonzero((member == k) & (found["pixels"] >= SMALLEST))
-        for j in here[np.linspace(0, len(here) - 1, min(columns, len(here))).astype(int)]:
-            region, new = open_region(files[found["roi"][j]]), class_of[found["roi"][j]]
-            shape = region.instance.shape
-            corner = [int(np.clip(np.median(at) - side // 2, 0, max(0, size - side)))
-                      for at, size in zip(np.nonzero(region.instance == found["id"][j]), shape)]
-            image, _, instance = region.window(*corner, *(min(side, size) for size in shape))
-            row.append(draw.outline(image, new[instance], table, instance, width=1))
-    return draw.image_grid(rows, [table.names[k] for k in table.tumor_ids], cell=128)
 
 
 def write_dataset(folder, dataset, table, files, class_of) -> None:
