@@ -43,8 +43,8 @@ from her2.stains import deconvolve, white_point
 OVERLAY = 2048      # longest side of an overlay picture
 GRID = 1024         # the white point is measured on a grid of at least this many points per side
 STRIP = 256         # rows measured at a time: bounds the memory of float64 copies
-TISSUE = ClassTable([TissueClass(0, "Background", False, False, (255, 255, 255)),
-                     TissueClass(1, "Tumor", True, False, (200, 0, 0))])   # as in QuPath
+TUMOR = TissueClass(1, "Tumor", True, False, (200, 0, 0))       # as in QuPath
+TISSUE = ClassTable([TissueClass(0, "Background", False, False, (255, 255, 255)), TUMOR])
 KINDS = {"probability": ".png", "masks": ".png", "overlays": ".png", "polygons": ".geojson"}
 COLUMNS = ["image", "x", "y", "downsample", "width", "height", "tumor_share", "mean_probability",
            "dab_density", "polygons", "area", "sha256"]
@@ -126,6 +126,7 @@ def predict(image, paths, network, config, precision, device) -> dict:
     """Predict one image and write its four files; returns its figures for predictions.csv. dab_density is the
     mean amount of DAB (optical density) of the predicted tumor's pixels against the image's own white point:
     where an image shows no glass, it is too low. area is in pixels of the slide."""
+    # ---- 1 the probability of every pixel
     pixels = read_image(image.path)                                                     # (H, W, 3) uint8
     height, width, _ = pixels.shape
     with precision.autocast():
@@ -135,10 +136,18 @@ def predict(image, paths, network, config, precision, device) -> dict:
         raise UserError(f"{config.model}: predicts NaN for {image.path}; its training failed, train it again")
     draw.save_png(paths["probability"], np.rint(prob * 255).astype(np.uint8))
 
-    # The mask is painted from its polygons, so that what QuPath shows and what is measured are one thing.
-    polygons = tumor_polygons(prob >= config.threshold, config.min_area)
+    # ---- 2 polygons, and the mask painted from them: what QuPath shows and what is measured are one thing.
+    # Holes are filled first: what lies in a hole that is too small is itself too small.
+    polygons = [[outer, *(hole for hole in holes if polygon_area([hole]) >= config.min_area)]
+                for outer, *holes in outlines(prob >= config.threshold, corners=False)]
+    polygons = [rings for rings in polygons if polygon_area(rings) >= config.min_area]
     label, instance = paint(polygons, [1] * len(polygons), height, width)               # (H, W) each
     draw.save_png(paths["masks"], label, TISSUE.palette())
+    small = draw.fit(pixels, min(OVERLAY, max(height, width)))
+    few = Image.fromarray(label).resize(small.shape[1::-1], Image.Resampling.NEAREST)   # ids are not averaged
+    draw.save_png(paths["overlays"], draw.outline(small, np.array(few), TISSUE, width=2))
+
+    # ---- 3 what is in each polygon
     step = max(1, min(height, width) // GRID)
     white = white_point(pixels[::step, ::step])
     count, total, dab = np.zeros(len(polygons) + 1), np.zeros(len(polygons) + 1), 0.0   # by polygon, 0: none
@@ -147,35 +156,29 @@ def predict(image, paths, network, config, precision, device) -> dict:
         count += np.bincount(ids, minlength=len(count))
         total += np.bincount(ids, prob[top:top + STRIP].reshape(-1), minlength=len(count))
         dab += deconvolve(pixels[top:top + STRIP].reshape(-1, 3)[ids > 0], white)[1].sum()
-
-    size = [max(1, round(side * min(1, OVERLAY / max(height, width)))) for side in (width, height)]
-    small = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
-    label = np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))     # ids are not averaged
-    draw.save_png(paths["overlays"], draw.outline(small, label, TISSUE, width=2))
-
     area, tumor = count[1:] * image.downsample ** 2, count[1:].sum()
-    features = [feature(rings, image, config.simplify,
-                        {"Area px^2": a, "Mean tumor probability": round(mean, 6)})
-                for rings, a, mean in zip(polygons, area, total[1:] / count[1:])]
+
+    # ---- 4 QuPath's GeoJSON: rings closed, in the slide's coordinates
+    features = []
+    for rings, size, mean in zip(polygons, area, total[1:] / count[1:]):
+        rings = [simplify(ring, config.simplify) if config.simplify else ring for ring in rings]
+        rings = [np.vstack([ring, ring[:1]]) * image.downsample + (image.x, image.y) for ring in rings]
+        features.append({
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]},
+            "properties": {"objectType": "annotation",
+                           "measurements": {"Area px^2": size, "Mean tumor probability": round(mean, 6)},
+                           "classification": {"name": TUMOR.name, "color": list(TUMOR.color)}}})
     atomic_write(paths["polygons"], json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
     return {"width": width, "height": height, "polygons": len(polygons), "area": f"{area.sum():.12g}",
             "tumor_share": f"{tumor / count.sum():.6f}", "dab_density": f"{dab / tumor:.6f}" if tumor else "",
             "mean_probability": f"{total.sum() / count.sum():.6f}"}
 
 
-def tumor_polygons(mask, smallest: int) -> list:
-    """Polygons (lists of rings, outer first) of a mask (H, W), without holes and specks below `smallest`."""
-    # Holes are filled first: what lies in a hole that is too small is itself too small.
-    polygons = [[outer, *(hole for hole in holes if polygon_area([hole]) >= smallest)]
-                for outer, *holes in outlines(mask, corners=False)]
-    return [rings for rings in polygons if polygon_area(rings) >= smallest]
-
-
 def simplify(ring, tolerance: float) -> np.ndarray:
     """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays. A
-    pixel changes sides only where its centre is within `tolerance` of the ring, so below half a pixel none
-    does on a ring of pixel borders. A ring that would lose its area stays as it is. Source: Douglas and
-    Peucker, Cartographica 10 (1973), with the distance to the segment, not to its line."""
+    ring that would lose its area stays as it is. Source: Douglas and Peucker, Cartographica 10 (1973), with
+    the distance to the segment, not to its line."""
     points = np.vstack([ring, ring[:1]]).astype(np.float64)                   # closed: (n + 1, 2)
     # The method is for open lines: a ring is two, between its first point and the one farthest from that.
     far = int(np.hypot(*(points - points[0]).T).argmax())
@@ -190,17 +193,6 @@ def simplify(ring, tolerance: float) -> np.ndarray:
             keep[middle] = True
             todo += [(a, middle), (middle, b)]
     return points[keep] if keep.sum() > 2 else points[:-1]
-
-
-def feature(rings, image, tolerance: float, measurements: dict) -> dict:
-    """A polygon as QuPath's GeoJSON: rings closed, in the slide's coordinates."""
-    rings = [simplify(ring, tolerance) if tolerance else ring for ring in rings]
-    rings = [np.vstack([ring, ring[:1]]) * image.downsample + (image.x, image.y) for ring in rings]
-    tumor = TISSUE.classes[1]
-    return {"type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]},
-            "properties": {"objectType": "annotation", "measurements": measurements,
-                           "classification": {"name": tumor.name, "color": list(tumor.color)}}}
 
 
 if __name__ == "__main__":
