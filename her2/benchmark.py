@@ -51,7 +51,6 @@ class Config(configuration.Machine):
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes to measure and to count
     steps: int = 20                 # steps per loop; the second half of them is timed
     batch: int = 16                 # patches per step that are counted
-    data: str = ""                  # dataset folder; empty: a phantom of this preset, made for the purpose
     out: str = ""                   # JSON file for the figures; empty: only print
     against: str = ""               # JSON file of an earlier run: prints ratios, above 1 = faster now
 
@@ -62,8 +61,7 @@ def script_config(loop: str, preset: str):
     names = runpy.run_path(str(ROOT / script), run_name="her2.benchmark")
     cls, presets = (f"{loop.title()}Config", f"{loop.upper()}_PRESETS") if stage else ("Config", "PRESETS")
     config = names[cls](**{"preset": preset, **names[presets][preset]})     # not by `build`: it asks runs/vq
-    if loop == "segmenter":
-        config.encoder_weights = "none"                 # sizes are asked for: no download for that
+    config.encoder_weights = "none"             # of the segmenter: sizes are asked for, no download for that
     return config
 
 
@@ -144,21 +142,21 @@ def one_step(loop: str, c, device):
     return [denoiser], [model, denoiser], step
 
 
-def count(loop: str, c, parts, device="meta") -> dict:
+def count(loop: str, c, parts) -> dict:
     """Parameters, operations of one step, and its peak bytes with each of `parts` patches at a time."""
-    trained, beside, step = one_step(loop, c, device)
+    trained, beside, step = one_step(loop, c, "meta")
     weights, others = (sum(p.numel() for net in nets for p in net.parameters()) for nets in (trained, beside))
-    found = {"parameters": weights, "step_bytes": {}, "bytes": {}}
+    peaks, kept = {}, 4 * (3 * weights + others)        # float32: weight, Adam's two moments
     for part in parts:
         for net in trained:
             net.zero_grad(set_to_none=True)     # gradients count as made by the step, as in the loop
         with LiveBytes() as live:
             step(part)
-        found["step_bytes"][part] = live.peak
-        found["bytes"][part] = live.peak + 4 * (3 * weights + others)   # float32: weight, Adam's two moments
+        peaks[part] = live.peak
     with FlopCounterMode(display=False) as flops:       # a step of its own: the counter keeps tensors alive
         step(max(parts))
-    return {**found, "flops": flops.get_total_flops()}
+    return {"parameters": weights, "step_bytes": peaks, "flops": flops.get_total_flops(),
+            "bytes": {part: peak + kept for part, peak in peaks.items()}}
 
 
 def count_table(preset: str, batch: int) -> dict:
@@ -208,8 +206,9 @@ def train(loop: str, config, data, folder) -> dict:
             "steps_per_s": last["samples_per_s"] / batch}
 
 
-def measure(config, data, folder, device):
+def measure(config, folder, device):
     """Yields (row, what is counted, figures); figures have samples_per_s and, of loops, steps and memory."""
+    data = make_phantom(folder / "data", config.preset)
     for loop in LOOPS:
         yield f"{loop} training", "patches", train(loop, config, data, folder)
     side, dataset = script_config("segmenter", config.preset).patch, data_folder.load_dataset(data)
@@ -244,8 +243,7 @@ def measure(config, data, folder, device):
 
 
 def main(argv):
-    config = configuration.parse(Config, {name: {} for name in ("tiny", "small", "paper")}, argv, __doc__,
-                                 "python -m her2.benchmark")
+    config = configuration.parse(Config, {}, argv, __doc__, "python -m her2.benchmark")
     device = run_training.pick_device(config.device)
     earlier = run.read_json(config.against) if config.against else {"rows": {}}
     if not isinstance(earlier, dict) or not isinstance(earlier.get("rows"), dict):
@@ -260,8 +258,7 @@ def main(argv):
     rows = {}
     if config.preset != "paper" or on_gpu:          # a CPU would need days for it
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:    # mapped files are open
-            data = config.data or make_phantom(Path(folder) / "data", config.preset)
-            for name, unit, figures in measure(config, data, Path(folder), device):
+            for name, unit, figures in measure(config, Path(folder), device):
                 rows[name], speed = figures, figures["samples_per_s"]
                 text = f"  {name:26} {speed:9.4g} {unit}/s"
                 for key, word in (("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")):
@@ -272,7 +269,6 @@ def main(argv):
     counted = count_table(config.preset, config.batch)
     if config.out:
         run.write_json(config.out, {"settings": settings, "rows": rows, "counted": counted})
-    return 0
 
 
 if __name__ == "__main__":
