@@ -16,11 +16,9 @@ What cuDNN or oneDNN take for themselves comes on top.
 import itertools
 import os
 import runpy
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,28 +65,23 @@ def script_config(loop: str, preset: str):
 
 
 class LiveBytes(TorchDispatchMode):
-    """`with LiveBytes() as live:` counts the storages that operations make: live.now, live.peak in bytes."""
+    """`with LiveBytes() as live:` counts the bytes of storages that operations make, live.now() and .peak."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        self.alive, self.peak = weakref.WeakKeyDictionary(), 0      # {storage: bytes}, while anybody has it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # What is there already, such as weights, is not counted; a view of it shares its storage.
-        tree_map_only(torch.Tensor, lambda tensor: self.seen.add(tensor.untyped_storage()), (args, kwargs))
+        tree_map_only(torch.Tensor, lambda x: self.alive.setdefault(x.untyped_storage(), 0), (args, kwargs))
         result = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, lambda tensor: self.count(tensor.untyped_storage()), result)
+        tree_map_only(torch.Tensor, lambda x: self.alive.setdefault(
+            x.untyped_storage(), x.untyped_storage().nbytes()), result)
+        self.peak = max(self.peak, self.now())
         return result
 
-    def count(self, storage):
-        if storage not in self.seen:
-            self.seen.add(storage)
-            self.change(storage.nbytes())
-            weakref.finalize(storage, self.change, -storage.nbytes())       # when nobody holds it any more
-
-    def change(self, size):
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def now(self) -> int:
+        return sum(self.alive.values())
 
 
 def one_step(loop: str, c, device):
@@ -175,15 +169,9 @@ def count_table(preset: str, batch: int) -> dict:
 
 
 def rate(number: float, call, repeats: int) -> dict:
-    """`number` things per second by the median time of a call, after one that warms up."""
-    times = []
-    for _ in range(1 + repeats):
-        clock = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()            # a GPU has only been told what to do when the call returns
-        times.append(time.perf_counter() - clock)
-    return {"samples_per_s": number / statistics.median(times[1:])}
+    """`number` things per second of a call, by torch's timer: it warms up, and waits for a GPU."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return {"samples_per_s": number / timer.timeit(repeats).median}
 
 
 def train(loop: str, config, data, folder) -> dict:

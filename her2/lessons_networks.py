@@ -39,10 +39,9 @@ def seen_pixels(outputs, side: int) -> np.ndarray:
 
 def without(network, *kinds):
     """`network` with every layer of `kinds` replaced by the identity, in place."""
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, kinds):
-                setattr(module, name, nn.Identity())
+    for name, module in list(network.named_modules()):
+        if isinstance(module, kinds):
+            network.set_submodule(name, nn.Identity())
     return network
 
 
@@ -171,7 +170,7 @@ def segmenter():
     rough = [F.interpolate(F.avg_pool2d(tumor, cell).round(), scale_factor=cell) for cell in (2, 32)]
     best = [float(2 * (tumor * one).sum() / (tumor.sum() + one.sum())) for one in rough]
     return [[("labels", ink(tumor[2, 0])), ("without skips", ink(rough[1][2, 0])),
-             ("overlap 0: 5 x error", ink(5 * seams[0])), ("overlap 64", ink(5 * seams[1]))]], {
+             ("overlap 0: 5 x error", ink(5 * seams[0])), ("overlap 64: 5 x error", ink(5 * seams[1]))]], {
         "seam_0": float(seams[0].max()), "seam_64": float(seams[1].max()), "best": best}
 
 

@@ -35,9 +35,9 @@ def test_bytes_live_until_their_storage_dies():
         a = torch.empty(1000, device="meta")                    # 4000 bytes
         b = a.view(10, 100) + 1                                 # a view is no storage; 4000 more
         del a
-        assert (live.now, live.peak) == (4000, 8000)
+        assert (live.now(), live.peak) == (4000, 8000)
         del b
-    assert (live.now, live.peak) == (0, 8000)
+    assert (live.now(), live.peak) == (0, 8000)
 
 
 def test_arithmetic_is_that_of_the_convolutions():
