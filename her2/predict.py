@@ -46,8 +46,7 @@ STRIP = 256         # rows measured at a time: bounds the memory of float64 copi
 TUMOR = TissueClass(1, "Tumor", True, False, (200, 0, 0))       # as in QuPath
 TISSUE = ClassTable([TissueClass(0, "Background", False, False, (255, 255, 255)), TUMOR])
 KINDS = {"probability": ".png", "masks": ".png", "overlays": ".png", "polygons": ".geojson"}
-COLUMNS = ["image", "x", "y", "downsample", "width", "height", "tumor_share", "mean_probability",
-           "dab_density", "polygons", "area", "sha256"]
+COLUMNS = ["image", "x", "y", "downsample", "tumor_share", "dab_density", "polygons", "area", "sha256"]
 
 
 @dataclass
@@ -91,8 +90,7 @@ def main(argv):
         if not done or not all(map(Path.is_file, files.values())):
             rows[image.name] = {**row, **predict(image, files, network, config, precision, device)}
             atomic_write(path, csv_text([rows[name] for name in sorted(rows)], COLUMNS))
-    print(f"done: {path}, {len(images)} images, threshold {config.threshold:g}, "
-          f"{sum(int(rows[image.name]['polygons']) for image in images)} polygons in {out / 'polygons'}")
+    print(f"done: {path}, {len(images)} images; polygons for QuPath: {out / 'polygons'}")
 
 
 def find_images(names, out) -> list:
@@ -170,9 +168,8 @@ def predict(image, paths, network, config, precision, device) -> dict:
                            "measurements": {"Area px^2": size, "Mean tumor probability": round(mean, 6)},
                            "classification": {"name": TUMOR.name, "color": list(TUMOR.color)}}})
     atomic_write(paths["polygons"], json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
-    return {"width": width, "height": height, "polygons": len(polygons), "area": f"{area.sum():.12g}",
-            "tumor_share": f"{tumor / count.sum():.6f}", "dab_density": f"{dab / tumor:.6f}" if tumor else "",
-            "mean_probability": f"{total.sum() / count.sum():.6f}"}
+    return {"tumor_share": f"{tumor / count.sum():.6f}", "dab_density": f"{dab / tumor:.6f}" if tumor else "",
+            "polygons": len(polygons), "area": f"{area.sum():.12g}"}
 
 
 def simplify(ring, tolerance: float) -> np.ndarray:

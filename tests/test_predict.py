@@ -165,9 +165,7 @@ def test_every_file_against_slow_computations(place, smallest, monkeypatch):
             assert abs(found["measurements"]["Mean tumor probability"] - prob[part].mean()) < 2e-5
             assert all(ring[0] == ring[-1] for ring in feature["geometry"]["coordinates"])
 
-        assert (int(row["height"]), int(row["width"])) == mask.shape
         assert float(row["area"]) == mask.sum() and abs(float(row["tumor_share"]) - mask.mean()) < 1e-6
-        assert abs(float(row["mean_probability"]) - prob.mean()) < 2e-5
         white = [sorted(image[..., c].ravel()) for c in range(3)]
         white = np.array([np.interp(0.99 * (len(w) - 1), range(len(w)), w) for w in white])
         density = np.linalg.solve(STAINS.T, -np.log10(np.maximum(image[mask], 0.5) / white).T)[1]
