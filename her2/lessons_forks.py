@@ -10,7 +10,6 @@ from her2.draw_axes import plot
 from her2.lessons_diffusion import FLOWER, SCHEDULE, flat_noise
 from her2.lessons_tissue import ink, region
 from her2.metrics import ProbabilityHistogram
-from her2.polygons import paint
 from her2.samplers import sample, spaced_timesteps
 from her2.segmenter import predict_roi
 from her2.stains import STAINS
@@ -83,8 +82,7 @@ def forks():
         once = [sample(*given, count, 0.0, spacing=spacing) for count in answers]
         twice = [heun(*given, spaced_timesteps(SCHEDULE, count // 2, "heun", spacing)) for count in answers]
         for name, ends in (("ddim", once), ("heun", twice)):
-            off = [(end - exact).square().sum(1).mean().sqrt().item() for end in ends]
-            curves[f"{name}, {spacing}"] = off
+            curves[f"{name}, {spacing}"] = [(x - exact).square().sum(1).mean().sqrt().item() for x in ends]
     chart = plot({name: (answers, curve) for name, curve in curves.items()},
                  "error by answers of the network", "answers", (405, 250), "xy")
     network, histogram, pictures = BrownSegmenter().eval(), ProbabilityHistogram(DEFAULT_CLASSES), []
@@ -94,9 +92,8 @@ def forks():
         histogram.add(prob, label)
         pictures += [(f"a region of {name}", image), ("brown is tumor", ink(prob))]
     recall, table = histogram.report()["recall"], ClassTable.from_json(SEVEN)
-    rings = [[np.array([[x, 20], [x + 100, 50], [x + 70, 150], [x + 10, 140]])] for x in range(10, 400, 65)]
-    seven, _ = paint(rings, range(1, 7), 170, 390)
-    seven = image_grid([[colorize(seven, table)]], cell=390, legend=class_legend(table))
+    stripes = np.kron(np.arange(7), np.ones((170, 55), int))                            # (170, 385)
+    seven = image_grid([[colorize(stripes, table)]], cell=390, legend=class_legend(table))
     counts = ProbabilityHistogram(table)
     for k, found in ((1, 900), (2, 500)):
         counts.add(np.repeat([0.9, 0.1], [found, 1000 - found]), np.full(1000, k))
