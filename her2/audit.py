@@ -217,7 +217,7 @@ def main(argv):
     draw.save_png(out / "audit.png", draw.image_grid(
         pairs, ["synthetic", "nearest\ntraining\npatch"], [f"{found[i]:.3f}" for i in shown],
         title=f"Threshold {threshold:.3f} (held-out patches)"))
-    print(report.plain(rows))
+    print(report.plain([dict(zip(rows[0], row)) for row in rows[1:]]))
     print(f"{len(found)} images: median similarity {np.median(found):.3f}, held-out {np.median(normal):.3f}; "
           f"{share:.1%} above {threshold:.3f} (expected {FALSE_ALARM:.1%}); p = {p:.4f}")
     print("The set is" if p < 0.01 else "Nothing says that the set is",

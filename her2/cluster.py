@@ -218,7 +218,7 @@ def cluster(dataset, found, config):
         rows.append([str(k + 1), str(len(classes)), *(str((classes == i).sum()) for i in tumor)])
     agreement = {part: adjusted_rand(member[here], found["class"][here])
                  for part, here in (("train", large & train), ("val and test", large & ~train)) if here.any()}
-    print(report.plain(rows))
+    print(report.plain([dict(zip(rows[0], row)) for row in rows[1:]]))
     print("BIC:", ", ".join(f"{k} clusters {value:.0f}" for k, value in bic.items()))
     print("adjusted Rand index against the annotated subtypes:",
           ", ".join(f"{value:.2f} ({part})" for part, value in agreement.items()))

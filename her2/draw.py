@@ -101,7 +101,7 @@ class Canvas:
         """An image (H, W, 3) uint8 with its upper left corner at (x, y), pixel for pixel."""
         self.pasted.append((x, y, image))
 
-    def legend(self, entries, x, y, right, size=13, marker="line") -> float:
+    def legend(self, entries, x, y, right, size=13) -> float:
         """(name, color) pairs in rows from (x, y) that end before `right`; returns the y below them."""
         row, left = size * 1.6, x
         for name, color in entries:
@@ -109,10 +109,7 @@ class Canvas:
             if x > left and x + width > right:
                 x, y = left, y + row
             middle = y + row / 2
-            if marker == "line":
-                self.line([(x, middle), (x + 18, middle)], color, 2.5)
-            else:
-                self.rectangle(x + 3, middle - 6, x + 15, middle + 6, color, INK, 0.5)
+            self.rectangle(x + 3, middle - 6, x + 15, middle + 6, color, INK, 0.5)
             self.text(x + 23, middle, name, size, anchor="lm")
             x += width
         return y + row
@@ -146,13 +143,9 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
     return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().numpy()
 
 
-def to_array(values) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-
-
 def colorize(label, classes) -> np.ndarray:
-    """Class ids (..., H, W), tensor or array -> their colours in the class table, (..., H, W, 3) uint8."""
-    label = to_array(label)
+    """Class ids (..., H, W), array or CPU tensor -> colours of the class table, (..., H, W, 3) uint8."""
+    label = np.asarray(label)
     known = (label >= 0) & (label < len(classes)) | (label == IGNORE)
     assert known.all(), f"class ids {label.min()}..{label.max()} of {len(classes)} classes"
     return classes.colors[label]
@@ -162,7 +155,7 @@ def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
     """`image` (H, W, 3) uint8 with the rim of every tissue instance in the colour of its class. The rim lies
     inside, so that touching instances both keep theirs; a thin dark line within it separates light class
     colours from light tissue. Background has no rim."""
-    label, instance = to_array(label), to_array(label if instance is None else instance)
+    label, instance = np.asarray(label), np.asarray(label if instance is None else instance)
     assert image.shape == (*label.shape, 3) and instance.shape == label.shape, \
         f"image {image.shape}, label {label.shape}, instance {instance.shape}"
 
@@ -183,7 +176,7 @@ def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
 
 def fit(image, cell) -> np.ndarray:
     """`image` (H, W, 3) or (H, W) with its longer side at `cell` pixels: whole steps up, smooth down."""
-    image = Image.fromarray(to_array(image)).convert("RGB")
+    image = Image.fromarray(np.asarray(image)).convert("RGB")
     longer, kind = max(image.size), Image.Resampling
     size = [side * (cell // longer) or max(1, round(side * cell / longer)) for side in image.size]
     return np.array(image.resize(size, kind.NEAREST if cell >= longer else kind.LANCZOS))
@@ -193,8 +186,8 @@ def samples_png(folder, step: int, classes=None, **rows) -> None:
     """samples/stepNNNNNN.png of a run folder: one row per keyword, its name is the caption. A row is image
     (B, 3, H, W) in [-1, 1], label (B, H, W) of `classes`, or prob (B, H, W) in 0..1."""
     pictures = [to_uint8(batch) if batch.dim() == 4 else
-                to_array(batch * 255).round().astype(np.uint8) if batch.is_floating_point() else
-                colorize(batch, classes) for batch in rows.values()]
+                (batch * 255).round().byte().cpu().numpy() if batch.is_floating_point() else
+                colorize(batch.cpu(), classes) for batch in rows.values()]
     grid = image_grid(pictures, [name.replace("_", " ") for name in rows])
     save_png(Path(folder) / "samples" / f"step{step:06d}.png", grid)
 
@@ -212,7 +205,7 @@ def image_grid(rows, row_captions=(), column_captions=(), title="", cell=192, le
     lines = max((str(text).count("\n") + 1 for text in column_captions), default=0)
     top = int(gap + (26 if title else 0) + (small * 1.4 * lines + 4 if lines else 0))
     width = max(left + columns * (wide + gap), gap * 2 + int(text_width(title, 16)))
-    below = Canvas(width, 1).legend(legend, left, 4, width - gap, small, "box") + 4 if legend else 0
+    below = Canvas(width, 1).legend(legend, left, 4, width - gap, small) + 4 if legend else 0
     canvas = Canvas(width, top + sum(heights) + gap * len(rows) + below)
     canvas.text(gap, gap, title, 16)
     for j, text in enumerate(column_captions):
@@ -225,23 +218,13 @@ def image_grid(rows, row_captions=(), column_captions=(), title="", cell=192, le
             canvas.rectangle(x - 0.5, top - 0.5, x + image.shape[1], top + image.shape[0], outline=GREY)
             canvas.paste(image, x, top)
         top += heights[i] + gap
-    canvas.legend(legend, left, top + 2, width - gap, small, "box")
+    canvas.legend(legend, left, top + 2, width - gap, small)
     return canvas.array()
 
 
 def class_legend(classes, tumor_only=False) -> list:
     """(name, color) of the class table, for `legend`."""
     return [(entry.name, tuple(entry.color)) for entry in classes.classes if entry.tumor or not tumor_only]
-
-
-def side_by_side(rows, classes, titles: dict, cell=256) -> np.ndarray:
-    """Fig. 4: rows of dicts with `label` (H, W), `caption` and any of the pictures (H, W, 3) uint8 "original"
-    and those of `titles`, {key: title of its column}."""
-    columns = {key: title[0].upper() + title[1:] for key, title in {"original": "original", **titles}.items()
-               if any(key in row for row in rows)}
-    pictures = [[colorize(row["label"], classes), *(row.get(key) for key in columns)] for row in rows]
-    return image_grid(pictures, [row.get("caption", "") for row in rows],
-                      ["Label asked for", *columns.values()], cell=cell, legend=class_legend(classes))
 
 
 # ---- overlay sheets: regions as a person would check them, 24 to a sheet; no number replaces looking ---

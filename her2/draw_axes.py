@@ -1,10 +1,9 @@
 """Axes with round ticks, diagrams of curves and points, and the curves of a training run.
 
-A log holds thousands of noisy losses. `curves_png` shows each series twice: as recorded, in a light tint,
-and as a moving median, in full colour. Numbers alone say little, so a panel takes reference values, drawn as
-dashed lines with their names in the right margin ("predicts nothing 0.69"): a curve that does not leave its
-reference has learned nothing. The range of an axis follows the smoothed curves and the 1st to 99th percentile
-of the records; single spikes run along the frame instead of flattening everything else.
+A log holds thousands of noisy losses. `curves_png` shows the moving median of each: noise is smoothed, and a
+single spike does not flatten everything else. Numbers alone say little, so a panel takes a reference, drawn
+as a dashed line with its name in the right margin ("predicts nothing 0.69"): a curve that does not leave it
+has learned nothing.
 """
 
 import math
@@ -12,15 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from her2.draw import CYCLE, GREY, INK, PALE, Canvas, save_png, text_width, tint
+from her2.draw import CYCLE, GREY, INK, PALE, Canvas, save_png, text_width
+
+
+def widened(low, high, share=0.04) -> tuple:
+    """A range of at least `share` of its values: differences in the fourth digit must not fill the frame."""
+    room = max(share * max(abs(low), abs(high)) - (high - low), 0) / 2
+    return (low - room, high + room) if (low, high) != (0, 0) else (0, share)
 
 
 def nice_ticks(low, high, count=5) -> list:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
     assert math.isfinite(low) and math.isfinite(high) and low <= high, f"range {low} to {high}"
-    if low == high:
-        room = max(abs(low) * 0.1, 0.05)
-        low, high = max(low - room, 0.0) if low >= 0 else low - room, high + room
+    low, high = widened(low, high)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / rough)))
@@ -30,13 +33,11 @@ def nice_ticks(low, high, count=5) -> list:
 
 def log_ticks(low, high) -> list:
     """Ticks of a logarithmic axis around [low, high]: powers of ten, and 2 and 5 times them over few decades.
-    The first and last enclose the range; over many decades the powers are thinned."""
+    The first and last enclose the range."""
     assert 0 < low <= high, f"a logarithmic axis from {low} to {high}"
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    if last - first > 3:
-        step = math.ceil((last - first) / 8)
-        return [10.0 ** (first + i * step) for i in range(math.ceil((last - first) / step) + 1)]
-    ticks = [float(f"{m}e{e}") for e in range(first - 1, last + 2) for m in (1, 2, 5)]
+    steps = (1, 2, 5) if last - first <= 3 else (1,)
+    ticks = [float(f"{m}e{e}") for e in range(first - 1, last + 2) for m in steps]
     below = max(i for i, tick in enumerate(ticks) if tick <= low * 1.0001)
     above = min(i for i, tick in enumerate(ticks) if tick >= high * 0.9999)
     return ticks[below:max(above, below + 1) + 1]
@@ -95,37 +96,30 @@ class Axes:
         self.canvas.line(corners, INK, 1.2)
 
     def curve(self, xs, ys, color, width=1.5):
-        """A polyline, broken where a value is not finite; a lonely point becomes a dot."""
-        run = []
-        for x, y in [*zip(xs, ys), (math.nan, math.nan)]:
-            if math.isfinite(y) and (y > 0 or "y" not in self.log):
-                run.append((self.x(x), self.y(y)))
-                continue
-            if len(run) == 1:
-                self.canvas.dot(*run[0], width + 0.5, color)
-            elif run:
-                self.canvas.line(run, color, width)
-            run = []
+        """A polyline through the values that can be drawn (`drawable`); a lonely point becomes a dot."""
+        points = [(self.x(x), self.y(y)) for x, y, shown in zip(xs, ys, drawable(ys, self.log)) if shown]
+        if len(points) == 1:
+            self.canvas.dot(*points[0], width + 0.5, color)
+        else:
+            self.canvas.line(points, color, width)
 
-    def margin_notes(self, notes):
-        """Dashed lines at (value, text), named in the right margin; texts move apart until none overlap."""
-        place = math.inf
-        for y, text in sorted(((self.y(value), text) for value, text in notes), reverse=True):
-            self.canvas.line([(self.left, y), (self.right, y)], GREY, 1.2, dash=(6, 4))
-            place = min(y, place - 15 * (text.count("\n") + 1))
-            self.canvas.line([(self.right, y), (self.right + 8, place)], GREY, 0.7)
-            self.canvas.text(self.right + 11, place, text, 12, GREY, anchor="lm")
+    def note(self, value, text):
+        """A dashed line at a value, named in the right margin."""
+        y = self.y(value)
+        self.canvas.line([(self.left, y), (self.right, y)], GREY, 1.2, dash=(6, 4))
+        self.canvas.line([(self.right, y), (self.right + 8, y)], GREY, 0.7)
+        self.canvas.text(self.right + 11, y, text, 12, GREY, anchor="lm")
 
 
-def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_range=None, notes=(),
+def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_range=None, note=None,
          colors=CYCLE) -> np.ndarray:
     """Curves or points over numbers, (H, W, 3) uint8.
     series   {name: (x, y) or (x, y, "dots")}; thin and not in the legend where a name begins with "_"
     log      the logarithmic axes, "", "x", "y" or "xy"
     y_range  the part to show: a curve beyond it runs along the frame
-    notes    [(value, text), ...] dashed horizontal lines, named in the right margin"""
+    note     (value, text): a dashed horizontal line, named in the right margin"""
     xs, ys = (np.concatenate([np.asarray(s[k], float).ravel() for s in series.values()]) for k in (0, 1))
-    ys = np.concatenate([drawable(ys, log), [value for value, _ in notes]])
+    ys = np.append(ys[drawable(ys, log)], note[:1] if note else [])
     x_range = x_range or (xs.min(), xs.max())
     x_ticks = (log_ticks if "x" in log else nice_ticks)(*x_range)
     y_ticks = (log_ticks if "y" in log else nice_ticks)(*(y_range or (ys.min(), ys.max())))
@@ -136,13 +130,14 @@ def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_
     entries = [entry for entry in named if entry[0][0] != "_"]
     top = canvas.legend(entries, 8, 24, size[0] - 6, 12) if len(entries) > 1 else 24
     left = max(text_width(text, 13) for text in tick_texts(y_ticks)) + 16
-    margin = max((text_width(text, 12) for _, text in notes), default=0) + 20
+    margin = 20 + (text_width(note[1], 12) if note else 0)
     bottom = size[1] - (44 if x_label else 28)
     axes = Axes(canvas, left, top + 8, size[0] - margin, bottom, x_range, y_range, log)
     x_ticks = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
     room = sum(text_width(text, 13) + 8 for text in tick_texts(x_ticks))
     axes.frame(y_ticks, "", x_ticks[::math.ceil(room / (axes.right - axes.left))], x_label)
-    axes.margin_notes(notes)
+    if note:
+        axes.note(*note)
     for i, ((x, y, *kind), (name, color)) in enumerate(zip(series.values(), named)):
         if kind:
             for a, b in zip(x, y):
@@ -155,92 +150,71 @@ def plot(series, title="", x_label="", size=(268, 230), log="", x_range=None, y_
 
 
 def drawable(values, log) -> np.ndarray:
-    """Those that are finite, and on a logarithmic axis of y above 0."""
+    """Which of them are finite, and on a logarithmic axis of y above 0 (bool)."""
     values = np.asarray(values, float)
-    return values[np.isfinite(values) & ((values > 0) | ("y" not in log))]
+    return np.isfinite(values) & ((values > 0) | ("y" not in log))
 
 
 class Panel(NamedTuple):
-    """One diagram of `curves_png`."""
+    """One diagram of `curves_png`. Curves and reference are called by their keys in the log's records."""
 
     title: str
-    series: dict             # name in the legend -> key in the log's records
+    keys: str                # one or more
+    reference: str = ""      # of what has learned nothing; its median is shown
     log_y: bool = False      # logarithmic scale; values <= 0 are left out
-    reference: dict = {}     # name -> number, or key of a recorded one (its median)
 
 
 def moving_median(values, window) -> np.ndarray:
-    """Median of `window` neighbours (fewer at the ends): smooths noise, and a single spike leaves no trace.
-    Values that are not finite are left out of it; `window` below 2 changes nothing."""
-    values, half = np.asarray(values, float), window // 2
-    if not half or not len(values):
-        return values
-    padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    empty = np.isnan(windows).all(axis=1)
-    return np.where(empty, np.nan, np.nanmedian(np.where(empty[:, None], 0.0, windows), axis=1))
+    """Median of `window` neighbours (fewer at the ends)."""
+    half = window // 2
+    padded = np.pad(np.asarray(values, float), half, constant_values=np.nan)
+    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
-def column(records, key) -> tuple:
-    """(steps, values) of the records that hold a number under `key`."""
-    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float))]
-    return tuple(np.array(pairs, float).reshape(-1, 2).T)
+def column(records, key, log="") -> tuple:
+    """(steps, values) of the records that hold a number under `key` that can be drawn."""
+    pairs = np.array([(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float))], float)
+    return tuple(pairs[drawable(pairs[:, 1], log)].T) if len(pairs) else ((), ())
 
 
 def curves_png(path, records, panels, width=620, height=330) -> None:
     """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns. A
-    series without a record is left out, a panel without a series too."""
+    series without a record is left out, a panel without a series too; nothing is drawn of an empty log."""
     drawn = []
     for panel in panels:
-        log = "y" if panel.log_y else ""
-        curves = {name: column(records, key) for name, key in panel.series.items()}
-        curves = {name: curve for name, curve in curves.items() if np.isfinite(curve[1]).any()}
+        log, note = "y" if panel.log_y else "", None
+        curves = {}
+        for key in panel.keys.split():
+            x, y = column(records, key, log)
+            if len(y):
+                curves[key.replace("_", " ")] = x, moving_median(y, min(len(y) // 30, 301))
         if not curves:
             continue
-        found = {name: column(records, key)[1] if isinstance(key, str) else np.array([float(key)])
-                 for name, key in panel.reference.items()}
-        notes = [(float(np.nanmedian(y)), name) for name, y in found.items() if np.isfinite(y).any()]
-        smooth = {name: (x, moving_median(y, min(len(y) // 30, 301))) for name, (x, y) in curves.items()}
-        shown = [drawable(y, log) for _, y in curves.values()]
-        extent = np.concatenate([*(np.percentile(y, [1, 99]) for y in shown if len(y)),
-                                 *(drawable(y, log) for _, y in smooth.values()),
-                                 drawable([value for value, _ in notes], log)])
-        low, high = (float(extent.min()), float(extent.max())) if len(extent) else (0.1, 1.0)
-        ticks = (log_ticks if log else nice_ticks)(low, high)
-        y_range = ticks[0], ticks[-1]
-        if log and sum(low / 1.2 <= tick <= high * 1.2 for tick in ticks) >= 2:
-            y_range = (low / 1.2, high * 1.2)       # whole decades would leave most of the frame empty
+        if panel.reference:
+            value = float(np.median(column(records, panel.reference)[1]))
+            note = value, f"{panel.reference.replace('_', ' ')} {value:.3g}"
         last = max(float(x.max()) for x, _ in curves.values()) or 1.0
-        drawn.append(plot({**{f"_{name}": curve for name, curve in curves.items()}, **smooth}, panel.title,
-                          "optimiser steps", (width, height), log, (0.0, last), y_range,
-                          [(value, f"{name} {value:.3g}") for value, name in notes],
-                          [*(tint(color, 0.3) for color in CYCLE[:len(curves)]), *CYCLE]))
-    columns = min(max(len(drawn), 1), 2)
-    canvas = Canvas(columns * width, math.ceil(len(drawn) / columns) * height or 80)
+        drawn.append(plot(curves, panel.title, "optimiser steps", (width, height), log, (0, last), note=note))
+    if not drawn:
+        return
+    columns = min(len(drawn), 2)
+    canvas = Canvas(columns * width, math.ceil(len(drawn) / columns) * height)
     for i, picture in enumerate(drawn):
         canvas.paste(picture, i % columns * width, i // columns * height)
-    if not drawn:
-        canvas.text(20, 30, "nothing was logged yet", 14, GREY)
     save_png(path, canvas.array())
 
 
 # curves.png of each kind of training run, from the records of its log.jsonl.
 TRAINING = {
-    "segmenter": [
-        Panel("loss", {"loss": "loss"}, reference={"predicts nothing": "predicts_nothing"}),
-        Panel("its parts", {"Dice loss": "dice_loss", "cross-entropy": "cross_entropy"}),
-        Panel("gradient norm", {"before clipping": "grad_norm"}, log_y=True)],
-    "gan": [
-        Panel("adversarial", {"discriminator": "d_loss", "generator": "gan"}, False, {"D cannot tell": 2.0}),
-        Panel("feature matching", {"features": "features"}),
-        Panel("KL (weighted)", {"kld": "kld"}),
-        Panel("saturated pixels", {"share": "saturated"}, reference={"real": "saturated_real"})],
-    "autoencoder": [
-        Panel("reconstruction L1", {"L1": "l1"}, log_y=True, reference={"one flat colour": "flat_colour_l1"}),
-        Panel("PSNR of the batch (dB)", {"PSNR": "psnr"}),
-        Panel("adversarial", {"discriminator": "d_loss", "generator": "g_loss"}),
-        Panel("codes used over 1000 patches", {"codes": "codes_used"})],
-    "diffusion": [
-        Panel("loss", {"loss": "loss"}, reference={"zero output": "zero_output"}),
-        Panel("loss by quarter of t", {f"t in quarter {q}": f"loss_q{q}" for q in range(1, 5)})],
+    "segmenter": [Panel("loss", "loss", "predicts_nothing"), Panel("its parts", "dice_loss cross_entropy"),
+                  Panel("gradient norm before clipping", "grad_norm", log_y=True)],
+    "gan": [Panel("adversarial: discriminator, generator", "d_loss gan"),
+            Panel("feature matching", "features"), Panel("KL (weighted)", "kld"),
+            Panel("share of saturated pixels", "saturated", "saturated_real")],
+    "autoencoder": [Panel("reconstruction L1", "l1", "flat_colour_l1", True),
+                    Panel("PSNR of the batch (dB)", "psnr"),
+                    Panel("adversarial: discriminator, generator", "d_loss g_loss"),
+                    Panel("codes used over 1000 patches", "codes_used")],
+    "diffusion": [Panel("loss", "loss", "zero_output"),
+                  Panel("loss by quarter of t", "loss_q1 loss_q2 loss_q3 loss_q4")],
 }

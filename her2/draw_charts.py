@@ -1,46 +1,37 @@
-"""The diagrams of the report: box plots (the paper's Fig. 5), shares (Fig. 2), confusion matrices (Fig. 6).
-Intervals of many arms side by side are not in the paper.
+"""The diagrams of the report: box plots (the paper's Fig. 5) and shaded tables: the shares of the subtypes
+(Fig. 2), confusion matrices (Fig. 6). Intervals of many arms side by side are not in the paper.
 
 A box plot must say what it shows with five runs, with one, and with hundreds of values:
     box, line      quartiles and median                 whiskers   minimum and maximum
     diamond, bar   mean, and mean +- standard deviation (n - 1), beside the box
-    dots           the values themselves: each one up to a dozen, a sample of them beyond
+    dots           the values themselves, up to a dozen
 
 PAPER: Fig. 5 has "mean and standard deviation visualized with the boxplot" and whiskers at minimum and
 maximum; whether its boxes are quartiles or the deviation is not said. Here both are drawn, side by side.
-A single value is a diamond with its number; a missing one is written "n/a", it is never drawn as 0.
+A single value is a diamond; a missing one is written "n/a", it is never drawn as 0.
 """
 
 import math
-from functools import partial
 
 import numpy as np
 
-from her2.draw import BLUE, CYCLE, GREY, INK, Canvas, text_width, tint
-from her2.draw_axes import Axes, log_ticks, nice_ticks, tick_texts
+from her2.draw import BLUE, GREY, INK, Canvas, text_width, tint
+from her2.draw_axes import Axes, log_ticks, nice_ticks, tick_texts, widened
 
 SLOT, GAP = 46, 30          # pixels for one box, and between two groups of boxes
 NOTE = "box: quartiles and median, whiskers: min and max, diamond and bar: mean \u00b1 standard deviation"
 
 
-def draw_box(axes, x, values, color, with_mean=True):
+def draw_box(axes, x, values, color):
     """One box at pixel `x`; `values` without None. See the module's docstring for what is drawn."""
-    canvas, values = axes.canvas, np.sort(np.asarray(values, float))
+    canvas, values = axes.canvas, np.asarray(values, float)
     mean = float(values.mean())
     if len(values) == 1:
         canvas.diamond(x, axes.y(mean), fill=color)
-        text = f"{mean:.3f}" if mean >= 0.1 else f"{mean:.4f}"
-        half, y = text_width(text, 11) / 2 + 1, axes.y(mean) + (-20 if axes.y(mean) - 20 > axes.top else 8)
-        canvas.rectangle(x - half, y, x + half, y + 12, "white")    # no line may strike the number through
-        canvas.text(x, y + 6, text, 11, anchor="mm")
         return
-    middle, half = (x - 6, 9) if with_mean else (x, 12)
+    middle, half, deviation = x - 6, 9, float(values.std(ddof=1))
     low, first, median, third, high = map(axes.y, np.percentile(values, [0, 25, 50, 75, 100]))
     canvas.rectangle(middle - half, third, middle + half, first, tint(color, 0.25))
-    if len(values) > 12:
-        shown = values[np.linspace(0, len(values) - 1, min(len(values), 150)).round().astype(int)]
-        for i, value in enumerate(shown):       # golden-ratio spread: even, and the same in every run
-            canvas.dot(middle + (i * 0.618034 % 1 - 0.5) * 1.7 * half, axes.y(value), 1.2, tint(color, 0.6))
     for end, side in ((low, first), (high, third)):
         canvas.line([(middle, side), (middle, end)], INK, 1)
         canvas.line([(middle - half / 2, end), (middle + half / 2, end)], INK, 1)
@@ -48,67 +39,16 @@ def draw_box(axes, x, values, color, with_mean=True):
     canvas.line([(middle - half, median), (middle + half, median)], INK, 2)
     for value in values if len(values) <= 12 else ():
         canvas.dot(middle, axes.y(value), 2.2, color, INK)
-    if with_mean:
-        deviation = float(values.std(ddof=1))
-        canvas.line([(x + 13, axes.y(mean - deviation)), (x + 13, axes.y(mean + deviation))], INK, 1.4)
-        canvas.diamond(x + 13, axes.y(mean), fill=color)
+    canvas.line([(x + 13, axes.y(mean - deviation)), (x + 13, axes.y(mean + deviation))], INK, 1.4)
+    canvas.diamond(x + 13, axes.y(mean), fill=color)
 
 
-def widened(low, high, share=0.04) -> tuple:
-    """A range of at least `share` of its values: differences in the fourth digit must not fill the frame."""
-    if low == high == 0:                                # nothing differs: a range all the same
-        return -share, share
-    room = max(share * max(abs(low), abs(high)) - (high - low), 0) / 2
-    return low - room, high + room
-
-
-def grouped(panels, colors, draw, note, height) -> np.ndarray:
-    """Groups of slots along x with a name below each, one panel below the other, the legend above.
-    panels   [(label of the y axis, groups, ticks, reference), ...], all with the same groups
-             groups = [(name, [(series, values), ...]), ...]; further lines of a name are small and grey
+def box_plots(panels, colors, note=NOTE, height=270) -> np.ndarray:
+    """Groups of boxes along x with a name below each, one panel below the other, the legend above.
+    panels   [(label of the y axis, groups, reference), ...], all with the same groups
+             groups = [(name, [(series, values), ...]), ...]; None among the values is left out
              reference = (value, name) of a dashed line, (value, name, low, high, color) with a band, or None
-    colors   {series: color}, the legend
-    draw     draw(axes, x, values, color) of one slot; without values it is "n/a" instead"""
-    names = [name.split("\n") for name, _ in panels[0][1]]
-    wide = [max(len(boxes) * SLOT, *(text_width(line, 13) for line in name))
-            for name, (_, boxes) in zip(names, panels[0][1])]
-    left = max(text_width(text, 13) for *_, ticks, _ in panels for text in tick_texts(ticks)) + 48
-    margin = max((text_width(ref[1], 12) for *_, ref in panels if ref), default=0) + 24
-    plot = max(sum(wide) + GAP * (len(wide) + 1), 300, text_width(note, 11))
-    entries, width = list(colors.items()), left + plot + margin
-    top = 26 + Canvas(width, 1).legend(entries, left, 0, width - 10, marker="box")
-    height += 14 * (max(map(len, names)) - 1)
-    canvas = Canvas(width, top + len(panels) * height + 12)
-    canvas.legend(entries, left, 10, width - 10, marker="box")
-    gap = (plot - sum(wide)) / (len(wide) + 1)
-    for label, groups, ticks, reference in panels:
-        bottom = top + height - 36 - 14 * max(map(len, names))
-        axes = Axes(canvas, left, top, left + plot, bottom, (0, plot), (ticks[0], ticks[-1]))
-        axes.frame(ticks, label)
-        if reference and len(reference) > 2:
-            low, high, color = reference[2:]
-            canvas.rectangle(left, axes.y(high), left + plot, axes.y(low), tint(color, 0.25))
-        axes.margin_notes([reference[:2]] if reference else [])
-        x = left + gap
-        for (first, *more), (_, boxes), room in zip(names, groups, wide):
-            canvas.text(x + room / 2, bottom + 8, first, 13, anchor="ma")
-            for i, line in enumerate(more):
-                canvas.text(x + room / 2, bottom + 28 + 14 * i, line, 11, GREY, anchor="ma")
-            for j, (series, values) in enumerate(boxes):
-                center = x + room / 2 + (j - (len(boxes) - 1) / 2) * SLOT
-                if values:
-                    draw(axes, center, values, colors[series])
-                else:
-                    canvas.text(center, bottom - 6, "n/a", 12, GREY, anchor="md")
-            x += room + gap
-        axes.spines()
-        top += height
-    canvas.text(left, canvas.height - 10, note, 11, GREY, anchor="ld")
-    return canvas.array()
-
-
-def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarray:
-    """`grouped` with a box per slot: panels [(label, groups, reference), ...]; None is left out."""
+    colors   {series: color}, the legend"""
     drawn = []
     for label, groups, reference in panels:
         groups = [(name, [(series, [v for v in values if v is not None]) for series, values in boxes])
@@ -118,9 +58,40 @@ def box_plots(panels, colors, note=NOTE, with_mean=True, height=270) -> np.ndarr
         # The range includes mean - sd and mean + sd: no bar is cut off.
         numbers += [np.mean(some) + sign * np.std(some, ddof=1)
                     for some in values if len(some) > 1 for sign in (-1, 1)]
-        ticks = nice_ticks(*widened(min(numbers), max(numbers)), 6) if numbers else [0, 1]
+        ticks = nice_ticks(min(numbers), max(numbers), 6) if numbers else [0, 1]
         drawn.append((label, groups, ticks, reference))
-    return grouped(drawn, colors, partial(draw_box, with_mean=with_mean), note, height)
+    wide = [max(len(boxes) * SLOT, text_width(name, 13)) for name, boxes in panels[0][1]]
+    left = max(text_width(text, 13) for *_, ticks, _ in drawn for text in tick_texts(ticks)) + 48
+    margin = max((text_width(ref[1], 12) for *_, ref in panels if ref), default=0) + 24
+    plot = max(sum(wide) + GAP * (len(wide) + 1), 300, text_width(note, 11))
+    entries, width = list(colors.items()), left + plot + margin
+    top = 26 + Canvas(width, 1).legend(entries, left, 0, width - 10)
+    canvas = Canvas(width, top + len(panels) * height + 12)
+    canvas.legend(entries, left, 10, width - 10)
+    gap = (plot - sum(wide)) / (len(wide) + 1)
+    for label, groups, ticks, reference in drawn:
+        bottom = top + height - 50
+        axes = Axes(canvas, left, top, left + plot, bottom, (0, plot), (ticks[0], ticks[-1]))
+        axes.frame(ticks, label)
+        if reference and len(reference) > 2:
+            low, high, color = reference[2:]
+            canvas.rectangle(left, axes.y(high), left + plot, axes.y(low), tint(color, 0.25))
+        if reference:
+            axes.note(*reference[:2])
+        x = left + gap
+        for (name, boxes), room in zip(groups, wide):
+            canvas.text(x + room / 2, bottom + 8, name, 13, anchor="ma")
+            for j, (series, values) in enumerate(boxes):
+                center = x + room / 2 + (j - (len(boxes) - 1) / 2) * SLOT
+                if values:
+                    draw_box(axes, center, values, colors[series])
+                else:
+                    canvas.text(center, bottom - 6, "n/a", 12, GREY, anchor="md")
+            x += room + gap
+        axes.spines()
+        top += height
+    canvas.text(left, canvas.height - 10, note, 11, GREY, anchor="ld")
+    return canvas.array()
 
 
 def intervals(panels, names, width=830, row=22) -> np.ndarray:
@@ -163,35 +134,31 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
     """Fig. 2: how the annotated tumor area of each split is made up of the tumor classes.
     areas      {split: (K,) pixels per class id}; shares are of the split's tumor area
     instances  {split: (K,) counts}, optional: written under the shares"""
-    def draw_bar(axes, x, values, color):
-        share, half = values[0], SLOT / 2 - 6
-        if share > 0:
-            axes.canvas.rectangle(x - half, axes.y(share), x + half, axes.bottom, tint(color, 0.75))
-        text = f"{share:.0f}" if share >= 9.5 or share == 0 else f"{share:.1f}"
-        axes.canvas.text(x, axes.y(share) - 3, text, 12, anchor="md")
+    def tumor(counts):                                                                      # (splits, tumor)
+        return np.array([[counts[split][k] for k in classes.tumor_ids] for split in splits], float)
 
-    total = {split: sum(area[k] for k in classes.tumor_ids) for split, area in areas.items()}
-    splits = [split for split in areas if total[split] > 0]
+    splits = [split for split, area in areas.items() if sum(area[k] for k in classes.tumor_ids)]
     assert splits, f"no tumor area in {list(areas)}"
-    groups = []
-    for k in classes.tumor_ids:
-        counts = [f"{split}: {int(instances[split][k])}" for split in (splits if instances else ())]
-        groups.append(("\n".join([classes.names[k], *counts]),
-                       [(split, [100 * areas[split][k] / total[split]]) for split in splits]))
-    ticks = nice_ticks(0, min(max(values[0] for _, bars in groups for _, values in bars) * 1.08, 100))
-    return grouped([("share of the tumor area [%]", groups, ticks, None)],
-                   dict(zip(splits, [BLUE, CYCLE[4], CYCLE[2], CYCLE[3], CYCLE[1]])), draw_bar,
-                   "below the subtypes: instances" if instances else "", 316)
+    shares = tumor(areas) / tumor(areas).sum(axis=1, keepdims=True)
+    title, below = "shares of the tumor area", None
+    if instances:
+        title, below = f"{title}, number of instances", tumor(instances)
+    names = [classes.names[k] for k in classes.tumor_ids]
+    wide = max(80, *(text_width(name, 14) + 12 for name in names))
+    return matrices([(title, shares, below)], splits, names, ("split", "subtype"), cell=(wide, 52),
+                    below="{:.0f}")
 
 
-def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(108, 52)) -> np.ndarray:
+def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(108, 52),
+             below="\u00b1 {:.2f}") -> np.ndarray:
     """Tables of numbers side by side, the darker the larger, in cells of (width, height) pixels.
-    panels  [(title, numbers (R, C), deviation (R, C) or None), ...]; NaN is written "n/a"
+    panels  [(title, numbers (R, C), others (R, C) or None), ...]; the others are small, below the numbers, as
+            `below` says; NaN is written "n/a"
     axes    (what the rows are, what the columns are); `most` the number of full colour"""
     (wide, high), left = cell, max(text_width(name, 14) for name in row_names) + 44
     step = left + max(len(column_names) * wide + 34, *(text_width(title, 15) + 10 for title, *_ in panels))
     canvas = Canvas(step * len(panels), 88 + high * len(row_names) + 14)
-    for m, (title, numbers, deviation) in enumerate(panels):
+    for m, (title, numbers, others) in enumerate(panels):
         x0 = m * step + left
         canvas.text(x0, 10, title, 15)
         canvas.text(x0 + wide * len(column_names) / 2, 38, axes[1], 12, GREY, anchor="ma")
@@ -201,25 +168,15 @@ def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(
         for i, name in enumerate(row_names):
             canvas.text(x0 - 10, 80 + (i + 0.5) * high, name, 14, anchor="rm")
         for i, j in np.ndindex(len(row_names), len(column_names)):
-            value, spread = numbers[i][j], np.nan if deviation is None else deviation[i][j]
+            value, other = numbers[i][j], np.nan if others is None else others[i][j]
             amount, text, ink = 0.03 + 0.9 * value / most, f"{value:.2f}", INK
             if not np.isfinite(value):
                 amount, text, ink = 0, "n/a", GREY
             elif amount >= 0.66:
                 ink = (255, 255, 255)
-            x, y, with_spread = x0 + j * wide, 80 + i * high, np.isfinite(value + spread)
+            x, y, both = x0 + j * wide, 80 + i * high, np.isfinite(value + other)
             canvas.rectangle(x, y, x + wide, y + high, tint(color, amount), GREY, 0.8)
-            canvas.text(x + wide / 2, y + high / 2 - 7 * with_spread, text, 17, ink, "mm")
-            if with_spread:
-                canvas.text(x + wide / 2, y + high / 2 + 12, f"\u00b1 {spread:.2f}", 12, ink, "mm")
+            canvas.text(x + wide / 2, y + high / 2 - 7 * both, text, 17, ink, "mm")
+            if both:
+                canvas.text(x + wide / 2, y + high / 2 + 12, below.format(other), 12, ink, "mm")
     return canvas.array()
-
-
-def confusion_matrices(found, classes) -> np.ndarray:
-    """Fig. 6: rows = annotated tumor classes and background, columns = prediction (background, tumor).
-    found: [(title, mean (K, 2), deviation (K, 2) or None), ...]; rows by class id, each normalised to 1, of
-    NaN where the class is absent from the split."""
-    order = sorted(range(len(classes)), key=lambda k: k not in classes.tumor_ids)
-    return matrices([(title, np.asarray(mean)[order], None if deviation is None else deviation[order])
-                     for title, mean, deviation in found], [classes.names[k] for k in order],
-                    ("background", "tumor"), ("annotation", "prediction"))

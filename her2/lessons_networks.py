@@ -255,7 +255,7 @@ def frechet():
     perfect, flawed = (np.array([distances(n, trial, shift) for trial in range(40)])
                        for n, shift in ((40, 0.0), (400, 0.2)))
     charts = [plot({"mean": (counts, one.mean(1)), "single": (np.repeat(counts, 20), one.ravel(), "dots")},
-                   f"{name} distance, one law", "samples", (405, 240), "x", notes=[(0, "0")])
+                   f"{name} distance, one law", "samples", (405, 240), "x", note=(0, "0"))
               for name, one in (("Frechet", same[..., 0]), ("kernel", same[..., 1]))]
     return [charts], {"mean": same[..., 0].mean(axis=1), "perfect": perfect[:, 0].mean(), "same": same,
                       "flawed": flawed[:, 0].mean(), "wrong": (perfect >= flawed).mean(axis=0)}

@@ -98,7 +98,7 @@ def relabel():
     shares = total / total.sum(axis=-1, keepdims=True).clip(1)
     chart = plot({name: (range(1, 601), one) for name, one in zip(CLASSES.names[1:], shares[0].T)},
                  "share of the tumor area", "patches", (405, 230), "x", y_range=(0, 1),
-                 notes=[(0.2, "1 / 5")], colors=[entry.color for entry in CLASSES.classes[1:]])
+                 note=(0.2, "1 / 5"), colors=[entry.color for entry in CLASSES.classes[1:]])
     root = np.linalg.norm(sizes) / sum(sizes)
     return [[(name, colorize(one, CLASSES)) for name, one in maps.items()], [chart]], {
         "instances": int(instance.max()), "components": int(merged.max()), "shares": shares[0, -1],

@@ -21,7 +21,7 @@ import numpy as np
 from her2 import draw_charts, report_images, report_staining
 from her2.draw import BLUE, GREEN, GREY, ORANGE, PURPLE, save_png
 from her2.metrics import matched
-from her2.report_statistics import ORACLE, ratio_text, t_interval
+from her2.report_statistics import ORACLE, ratio_text, spread, t_interval
 
 BASELINE = "subtype"
 METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in the paper's order
@@ -76,15 +76,13 @@ def check_comparable(runs) -> list:
     which is no repetition of it: the later one gets a name of its own."""
     seen, notes = {}, []
     for run in runs:
-        name, number = run.name, 1
-        while (run.name, run.seed) in seen:
-            number += 1
-            run.name = f"{name} ({number})"
-        seen[run.name, run.seed] = run.folder
-        if number > 1:
-            notes.append(f"{seen[name, run.seed]} and {run.folder} are both configuration {name!r} with seed "
-                         f"{run.seed}; the second one is called {run.name!r} here, --name of train_seg.py "
-                         "gives it a better name")
+        same = seen.setdefault((run.name, run.seed), [])
+        same.append(run.folder)
+        if len(same) > 1:
+            name, run.name = run.name, f"{run.name} ({len(same)})"
+            notes.append(f"{same[0]} and {run.folder} are both configuration {name!r} with seed {run.seed}; "
+                         f"the second one is called {run.name!r} here, --name of train_seg.py gives it a "
+                         "better name")
     for key in sorted({key for run in runs for key in run.fields} - FREE):
         found = sorted({repr(run.fields.get(key)) for run in runs})
         if len(found) > 1:
@@ -118,13 +116,6 @@ def figures_of(config: dict, *path) -> list:
     return found
 
 
-def mean_sd(numbers):
-    """(mean, standard deviation or None for a single number) of those that are not None; None for none."""
-    numbers = [number for number in numbers if number is not None]
-    deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
-    return (float(np.mean(numbers)), deviation) if numbers else None
-
-
 def change(config: dict, baseline: dict, path):
     """`t_interval` of the change of a figure against the baseline over the common seeds, None without any.
     The baseline's figure is that at 0.5, where it is matched to itself."""
@@ -132,12 +123,6 @@ def change(config: dict, baseline: dict, path):
     pairs = zip(figures_of(config, *path), map(base.get, figures_of(config, "seed")))
     pairs = [pair for pair in pairs if None not in pair]
     return t_interval([new - old for new, old in pairs]) if pairs else None
-
-
-def spread(numbers, digits=3) -> str:
-    """"0.833 +- 0.004", "0.833" for one number, "n/a" for none."""
-    found = mean_sd(numbers)
-    return "n/a" if found is None else " \u00b1 ".join(f"{v:.{digits}f}" for v in found if v is not None)
 
 
 def interval_text(found, ratio=False, digits=3) -> str:
@@ -150,40 +135,43 @@ def interval_text(found, ratio=False, digits=3) -> str:
     return ("x " if ratio else "") + mean + ("" if low is None else f" [{low}, {high}]")
 
 
-MEASURES = (("dice", 3), ("subtype_variance", 4), ("precision", 3), ("fpr", 3))       # key, digits shown
+MEASURES = {"dice": ("Dice", 3), "subtype_variance": ("subtype variance", 4), "precision": ("precision", 3),
+            "fpr": ("FPR", 3)}                                              # figure: column, digits shown
 
 
 def result_table(results: dict, *prefix) -> list:
-    """Rows of texts, header first: mean +- sd per configuration; prefix "matched" for the matched figures."""
-    rows, tumor = [], results["configs"][0]["runs"][0]["recall"]
-    columns = [((key,), digits) for key, digits in MEASURES] + [(("recall", name), 3) for name in tumor]
-    for config in results["configs"]:
-        rows.append([config["name"], str(len(config["runs"])),
-                     *(spread(figures_of(config, *prefix, *path), digits) for path, digits in columns)])
-    header = ["configuration", "runs", "Dice", "subtype variance", "precision", "FPR"]
-    return [[*header, *(f"recall {name}" for name in tumor)], *rows]
+    """Rows {column: text}: mean and sd per configuration; prefix "matched" for the matched figures."""
+    return [{"configuration": config["name"], "runs": str(len(config["runs"])),
+             **{title: spread(figures_of(config, *prefix, key), digits)
+                for key, (title, digits) in MEASURES.items()},
+             **{f"recall {name}": spread(figures_of(config, *prefix, "recall", name))
+                for name in config["runs"][0]["recall"]}} for config in results["configs"]]
 
 
 def change_table(results: dict) -> list:
-    """Rows of texts, header first: change of Dice and variance against the baseline, at 0.5 and matched."""
+    """Rows {column: text}: change of Dice and variance against the baseline, at 0.5 and matched."""
     baseline = next((config for config in results["configs"] if config["name"] == BASELINE), None)
-    return [["configuration", "Dice", "subtype variance", "Dice, matched", "subtype variance, matched"],
-            *([config["name"], *(interval_text(baseline and change(config, baseline, (*prefix, key)), False,
-                                               digits) for prefix in ((), ("matched",))
-                                 for key, digits in MEASURES[:2])]
-              for config in results["configs"] if config is not baseline)]
+    columns = [(title + where, digits, (*prefix, key)) for where, *prefix in (("",), (", matched", "matched"))
+               for key, (title, digits) in [*MEASURES.items()][:2]]
+    return [{"configuration": config["name"],
+             **{title: interval_text(baseline and change(config, baseline, path), False, digits)
+                for title, digits, path in columns}}
+            for config in results["configs"] if config is not baseline]
 
 
 def plain(rows) -> str:
-    """A table for the terminal, columns aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    """Rows {column: text} as a table for the terminal, columns aligned."""
+    lines = [[*rows[0]], *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def markdown(rows) -> str:
-    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+    """The same in Markdown."""
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |"
+             for line in (*rows[:1], *(row.values() for row in rows))]      # keys of a row: the columns
+    return "\n".join([*lines[:1], "|" + " --- |" * len(rows[0]), *lines[1:]]) if rows else "n/a"
 
 
 def page(results: dict, data: str, notes, pictures) -> str:
@@ -242,9 +230,11 @@ def figures(out, configs, classes) -> list:
     shown = {TITLES.get(config["method"], config["method"]) for config in configs}
     colors = {name: color for name, color in COLORS.items() if name in shown}
     save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
-    pair = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *row_normalised(c))
+    rows = sorted(range(len(classes)), key=lambda k: k not in classes.tumor_ids)    # background comes last
+    pair = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *row_normalised(c, rows))
             for c in figure_pair(configs)]
-    save_png(out / "fig6.png", draw_charts.confusion_matrices(pair, classes))
+    save_png(out / "fig6.png", draw_charts.matrices(pair, [classes.names[k] for k in rows],
+                                                    ("background", "tumor"), ("annotation", "prediction")))
     return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split, at 0.5. "
              f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean of "
              "the baseline; a band: from the lowest to the highest oracle."),
@@ -252,20 +242,19 @@ def figures(out, configs, classes) -> list:
              "divided by their sum, mean over the runs.")]
 
 
-def row_normalised(config: dict):
-    """Fig. 6: mean and sd (None for one run), (K, 2) each, of the runs' matrices, rows divided by their sum;
-    NaN for a class that is absent from the split."""
-    counts = np.array(figures_of(config, "confusion"), float)                                 # (runs, K, 2)
-    rows = counts.sum(axis=2, keepdims=True)                                                  # (runs, K, 1)
-    shares = np.divide(counts, rows, out=np.full_like(counts, np.nan), where=rows > 0)        # (runs, K, 2)
+def row_normalised(config: dict, rows: list):
+    """Fig. 6: mean and sd (None for one run), (len(rows), 2) each, of the runs' matrices, rows divided by
+    their sum; NaN for a class that is absent from the split."""
+    counts = np.array(figures_of(config, "confusion"), float)[:, rows]                        # (runs, K, 2)
+    with np.errstate(invalid="ignore"):
+        shares = counts / counts.sum(axis=2, keepdims=True)                                   # (runs, K, 2)
     return shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else None
 
 
 def figure_pair(configs: list) -> list:
-    """The configurations of Fig. 6: the baseline, and +100 % diffusion or what comes nearest to it."""
+    """The configurations of Fig. 6: the baseline, and +100 % diffusion or the first with generated images."""
     # PAPER: it shows "the best-performing experiment", chosen on the test set. That was +100 % diffusion, so
     # we take this one whatever the results are: nothing is chosen by a test result.
     before = [c for c in configs if c["name"] == BASELINE]
-    after = sorted((c for c in configs if c["method"] in METHODS),
-                   key=lambda c: (c["method"] != "ldm", abs((c["ratio"] or 9) - 1), order(c["name"])))
+    after = sorted((c for c in configs if c["method"] in METHODS), key=lambda c: c["name"] != "ldm-100")
     return (before + after[:1]) or configs[:1]

@@ -21,6 +21,7 @@ from her2.data_patches import PatchSampler, to_tensors
 from her2.data_regions import open_roi
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
 from her2.metrics import ProbabilityHistogram
+from her2.report_statistics import spread
 from her2.run_errors import UserError
 from her2.run_seeds import hashed_seed
 
@@ -75,21 +76,18 @@ def measure(sets: dict, dataset, network, device, seed: int = 0, cache="cache") 
 
 
 def table(result: dict) -> list:
-    """Rows of texts, header first."""
-    tumor = list(next(iter(result.values()))["recall"])                     # the names of its classes
-    rows = [["images", "obedience, Dice", *(f"recall {name}" for name in tumor), "FPR", "sharpness",
-             "Frechet", "kernel"]]
-    for name, found in result.items():
-        cells = [(found["dice"], 3), *((found["recall"][one], 2) for one in tumor), (found["fpr"], 3),
-                 (found["sharpness"], 2), (found["frechet"], 3), (found["kernel"], 3)]
-        rows.append([name, *("n/a" if value is None else f"{value:.{digits}f}" for value, digits in cells)])
-    return rows
+    """Rows {column: text} of `measure`."""
+    return [{"images": source, "obedience, Dice": spread([one["dice"]]),
+             **{f"recall {name}": spread([value], 2) for name, value in one["recall"].items()},
+             "FPR": spread([one["fpr"]]), "sharpness": spread([one["sharpness"]], 2),
+             "Frechet": spread([one["frechet"]]), "kernel": spread([one["kernel"]])}
+            for source, one in result.items()]
 
 
 def examples(synthetic, dataset, titles: dict, seed: int, cache) -> np.ndarray:
-    """Fig. 4: per tumor class a patch in which it was asked for, as each method painted it. Of 100 patches
-    the one nearest to half of this class and a third background: where all is tumor, nobody sees whether the
-    outlines of the label are obeyed."""
+    """Fig. 4: per tumor class a patch in which it was asked for: label, original, what each method painted
+    (`titles`: {method: title of its column}). Of 100 patches the one nearest to half of this class and a
+    third background: where all is tumor, nobody sees whether the outlines of the label are obeyed."""
     def content(roi):
         return open_roi(roi, dataset.classes, cache).whole()[:2]                        # (H, W, 3), (H, W)
 
@@ -97,17 +95,22 @@ def examples(synthetic, dataset, titles: dict, seed: int, cache) -> np.ndarray:
         return *map(entry.get, ("source_image", "x", "y")), json.dumps(entry.get("instances"), sort_keys=True)
 
     root = next(iter(synthetic.values()))[0].root
-    by_source = {method: {source_of(entries[roi.name]): roi for roi in images.rois}
-                 for method, (images, entries) in synthetic.items()}
+    by_source = {}                                                              # {patch: {method: its image}}
+    for method, (images, entries) in synthetic.items():
+        for roi in images.rois:
+            by_source.setdefault(source_of(entries[roi.name]), {})[method] = roi
     originals = {roi.name: roi for roi in dataset.rois}
-    # New tissue has no original, so it is the last to say which patches are shown.
-    first = max(by_source.values(), key=lambda rois: any(name in originals for name, *_ in rois))
-    # A control that kept the labels, or has tissue of its own, shares no patch: it has no column.
-    by_source = {method: rois for method, rois in by_source.items() if not first.keys().isdisjoint(rois)}
-    common = [source for source in first if all(source in rois for rois in by_source.values())]
-    sources = sorted(common or first, key=lambda source: hashed_seed(seed, "fig4", repr(source)))[:100]
-    labels = {source: content(first[source])[1] for source in sources}
-    rows = []
+
+    # Shown are patches that can be compared: new tissue has no original, and a control that kept the labels
+    # shares no patch with the others.
+    def compared(source):
+        return source[0] in originals, len(by_source[source])
+
+    most = max(map(compared, by_source))
+    sources = sorted((source for source in by_source if compared(source) == most),
+                     key=lambda source: hashed_seed(seed, "fig4", repr(source)))[:100]
+    labels = {source: content(next(iter(by_source[source].values())))[1] for source in sources}
+    rows = {}
     for k in dataset.classes.tumor_ids:
         shares = {source: (min((label == k).mean(), 1 / 2) + min((label == 0).mean(), 1 / 3))
                   for source, label in labels.items() if (label == k).any()}
@@ -115,15 +118,19 @@ def examples(synthetic, dataset, titles: dict, seed: int, cache) -> np.ndarray:
             continue
         source = max(shares, key=shares.get)
         label, (name, x, y, _) = labels.pop(source), source
-        painted = {method: content(rois[source])[0] for method, rois in by_source.items() if source in rois}
+        row = {titles[method]: content(roi)[0] for method, roi in by_source[source].items()}
+        row["label asked for"] = draw.colorize(label, dataset.classes)
         if name in originals:
             region, (height, width) = open_roi(originals[name], dataset.classes, cache), label.shape
             if not (type(x) is type(y) is int and 0 <= x <= region.width - width
                     and 0 <= y <= region.height - height):
                 raise UserError(f"{root / 'manifest.jsonl'}: the patch at x {x}, y {y} is not inside {name}; "
                                 "make the images again with generate.py")
-            painted["original"] = region.window(y, x, height, width)[0]
-        rows.append({"caption": dataset.classes.names[k], "label": label, **painted})
+            row["original"] = region.window(y, x, height, width)[0]
+        rows[dataset.classes.names[k]] = row
     if not rows:
         raise UserError(f"{root}: no tumor in its label maps; make images of tumor with generate.py")
-    return draw.side_by_side(rows, dataset.classes, titles, 192 if len(rows[0]["label"]) <= 64 else 256)
+    columns = [title for title in ("label asked for", "original", *titles.values())
+               if any(title in row for row in rows.values())]
+    return draw.image_grid([[row.get(title) for title in columns] for row in rows.values()], [*rows], columns,
+                           cell=192 if len(label) <= 64 else 256, legend=draw.class_legend(dataset.classes))

@@ -72,14 +72,10 @@ def summary(densities: dict, classes) -> dict:
 
 
 def table(result: dict) -> list:
-    """Rows of texts, header first: median density (and number of instances) per source and tumor class.
-    Whether medians rise is left out where no source has all of them."""
-    rows = [["images", *next(iter(result.values()))][:-1] + ["rises with the subtype"]]
-    for source, found in result.items():
-        cells = [(found[name]["median"], found[name]["n"]) for name in rows[0][1:-1]]
-        rows.append([source, *("n/a" if median is None else f"{median:.2f} ({n})" for median, n in cells),
-                     {True: "yes", False: "no", None: "n/a"}[found["ordered"]]])
-    return rows if any(row[-1] != "n/a" for row in rows[1:]) else [row[:-1] for row in rows]
+    """Rows {column: text}: median density (and number of instances) per source and tumor class."""
+    return [{"images": source,
+             **{name: "n/a" if cell["median"] is None else f"{cell['median']:.2f} ({cell['n']})"
+                for name, cell in found.items() if name != "ordered"}} for source, found in result.items()]
 
 
 def transitions(records, entries: dict, classes) -> dict:
@@ -90,27 +86,28 @@ def transitions(records, entries: dict, classes) -> dict:
         pair = tuple(entries[name].get("instances", {}).get(str(i), ()))
         if pair in found:
             found[pair].append(density)
-    return by_pair(found, classes)
+    return by_pair({(classes.names[old], classes.names[new]): some for (old, new), some in found.items()})
 
 
-def over_seeds(tables, classes) -> dict:
+def over_seeds(tables) -> dict:
     """{method: `transitions`} of several seeds -> the same, each cell over the seeds' means: n is seeds."""
-    tumor, names, result = classes.tumor_ids, classes.names, {}
-    for method in dict.fromkeys(method for one in tables for method in one):
-        cells = {(old, new): [one[method][names[old]][names[new]]["mean"] for one in tables if method in one]
-                 for old in tumor for new in tumor}
-        result[method] = by_pair({k: [v for v in vs if v is not None] for k, vs in cells.items()}, classes)
-    return result
+    found = {}
+    for method, rows in (item for one in tables for item in one.items()):
+        for old, row in rows.items():
+            for new, cell in row.items():
+                means = found.setdefault(method, {}).setdefault((old, new), [])
+                means += [] if cell["mean"] is None else [cell["mean"]]
+    return {method: by_pair(cells) for method, cells in found.items()}
 
 
-def by_pair(found: dict, classes) -> dict:
+def by_pair(found: dict) -> dict:
     """{(old, new): numbers} -> `transitions`; None where there are too few."""
     result = {}
     for (old, new), values in found.items():
         n = len(values)
         half = t_quantile(0.95, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else None
-        result.setdefault(classes.names[old], {})[classes.names[new]] = {
-            "n": n, "mean": float(np.mean(values)) if n else None, "half": half and float(half)}
+        result.setdefault(old, {})[new] = {"n": n, "mean": float(np.mean(values)) if n else None,
+                                           "half": half and float(half)}
     return result
 
 

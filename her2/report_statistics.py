@@ -168,7 +168,8 @@ class Study:
     def values(self, names, point, figure) -> tuple[list, np.ndarray]:
         """The n seeds in which all these arms have the figure, and (arms, n) figures."""
         seeds = sorted(set.intersection(*(set(self.arms.get(name, {})) for name in names)))
-        table = np.array([[self.arms[name][s].figures[point][figure] for s in seeds] for name in names])
+        table = [[self.arms[name][s].figures[point][figure] for s in seeds] for name in names]
+        table = np.array(table, float)                      # None becomes NaN
         there = ~np.isnan(table).any(axis=0)
         return [s for s, good in zip(seeds, there) if good], table[:, there]
 
@@ -219,6 +220,13 @@ class Study:
             rows.append({"claim": claim, **(d or {}), "p_holm": p, "matched": equal, "oracle": oracle,
                          "verdict": name, "sentence": sentence})
         return rows
+
+
+def spread(numbers, digits=3) -> str:
+    """"0.833 \u00b1 0.004", mean and standard deviation of those not None; "0.833" of one, "n/a" of none."""
+    found = [number for number in numbers if number is not None]
+    deviation = f" \u00b1 {np.std(found, ddof=1):.{digits}f}" if len(found) > 1 else ""
+    return f"{np.mean(found):.{digits}f}{deviation}" if found else "n/a"
 
 
 def ratio_text(log: float) -> str:

@@ -13,7 +13,6 @@ then what was measured on its images, the machine, the commit and the seconds of
     ladder.png      difference to `subtype` from the oracle down: where the quality is lost
 """
 
-import math
 import os
 import platform
 from pathlib import Path
@@ -25,7 +24,7 @@ from her2 import draw, draw_charts, report, report_staining, run
 from her2.data_classes import ClassTable
 from her2.data_folder import load_dataset, read_split
 from her2.metrics import ProbabilityHistogram
-from her2.report_statistics import ORACLE, Outcome, Study, averaged, outcome, ratio_text, together
+from her2.report_statistics import ORACLE, Outcome, Study, averaged, outcome, ratio_text, spread, together
 from her2.run_config import Parser
 from her2.run_errors import UserError, atomic_write, command
 
@@ -36,28 +35,28 @@ LADDER = ("fresh-100", "oracle-100", "restain-100", "reconstruct-100", "ldm-100-
 # Pairs that are compared beside every arm against the baseline.
 SECONDARY = (("ldm-100", "gan-100"), ("ldm-100", "inpaint-100"), ("gan-100", "inpaint-100"),
              ("ldm-100", "restain-100"), ("ldm-100", "ldm-100-same"))
-FIGURES = (("dice", "best", 3), ("dice", "half", 3), ("dice", "matched", 3), ("average_precision", "half", 3),
-           ("variance", "half", 4), ("variance", "matched", 4), ("fpr", "half", 3), ("precision", "half", 3))
-COMPARED = (("dice", "best", "Dice, val-best"), ("dice", "half", "Dice at 0.5"),
-            ("dice", "matched", "Dice at equal FPR"), ("log_variance", "half", "variance ratio at 0.5"),
-            ("log_variance", "matched", "variance ratio at equal FPR"))
-POINT = {"best": "val-best threshold", "half": "at 0.5", "matched": "at equal FPR"}
+FIGURES = {"dice val-best threshold": ("dice", "best", 3), "dice at 0.5": ("dice", "half", 3),
+           "dice at equal FPR": ("dice", "matched", 3),
+           "average precision at 0.5": ("average_precision", "half", 3),
+           "variance at 0.5": ("variance", "half", 4), "variance at equal FPR": ("variance", "matched", 4),
+           "fpr at 0.5": ("fpr", "half", 3), "precision at 0.5": ("precision", "half", 3)}
+COMPARED = {"Dice, val-best": ("dice", "best"), "Dice at 0.5": ("dice", "half"),
+            "Dice at equal FPR": ("dice", "matched"), "variance ratio at 0.5": ("log_variance", "half"),
+            "variance ratio at equal FPR": ("log_variance", "matched")}
 
 
 def to_json(one: Outcome) -> dict:
-    """JSON has no NaN: a figure that does not exist is None there."""
+    """JSON has no NaN (which differs from itself): a figure that does not exist is None there."""
     return {"scores": list(one.scores), "thresholds": one.thresholds,
             "tables": {point: table.tolist() for point, table in one.tables.items()},
-            "figures": {point: {name: None if math.isnan(value) else value for name, value in found.items()}
+            "figures": {point: {name: None if value != value else value for name, value in found.items()}
                         for point, found in one.figures.items()}}
 
 
 def from_json(content: dict) -> Outcome:
-    tables = {point: np.array(table) for point, table in content["tables"].items()}     # ([M,] S, K, 2)
-    return Outcome(tuple(content["scores"]), content["thresholds"],
-                   {point: table.reshape(-1, *table.shape[-3:]) for point, table in tables.items()},
-                   {point: {name: math.nan if value is None else value for name, value in found.items()}
-                    for point, found in content["figures"].items()})
+    # ndmin: the first files have no M
+    tables = {point: np.array(table, ndmin=4) for point, table in content["tables"].items()}
+    return Outcome(tuple(content["scores"]), content["thresholds"], tables, content["figures"])
 
 
 def write_seed(config, seed: int, seconds: dict) -> None:
@@ -95,57 +94,55 @@ def write_seed(config, seed: int, seconds: dict) -> None:
 
 def read_seeds(files) -> list:
     """The contents of seeds' files, by seed. UserError for another kind of file, or a seed twice."""
-    found = {}
+    found, kinds = {}, []
     for file in files:
         content = run.read_json(file)
         if not isinstance(content, dict) or content.get("format") != FORMAT or "arms" not in content:
             raise UserError(f"{file}: not the file of a seed of the study; give files seeds/seedN.json")
         if content["seed"] in found:
             raise UserError(f"{file}: seed {content['seed']} was given before; leave one of them out")
-        found[content["seed"]] = content
-        first = next(iter(found.values()))
-        if kind(content) != kind(first):
-            raise UserError(f"seeds {first['seed']} and {content['seed']}: of other presets, class tables, "
-                            "kinds of data or --trial; report them apart")
+        found[content["seed"]], settings = content, content.get("settings", {})
+        # Where the data lie differs between machines. The first files came before `settings`: all phantoms.
+        kinds.append((content["preset"], content["classes"], bool(settings.get("data")),
+                      settings.get("trial", 0)))
+        if kinds[-1] != kinds[0]:
+            raise UserError(f"{files[0]} and {file}: of other presets, class tables, kinds of data or "
+                            "--trial; report them apart")
     return [found[seed] for seed in sorted(found)]
 
 
-def kind(content: dict) -> tuple:
-    """What seeds of one report have in common. (The first files came before `settings`: all phantoms.)"""
-    settings = content.get("settings", {})      # the same data lie in another folder on another machine
-    return content["preset"], bool(settings.get("data")), settings.get("trial", 0), content["classes"]
-
-
 def arm_table(study, arms) -> list:
-    """Rows of texts, header first: mean and spread over seeds of every figure."""
-    recalls = [(f"recall {study.classes.names[k]}", "half", 3) for k in study.classes.tumor_ids]
-    return [["arm", "seeds", *(f"{figure.replace('_', ' ')} {POINT[point]}" for figure, point, _ in FIGURES),
-             *(figure for figure, _, _ in recalls)],
-            *([arm, str(len(study.arms[arm])),
-               *(report.spread(study.values([arm], point, figure)[1][0], digits)
-                 for figure, point, digits in (*FIGURES, *recalls))] for arm in arms)]
+    """Rows {column: text}: mean and spread over seeds of every figure."""
+    recalls = [f"recall {study.classes.names[k]}" for k in study.classes.tumor_ids]
+    columns = FIGURES | {recall: (recall, "half", 3) for recall in recalls}
+    return [{"arm": arm, "seeds": str(len(study.arms[arm])),
+             **{title: spread(study.values([arm], point, figure)[1][0], digits)
+                for title, (figure, point, digits) in columns.items()}} for arm in arms]
 
 
 def difference_table(found: dict, study) -> list:
-    """Rows of texts, header first: paired differences with their intervals."""
-    rows = [["comparison", *(title for _, _, title in COMPARED), "bootstrap of the last",
-             "share of the oracle's gain (Dice)"]]
+    """Rows {column: text}: paired differences with their intervals."""
+    rows = []
     for name, one in found.items():
         new, old = name.split(" against ")
         drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
         if old == report.BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
             share = study.efficiency(new, old, ORACLE, "best", "dice")
-        rows.append([name, *(report.interval_text(part, key.startswith("log")) for key, part in one.items()),
-                     f"[{ratio_text(drawn[0])}, {ratio_text(drawn[1])}]" if drawn else "n/a",
-                     f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"])
+        rows.append({
+            "comparison": name,
+            **{title: report.interval_text(one[f"{figure} {point}"], figure == "log_variance")
+               for title, (figure, point) in COMPARED.items()},
+            "bootstrap of the last": f"[{ratio_text(drawn[0])}, {ratio_text(drawn[1])}]" if drawn else "n/a",
+            "share of the oracle's gain (Dice)":
+                f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"})
     return rows
 
 
 def ladder(out, found) -> list:
     """ladder.png into `out`; [(file, caption)]."""
-    pairs = [name.split(" against ") for name in found]
-    arms, panels = [new for new, old in pairs if old == report.BASELINE], []
-    rows = [*(arm for arm in LADDER if arm in arms), *(arm for arm in arms if arm not in LADDER)]
+    pairs, panels = [name.split(" against ") for name in found], []
+    rows = sorted((new for new, old in pairs if old == report.BASELINE),
+                  key=lambda arm: LADDER.index(arm) if arm in LADDER else len(LADDER))
     if not rows:
         return []
     for title, figure in (("Dice, difference", "dice"), ("subtype variance, ratio", "log_variance")):
@@ -168,7 +165,7 @@ def write_report(files, out) -> dict:
     pairs = [*((arm, report.BASELINE) for arm in names if arm != report.BASELINE),
              *(pair for pair in SECONDARY if set(pair) <= set(names))]
     found = {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
-                                      for figure, point, _ in COMPARED} for new, old in pairs}
+                                      for figure, point in COMPARED.values()} for new, old in pairs}
     claims, configs = study.primaries(), {}
     for config in sum([seed["configs"] for seed in seeds], []):     # every arm once, with a run per seed
         configs.setdefault(config["name"], {**config, "runs": []})["runs"] += config["runs"]
@@ -177,7 +174,7 @@ def write_report(files, out) -> dict:
     machines = sorted({seed["machine"] for seed in seeds})
     repeats = sorted({len(one.tables["half"]) for arm in arms.values() for one in arm.values()})
     pictures = ladder(out, found) + report.figures(out, configs, study.classes)
-    moved = report_staining.over_seeds([seed["old and new"] for seed in seeds], study.classes)
+    moved = report_staining.over_seeds([seed["old and new"] for seed in seeds])
     if moved:
         draw.save_png(out / "old_and_new.png", report_staining.heat_maps(moved, study.classes))
         pictures.append(("old_and_new.png", "Mean DAB density of generated instances by the subtype before "
@@ -202,8 +199,8 @@ def write_report(files, out) -> dict:
              "## Comparisons", report.markdown(difference_table(found, study)),
              *report.gallery(results, pictures, "Means over seeds. "),
              "## Cost", f"Minutes per stage, mean over seeds ({'; '.join(machines)}).",
-             report.markdown([["stage", "minutes"],
-                              *([stage, f"{np.mean(some):.1f}"] for stage, some in minutes.items())])]
+             report.markdown([{"stage": stage, "minutes": f"{np.mean(some):.1f}"}
+                              for stage, some in minutes.items()])]
     atomic_write(out / "report.md", "\n\n".join(parts) + "\n")
     print("\n".join(claim["sentence"] for claim in claims))
     return results
