@@ -90,15 +90,22 @@ def main(argv):
         pictures += draw_synthetic(out, results, synthetic, dataset, config, device)
     run.write_json(out / "results.json", results)
     atomic_write(out / "results.csv", table(runs))
-    atomic_write(out / "report.md", report.page(results, str(dataset.root), notes, pictures))
+    study = report.study_of(runs, dataset)
+    atomic_write(out / "report.md", "\n\n".join([
+        "# Segmentation with and without synthetic images",
+        f"{len(runs)} runs, test split of `{dataset.root}`, pixels pooled. \u00b1 is the standard deviation "
+        "over seeds, brackets are 95 % intervals of the paired difference. Variance is that of the recalls "
+        f"of the HER2 subtypes: lower is better. Equal FPR is that of `{report.BASELINE}` of the same seed: "
+        "a gain that is not there was a shift of the operating point. n/a: nothing to compute it from.",
+        *(f"- **Note:** {note}" for note in notes), *report.tables(study, report.compare(study)),
+        *report.gallery(results, pictures)]) + "\n")
 
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
-    print(report.plain(report.result_table(results)))
-    if len(results["configs"]) > 1:
-        # Whoever calls more of the tissue tumor finds more of each subtype, at 0.5: so also at one price.
-        print(f"\nchange against {report.BASELINE}, at threshold 0.5 and at its false-positive rate")
-        print(report.plain(report.change_table(results)))
+    # What fits a terminal. Whoever calls more of the tissue tumor finds more of each subtype, at 0.5: so
+    # report.md compares at one price as well.
+    print(report.plain([{title: row[title] for title in row if not title.endswith(("threshold", "FPR"))}
+                        for row in report.arm_table(study)]))
     print(f"\ndone: {out / 'report.md'}, {out / 'results.json'}")
 
 
@@ -111,9 +118,7 @@ def parse(argv):
             "--synthetic": dict(nargs="+", default=[], metavar="DIR",
                                 help="folders made by generate.py, for Fig. 4 and their staining")})
     check_tiles(config.tile, config.overlap)
-    folders = {}
-    for path in configuration.named_paths(names):           # a folder named twice counts once
-        folders.setdefault(path.resolve(), path)
+    folders = {path.resolve(): path for path in configuration.named_paths(names)}       # each of them once
     return config, list(folders.values()), synthetic
 
 
@@ -135,7 +140,7 @@ def read_run(folder) -> report.Run:
     # The set may have been trained on under any folder name: how it was made is what the arm is called by.
     named = fields["synthetic"]                     # it may have moved
     method = synthetic_method(next(iter(places(folder, "synthetic")), named)) if named else ""
-    return report.Run(str(folder), fields, method, {}, {})
+    return report.Run(str(folder), fields, method, {"val": {}, "test": {}})
 
 
 def synthetic_method(folder) -> str:
@@ -180,8 +185,8 @@ def read_synthetic(folders, dataset) -> dict:
 
 # ---- prediction --------------------------------------------------------------------------------------------
 def predict(one, dataset, config, device, precision) -> None:
-    """Fill one.val and one.test, {slide: ProbabilityHistogram} over the whole ROIs, and one.rois. Under
-    torchrun each process predicts some ROIs, and gets the counts of all."""
+    """Fill one.slides, over the whole ROIs, and one.rois. Under torchrun each process predicts some ROIs, and
+    gets the counts of all."""
     content = run.load_model(one.folder, "segmenter")
     # Arms are compared at equal steps: the last save of an interrupted run would lose for the wrong reason.
     if content.get("step", 0) < one.fields["steps"]:
@@ -208,7 +213,7 @@ def predict(one, dataset, config, device, precision) -> None:
     counts, worst = map(sum, zip(*run_distributed.gather_objects((counts, worst))), ([], []))
     for k, part in sorted(counts, key=lambda item: item[0]):        # by slide, the unit of the bootstrap
         roi, part = rois[k], ProbabilityHistogram(dataset.classes, part)
-        slides = one.val if roi.split == "val" else one.test
+        slides = one.slides[roi.split]
         slides[roi.slide] = part + slides.get(roi.slide, 0)
         one.rois.append({"split": roi.split, "slide": roi.slide, "roi": roi.name, **part.report()})
     worst = sorted(worst)[:WORST]
@@ -222,22 +227,21 @@ def table(runs) -> str:
     """results.csv. What does not exist (the recall of an absent subtype) is an empty cell."""
     rows = []
     for one in runs:
-        whole = [{"split": split, **sum(parts.values()).report()}
-                 for split, parts in (("val", one.val), ("test", one.test))]
+        whole = [{"split": split, **one.whole(split).report()} for split in one.slides]
         for found in whole + one.rois:      # where a method fails is seen per ROI, whether it does per split
             rows.append({"configuration": one.name, "seed": one.seed, "run": one.folder,
                          **{key: found.get(key) for key in ("split", "slide", "roi")},
                          "pixels": int(np.sum(found["confusion"])),
-                         **{key: found[key] for key in report.MEASURES},
+                         **{key: found[key] for key in ("dice", "subtype_variance", "precision", "fpr")},
                          **{f"recall {name}": value for name, value in found["recall"].items()}})
     return csv_text(rows)
 
 
 def write_metrics(one, key) -> None:
     """metrics.json: the figures on test, then what they were computed from; one line per entry."""
-    content = {"figures": sum(one.test.values()).report(), "key": key, "rois": one.rois,
+    content = {"figures": one.whole("test").report(), "key": key, "rois": one.rois,
                **{split: {slide: part.to_json() for slide, part in slides.items()}
-                  for split, slides in (("val", one.val), ("test", one.test))}}    # thresholds come from val
+                  for split, slides in one.slides.items()}}             # thresholds come from val
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
     atomic_write(Path(one.folder) / "metrics.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -249,9 +253,9 @@ def read_metrics(one, key, dataset) -> bool:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"key": None}
         if content["key"] != key:           # another model, dataset or tile size: other counts
             return False
-        one.rois, one.val, one.test = content["rois"], *(
-            {slide: ProbabilityHistogram.from_json(part, dataset.classes)
-             for slide, part in content[split].items()} for split in ("val", "test"))
+        one.rois, one.slides = content["rois"], {
+            split: {slide: ProbabilityHistogram.from_json(part, dataset.classes)
+                    for slide, part in content[split].items()} for split in one.slides}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"note: {path}: damaged ({error}), computed again", file=sys.stderr)
         return False

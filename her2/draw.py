@@ -1,7 +1,7 @@
 """Pictures with Pillow and numpy alone: a canvas for lines, boxes and text, and grids of images (Fig. 4).
 
 Antialiasing is supersampling: everything is drawn `SCALE` times too large and averaged down once, so a
-line of width 1.5 looks like one. Images pasted on a canvas skip that step: their pixels stay what they are.
+line of width 1.5 looks like one. The pixels of images on a canvas stay what they are.
 Colours of lines are those of Okabe and Ito (2008), made to be told apart by colour-blind readers. Tissue
 classes keep the colour of their class table, everywhere.
 
@@ -59,7 +59,7 @@ class Canvas:
         self.width, self.height = round(width), round(height)
         assert 0 < self.width <= 20000 and 0 < self.height <= 20000, f"canvas of {width} x {height} pixels"
         self.sheet = Image.new("RGB", (self.width * SCALE, self.height * SCALE), "white")
-        self.draw, self.pasted = ImageDraw.Draw(self.sheet), []
+        self.draw = ImageDraw.Draw(self.sheet)
 
     def line(self, points, color=INK, width=1.0, dash=None):
         """A polyline through `points` [(x, y), ...]; `dash` = (on, off) in pixels."""
@@ -99,7 +99,8 @@ class Canvas:
 
     def paste(self, image, x: int, y: int):
         """An image (H, W, 3) uint8 with its upper left corner at (x, y), pixel for pixel."""
-        self.pasted.append((x, y, image))
+        large = image.repeat(SCALE, axis=0).repeat(SCALE, axis=1)       # averaged down it is itself again
+        self.sheet.paste(Image.fromarray(large), (x * SCALE, y * SCALE))
 
     def legend(self, entries, x, y, right, size=13) -> float:
         """(name, color) pairs in rows from (x, y) that end before `right`; returns the y below them."""
@@ -116,10 +117,7 @@ class Canvas:
 
     def array(self) -> np.ndarray:
         """The finished picture, (H, W, 3) uint8."""
-        image = np.array(self.sheet.resize((self.width, self.height), Image.Resampling.BOX))
-        for x, y, part in self.pasted:
-            image[y:y + part.shape[0], x:x + part.shape[1]] = part
-        return image
+        return np.array(self.sheet.resize((self.width, self.height), Image.Resampling.BOX))
 
 
 def save_png(path, image: np.ndarray, palette=None) -> None:

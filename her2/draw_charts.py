@@ -8,7 +8,7 @@ A box plot must say what it shows with five runs, with one, and with hundreds of
 
 PAPER: Fig. 5 has "mean and standard deviation visualized with the boxplot" and whiskers at minimum and
 maximum; whether its boxes are quartiles or the deviation is not said. Here both are drawn, side by side.
-A single value is a diamond; a missing one is written "n/a", it is never drawn as 0.
+A single value is a diamond with its number; a missing one is written "n/a", it is never drawn as 0.
 """
 
 import math
@@ -23,11 +23,15 @@ NOTE = "box: quartiles and median, whiskers: min and max, diamond and bar: mean 
 
 
 def draw_box(axes, x, values, color):
-    """One box at pixel `x`; `values` without None. See the module's docstring for what is drawn."""
-    canvas, values = axes.canvas, np.asarray(values, float)
+    """One box at pixel `x`. See the module's docstring for what is drawn."""
+    canvas, values = axes.canvas, np.sort(values)
     mean = float(values.mean())
     if len(values) == 1:
         canvas.diamond(x, axes.y(mean), fill=color)
+        text = f"{mean:.3f}" if mean >= 0.1 else f"{mean:.4f}"
+        half, y = text_width(text, 11) / 2 + 1, axes.y(mean) + (-20 if axes.y(mean) - 20 > axes.top else 8)
+        canvas.rectangle(x - half, y, x + half, y + 12, "white")    # no line may strike the number through
+        canvas.text(x, y + 6, text, 11, anchor="mm")
         return
     middle, half, deviation = x - 6, 9, float(values.std(ddof=1))
     low, first, median, third, high = map(axes.y, np.percentile(values, [0, 25, 50, 75, 100]))
@@ -43,33 +47,30 @@ def draw_box(axes, x, values, color):
     canvas.diamond(x + 13, axes.y(mean), fill=color)
 
 
-def box_plots(panels, colors, note=NOTE, height=270) -> np.ndarray:
+def box_plots(panels, colors, height=270) -> np.ndarray:
     """Groups of boxes along x with a name below each, one panel below the other, the legend above.
     panels   [(label of the y axis, groups, reference), ...], all with the same groups
-             groups = [(name, [(series, values), ...]), ...]; None among the values is left out
+             groups = [(name, [(series, values), ...]), ...]
              reference = (value, name) of a dashed line, (value, name, low, high, color) with a band, or None
     colors   {series: color}, the legend"""
-    drawn = []
-    for label, groups, reference in panels:
-        groups = [(name, [(series, [v for v in values if v is not None]) for series, values in boxes])
-                  for name, boxes in groups]
+    all_ticks = []
+    for _, groups, reference in panels:
         values = [some for _, boxes in groups for _, some in boxes]
         numbers = sum(values, [value for k, value in enumerate(reference or ()) if k in (0, 2, 3)])
         # The range includes mean - sd and mean + sd: no bar is cut off.
         numbers += [np.mean(some) + sign * np.std(some, ddof=1)
                     for some in values if len(some) > 1 for sign in (-1, 1)]
-        ticks = nice_ticks(min(numbers), max(numbers), 6) if numbers else [0, 1]
-        drawn.append((label, groups, ticks, reference))
+        all_ticks.append(nice_ticks(min(numbers), max(numbers), 6) if numbers else [0, 1])
     wide = [max(len(boxes) * SLOT, text_width(name, 13)) for name, boxes in panels[0][1]]
-    left = max(text_width(text, 13) for *_, ticks, _ in drawn for text in tick_texts(ticks)) + 48
+    left = max(text_width(text, 13) for ticks in all_ticks for text in tick_texts(ticks)) + 48
     margin = max((text_width(ref[1], 12) for *_, ref in panels if ref), default=0) + 24
-    plot = max(sum(wide) + GAP * (len(wide) + 1), 300, text_width(note, 11))
+    plot = max(sum(wide) + GAP * (len(wide) + 1), text_width(NOTE, 11))
     entries, width = list(colors.items()), left + plot + margin
     top = 26 + Canvas(width, 1).legend(entries, left, 0, width - 10)
     canvas = Canvas(width, top + len(panels) * height + 12)
     canvas.legend(entries, left, 10, width - 10)
     gap = (plot - sum(wide)) / (len(wide) + 1)
-    for label, groups, ticks, reference in drawn:
+    for (label, groups, reference), ticks in zip(panels, all_ticks):
         bottom = top + height - 50
         axes = Axes(canvas, left, top, left + plot, bottom, (0, plot), (ticks[0], ticks[-1]))
         axes.frame(ticks, label)
@@ -90,7 +91,7 @@ def box_plots(panels, colors, note=NOTE, height=270) -> np.ndarray:
             x += room + gap
         axes.spines()
         top += height
-    canvas.text(left, canvas.height - 10, note, 11, GREY, anchor="ld")
+    canvas.text(left, canvas.height - 10, NOTE, 11, GREY, anchor="ld")
     return canvas.array()
 
 

@@ -21,8 +21,8 @@ PAPER: which recalls enter the variance, and whether it is divided by n or n - 1
 classes with `variance` set (the four HER2 scores, LCIS/DCIS left out), divided by n, from one matrix over the
 whole split, as in the authors' public code of 2024. PAPER: variance falls when the operating point shifts
 towards more tumor; hence two networks are compared at one false-positive rate. There are two such points:
-`matched` (results.json, the report) finds the threshold on val, as one would in use, and the rate on test is
-then only near; the "matched" of report_statistics.py (the study's tests) finds it on the test split itself.
+`matched` (results.json) finds the threshold on val, as one would in use, and the rate on test is then only
+near; the "matched" of report_statistics.py (tables and verdicts) finds it on the test split itself.
 
 What does not exist is None ("n/a"), neither 0 nor NaN: the recall of an absent class, the precision of an
 empty prediction, the variance of fewer than two recalls. Only the Dice of nothing by nothing is 1.
@@ -102,24 +102,20 @@ class ProbabilityHistogram:
                 "subtype_variance": found["variance"], "precision": found["precision"], "fpr": found["fpr"],
                 "confusion": confusion.tolist()}
 
+    def curve(self) -> dict:
+        """`rates` at every threshold, {figure: (BINS - 1,)}."""
+        # From the surest bin down, each threshold adds the bin below the last to what is called tumor.
+        tumor = self.counts[:, ::-1].cumsum(1)[:, -2::-1].T                             # (BINS - 1, K)
+        return rates(np.stack([self.counts.sum(1) - tumor, tumor], axis=-1), self.classes)
+
     def best_threshold(self) -> float | None:
-        """The threshold of the highest Dice; None without tumor pixels."""
-        tumor = self.counts[self.classes.tumor_ids].sum(0)                                # (BINS,)
-        if not tumor.sum():
-            return None                                                 # no tumor: every threshold is as good
-        dice = 2 * at_or_over(tumor) / (at_or_over(self.counts.sum(0)) + tumor.sum())     # at each threshold
-        return least(-dice)
+        """The threshold of the highest Dice; None without tumor pixels, where every one is as good."""
+        return least(-self.curve()["dice"]) if self.counts[self.classes.tumor_ids].any() else None
 
     def threshold_at_fpr(self, target_fpr: float) -> float | None:
         """The threshold whose false-positive rate is nearest to `target_fpr`; None without background."""
-        background = np.delete(self.counts, self.classes.tumor_ids, axis=0).sum(0)        # (BINS,)
-        whole = background.sum()
-        return least(np.abs(at_or_over(background) / whole - target_fpr)) if whole else None
-
-
-def at_or_over(counts) -> np.ndarray:
-    """(BINS,) -> (BINS - 1,): pixels at or over each threshold, cumulated from above."""
-    return counts[::-1].cumsum()[::-1][1:]
+        cost = np.abs(self.curve()["fpr"] - target_fpr)
+        return None if np.isnan(cost).any() else least(cost)
 
 
 def least(cost) -> float:
@@ -153,6 +149,5 @@ def matched(val: ProbabilityHistogram, test: ProbabilityHistogram, baseline_val_
     threshold = None if baseline_val_fpr is None else val.threshold_at_fpr(baseline_val_fpr)
     if threshold is None:
         return None
-    figures = test.report(threshold) | {"threshold": threshold}  # the same network, moved along its own curve
-    return {key: figures[key]
-            for key in ("fpr", "dice", "recall", "subtype_variance", "threshold", "precision")}
+    figures = test.report(threshold)                            # the same network, moved along its own curve
+    return {key: figures[key] for key in figures if key != "confusion"} | {"threshold": threshold}

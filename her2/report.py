@@ -1,16 +1,14 @@
 """From counted pixels of many segmentation runs to one table: what synthetic images change, and by how much.
 
-A configuration is a way to train (`subtype`, `ldm-100`, ...), a run is one configuration with one seed. Each
+A configuration, or arm, is a way to train (`subtype`, `ldm-100`, ...), a run is one of them with one seed. A
 run brings a histogram of probabilities per slide (`metrics.ProbabilityHistogram`), for val and for test:
 
     figures   = sum(test).report(0.5)                                          Dice, recalls, variance, ...
     matched   = sum(test).report(t),   t: fpr of sum(val) at t = fpr of the baseline's sum(val) at 0.5
-    mean, sd  = over the seeds of a configuration (sd with n - 1)
-    change    = mean over the common seeds of (run - baseline run of the same seed)
 
-`matched` answers whether a gain is more than a shift of the operating point: synthetic images make a network
-call more pixels tumor, which alone raises recalls and lowers their variance. What does not exist (the recall
-of an absent class, a match without a baseline) is None: null in results.json, "n/a" in the tables.
+These go to results.json; the tables come from `report_statistics`. `matched` answers whether a gain is more
+than a shift of the operating point: synthetic images make a network call more pixels tumor, which alone
+raises recalls and lowers their variance. None: null in results.json, "n/a" in the tables.
 """
 
 import math
@@ -20,8 +18,8 @@ import numpy as np
 
 from her2 import draw_charts, report_images, report_staining
 from her2.draw import BLUE, GREEN, GREY, ORANGE, PURPLE, save_png
-from her2.metrics import matched
-from her2.report_statistics import ORACLE, ratio_text, spread, t_interval
+from her2.metrics import ProbabilityHistogram, matched
+from her2.report_statistics import ORACLE, Study, outcome, ratio_text, spread
 
 BASELINE = "subtype"
 METHODS = {"gan": "GAN", "ldm": "diffusion", "inpaint": "inpainting"}     # in the paper's order
@@ -33,6 +31,18 @@ COLORS = dict(zip((REAL, *TITLES.values()), (GREY, ORANGE, BLUE, GREEN, *[PURPLE
 # Fields in which runs of one comparison differ on purpose, or that do not change the result.
 FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cache", "device", "amp", "cwd",
         "log_every", "save_every", "data"}
+
+# Pairs that are compared beside every arm against the baseline.
+SECONDARY = (("ldm-100", "gan-100"), ("ldm-100", "inpaint-100"), ("gan-100", "inpaint-100"),
+             ("ldm-100", "restain-100"), ("ldm-100", "ldm-100-same"))
+FIGURES = {"dice val-best threshold": ("dice", "best", 3), "dice at 0.5": ("dice", "half", 3),
+           "dice at equal FPR": ("dice", "matched", 3),
+           "average precision at 0.5": ("average_precision", "half", 3),
+           "variance at 0.5": ("variance", "half", 4), "variance at equal FPR": ("variance", "matched", 4),
+           "fpr at 0.5": ("fpr", "half", 3), "precision at 0.5": ("precision", "half", 3)}
+COMPARED = {"Dice, val-best": ("dice", "best"), "Dice at 0.5": ("dice", "half"),
+            "Dice at equal FPR": ("dice", "matched"), "variance ratio at 0.5": ("log_variance", "half"),
+            "variance ratio at equal FPR": ("log_variance", "matched")}
 
 
 def configuration_name(fields: dict, method: str = "") -> str:
@@ -48,16 +58,18 @@ def configuration_name(fields: dict, method: str = "") -> str:
 
 @dataclass
 class Run:
-    """One evaluated segmentation run; `val` and `test` are {slide: ProbabilityHistogram}."""
+    """One evaluated segmentation run."""
     folder: str
     fields: dict            # of its config.json
     method: str             # 'gan', 'ldm', 'ldm-same' (labels kept), 'oracle', ...; '' without any
-    val: dict
-    test: dict
+    slides: dict            # {"val": {slide: ProbabilityHistogram}, "test": {...}}
     rois: list = field(default_factory=list)    # dicts: split, slide, roi, figures of that ROI
 
     def __post_init__(self):
         self.seed, self.name = self.fields["seed"], configuration_name(self.fields, self.method)
+
+    def whole(self, split) -> ProbabilityHistogram:
+        return sum(self.slides[split].values())
 
 
 def order(name: str) -> tuple:
@@ -92,7 +104,7 @@ def check_comparable(runs) -> list:
 
 def collect(runs) -> dict:
     """results.json: {"configs": [{"name", "method", "ratio", "sampling", "runs"}]}, in a fixed order."""
-    baselines = {run.seed: sum(run.val.values()).report()["fpr"] for run in runs if run.name == BASELINE}
+    baselines = {run.seed: run.whole("val").report()["fpr"] for run in runs if run.name == BASELINE}
     configs = {}
     for run in sorted(runs, key=lambda run: (order(run.name), run.seed)):
         ratio = run.fields["ratio"] if run.fields.get("synthetic") else 0.0
@@ -100,63 +112,69 @@ def collect(runs) -> dict:
             "name": run.name, "method": run.method.split("-")[0] or REAL,
             "ratio": None if math.isinf(ratio) else float(ratio),   # None: synthetic images alone
             "sampling": run.fields["sampling"], "runs": []})
-        val, test = sum(run.val.values()), sum(run.test.values())
+        val, test = run.whole("val"), run.whole("test")
         config["runs"].append({
             "seed": run.seed, **test.report(), "matched": matched(val, test, baselines.get(run.seed)),
             "folder": run.folder, "val": val.report(),
-            "slides": {slide: part.report() for slide, part in run.test.items()}})
+            "slides": {slide: part.report() for slide, part in run.slides["test"].items()}})
     return {"baseline": BASELINE, "threshold": 0.5, "configs": list(configs.values())}
 
 
-def figures_of(config: dict, *path) -> list:
-    """A figure of every run: ("dice",), ("recall", "3+"), ("matched", "fpr"); None where there is none."""
-    found = config["runs"]
-    for key in path:
-        found = [one and one[key] for one in found]
-    return found
+def study_of(runs, dataset) -> Study:
+    """The outcomes of `runs`, matched to the baseline of the same seed; NaN is what would need one."""
+    arms, scores = {}, {roi.slide: roi.score or "" for roi in dataset.rois}     # the strata of the bootstrap
+    fpr = {run.seed: run.whole("test").report()["fpr"] for run in runs if run.name == BASELINE}
+    for run in sorted(runs, key=lambda run: order(run.name)):
+        val, test = ([part.counts for part in run.slides[split].values()] for split in ("val", "test"))
+        arms.setdefault(run.name, {})[run.seed] = outcome(
+            val, test, [scores[slide] for slide in run.slides["test"]], dataset.classes,
+            fpr.get(run.seed, math.nan))
+    return Study(arms, dataset.classes)
 
 
-def change(config: dict, baseline: dict, path):
-    """`t_interval` of the change of a figure against the baseline over the common seeds, None without any.
-    The baseline's figure is that at 0.5, where it is matched to itself."""
-    base = dict(zip(figures_of(baseline, "seed"), figures_of(baseline, path[-1])))
-    pairs = zip(figures_of(config, *path), map(base.get, figures_of(config, "seed")))
-    pairs = [pair for pair in pairs if None not in pair]
-    return t_interval([new - old for new, old in pairs]) if pairs else None
-
-
-def interval_text(found, ratio=False, digits=3) -> str:
+def interval_text(found, ratio=False) -> str:
     """"+0.010 [+0.002, +0.018]" or "x 0.31 [0.12, 0.80]" of a `t_interval`; of a single seed without ends."""
     if found is None:
         return "n/a"
     # The sign of what rounds to 0 stays: it says whether the interval holds 0.
-    mean, low, high = (x if x is None else ratio_text(x) if ratio else f"{x + 0.0:+.{digits}f}"
+    mean, low, high = (x if x is None else ratio_text(x) if ratio else f"{x + 0.0:+.3f}"
                        for x in (found["mean"], found["low"], found["high"]))
     return ("x " if ratio else "") + mean + ("" if low is None else f" [{low}, {high}]")
 
 
-MEASURES = {"dice": ("Dice", 3), "subtype_variance": ("subtype variance", 4), "precision": ("precision", 3),
-            "fpr": ("FPR", 3)}                                              # figure: column, digits shown
+def compare(study) -> dict:
+    """{"A against B": {"figure point": `Study.difference`}}: every arm against the baseline, SECONDARY."""
+    pairs = [*((arm, BASELINE) for arm in study.arms if arm != BASELINE),
+             *(pair for pair in SECONDARY if set(pair) <= set(study.arms))]
+    return {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
+                                     for figure, point in COMPARED.values()} for new, old in pairs}
 
 
-def result_table(results: dict, *prefix) -> list:
-    """Rows {column: text}: mean and sd per configuration; prefix "matched" for the matched figures."""
-    return [{"configuration": config["name"], "runs": str(len(config["runs"])),
-             **{title: spread(figures_of(config, *prefix, key), digits)
-                for key, (title, digits) in MEASURES.items()},
-             **{f"recall {name}": spread(figures_of(config, *prefix, "recall", name))
-                for name in config["runs"][0]["recall"]}} for config in results["configs"]]
+def arm_table(study) -> list:
+    """Rows {column: text}: mean and spread over seeds of every figure."""
+    recalls = [f"recall {study.classes.names[k]}" for k in study.classes.tumor_ids]
+    columns = FIGURES | {recall: (recall, "half", 3) for recall in recalls}
+    return [{"arm": arm, "seeds": str(len(study.arms[arm])),
+             **{title: spread(study.values([arm], point, figure)[1][0], digits)
+                for title, (figure, point, digits) in columns.items()}} for arm in study.arms]
 
 
-def change_table(results: dict) -> list:
-    """Rows {column: text}: change of Dice and variance against the baseline, at 0.5 and matched."""
-    baseline = next((config for config in results["configs"] if config["name"] == BASELINE), None)
-    columns = [(title + where, digits, (*prefix, key)) for where, *prefix in (("",), (", matched", "matched"))
-               for key, (title, digits) in [*MEASURES.items()][:2]]
-    return [{"configuration": config["name"],
-             **{title: interval_text(baseline and change(config, baseline, path), False, digits)
-                for title, digits, path in columns}}
-            for config in results["configs"] if config is not baseline]
+def difference_table(found: dict, study) -> list:
+    """Rows {column: text}: paired differences with their intervals."""
+    rows = []
+    for name, one in found.items():
+        new, old = name.split(" against ")
+        drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
+        if old == BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
+            share = study.efficiency(new, old, ORACLE, "best", "dice")
+        rows.append({
+            "comparison": name,
+            **{title: interval_text(one[f"{figure} {point}"], figure == "log_variance")
+               for title, (figure, point) in COMPARED.items()},
+            "bootstrap of the last": f"[{ratio_text(drawn[0])}, {ratio_text(drawn[1])}]" if drawn else "n/a",
+            "share of the oracle's gain (Dice)":
+                f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"})
+    return rows
 
 
 def plain(rows) -> str:
@@ -174,24 +192,10 @@ def markdown(rows) -> str:
     return "\n".join([*lines[:1], "|" + " --- |" * len(rows[0]), *lines[1:]]) if rows else "n/a"
 
 
-def page(results: dict, data: str, notes, pictures) -> str:
-    """report.md. `notes` are warnings, one line each; `pictures` are for `gallery`."""
-    configs = results["configs"]
-    return "\n\n".join([
-        "# Segmentation with and without synthetic images",
-        f"{sum(len(config['runs']) for config in configs)} runs of {len(configs)} configurations, test split "
-        f"of `{data}`. Figures are mean \u00b1 standard deviation (n - 1) over the seeds; pixels are pooled "
-        "over the split, then ratios are formed once. n/a: there is nothing to compute it from. The subtype "
-        "variance is the variance of the recalls of the HER2 subtypes; lower is better.",
-        *(f"- **Note:** {note}" for note in notes),
-        "## Results at threshold 0.5", markdown(result_table(results)),
-        f"## Change against the subtype-sampled baseline (`{BASELINE}`)",
-        "Mean over the seeds that both have, in brackets its 95 % t interval.",
-        markdown(change_table(results)),
-        "## Results at the baseline's false-positive rate",
-        "The threshold of each run is the one at which its false-positive rate on val equals that of the "
-        "baseline with the same seed. A gain that is not here was a shift of the operating point.",
-        markdown(result_table(results, "matched")), *gallery(results, pictures)]) + "\n"
+def tables(study, found) -> list:
+    """Paragraphs of report.md; `found` of `compare`."""
+    return ["## Arms", markdown(arm_table(study)),
+            "## Comparisons", markdown(difference_table(found, study))]
 
 
 def gallery(results: dict, pictures, over: str = "") -> list:
@@ -212,29 +216,28 @@ def gallery(results: dict, pictures, over: str = "") -> list:
 
 def figures(out, configs, classes) -> list:
     """fig5.png and fig6.png into `out`; returns [(file name, caption), ...]."""
-    panels = []
+    panels, colors = [], {}
     # Beside Dice the variance, since a method may raise one and not lower the other.
     for key, label, digits in (("dice", "tumor Dice", 3), ("subtype_variance", "subtype variance", 4)):
-        groups = {}             # the baselines, one group per ratio, the controls
+        groups, known = {}, {}                          # groups: the baselines, one per ratio, the controls
         for config in configs:
             name, method = config["name"], config["method"]
-            if method in METHODS and name == f"{method}-{100 * (config['ratio'] or 0):.0f}":
-                name = f"+{name.split('-')[1]} %"
-            groups.setdefault(name, []).append((TITLES.get(method, method), figures_of(config, key)))
-        known = {c["name"]: [v for v in figures_of(c, key) if v is not None] for c in configs}
+            known[name] = [run[key] for run in config["runs"] if run[key] is not None]
+            share = f"{100 * (config['ratio'] or 0):.0f}"
+            group = f"+{share} %" if method in METHODS and name == f"{method}-{share}" else name
+            series = TITLES.get(method, method)
+            colors[series] = COLORS[series]
+            groups.setdefault(group, []).append((series, known[name]))
         base, oracle = known.get(BASELINE), known.get(ORACLE)
         reference = (np.mean(base), f"{BASELINE} {np.mean(base):.{digits}f}") if base else None
         if base and oracle:
             reference += (min(oracle), max(oracle), PURPLE)
         panels.append((label, list(groups.items()), reference))
-    shown = {TITLES.get(config["method"], config["method"]) for config in configs}
-    colors = {name: color for name, color in COLORS.items() if name in shown}
     save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
     rows = sorted(range(len(classes)), key=lambda k: k not in classes.tumor_ids)    # background comes last
-    pair = [(f"{c['name']} ({len(c['runs'])} run{'s' * (len(c['runs']) > 1)})", *row_normalised(c, rows))
-            for c in figure_pair(configs)]
-    save_png(out / "fig6.png", draw_charts.matrices(pair, [classes.names[k] for k in rows],
-                                                    ("background", "tumor"), ("annotation", "prediction")))
+    save_png(out / "fig6.png", draw_charts.matrices(
+        before_and_after(configs, rows), [classes.names[k] for k in rows], ("background", "tumor"),
+        ("annotation", "prediction")))
     return [("fig5.png", "Fig. 5 of the paper: tumor Dice and subtype variance on the test split, at 0.5. "
              f"{draw_charts.NOTE}; dots: the runs; a single run is a diamond with its value. Dashed: mean of "
              "the baseline; a band: from the lowest to the highest oracle."),
@@ -242,19 +245,18 @@ def figures(out, configs, classes) -> list:
              "divided by their sum, mean over the runs.")]
 
 
-def row_normalised(config: dict, rows: list):
-    """Fig. 6: mean and sd (None for one run), (len(rows), 2) each, of the runs' matrices, rows divided by
-    their sum; NaN for a class that is absent from the split."""
-    counts = np.array(figures_of(config, "confusion"), float)[:, rows]                        # (runs, K, 2)
-    with np.errstate(invalid="ignore"):
-        shares = counts / counts.sum(axis=2, keepdims=True)                                   # (runs, K, 2)
-    return shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else None
-
-
-def figure_pair(configs: list) -> list:
-    """The configurations of Fig. 6: the baseline, and +100 % diffusion or the first with generated images."""
+def before_and_after(configs: list, rows: list) -> list:
+    """Fig. 6: [(title, mean, sd or None for one run), ...] of the confusion matrices, (len(rows), 2) each,
+    rows divided by their sum (NaN: no such class): the baseline, and +100 % diffusion or the first method."""
     # PAPER: it shows "the best-performing experiment", chosen on the test set. That was +100 % diffusion, so
     # we take this one whatever the results are: nothing is chosen by a test result.
-    before = [c for c in configs if c["name"] == BASELINE]
     after = sorted((c for c in configs if c["method"] in METHODS), key=lambda c: c["name"] != "ldm-100")
-    return (before + after[:1]) or configs[:1]
+    pair, panels = [c for c in configs if c["name"] == BASELINE] + after[:1], []
+    for config in pair or configs[:1]:
+        runs = len(config["runs"])
+        counts = np.array([run["confusion"] for run in config["runs"]], float)[:, rows]
+        with np.errstate(invalid="ignore"):
+            shares = counts / counts.sum(axis=2, keepdims=True)                     # (runs, len(rows), 2)
+        panels.append((f"{config['name']} ({runs} run{'s' * (runs > 1)})", shares.mean(axis=0),
+                       shares.std(axis=0, ddof=1) if runs > 1 else None))
+    return panels

@@ -100,14 +100,8 @@ def examples(synthetic, dataset, titles: dict, seed: int, cache) -> np.ndarray:
         for roi in images.rois:
             by_source.setdefault(source_of(entries[roi.name]), {})[method] = roi
     originals = {roi.name: roi for roi in dataset.rois}
-
-    # Shown are patches that can be compared: new tissue has no original, and a control that kept the labels
-    # shares no patch with the others.
-    def compared(source):
-        return source[0] in originals, len(by_source[source])
-
-    most = max(map(compared, by_source))
-    sources = sorted((source for source in by_source if compared(source) == most),
+    most = max(map(len, by_source.values()))        # a control with labels or tissue of its own shares none
+    sources = sorted((source for source in by_source if len(by_source[source]) == most),
                      key=lambda source: hashed_seed(seed, "fig4", repr(source)))[:100]
     labels = {source: content(next(iter(by_source[source].values())))[1] for source in sources}
     rows = {}

@@ -48,7 +48,8 @@ class Outcome:
 
 
 def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
-    """Counts (S, K, BINS) of val and of test -> Outcome. `baseline_fpr`: None for the baseline itself."""
+    """Counts (S, K, BINS) of val and of test -> Outcome. `baseline_fpr`: None for the baseline itself, NaN
+    without one."""
     assert len(test) == len(scores), f"{len(test)} test slides, {len(scores)} scores"
     whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr
@@ -56,11 +57,12 @@ def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
     # all takes that away. Found on test, so it describes and chooses nothing (`metrics.matched`: on val).
     equal = None if target is None else whole.threshold_at_fpr(target)      # None: no background to match on
     best = ProbabilityHistogram(classes, np.sum(val, axis=0)).best_threshold()
-    thresholds = {"best": best or 0.5, "half": 0.5, "matched": equal or 0.5}
+    thresholds = {"best": best or 0.5, "half": 0.5, "matched": equal}
     slides, tables, figures = [ProbabilityHistogram(classes, counts) for counts in test], {}, {}
     for point, t in thresholds.items():
-        tables[point] = np.stack([slide.confusion(t) for slide in slides])[None]        # (1, S, K, 2)
-        figures[point] = {name: float(value) for name, value in rates(whole.confusion(t), classes).items()}
+        tables[point] = np.stack([slide.confusion(t or 0.5) for slide in slides])[None]     # (1, S, K, 2)
+        found = rates(whole.confusion(t or 0.5), classes)
+        figures[point] = {name: float(value) if t else math.nan for name, value in found.items()}
         figures[point]["average_precision"] = average_precision(whole.counts, classes)
     return Outcome(tuple(scores), thresholds, tables, figures)
 

@@ -24,7 +24,7 @@ from her2 import draw, draw_charts, report, report_staining, run
 from her2.data_classes import ClassTable
 from her2.data_folder import load_dataset, read_split
 from her2.metrics import ProbabilityHistogram
-from her2.report_statistics import ORACLE, Outcome, Study, averaged, outcome, ratio_text, spread, together
+from her2.report_statistics import Outcome, Study, averaged, together
 from her2.run_config import Parser
 from her2.run_errors import UserError, atomic_write, command
 
@@ -32,17 +32,6 @@ FORMAT = 1              # of the file of a seed
 # From the most that can be had to the paper's methods, and what stands beside them.
 LADDER = ("fresh-100", "oracle-100", "restain-100", "reconstruct-100", "ldm-100-same", "ldm-100",
           "inpaint-100", "gan-100", "subtype-2x", "tumor")
-# Pairs that are compared beside every arm against the baseline.
-SECONDARY = (("ldm-100", "gan-100"), ("ldm-100", "inpaint-100"), ("gan-100", "inpaint-100"),
-             ("ldm-100", "restain-100"), ("ldm-100", "ldm-100-same"))
-FIGURES = {"dice val-best threshold": ("dice", "best", 3), "dice at 0.5": ("dice", "half", 3),
-           "dice at equal FPR": ("dice", "matched", 3),
-           "average precision at 0.5": ("average_precision", "half", 3),
-           "variance at 0.5": ("variance", "half", 4), "variance at equal FPR": ("variance", "matched", 4),
-           "fpr at 0.5": ("fpr", "half", 3), "precision at 0.5": ("precision", "half", 3)}
-COMPARED = {"Dice, val-best": ("dice", "best"), "Dice at 0.5": ("dice", "half"),
-            "Dice at equal FPR": ("dice", "matched"), "variance ratio at 0.5": ("log_variance", "half"),
-            "variance ratio at equal FPR": ("log_variance", "matched")}
 
 
 def to_json(one: Outcome) -> dict:
@@ -63,29 +52,25 @@ def write_seed(config, seed: int, seconds: dict) -> None:
     """OUT/seeds/seedN.json from the evaluated runs in OUT/seedN; `config` of `study`, {stage: seconds}."""
     root = Path(config.out) / f"seed{seed}"
     results = run.read_json(root / "report" / "results.json")
-    folders = {arm["name"]: [Path(one.pop("folder")) for one in arm["runs"]] for arm in results["configs"]}
-    baseline = folders[report.BASELINE][0]
-    made = run.read_json(baseline / "config.json")      # by which code: this one may be newer
-    dataset = load_dataset(made["fields"]["data"], split=read_split(baseline / "split.json"))
-    scores, arms, fpr = {roi.slide: roi.score or "" for roi in dataset.rois}, {}, {}
-    for name in sorted(folders, key=lambda name: name != report.BASELINE):  # the baseline first
-        runs = []
-        for again, folder in enumerate(folders[name]):      # matched to the baseline of the same repetition
-            metrics = run.read_json(folder / "metrics.json")
-            val, test = ({slide: ProbabilityHistogram.from_json(part, dataset.classes).counts
-                          for slide, part in metrics[split].items()} for split in ("val", "test"))
-            runs.append(outcome(np.stack(list(val.values())), np.stack(list(test.values())),
-                                [scores[slide] for slide in test], dataset.classes, fpr.get(again)))
-            fpr.setdefault(again, runs[-1].figures["half"]["fpr"])
-        arms[name] = to_json(together(runs))
-    for one in sum([arm["runs"] for arm in results["configs"]], []):
-        del one["slides"]
+    baseline = next(arm for arm in results["configs"] if arm["name"] == report.BASELINE)["runs"][0]
+    made = run.read_json(Path(baseline["folder"]) / "config.json")      # by which code: this one may be newer
+    dataset = load_dataset(made["fields"]["data"], split=read_split(Path(baseline["folder"]) / "split.json"))
+    runs = []
+    for arm in results["configs"]:
+        for one in arm["runs"]:
+            metrics = run.read_json(Path(one.pop("folder")) / "metrics.json")
+            parts = {split: {slide: ProbabilityHistogram.from_json(part, dataset.classes)
+                             for slide, part in metrics[split].items()} for split in ("val", "test")}
+            runs.append(report.Run("", {"name": arm["name"], "seed": one["seed"]}, "", parts))
+            slides = list(one.pop("slides"))
+    study = report.study_of(runs, dataset)
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     run.write_json(root.parent / "seeds" / f"seed{seed}.json", {
         "format": FORMAT, "seed": seed, "preset": config.preset,
         # What decides the figures.
         "settings": {key: getattr(config, key) for key in ("data", "split_seed", "device", "amp", "trial")},
-        "classes": dataset.classes.to_json(), "slides": list(test), "arms": arms,
+        "classes": dataset.classes.to_json(), "slides": slides,
+        "arms": {name: to_json(together(list(one.values()))) for name, one in study.arms.items()},
         "configs": results["configs"],
         **{key: results.get(key, {}) for key in ("images", "staining", "old and new")},
         "seconds": seconds, "commit": made["git"], "versions": made["versions"],
@@ -109,33 +94,6 @@ def read_seeds(files) -> list:
             raise UserError(f"{files[0]} and {file}: of other presets, class tables, kinds of data or "
                             "--trial; report them apart")
     return [found[seed] for seed in sorted(found)]
-
-
-def arm_table(study, arms) -> list:
-    """Rows {column: text}: mean and spread over seeds of every figure."""
-    recalls = [f"recall {study.classes.names[k]}" for k in study.classes.tumor_ids]
-    columns = FIGURES | {recall: (recall, "half", 3) for recall in recalls}
-    return [{"arm": arm, "seeds": str(len(study.arms[arm])),
-             **{title: spread(study.values([arm], point, figure)[1][0], digits)
-                for title, (figure, point, digits) in columns.items()}} for arm in arms]
-
-
-def difference_table(found: dict, study) -> list:
-    """Rows {column: text}: paired differences with their intervals."""
-    rows = []
-    for name, one in found.items():
-        new, old = name.split(" against ")
-        drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
-        if old == report.BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
-            share = study.efficiency(new, old, ORACLE, "best", "dice")
-        rows.append({
-            "comparison": name,
-            **{title: report.interval_text(one[f"{figure} {point}"], figure == "log_variance")
-               for title, (figure, point) in COMPARED.items()},
-            "bootstrap of the last": f"[{ratio_text(drawn[0])}, {ratio_text(drawn[1])}]" if drawn else "n/a",
-            "share of the oracle's gain (Dice)":
-                f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}]" if share else "n/a"})
-    return rows
 
 
 def ladder(out, found) -> list:
@@ -162,11 +120,7 @@ def write_report(files, out) -> dict:
     arms = {name: {seed["seed"]: from_json(seed["arms"][name]) for seed in seeds if name in seed["arms"]}
             for name in names}
     study = Study(arms, ClassTable.from_json(seeds[0]["classes"]))
-    pairs = [*((arm, report.BASELINE) for arm in names if arm != report.BASELINE),
-             *(pair for pair in SECONDARY if set(pair) <= set(names))]
-    found = {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
-                                      for figure, point in COMPARED.values()} for new, old in pairs}
-    claims, configs = study.primaries(), {}
+    claims, found, configs = study.primaries(), report.compare(study), {}
     for config in sum([seed["configs"] for seed in seeds], []):     # every arm once, with a run per seed
         configs.setdefault(config["name"], {**config, "runs": []})["runs"] += config["runs"]
     configs = sorted(configs.values(), key=lambda config: report.order(config["name"]))
@@ -195,9 +149,7 @@ def write_report(files, out) -> dict:
              "stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
              "intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
-             "## Arms", report.markdown(arm_table(study, names)),
-             "## Comparisons", report.markdown(difference_table(found, study)),
-             *report.gallery(results, pictures, "Means over seeds. "),
+             *report.tables(study, found), *report.gallery(results, pictures, "Means over seeds. "),
              "## Cost", f"Minutes per stage, mean over seeds ({'; '.join(machines)}).",
              report.markdown([{"stage": stage, "minutes": f"{np.mean(some):.1f}"}
                               for stage, some in minutes.items()])]
