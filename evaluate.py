@@ -279,8 +279,7 @@ def draw_synthetic(out, results, synthetic, dataset, config, device) -> list:
     groups = [(classes.names[k], [(source, some[k]) for source, some in densities.items()])
               for k in classes.tumor_ids]
     draw.save_png(out / "staining.png", draw_charts.box_plots(
-        [("DAB optical density", groups, None)], {source: report.COLORS[source] for source in densities},
-        height=360))
+        [("DAB optical density", groups, None)], {source: report.COLORS[source] for source in densities}))
 
     results["old and new"] = {
         method: report_staining.transitions(found[report.TITLES[method]], entries, classes)

@@ -18,7 +18,7 @@ import numpy as np
 from her2.draw import BLUE, GREY, INK, Canvas, text_width, tint
 from her2.draw_axes import Axes, log_ticks, nice_ticks, tick_texts, widened
 
-SLOT, GAP = 46, 30          # pixels for one box, and between two groups of boxes
+SLOT, GAP, HEIGHT = 46, 30, 270     # pixels for one box, between two groups of boxes, of a panel
 NOTE = "box: quartiles and median, whiskers: min and max, diamond and bar: mean \u00b1 standard deviation"
 
 
@@ -47,7 +47,7 @@ def draw_box(axes, x, values, color):
     canvas.diamond(x + 13, axes.y(mean), fill=color)
 
 
-def box_plots(panels, colors, height=270) -> np.ndarray:
+def box_plots(panels, colors) -> np.ndarray:
     """Groups of boxes along x with a name below each, one panel below the other, the legend above.
     panels   [(label of the y axis, groups, reference), ...], all with the same groups
              groups = [(name, [(series, values), ...]), ...]
@@ -67,11 +67,11 @@ def box_plots(panels, colors, height=270) -> np.ndarray:
     plot = max(sum(wide) + GAP * (len(wide) + 1), text_width(NOTE, 11))
     entries, width = list(colors.items()), left + plot + margin
     top = 26 + Canvas(width, 1).legend(entries, left, 0, width - 10)
-    canvas = Canvas(width, top + len(panels) * height + 12)
+    canvas = Canvas(width, top + len(panels) * HEIGHT + 12)
     canvas.legend(entries, left, 10, width - 10)
     gap = (plot - sum(wide)) / (len(wide) + 1)
     for (label, groups, reference), ticks in zip(panels, all_ticks):
-        bottom = top + height - 50
+        bottom = top + HEIGHT - 50
         axes = Axes(canvas, left, top, left + plot, bottom, (0, plot), (ticks[0], ticks[-1]))
         axes.frame(ticks, label)
         if reference and len(reference) > 2:
@@ -90,7 +90,7 @@ def box_plots(panels, colors, height=270) -> np.ndarray:
                     canvas.text(center, bottom - 6, "n/a", 12, GREY, anchor="md")
             x += room + gap
         axes.spines()
-        top += height
+        top += HEIGHT
     canvas.text(left, canvas.height - 10, NOTE, 11, GREY, anchor="ld")
     return canvas.array()
 

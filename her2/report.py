@@ -143,11 +143,11 @@ def interval_text(found, ratio=False) -> str:
 
 
 def compare(study) -> dict:
-    """{"A against B": {"figure point": `Study.difference`}}: every arm against the baseline, SECONDARY."""
+    """{(arm, other): {"figure point": `Study.difference`}}: every arm against the baseline, and SECONDARY."""
     pairs = [*((arm, BASELINE) for arm in study.arms if arm != BASELINE),
              *(pair for pair in SECONDARY if set(pair) <= set(study.arms))]
-    return {f"{new} against {old}": {f"{figure} {point}": study.difference(new, old, point, figure)
-                                     for figure, point in COMPARED.values()} for new, old in pairs}
+    return {(new, old): {f"{figure} {point}": study.difference(new, old, point, figure)
+                         for figure, point in COMPARED.values()} for new, old in pairs}
 
 
 def arm_table(study) -> list:
@@ -160,15 +160,14 @@ def arm_table(study) -> list:
 
 
 def difference_table(found: dict, study) -> list:
-    """Rows {column: text}: paired differences with their intervals."""
+    """Rows {column: text}: paired differences with their intervals; `found` of `compare`."""
     rows = []
-    for name, one in found.items():
-        new, old = name.split(" against ")
+    for (new, old), one in found.items():
         drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
         if old == BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
             share = study.efficiency(new, old, ORACLE, "best", "dice")
         rows.append({
-            "comparison": name,
+            "comparison": f"{new} against {old}",
             **{title: interval_text(one[f"{figure} {point}"], figure == "log_variance")
                for title, (figure, point) in COMPARED.items()},
             "bootstrap of the last": f"[{ratio_text(drawn[0])}, {ratio_text(drawn[1])}]" if drawn else "n/a",
@@ -193,7 +192,7 @@ def markdown(rows) -> str:
 
 
 def tables(study, found) -> list:
-    """Paragraphs of report.md; `found` of `compare`."""
+    """Paragraphs of report.md."""
     return ["## Arms", markdown(arm_table(study)),
             "## Comparisons", markdown(difference_table(found, study))]
 

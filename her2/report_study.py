@@ -98,13 +98,13 @@ def read_seeds(files) -> list:
 
 def ladder(out, found) -> list:
     """ladder.png into `out`; [(file, caption)]."""
-    pairs, panels = [name.split(" against ") for name in found], []
-    rows = sorted((new for new, old in pairs if old == report.BASELINE),
+    rows = sorted((new for new, old in found if old == report.BASELINE),
                   key=lambda arm: LADDER.index(arm) if arm in LADDER else len(LADDER))
+    panels = []
     if not rows:
         return []
     for title, figure in (("Dice, difference", "dice"), ("subtype variance, ratio", "log_variance")):
-        parts = [found[f"{arm} against {report.BASELINE}"][f"{figure} matched"] for arm in rows]
+        parts = [found[arm, report.BASELINE][f"{figure} matched"] for arm in rows]
         ends = [one and (one["mean"], one["low"], one["high"]) for one in parts]
         panels.append((f"{title} at equal FPR", ends, figure != "dice"))
     draw.save_png(out / "ladder.png", draw_charts.intervals(panels, rows))
@@ -136,8 +136,9 @@ def write_report(files, out) -> dict:
     images, staining = (averaged([seed[key] for seed in seeds if seed[key]]) or {}
                         for key in ("images", "staining"))
     results = {"baseline": report.BASELINE, "threshold": 0.5, "seeds": numbers, "preset": preset,
-               "configs": configs, "verdicts": claims, "comparisons": found, "images": images,
-               "staining": staining, "old and new": moved, "machines": machines,
+               "configs": configs, "verdicts": claims,
+               "comparisons": {" against ".join(pair): one for pair, one in found.items()},
+               "images": images, "staining": staining, "old and new": moved, "machines": machines,
                "seconds": {str(seed["seed"]): seed["seconds"] for seed in seeds}}
     run.write_json(out / "results.json", results)
     minutes = {}
