@@ -7,7 +7,6 @@ has learned nothing.
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +20,7 @@ def widened(low, high, share=0.04) -> tuple:
 
 
 def nice_ticks(low, high, count=5) -> list:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high], `widened`."""
     assert math.isfinite(low) and math.isfinite(high) and low <= high, f"range {low} to {high}"
     low, high = widened(low, high)
     rough = (high - low) / count
@@ -155,15 +154,6 @@ def drawable(values, log) -> np.ndarray:
     return np.isfinite(values) & ((values > 0) | ("y" not in log))
 
 
-class Panel(NamedTuple):
-    """One diagram of `curves_png`. Curves and reference are called by their keys in the log's records."""
-
-    title: str
-    keys: str                # one or more
-    reference: str = ""      # of what has learned nothing; its median is shown
-    log_y: bool = False      # logarithmic scale; values <= 0 are left out
-
-
 def moving_median(values, window) -> np.ndarray:
     """Median of `window` neighbours (fewer at the ends)."""
     half = window // 2
@@ -177,44 +167,44 @@ def column(records, key, log="") -> tuple:
     return tuple(pairs[drawable(pairs[:, 1], log)].T) if len(pairs) else ((), ())
 
 
-def curves_png(path, records, panels, width=620, height=330) -> None:
-    """The series of a log, a list of {"step": int, key: number, ...}, as panels in one or two columns. A
-    series without a record is left out, a panel without a series too; nothing is drawn of an empty log."""
+def curves_png(path, records, panels, size=(620, 330)) -> None:
+    """The series of a log, a list of {"step": int, key: number, ...}, as panels (see TRAINING) in one or two
+    columns. What has no record is left out: a series, a panel, the picture."""
     drawn = []
-    for panel in panels:
-        log, note = "y" if panel.log_y else "", None
-        curves = {}
-        for key in panel.keys.split():
+    for title, keys, reference, log in panels:
+        curves, note = {}, None
+        for key in keys.split():
             x, y = column(records, key, log)
             if len(y):
                 curves[key.replace("_", " ")] = x, moving_median(y, min(len(y) // 30, 301))
         if not curves:
             continue
-        if panel.reference:
-            value = float(np.median(column(records, panel.reference)[1]))
-            note = value, f"{panel.reference.replace('_', ' ')} {value:.3g}"
+        if reference:
+            value = float(np.median(column(records, reference)[1]))
+            note = value, f"{reference.replace('_', ' ')} {value:.3g}"
         last = max(float(x.max()) for x, _ in curves.values()) or 1.0
-        drawn.append(plot(curves, panel.title, "optimiser steps", (width, height), log, (0, last), note=note))
+        drawn.append(plot(curves, title, "optimiser steps", size, log, (0, last), note=note))
     if not drawn:
         return
-    columns = min(len(drawn), 2)
+    columns, (width, height) = min(len(drawn), 2), size
     canvas = Canvas(columns * width, math.ceil(len(drawn) / columns) * height)
     for i, picture in enumerate(drawn):
         canvas.paste(picture, i % columns * width, i // columns * height)
     save_png(path, canvas.array())
 
 
-# curves.png of each kind of training run, from the records of its log.jsonl.
+# curves.png of each kind of training run: title, keys in the records of its log.jsonl, the key of what has
+# learned nothing, and "y" where the scale is logarithmic.
 TRAINING = {
-    "segmenter": [Panel("loss", "loss", "predicts_nothing"), Panel("its parts", "dice_loss cross_entropy"),
-                  Panel("gradient norm before clipping", "grad_norm", log_y=True)],
-    "gan": [Panel("adversarial: discriminator, generator", "d_loss gan"),
-            Panel("feature matching", "features"), Panel("KL (weighted)", "kld"),
-            Panel("share of saturated pixels", "saturated", "saturated_real")],
-    "autoencoder": [Panel("reconstruction L1", "l1", "flat_colour_l1", True),
-                    Panel("PSNR of the batch (dB)", "psnr"),
-                    Panel("adversarial: discriminator, generator", "d_loss g_loss"),
-                    Panel("codes used over 1000 patches", "codes_used")],
-    "diffusion": [Panel("loss", "loss", "zero_output"),
-                  Panel("loss by quarter of t", "loss_q1 loss_q2 loss_q3 loss_q4")],
+    "segmenter": [("loss", "loss", "predicts_nothing", ""), ("its parts", "dice_loss cross_entropy", "", ""),
+                  ("gradient norm before clipping", "grad_norm", "", "y")],
+    "gan": [("adversarial: discriminator, generator", "d_loss gan", "", ""),
+            ("feature matching", "features", "", ""), ("KL (weighted)", "kld", "", ""),
+            ("share of saturated pixels", "saturated", "saturated_real", "")],
+    "autoencoder": [("reconstruction L1", "l1", "flat_colour_l1", "y"),
+                    ("PSNR of the batch (dB)", "psnr", "", ""),
+                    ("adversarial: discriminator, generator", "d_loss g_loss", "", ""),
+                    ("codes used over 1000 patches", "codes_used", "", "")],
+    "diffusion": [("loss", "loss", "zero_output", ""),
+                  ("loss by quarter of t", "loss_q1 loss_q2 loss_q3 loss_q4", "", "")],
 }

@@ -135,19 +135,16 @@ def distribution(areas, classes, instances=None) -> np.ndarray:
     """Fig. 2: how the annotated tumor area of each split is made up of the tumor classes.
     areas      {split: (K,) pixels per class id}; shares are of the split's tumor area
     instances  {split: (K,) counts}, optional: written under the shares"""
-    def tumor(counts):                                                                      # (splits, tumor)
-        return np.array([[counts[split][k] for k in classes.tumor_ids] for split in splits], float)
-
     splits = [split for split, area in areas.items() if sum(area[k] for k in classes.tumor_ids)]
     assert splits, f"no tumor area in {list(areas)}"
-    shares = tumor(areas) / tumor(areas).sum(axis=1, keepdims=True)
-    title, below = "shares of the tumor area", None
-    if instances:
-        title, below = f"{title}, number of instances", tumor(instances)
+    area, count = (np.array([[one[split][k] for k in classes.tumor_ids] for split in splits], float)
+                   for one in (areas, instances or areas))                                  # (splits, tumor)
+    shares = area / area.sum(axis=1, keepdims=True)
+    title = "shares of the tumor area" + (", number of instances" if instances else "")
     names = [classes.names[k] for k in classes.tumor_ids]
     wide = max(80, *(text_width(name, 14) + 12 for name in names))
-    return matrices([(title, shares, below)], splits, names, ("split", "subtype"), cell=(wide, 52),
-                    below="{:.0f}")
+    return matrices([(title, shares, count if instances else None)], splits, names, ("split", "subtype"),
+                    cell=(wide, 52), below="{:.0f}")
 
 
 def matrices(panels, row_names, column_names, axes, color=BLUE, most=1.0, cell=(108, 52),
