@@ -20,7 +20,7 @@ def widened(low, high, share=0.04) -> tuple:
 
 
 def nice_ticks(low, high, count=5) -> list:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high], `widened`."""
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose the `widened` range."""
     assert math.isfinite(low) and math.isfinite(high) and low <= high, f"range {low} to {high}"
     low, high = widened(low, high)
     rough = (high - low) / count
