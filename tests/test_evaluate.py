@@ -576,6 +576,18 @@ def config_of(name, method="real", ratio=0.0, **runs):
         for seed, (dice, variance) in runs.items()]}
 
 
+def test_a_name_may_hold_any_words():
+    """Arms are compared by their names, whatever --name says."""
+    def run_of(name):
+        histogram = ProbabilityHistogram(DEFAULT_CLASSES).add(np.full(6, 0.7), np.arange(6))
+        return report.Run("x", {**FIELDS, "name": name}, "", {split: {"s": histogram} for split in ("val", "test")})
+
+    dataset = SimpleNamespace(rois=[SimpleNamespace(slide="s", score=None)], classes=DEFAULT_CLASSES)
+    study = report.study_of([run_of(name) for name in ("subtype", "mine against | yours")], dataset)
+    page = "\n".join(report.tables(study, report.compare(study)))
+    assert "| mine against \\| yours against subtype | +0.000 |" in page
+
+
 def test_texts_of_one_several_and_no_numbers():
     assert report.spread([0.8334]) == "0.833" and report.spread([None, None]) == "n/a"
     assert report.spread([0.8, 0.9, None]) == "0.850 \u00b1 0.071" and report.spread([]) == "n/a"

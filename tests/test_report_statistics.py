@@ -98,6 +98,9 @@ def test_outcome_takes_its_thresholds_as_it_says():
     report = ProbabilityHistogram(classes, test.sum(axis=0)).report(base.thresholds["best"])
     assert base.figures["best"]["dice"] == report["dice"]
     assert base.tables["best"].sum(axis=(0, 1)).tolist() == report["confusion"]
+    alone = outcome(val, test, "abca", classes, math.nan)                   # no baseline, nothing to match
+    assert alone.thresholds["matched"] is None and np.isnan(alone.figures["matched"]["dice"])
+    assert alone.figures["half"] == base.figures["half"]
     with pytest.raises(AssertionError, match="4 test slides, 2 scores"):
         outcome(val, test, "ab", classes)
 
