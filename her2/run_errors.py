@@ -11,19 +11,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 # What the machine or a wrong path can cause; every other OSError is a defect of this code.
-MACHINE = {errno.EFBIG: "the file is too large for this disk", errno.EIO: "the disk does not answer",
-           errno.ENAMETOOLONG: "the name is too long", errno.EMFILE: "too many open files",
-           errno.ENOENT: "a file is gone that was there before",
-           **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full"),
-           **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no permission"),
-           **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
-                           "a file stands where a folder is needed, or a folder where a file is")}
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENOENT,
+           errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 ROOT = Path(__file__).resolve().parents[1]              # where the five scripts lie
 
 
@@ -40,9 +34,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def handling(handler, *numbers):
-    """`handler` for these signals inside the block. Only the main thread may set one; elsewhere: nothing."""
+    """`handler` for these signals inside the block."""
     with ExitStack() as stack:
-        for number in numbers if threading.current_thread() is threading.main_thread() else ():
+        for number in numbers:
             stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
 
@@ -82,12 +76,12 @@ def shell(words) -> str:
 
 def check_line(root) -> str:
     """The command line that checks the dataset in `root`."""
-    return shell(["python", "-m", "her2.data", root])
+    return script_line("-m", "her2.data", root)
 
 
 def script_line(script: str, *flags) -> str:
-    """The command line that runs one of the five scripts from here."""
-    return shell(["python", script if Path.cwd() == ROOT else ROOT / script, *flags])
+    """The command line that runs one of the five scripts, or "-m" and a module, from here."""
+    return shell(["python", script if script == "-m" or Path.cwd() == ROOT else ROOT / script, *flags])
 
 
 def speaks() -> bool:
@@ -138,13 +132,12 @@ def command(main, argv=None):
         if number not in MACHINE:
             raise
         where = error.filename or (re.findall(r"'([^']+)'$", said) or ["output"])[-1]
-        say(f"error: {where}: {MACHINE[number]} ({os.strerror(number)}); nothing that was complete is lost, "
-            "mend that or choose another folder, then run the same command again")
+        say(f"error: {where}: {os.strerror(number)}; nothing that was complete is lost, mend that or choose "
+            "another folder, then run the same command again")
     except (MemoryError, RuntimeError) as error:
         # torch has no classes of its own for memory on the CPU, and for a process that no longer answers.
         if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
-            said = str(error).strip()
-            said = said.rpartition("\n")[2] if "Traceback" in said else said        # of a loader's worker
+            said = str(error).strip().rpartition("\n")[2]       # of a loader's worker: below its traceback
             say(f"error: the memory is not enough ({one_line(said)[:120]}); "
                 "use a smaller --batch, --patch or --width")
         elif "WORLD_SIZE" in os.environ and re.search("gloo|NCCL|onnection (closed|reset)", str(error)):

@@ -46,9 +46,9 @@ Changes   2026-11-25, before a generator of a final seed was trained: 3000 steps
           2026-11-28: inpainted tumor that fills less than an eighth of its patch (3.4 % of the patches of
           seed 10) got too little of the sensor's noise in seeds 10 to 14 and 77; mended for later ones.
 
-Every stage is a command that is printed first and can be run by hand. What is complete is not run again; what
-was interrupted goes on; seeds and arms can be added. A seed leaves seeds/seedN.json, of which `report_study`
-makes the report: seeds may come from several machines.
+Every stage is a command that is printed first and can be run by hand; what it says is kept in OUT/logs. What
+is complete is not run again; what was interrupted goes on; seeds and arms can be added. A seed leaves
+seeds/seedN.json, of which `report_study` makes the report: seeds may come from several machines.
 """
 
 import json
@@ -85,7 +85,7 @@ UNIFORM = ["--uniform", "0.25"]
 
 
 @dataclass
-class Config:
+class Config(configuration.Machine):        # device and amp
     data: str = ""                  # dataset folder; empty: a phantom per seed, made in OUT/seedN/phantom
     out: str = "runs/study"         # folder for everything; the same command again goes on where it stopped
     preset: Literal["tiny", "small", "paper"] = "tiny"  # tiny: a demonstration; small: the study; paper: its
@@ -96,8 +96,6 @@ class Config:
     repeats: int = 1                # segmenters per arm and seed; their figures are averaged
     jobs: int = 1                   # stages side by side, one thread each on a CPU, one GPU each with several
     split_seed: int = 0             # decides the split of slides when slides.csv has none
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: the GPU when there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"    # mixed precision; auto: where it is fast
     trial: int = 0                  # optimiser steps of every training, to try the whole chain;
                                     # 0: as the preset says
     cache: str = "cache"            # folder for the decoded images
@@ -152,31 +150,29 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
     for name, ratio in arms.values():
         least = max(RATIOS) / 100 if name in METHODS and config.preset != "tiny" else 1.0
         amount[name] = max(0.0 if ratio == math.inf else ratio, least, amount.get(name, 0.0))
-    network, images = {}, {}                            # {set: stage}: what paints it, what makes it
-    latent = [name for name in amount if name.startswith(("ldm", "inpaint"))]
-    by_subtype = [name for name in latent if name.split("-")[-1] not in REGROUPED]
-    if latent or "reconstruct" in amount:
-        network["reconstruct"] = vq = train_ldm("autoencoder", common, "vq", tissue)
-    if by_subtype:
-        diffusion = train_ldm("diffusion", ["--autoencoder", vq.folder, *common], "ldm", tissue, vq)
-        network.update(dict.fromkeys(by_subtype, diffusion))
-    if "gan" in amount:
-        network["gan"] = add("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
+    vq, diffusion, images = None, None, {}              # images: {set: the stage that makes it}
     for name in filter(None, amount):
         method, kind = name.partition("-")[::2]
-        flags, source = common, tissue
+        network, flags, source = None, common, tissue
+        if method in ("ldm", "inpaint", "reconstruct"):
+            network = vq = vq or train_ldm("autoencoder", common, "vq", tissue)
         if kind in REGROUPED:                           # the same tissue in other classes, its own diffusion
             split = ["--split-seed", config.split_seed, "--cache", config.cache] if config.data else []
             source = add("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind], *split],
                          kind, tissue)
             flags = [source.folder if one is data else one for one in common]
-            network[name] = train_ldm(f"diffusion {kind}", ["--autoencoder", vq.folder, *flags],
-                                      f"ldm-{kind}", source, vq)
-        model = ["--model", network[name].folder] if name in network else []
+            network = train_ldm(f"diffusion {kind}", ["--autoencoder", vq.folder, *flags], f"ldm-{kind}",
+                                source, vq)
+        elif method in ("ldm", "inpaint"):
+            network = diffusion = diffusion or train_ldm(
+                "diffusion", ["--autoencoder", vq.folder, *common], "ldm", tissue, vq)
+        elif method == "gan":
+            network = add("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
+        model = ["--model", network.folder] if network else []
         keep = ["--no-relabel"] if kind == "same" else []
         images[name] = add("images", f"images {name}", [
             "generate.py", "--method", method, *model, *keep, *flags, "--sampling", "subtype", *UNIFORM,
-            "--ratio", amount[name]], f"synth-{name}", source, network.get(name))
+            "--ratio", amount[name]], f"synth-{name}", source, network)
     runs = []
     for arm, (name, ratio) in arms.items():
         steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short
@@ -207,8 +203,6 @@ def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "python -m her2.study")
     out, seeds, keys = Path(config.out), range(config.seed, config.seed + config.seeds), ("", "")
     if config.data:
-        if not Path(config.data).is_dir():
-            raise UserError(f"{config.data}: no such dataset folder; check --data")
         # All stages read the training data, the evaluation all data. (A phantom is decided by its command.)
         dataset = load_dataset(config.data, seed=config.split_seed)
         keys = [json.dumps(data_hashes(dataset, config.cache, splits)) for splits in (("train",), SPLITS)]
@@ -227,12 +221,10 @@ def main(argv):
     files = sorted((out / "seeds").glob("seed*.json"))
     if files:
         report_study.write_report(files, out)
-        print(f"\ndone: {out / 'report.md'}, {out / 'results.json'} and the figures, from {len(files)} seed"
-              f"{'s' * (len(files) > 1)}")
+        print(f"\ndone: {out / 'report.md'}, {out / 'results.json'} and the figures; seeds: {len(files)}")
     if failed:
-        raise UserError(f"{'; '.join(failed)}; all else is complete or was left out because it needs "
-                        f"{'these' if len(failed) > 1 else 'this'}, repair the cause and run the same "
-                        "command again")
+        raise UserError(f"{'; '.join(failed)}; all that does not need this is complete, repair the cause and "
+                        "run the same command again")
     return 0
 
 

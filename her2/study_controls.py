@@ -67,12 +67,10 @@ class OraclePainter:
 
     def __init__(self, dataset):
         path = dataset.root / "phantom.json"
-        if not path.exists():
-            raise UserError(f"{dataset.root}: is no phantom (no phantom.json), so nothing can render it "
-                            "again; use a folder made by her2.phantom, or another --method")
-        found = run.read_json(path)
+        found = run.read_json(path) if path.exists() else {}
         if not isinstance(found, dict) or found.get("recipe") != phantom.RECIPE:
-            raise UserError(f"{path}: made by another version of the phantom; make it again")
+            raise UserError(f"{dataset.root}: is no phantom of this version (phantom.json), so nothing can "
+                            "render it again; use a folder made by her2.phantom, or another --method")
         self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
         self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
 

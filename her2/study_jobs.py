@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from her2 import run
-from her2.run_errors import ROOT, script_line, shell
+from her2.run_errors import ROOT, script_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +36,7 @@ class Stage:
 
     @property
     def command(self) -> str:
-        return (shell(["python", *self.line]) if self.line[0] == "-m" else
-                script_line(*self.line))        # to be run by hand, from wherever the study was started
+        return script_line(*self.line)          # to be run by hand, from wherever the study was started
 
     @cached_property
     def key(self) -> str:
@@ -85,11 +83,13 @@ def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
 
 
 class Job:
-    """A running stage. Alone it writes to the terminal; beside others (`jobs` > 1) into a file of its own, on
-    one thread and, where there are several GPUs, on the one of its `slot`."""
+    """A running stage, which writes into a file of its own. Beside others (`jobs` > 1) it has one thread and,
+    where there are several GPUs, the one of its `slot`."""
 
     def __init__(self, stage, jobs: int, slot: int, logs):
-        self.stage, self.clock, self.log = stage, time.perf_counter(), None
+        self.stage, self.clock = stage, time.perf_counter()
+        self.log = Path(logs) / (re.sub(r"\W+", "-", stage.name) + ".txt")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         line = stage.line if stage.line[0] == "-m" else (str(ROOT / stage.line[0]), *stage.line[1:])
         # `her2` is found wherever the study is started from. Threads that wait should sleep: busy waiting
         # costs a factor of ten when something else runs on the same cores.
@@ -99,12 +99,10 @@ class Job:
             environment["OMP_NUM_THREADS"] = "1"
             if torch.cuda.device_count() > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-            self.log = Path(logs) / (re.sub(r"\W+", "-", stage.name) + ".txt")
-            self.log.parent.mkdir(parents=True, exist_ok=True)
         # A session of its own: Ctrl-C comes from `run_stages`, and not a second time from the terminal.
-        with open(self.log, "w", encoding="utf-8") if self.log else nullcontext() as output:
+        with open(self.log, "wb") as output:
             self.process = subprocess.Popen([sys.executable, *line], env=environment, stdout=output,
-                                            stderr=output and subprocess.STDOUT, start_new_session=True)
+                                            stderr=subprocess.STDOUT, start_new_session=True)
 
     @property
     def seconds(self) -> float:
@@ -123,13 +121,13 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
     a failed stage is left out; what does not goes on. Ctrl-C stops all jobs, each of which saves a checkpoint
     of its own, and is raised again."""
     waiting = [stage for stage in stages if not record.complete(stage)]
-    ready, failed, running, times = {stage.name for stage in stages if stage not in waiting}, {}, {}, {}
+    ready, failed, running, times = {stage.name for stage in stages if stage not in waiting}, [], {}, {}
     for stage in stages:
         if stage.name in ready:
             finished(stage)
     # One line per job and one for the whole on a terminal; elsewhere a line when a stage begins and ends.
     bars = [tqdm(position=k, bar_format="{desc}", leave=False)
-            for k in range(jobs + 1 if jobs > 1 and sys.stderr.isatty() else 0)]
+            for k in range(jobs + 1 if sys.stderr.isatty() else 0)]
 
     def say(text):
         tqdm.write(text) if bars else print(text, flush=True)
@@ -141,10 +139,7 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
     if ready:
         say(f"{len(ready)} of {len(stages)} stages are complete")
     try:
-        while waiting or running:
-            for stage in [s for s in waiting if any(need.name in failed for need in s.needs)]:
-                waiting.remove(stage)
-                failed[stage.name] = None           # named by what it needs
+        while True:
             for slot in set(range(jobs)) - set(running):
                 stage = next((s for s in waiting if all(need.name in ready for need in s.needs)), None)
                 if stage is None:
@@ -154,16 +149,18 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
                 number = len(ready) + len(running) + 1
                 say(f"\n[{number}/{len(stages)}] {stage.name}\n$ {stage.command}")
                 running[slot] = Job(stage, jobs, slot, logs)
-            time.sleep(0.05 if jobs == 1 else 0.2)
+            if not running:             # all is complete, or waits for what failed
+                return failed
+            time.sleep(0.1)
             for slot, job in list(running.items()):
                 stage, status = job.stage, job.process.poll()
                 if status is None:
                     continue
                 del running[slot]
                 if status:
-                    said = f", it says: {job.last_line('error')}" if job.log else ", its message stands above"
-                    failed[stage.name] = f"stage '{stage.name}' ended with exit status {status}{said}"
-                    say(f"FAILED: {failed[stage.name]}")
+                    failed.append(f"stage '{stage.name}' ended with exit status {status}, it says: "
+                                  f"{job.last_line('error')}")
+                    say(f"FAILED: {failed[-1]}")
                     continue
                 record.add(stage, job.seconds)
                 times.setdefault(stage.kind, []).append(job.seconds)
@@ -184,4 +181,3 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
             job.process.wait()
         for bar in bars:
             bar.close()
-    return [line for line in failed.values() if line]

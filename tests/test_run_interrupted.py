@@ -68,7 +68,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("error, words", [
     ("MemoryError('three')", "memory is not enough"),
-    ("FileNotFoundError(2, 'No such file', 'cache/a.tile')", "error: cache/a.tile: a file is gone")])
+    ("FileNotFoundError(2, 'No such file', 'cache/a.tile')", "error: cache/a.tile: No such file")])
 def test_a_run_whose_loader_fails_ends_in_one_line(tmp_path, error, words):
     """Its worker still waits for work, and hears no signal."""
     (tmp_path / "script.py").write_text(BROKEN_LOADER.replace("ERROR", error), encoding="utf-8")
