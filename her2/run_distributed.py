@@ -169,18 +169,6 @@ class WholeSums:
         return whole + (sums - sums.detach()) / self.share
 
 
-class _SumOfAll(torch.autograd.Function):
-    """y = sum over processes of x_r. Each process's loss depends on y: so dx_r = sum over processes of dy."""
-
-    @staticmethod
-    def forward(context, x):
-        return total(x)
-
-    @staticmethod
-    def backward(context, gradient):
-        return total(gradient)
-
-
 class BatchNormOfAll(nn.BatchNorm2d):
     """Batch norm with the mean and variance of all processes' samples. (torch's SyncBatchNorm needs GPUs.)"""
 
@@ -191,7 +179,10 @@ class BatchNormOfAll(nn.BatchNorm2d):
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)                  # (C,), (C,)
         var, mean = var.double(), mean.double()     # the whole variance is a difference of large numbers
         sums = torch.cat([mean.new_tensor([count]), count * mean, count * (var + mean ** 2)])
-        count, mean, square = _SumOfAll.apply(sums).split([1, x.shape[1], x.shape[1]])
+        if sums.requires_grad:          # every process's loss depends on all sums: its gradient on all losses
+            sums.register_hook(total)
+        whole = total(sums) + (sums - sums.detach())    # the sum of all, with the gradient of `sums`
+        count, mean, square = whole.split([1, x.shape[1], x.shape[1]])
         mean, var = mean / count, square / count - (mean / count) ** 2                  # (C,), (C,)
         with torch.no_grad():
             self.num_batches_tracked += 1
