@@ -32,7 +32,7 @@ from her2.data_classes import ClassTable, csv_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
-from her2.run_provenance import changed_since, data_hashes, file_hash, locate, places, read_fields
+from her2.run_provenance import changed_since, data_hashes, file_hash, locate, read_record, trained_with
 from her2.data_regions import class_pixels, open_roi
 from her2.segmenter import UNet, check_tiles, predict_roi
 
@@ -127,8 +127,8 @@ def read_run(folder) -> report.Run:
     """A finished run of train_seg.py, not yet evaluated."""
     if not (folder / "model.pt").exists():
         run.load_model(folder, "segmenter")         # says what is missing and which command makes it
-    fields = read_fields(folder)
-    script = fields.pop("script", None) or "no known script"
+    record = read_record(folder)
+    fields, script = record["fields"], record["script"] or "no known script"
     if script != "train_seg.py":
         raise UserError(f"{folder / 'config.json'}: of a run of {script}, not of train_seg.py; leave it out")
     if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity
@@ -139,13 +139,13 @@ def read_run(folder) -> report.Run:
                         "it was made by another version of the code, train again")
     # The set may have been trained on under any folder name: how it was made is what the arm is called by.
     named = fields["synthetic"]                     # it may have moved
-    method = synthetic_method(next(iter(places(folder, "synthetic")), named)) if named else ""
+    method = synthetic_method(locate(folder, "synthetic") or named) if named else ""
     return report.Run(str(folder), fields, method, {"val": {}, "test": {}})
 
 
 def synthetic_method(folder) -> str:
     """How generate.py made the images in `folder`: 'gan', 'ldm', ...; '-same' when it kept the labels."""
-    fields = read_fields(folder)
+    fields = read_record(folder)["fields"]
     method = fields.get("method")
     if method not in report.TITLES:
         raise UserError(f"{folder}: not a folder made by generate.py, its method is unknown; make it again")
@@ -155,7 +155,8 @@ def synthetic_method(folder) -> str:
 
 def shared_dataset(runs, folders, config):
     """The dataset of all runs. UserError when they were trained on different data or splits of them."""
-    places = [config.data or locate(folder) for folder in folders]      # data may have moved with the run
+    # Data may have moved with the run.
+    places = [config.data or trained_with(folder, config)["data"] for folder in folders]
     for other, place in zip(folders, places):
         if Path(place).resolve() != Path(places[0]).resolve():
             raise UserError(f"{folders[0]} and {other}: trained on different data ({places[0]} and {place}); "

@@ -46,19 +46,18 @@ def train(config, argv) -> None:
     scaler, disc_scaler = precision.scaler(), precision.scaler()
     ema = run_training.EMA(net, config.ema)
     networks = {"generator": net, "encoder": encoder, "discriminator": disc}
+    idle = torch.zeros((), dtype=torch.long, device=device)     # steps in a row with d_loss of almost 0
     saved = {**networks, "ema": ema, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
-             "scaler": scaler, "disc_scaler": disc_scaler}
+             "scaler": scaler, "disc_scaler": disc_scaler, "idle": idle}
     run_training.compile_parts(config, *networks.values())
-    folder, log, step, numbers = run_log.begin("train_gan.py", config, device, argv, dataset, saved,
-                                               idle=torch.zeros((), dtype=torch.long))
-    idle = numbers["idle"].to(device)               # steps in a row with d_loss of almost 0
+    folder, log, losses, step = run_log.begin("train_gan.py", config, device, argv, dataset, saved)
     if step >= config.steps:
         return
     fixed = sampler.batch(0, 8)
     sizes = ", ".join(f"{name} {run_log.size(module)}" for name, module in networks.items())
-    log.begin(step, f"{sizes}, {device}, {precision}; a discriminator that cannot tell has d_loss 2; healthy "
-              f"runs stay between 0.5 and 2; {float(saturated_share(fixed['image'])):.3f} of the real pixels "
-              "are saturated")
+    log.say(f"{sizes}, {device}, {precision}; a discriminator that cannot tell has d_loss 2; healthy runs "
+            f"stay between 0.5 and 2; {float(saturated_share(fixed['image'])):.3f} of the real pixels are "
+            "saturated")
 
     def write_log():
         values = losses.read()
@@ -82,10 +81,7 @@ def train(config, argv) -> None:
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["gan"])
         run.save_model(folder, "gan", net.config, calibrated.state_dict(), step=step, **dataset.origin())
 
-    losses = run_log.Losses(folder, networks, scaler)
-    run_distributed.same_start(*networks.values())
-    steps = run_training.Steps("GAN", config, sampler, step, device, losses,
-                               save=lambda: run.save_checkpoint(folder, saved, step=step, idle=idle))
+    steps = run_training.Steps("GAN", config, sampler, step, device, losses)
     for batch in steps:
         optimizer.zero_grad()
         disc_optimizer.zero_grad()
@@ -132,7 +128,7 @@ def train(config, argv) -> None:
 
         # 5 average the generator's weights: single steps of a GAN swing, their average does not
         ema.update(net)
-        idle = (idle + 1) * (run_distributed.total(losses.sums["d_loss"]) < 0.02)       # ()
+        idle.add_(1).mul_(run_distributed.total(losses.sums["d_loss"]) < 0.02)          # ()
         losses.end(step, batch["names"], grad_norm=norm, d_grad_norm=d_norm)
         step += 1
 

@@ -50,14 +50,14 @@ def train_autoencoder(config, argv) -> None:
     saved = {"model": model, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer,
              "scaler": scaler, "disc_scaler": disc_scaler, "usage": usage}
     run_training.compile_parts(config, model.encoder, model.decoder.mid, *model.decoder.up)
-    folder, log, step, _ = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv, dataset,
-                                         saved)
+    folder, log, losses, step = run_log.begin("train_ldm.py --stage autoencoder", config, device, argv,
+                                              dataset, saved)
     if step >= config.steps:
         return
     fixed = run_training.to_device(sampler.batch(0, 8)["image"], device)                # (8, 3, H, W)
     flat = float((fixed - fixed.mean((0, 2, 3), keepdim=True)).abs().mean())
-    log.begin(step, f"VQ autoencoder, {run_log.size(model)}, {device}, {precision}; "
-              f"painting every pixel in the mean colour has an L1 of {flat:.3f}")
+    log.say(f"VQ autoencoder, {run_log.size(model)}, {device}, {precision}; "
+            f"painting every pixel in the mean colour has an L1 of {flat:.3f}")
 
     def write_log():
         log.record(step, **losses.read(), flat_colour_l1=flat, codes_used=usage.used,
@@ -92,10 +92,7 @@ def train_autoencoder(config, argv) -> None:
                 whole += pulls(part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale())
         return run_distributed.total(whole)                                             # (2, 3, C, 3, 3)
 
-    losses = run_log.Losses(folder, {"autoencoder": model, "discriminator": disc}, scaler)
-    run_distributed.same_start(model, disc)
-    steps = run_training.Steps("autoencoder", config, sampler, step, device, losses,
-                               save=lambda: run.save_checkpoint(folder, saved, step=step))
+    steps = run_training.Steps("autoencoder", config, sampler, step, device, losses)
     for batch in steps:
         adversarial = config.disc_weight > 0 and step >= config.disc_start
         for opt in (optimizer, disc_optimizer):
@@ -159,11 +156,12 @@ def train_diffusion(config, argv) -> None:
     ema = run_training.EMA(denoiser, config.ema)        # over the denoiser and its label convolution
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr)
     scaler = precision.scaler()
-    saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    # Sums and numbers of losses by quarter of t since the last line of the log.
+    quarters = torch.zeros(2, 4, dtype=torch.double, device=device)
+    saved = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer, "scaler": scaler, "quarters": quarters}
     run_training.compile_parts(config, denoiser.unet)
-    folder, log, step, kept = run_log.begin("train_ldm.py --stage diffusion", config, device, argv, dataset,
-                                            saved, quarters=torch.zeros(2, 4, dtype=torch.double))
-    quarters = kept["quarters"].to(device)          # sums and numbers of losses by quarter of t, (2, 4)
+    folder, log, losses, step = run_log.begin("train_ldm.py --stage diffusion", config, device, argv, dataset,
+                                              saved)
     if step >= config.steps:
         return
 
@@ -174,8 +172,8 @@ def train_diffusion(config, argv) -> None:
     if step == 0 and not config.init:
         denoiser.set_latent_scale(data_latents.latent_std(sampler, encode, config.batch))  # the EMA copies it
     zero, fixed = loss_of_zero_output(config.loss), sampler.batch(0, 8)
-    log.begin(step, f"denoiser, {run_log.size(denoiser)}, {device}, {precision}; latent scale "
-              f"{denoiser.latent_scale:.3f}; a network that always outputs zero has a loss of {zero:.3f}")
+    log.say(f"denoiser, {run_log.size(denoiser)}, {device}, {precision}; latent scale "
+            f"{denoiser.latent_scale:.3f}; a network that always outputs zero has a loss of {zero:.3f}")
 
     def write_log():
         sums, counts = quarters.tolist()
@@ -202,12 +200,9 @@ def train_diffusion(config, argv) -> None:
                        schedule=schedule.config, autoencoder=content, drop_label=config.drop_label,
                        **dataset.origin())
 
-    losses = run_log.Losses(folder, {"denoiser": denoiser}, scaler)
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
     batches = config.latent_pool and data_latents.pooled_latents(config, dataset, encode, step)
-    run_distributed.same_start(denoiser, ema.module)
-    steps = run_training.Steps("diffusion", config, sampler, step, device, losses, batches=batches,
-                               save=lambda: run.save_checkpoint(folder, saved, step=step, quarters=quarters))
+    steps = run_training.Steps("diffusion", config, sampler, step, device, losses, batches=batches)
     for batch in steps:
         optimizer.zero_grad()
         # Drawn for the whole batch: the same whatever part of it a process or an --accumulate piece has.

@@ -47,15 +47,14 @@ def train(config, argv) -> None:
 
     saved = {"network": network, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     run_training.compile_parts(config, network)
-    folder, log, step, _ = run_log.begin("train_seg.py", config, device, argv, dataset, saved, synthetic)
+    folder, log, losses, step = run_log.begin("train_seg.py", config, device, argv, dataset, saved, synthetic)
     if step >= config.steps:
         return
     fixed = sampler.batch(0, config.batch)          # always the same patches: pictures compare across steps
     shares = dict(dice=config.dice, dice_weight=config.dice_weight, ce_weight=1 - config.dice_weight)
     nothing = constant_prediction_loss(is_tumor[fixed["label"]], **shares)
-    log.begin(step, f"U-Net, {run_log.size(network)}, {device}, {precision}; "
-              f"{sampler.num_patches} patches tile the training ROIs once; a network that predicts the same "
-              f"everywhere has a loss of {nothing:.3f}")
+    log.say(f"U-Net, {run_log.size(network)}, {device}, {precision}; {sampler.num_patches} patches tile the "
+            f"training ROIs once; a network that predicts the same everywhere has a loss of {nothing:.3f}")
 
     def write_log():
         log.record(step, **losses.read(), predicts_nothing=nothing, lr=optimizer.param_groups[0]["lr"],
@@ -76,10 +75,7 @@ def train(config, argv) -> None:
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                        **dataset.origin())
 
-    losses = run_log.Losses(folder, {"network": network}, scaler)
-    run_distributed.same_start(network)
-    steps = run_training.Steps("segmentation", config, sampler, step, device, losses,
-                               save=lambda: run.save_checkpoint(folder, saved, step=step))
+    steps = run_training.Steps("segmentation", config, sampler, step, device, losses)
     for batch in steps:
         optimizer.zero_grad()
         parts = run_distributed.parts(batch, config)            # one, but for --accumulate

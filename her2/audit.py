@@ -37,7 +37,7 @@ from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read
 from her2.data_patches import PatchSampler, dihedral
 from her2.data_regions import open_roi
 from her2.run_errors import UserError, command
-from her2.run_provenance import read_fields, trained_with
+from her2.run_provenance import read_record, trained_with
 from her2.run_seeds import numpy_generator
 from her2.run_training import pick_device
 from her2.stains import STAINS, optical_density
@@ -169,7 +169,7 @@ def main(argv):
     config, name = configuration.parse(Config, {}, argv, __doc__, "python -m her2.audit", {
         "synthetic": dict(metavar="SYNTH", help="folder made by generate.py")})
     folder = Path(name)
-    synthetic, fields = load_synthetic(folder), read_fields(folder)
+    synthetic, fields = load_synthetic(folder), read_record(folder)["fields"]
     dataset = load_dataset(config.data or trained_with(folder, config)["data"],
                            split=read_split(folder / "split.json"))
     check_synthetic(synthetic, dataset)

@@ -1,7 +1,7 @@
 """The run folder: what a training run leaves behind, and how it goes on after it was interrupted.
 
-    config.json   every field, the command line, versions, device, git commit
-    inputs.json   the hashes of all files that the result depends on (run_provenance.py)
+    config.json   every field, the command line, versions, device, git commit, and the hashes of all files
+                  that the result depends on (run_provenance.py)
     log.txt       what was printed                     log.jsonl   one JSON object per logged step
     last.pt       all that is needed to go on          last.prev.pt   the checkpoint before it
     model.pt      what others load: weights and the network's keyword arguments
@@ -17,17 +17,16 @@ import io
 import json
 import math
 import os
-import pickle
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 
 from her2 import run_distributed
+from her2.data_classes import parse_json, read_text
 from her2.run_errors import UserError, atomic_write, one_line, script_line
-from her2.run_provenance import (differences, git_commit, in_short, model_file, read_inputs, read_json,
+from her2.run_provenance import (REMEDY, differences, git_commit, in_short, model_file, read_record,
                                  versions)
 
 try:
@@ -38,6 +37,11 @@ except ImportError:
 LOCK = ".lock"      # in every run folder
 FORMAT = 1          # version of model.pt and last.pt; a newer one is refused
 _held = {}          # {path: open file}; open until the process ends
+
+
+def read_json(path):
+    """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
+    return parse_json(read_text(path, REMEDY), path, REMEDY)
 
 
 def write_json(path, value) -> None:
@@ -56,66 +60,49 @@ def open_run(script: str, config, device, command, inputs=None, free=("out", "wo
     path = folder / "config.json"
     # JSON has no infinity (--ratio inf): it is kept as its name.
     fields = {name: "inf" if value == math.inf else value for name, value in vars(config).items()}
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, not a run folder; choose another --out")
-    if path.exists():
-        content = check_same_run(path, script, fields, inputs, free, longer)
-    elif folder.exists() and any(item.suffix != ".tmp" and item.name != LOCK for item in folder.iterdir()):
+    if not path.exists() and folder.exists() and any(
+            item.suffix != ".tmp" and item.name != LOCK for item in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not a run folder; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    first = not run_distributed.rank()      # process 0 holds the folder, then looks and writes into it
+    if first:
+        hold(folder)
+    if path.exists():
+        content = check_same_run(folder, script, fields, inputs, free, longer)
     else:
         content = {"script": script, "fields": fields, "cwd": os.getcwd(), "command": list(command),
-                   "device": str(device), "git": git_commit(), "versions": versions()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: the folder cannot be made ({one_line(error)}); "
-                            "choose another --out") from None
-    if not run_distributed.rank():                      # process 0 holds the folder, then writes into it
-        hold(folder)
-        if content and path.exists():       # another start may have written it between the look and the lock
-            content = check_same_run(path, script, fields, inputs, free, longer)
+                   "device": str(device), "git": git_commit(), "versions": versions(), "inputs": inputs}
+    if first:
         if content:
             write_json(path, content)
-        if not (folder / "inputs.json").exists():
-            write_json(folder / "inputs.json", inputs)
         # Of an earlier start that was killed while writing. In the folders of a study others may be at work.
         for rubbish in folder.glob("*.tmp" if script == "her2.study" else "**/*.tmp"):
             rubbish.unlink(missing_ok=True)
     return folder
 
 
-def check_same_run(path, script, fields, inputs, free, longer):
+def check_same_run(folder, script, fields, inputs, free, longer):
     """What config.json shall say now, None for what it says. UserError unless it is of the run that is asked
     for (`open_run`)."""
-    folder, content = path.parent, read_json(path)
-    old = content.get("fields") if isinstance(content, dict) else None
-    if not isinstance(old, dict):
-        raise UserError(f"{path}: is not the configuration of a run; choose another --out")
-    if content.get("script") != script:
-        raise UserError(f"{folder}: holds a run of {content.get('script')}, not of {script}; "
-                        "choose another --out")
-    known, before, now = read_inputs(folder), old.get("steps"), fields.get("steps")
+    record = read_record(folder)
+    old, known = record["fields"], record["inputs"]
+    if record["script"] != script:
+        raise UserError(f"{folder}: holds a run of {record['script']}, not of {script}; choose another --out")
+    before, now = old.get("steps"), fields.get("steps")
     lengthened = longer and None not in (before, now) and before < now
     if lengthened:
         if longer != "yes":
             raise UserError(f"{folder}: was begun with --steps {before}; {longer}, choose another --out")
         old["steps"] = now
-    differing = [name for name in sorted({*fields, *old}) if old.get(name) != fields.get(name)
-                 and not (name == "out" and Path(str(old.get(name))) == folder)]        # a slash more
-    moved = [name for name in inputs if name in differing and known.get(name) == inputs[name]]
-    changes = [f"{name}: {old.get(name)!r} -> {fields.get(name)!r}" for name in differing
-               if name not in (*free, *moved)]
+    moved = [name for name in inputs if known.get(name) == inputs[name]]
+    changes = [f"{name}: {old.get(name)!r} -> {fields.get(name)!r}" for name in sorted({*fields, *old})
+               if old.get(name) != fields.get(name) and name not in (*free, *moved)]
+    changes += [f"{name}: {change}" for name in inputs if name in known
+                for change in differences(known[name], inputs[name])]
     if changes:
-        raise UserError(f"{folder}: holds a run with another configuration ({', '.join(changes)}); "
-                        "give the old values, or choose another --out")
-    stale = [f"{name}: {change}" for name in inputs if name in known
-             for change in differences(known[name], inputs[name])]
-    if stale:
-        raise UserError(f"{folder}: is stale, its input is another than when it was begun "
-                        f"({in_short(stale)}); restore that, or delete the folder to make it again")
-    for name in moved:
-        print(f"note: {folder}: --{name} {fields[name]} has the content of {old.get(name)}")
-    return content if lengthened else None
+        raise UserError(f"{folder}: is stale, it was begun with something else ({in_short(changes)}); give "
+                        "the old values, restore the files, or choose another --out")
+    return {**record, "inputs": inputs} if lengthened or inputs and not known else None
 
 
 def hold(folder) -> None:
@@ -142,39 +129,29 @@ def hold(folder) -> None:
     _held[path] = file
 
 
-def load_file(path) -> dict:
+def load_file(path, own: bool = False) -> dict:
     """A file written by torch.save, to the CPU, with weights_only=True; of a zip archive the CRC-32 of every
-    member is recomputed first. UserError for anything else."""
+    member is recomputed first. own: by this project, in a version that this code knows. UserError for
+    anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     with open(path, "rb") as file:      # official weights come in the older tar format too, without checksums
-        zipped = file.read(4) == b"PK\x03\x04" or path.name in ("model.pt", "last.pt", "last.prev.pt")
+        zipped = own or file.read(4) == b"PK\x03\x04"
     try:
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 if broken := archive.testzip():
                     raise zipfile.BadZipFile(f"{broken} fails its checksum")
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError,
-            RuntimeError, OverflowError) as error:
-        raise UserError(f"{path}: damaged or not a file saved by torch ({one_line(error)}); delete it and "
-                        "run the script that made it again") from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
-            TypeError, AssertionError) as error:
-        raise UserError(f"{path}: cannot be loaded as plain tensors ({one_line(error)[:200]}); "
-                        "give a file that holds tensors, lists, dicts and numbers only") from None
-
-
-def load_own(path) -> dict:
-    """`load_file` of what this project wrote, in a version that this code knows; else UserError."""
-    content = load_file(path)
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise UserError(f"{path}: was not written by this project; give a run folder or its model.pt")
-    if content["format"] > FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {content['format']}, "
-                        f"this code knows {FORMAT}); update the code")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise                           # nothing is wrong with the file
+    except Exception as error:          # a dozen kinds, by what stands where a byte was
+        raise UserError(f"{path}: damaged, or no file of plain tensors saved by torch "
+                        f"({one_line(error)[:200]}); make it or fetch it again") from None
+    if own and not (isinstance(content, dict) and content.get("format") == FORMAT):
+        raise UserError(f"{path}: was not written by this project, or by a newer version of it; give a run "
+                        "folder or its model.pt, or update the code")
     return content
 
 
@@ -186,28 +163,30 @@ def save(path, content: dict) -> None:
     atomic_write(path, buffer.getbuffer())
 
 
-def save_checkpoint(folder, saved: dict, **numbers) -> None:
-    """Write last.pt: the state_dict of all in `saved` (networks, EMA, optimisers, scalers) and the `numbers`.
-    The one before becomes last.prev.pt once the new one is whole on the disk."""
+def save_checkpoint(folder, saved: dict, step: int) -> None:
+    """Write last.pt: the `step`, the tensors in `saved`, and the state_dict of all else in it (networks, EMA,
+    optimisers, scalers). The one before becomes last.prev.pt once the new one is whole on the disk."""
     last, fresh = Path(folder, "last.pt"), Path(folder, "last.new.pt")
     if not run_distributed.rank():
-        save(fresh, {"format": FORMAT, **numbers, **{name: one.state_dict() for name, one in saved.items()}})
+        save(fresh, {"format": FORMAT, "step": step, **{
+            name: one if torch.is_tensor(one) else one.state_dict() for name, one in saved.items()}})
         if last.exists():
             last.replace(last.with_name("last.prev.pt"))
         fresh.replace(last)
     run_distributed.barrier()           # a process that has ended would take process 0 with it
 
 
-def load_checkpoint(folder, saved: dict, **numbers) -> dict:
-    """The newest whole checkpoint into all in `saved`; returns its numbers, or `numbers` for a new run. A
-    damaged checkpoint is named, moved aside, and the one before it is used."""
+def load_checkpoint(folder, saved: dict) -> int:
+    """The newest whole checkpoint into all in `saved`; returns its step, 0 for a new run. A damaged one is
+    named, moved aside, and the one before it is used."""
     damaged = []
     for path in filter(Path.exists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
         try:
-            state = load_own(path)
+            state = load_file(path, own=True)
             for name, item in saved.items():
-                item.load_state_dict(state[name])
-            return {name: state[name] for name in numbers}
+                load = item.copy_ if torch.is_tensor(item) else item.load_state_dict
+                load(state[name])
+            return state["step"]
         except UserError as error:
             if "newer version" in str(error):
                 raise
@@ -220,7 +199,7 @@ def load_checkpoint(folder, saved: dict, **numbers) -> dict:
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; "
                         f"delete the run folder {folder} to start again")
-    return numbers
+    return 0
 
 
 def save_model(folder, kind: str, kwargs: dict, state_dict: dict, **extra) -> None:
@@ -240,10 +219,9 @@ def load_model(path, kind: str, data: str = "") -> dict:
     """model.pt of a run folder (or the file itself); UserError with the command that makes it from `data`."""
     path, file, (words, needed) = Path(path), model_file(path), KINDS[kind]
     if not file.exists():
-        found = "holds no model.pt (not a run, or not yet trained to its first checkpoint)"
         remedy = script_line(*words, *(["--data", data] if data else []), "--out", path)
-        raise UserError(f"{path}: {found if path.exists() else 'no such run'}; make it with: {remedy}")
-    content = load_own(file)
+        raise UserError(f"{path}: no such run, or no model.pt in it yet; make it with: {remedy}")
+    content = load_file(file, own=True)
     if content.get("kind") != kind:
         raise UserError(f"{file}: holds a model of kind {content.get('kind')!r}, needed is {kind!r}; "
                         f"make one with: {script_line(*words)}")
@@ -255,21 +233,21 @@ def load_model(path, kind: str, data: str = "") -> dict:
 
 def build_model(cls, content: dict, path, device=None):
     """The network of a loaded model.pt, in eval mode; on a given `device` with channels last."""
-    weights = content.get("state_dict", {})
-    for name, value in weights.items():
-        if isinstance(value, torch.Tensor) and not value.isfinite().all():
-            raise UserError(f"{path}: the weights of {cls.__name__} are not finite ({name}); its training "
-                            "diverged or the file was changed, train it again")
-    network = build(cls, content.get("kwargs", {}), path, weights).eval()
+    network = build(cls, content.get("kwargs", {}), path, content.get("state_dict", {})).eval()
     return network if device is None else network.to(device, memory_format=torch.channels_last)
 
 
 def build(cls, kwargs: dict, path, state_dict=None):
-    """cls(**kwargs), with these weights, as they stand in the model.pt `path`. UserError when they misfit."""
+    """cls(**kwargs), with these weights, as they stand in the model.pt `path`. UserError when they misfit, or
+    are not finite: their training diverged."""
     try:
         made = cls(**kwargs)
-        state_dict is None or made.load_state_dict(state_dict)
+        if state_dict is not None:
+            made.load_state_dict(state_dict)
+            for name, value in state_dict.items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{name} is not finite")
         return made
     except (TypeError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
         raise UserError(f"{path}: the weights do not fit {cls.__name__} ({one_line(error)[:200]}); "
-                        "it was made by another version of the code, train it again") from None
+                        "train it again, with this version of the code") from None

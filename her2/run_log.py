@@ -22,9 +22,10 @@ def size(*networks) -> str:
     return f"{sum(p.numel() for network in networks for p in network.parameters()):,} parameters"
 
 
-def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=None, **numbers):
-    """Open the run folder and go on from its checkpoint: (folder, log, step, numbers); log: None for a run
-    that is complete. `saved` and `numbers` as for `load_checkpoint`; `synthetic`: a second dataset."""
+def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=None):
+    """Open the run folder and go on from its checkpoint, into all in `saved` (as of `save_checkpoint`):
+    (folder, log, losses, step). Log and losses are None for a run that is complete. `synthetic`: a second
+    dataset."""
     run_distributed.divide(config)  # before a folder is made: its remedy is another --batch
     longer = "yes"                  # unless an earlier step would have been another one in the longer run
     if getattr(config, "schedule", "constant") != "constant":
@@ -34,41 +35,41 @@ def begin(script: str, config, device, argv, dataset, saved: dict, synthetic=Non
     with run_distributed.in_turn():
         folder = run.open_run(script, config, device, [script.split()[0], *argv],
                               input_hashes(config, dataset, synthetic), longer=longer)
-        numbers = run.load_checkpoint(folder, saved, step=0, **numbers)
-    step, log = numbers["step"], None
+        step = run.load_checkpoint(folder, saved)
     if step >= config.steps:
         print(f"{folder}: complete ({step} steps); nothing to do")
-    else:
-        log = Log(folder, step)
-        run_distributed.rank() or write_split(folder / "split.json", dataset)
-    return folder, log, step, numbers
+        return folder, None, None, step
+    log = Log(folder, step)
+    if step:
+        log.say(f"going on from step {step}")
+    run_distributed.rank() or write_split(folder / "split.json", dataset)
+    return folder, log, Losses(folder, saved), step
 
 
 class Log:
     """log.txt and log.jsonl of one run, of which `step` steps are done (0: a new run)."""
 
     def __init__(self, folder, step: int):
-        self.text_path, self.json_path = Path(folder) / "log.txt", Path(folder) / "log.jsonl"
-        if not run_distributed.rank():      # of the others nothing that they say is printed or kept
+        self.folder = Path(folder)
+        if not run_distributed.rank():
             kept = [record for record in self.records() if record["step"] <= step]
-            atomic_write(self.json_path, "".join(json.dumps(record) + "\n" for record in kept))
+            atomic_write(self.folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
             if step == 0:
-                atomic_write(self.text_path, "")
+                atomic_write(self.folder / "log.txt", "")
 
     def records(self) -> list:
         """All records so far, as `record` wrote them; a crash may have cut the last one short."""
         found = []
-        with suppress(ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
-            for line in self.json_path.read_text(encoding="utf-8", errors="replace").splitlines():
-                one = json.loads(line)
-                if not isinstance(one["step"], int):
-                    break
-                found.append(one)
+        with suppress(ValueError, FileNotFoundError):
+            path = self.folder / "log.jsonl"
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                found.append(json.loads(line))
         return found
 
-    def begin(self, step: int, text: str) -> None:
-        """Say `text` at step 0, later that the run goes on."""
-        self.say(f"going on from step {step}" if step else text)
+    def append(self, name: str, line: str) -> None:
+        if not run_distributed.rank():      # of the others nothing that they say is printed or kept
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def say(self, text: str) -> None:
         """Print a line (above the progress bar) and keep it in log.txt."""
@@ -77,28 +78,26 @@ class Log:
             sys.stdout.flush()
         except BrokenPipeError:             # | head: no reason to end a training
             silence(sys.stdout)
-        if not run_distributed.rank():
-            with open(self.text_path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        self.append("log.txt", text)
 
     def record(self, step: int, **values) -> None:
         """Append {"step": step, ...} to log.jsonl and print it in short."""
         values = {name: None if value is None or not math.isfinite(value) else float(value)
                   for name, value in values.items()}            # JSON has no infinity: fp16's norms
-        if not run_distributed.rank():
-            with open(self.json_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
-                                                     if value is not None))
+        self.append("log.jsonl", json.dumps({"step": step, **values}))
+        self.say(f"step {step:6d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()
+                                                 if value is not None))
 
 
 class Losses:
     """What each step measured, kept on the device until it is read: asking a GPU for a number makes it wait.
-    Read before every checkpoint: weights that are not finite are never saved. networks: {name: module}."""
+    Read before every checkpoint: weights that are not finite are never saved. saved: what the checkpoint
+    holds, {"network": module, "scaler": .., ...}."""
 
-    def __init__(self, folder, networks: dict, scaler):
-        self.parameters = dict(torch.nn.ModuleDict(networks).named_parameters())    # "network.its.weight"
-        self.folder, self.scaler, self.kept, self.sums = Path(folder), scaler, [], {}
+    def __init__(self, folder, saved: dict):
+        self.folder, self.saved, self.kept, self.sums = Path(folder), saved, [], {}
+        self.networks = {name: one for name, one in saved.items() if isinstance(one, torch.nn.Module)}
+        self.parameters = dict(torch.nn.ModuleDict(self.networks).named_parameters())   # "network.its.weight"
 
     def add(self, share: float, **values: torch.Tensor) -> None:
         """Losses (), means over a part of the step's batch that is `share` of it; several parts add up."""
@@ -110,8 +109,6 @@ class Losses:
         whole = {name: value.detach() / run_distributed.world() for name, value in values.items()}
         self.kept.append((step, names, {**self.sums, **whole}))
         self.sums = {}
-        if len(self.kept) >= 1000:
-            self.read()
 
     def read(self) -> dict:
         """The numbers of the last step, with one transfer from the device; forgets the steps before it.
@@ -121,7 +118,8 @@ class Losses:
         tensors += [~p.detach().isfinite().all() for p in self.parameters.values()]
         numbers = iter(run_distributed.total(torch.stack([value.float() for value in tensors])).tolist())
         steps = [(step, names, dict(zip(values, numbers))) for step, names, values in self.kept]
-        skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        scaler = self.saved["scaler"]
+        skips = scaler.is_enabled() and scaler.get_scale() >= 1
         for step, names, values in steps:
             broken = [name for name, value in values.items()
                       if not math.isfinite(value) and not (skips and "norm" in name)]

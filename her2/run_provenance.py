@@ -1,8 +1,8 @@
 """What a result was made from: the content of files, the commit of this code, the packages' versions.
 
-A run records the SHA-256 of every file that it learned from (inputs.json), by the field of its configuration:
-{"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}. So it can be said which file changed
-since, and the same files count as the same wherever they lie now.
+A run records the SHA-256 of every file that it learned from in its config.json, by the field that named it:
+"inputs": {"data": {"images/a.png": "..", ..}, "autoencoder": {"model.pt": ".."}}. So it can be said which
+file changed since, and the same files count as the same wherever they lie now.
 """
 
 import hashlib
@@ -26,13 +26,9 @@ from her2.run_errors import UserError, atomic_write, say
 
 REMEDY = "restore or remove the file"
 FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
-KINDS = {**dict.fromkeys(("cwd", "out", "data", "autoencoder", "model", "synthetic"), str),
-         "split_seed": int, "patch": int, "fields": dict}       # what the fields that are read must be
-
-
-def read_json(path):
-    """The content of a JSON file; UserError when it is missing, not UTF-8 or not JSON."""
-    return parse_json(read_text(path, REMEDY), path, REMEDY)
+# What must be of which kind in config.json where it is read; "fields" comes before what stands in it.
+KINDS = {"cwd": str, "fields": dict, "inputs": dict, "steps": int, "split_seed": int, "patch": int,
+         **dict.fromkeys(("out", "data", "autoencoder", "model", "synthetic"), str)}
 
 
 def model_file(path) -> Path:
@@ -53,8 +49,7 @@ def file_hash(path) -> str:
 
 def file_hashes(paths, cache="cache") -> list[str]:
     """`file_hash` of many files; `cache`/hashes.json spares the reading of those that are as they were."""
-    store, hashes, fresh = Path(cache) / "hashes.json", [], {}
-    known = {}
+    store, known, fresh, hashes = Path(cache) / "hashes.json", {}, {}, []
     with suppress(OSError, ValueError, TypeError):          # whatever is wrong with a cache, it is made again
         known = dict(json.loads(store.read_text(encoding="utf-8")))
     for path in tqdm(paths, desc="comparing files", unit="file", delay=3, leave=False, disable=None):
@@ -105,70 +100,57 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def in_short(changes) -> str:
-    return ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+    return ", ".join(changes[:9]) + (f" and {len(changes) - 9} more" if len(changes) > 9 else "")
 
 
-def read_inputs(folder) -> dict:
-    """{field: {name: hash}} as the run in `folder` recorded them; {} for one that recorded none."""
-    path = Path(folder) / "inputs.json"
-    content = read_json(path) if path.exists() else {}
-    if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
-        raise UserError(f"{path}: not a table of files and their hashes; {REMEDY}")
-    return content
-
-
-def read_fields(folder) -> dict:
-    """The configuration of the run in `folder`, its "script", and "cwd", where it was started. Without
-    config.json as good as empty."""
+def read_record(folder) -> dict:
+    """config.json of the run in `folder`: {"script", "cwd" (where it was started), "fields", "inputs", ...},
+    these empty without the file. UserError where a value that is read anywhere is of the wrong kind."""
     path = Path(folder) / "config.json"
-    content = read_json(path) if path.exists() else {"fields": {}}
-    fields = content.get("fields") if isinstance(content, dict) else None
-    fields = ({"cwd": content.get("cwd", ""), "script": content.get("script"), **fields}
-              if isinstance(fields, dict) else {"fields": fields})
-    wrong = [name for name, kind in KINDS.items() if type(fields.get(name, kind())) is not kind]
-    if wrong:
-        raise UserError(f"{path}: no good field {wrong[0]} ({fields[wrong[0]]!r}); {REMEDY}")
-    return fields
-
-
-def places(folder, field: str = "data") -> list[str]:
-    """Where the folder or file that `field` of a run named is by now: at the same place relative to the run,
-    for both may have moved together, then where it was; as it was named where that means the same."""
-    fields = read_fields(folder)
-    named, run = fields.get(field, ""), os.path.join(fields["cwd"], fields.get("out", ""))
-    found = [os.path.join(fields["cwd"], named)] if named else []
-    with suppress(ValueError):              # on two drives of Windows
-        found = [*(os.path.join(folder, os.path.relpath(path, run)) for path in found), *found]
-    return [named if os.path.realpath(path) == os.path.realpath(named) else os.path.normpath(path)
-            for path in filter(os.path.exists, found)]
+    content = parse_json(read_text(path, REMEDY), path, REMEDY) if path.exists() else {}
+    record = {"script": None, "cwd": "", "fields": {}, "inputs": {}}
+    record |= content if isinstance(content, dict) else {"fields": content}
+    for name, kind in KINDS.items():
+        value = (record if name in record else record["fields"]).get(name, kind())
+        if type(value) is not kind or name == "inputs" and {*map(type, value.values())} - {dict}:
+            raise UserError(f"{path}: no good field {name} ({value!r:.80}); {REMEDY}")
+    return record
 
 
 def locate(folder, field: str = "data") -> str:
-    """The first of `places`; UserError when there is none."""
-    for place in places(folder, field):
-        return place
-    raise UserError(f"{read_fields(folder).get(field)}: no such file or folder, and {folder} was made with "
-                    f"it; say where it is now with --{field}, or make {folder} again")
+    """Where the folder or file that `field` of a run named is by now, "" for nowhere: at the same place
+    relative to the run (both may have moved), else where it was; as it was named if that means the same."""
+    record = read_record(folder)
+    named = record["fields"].get(field, "")
+    run = os.path.join(record["cwd"], record["fields"].get("out", ""))
+    found = [os.path.join(record["cwd"], named)] if named else []
+    with suppress(ValueError):              # on two drives of Windows
+        found = [*(os.path.join(folder, os.path.relpath(path, run)) for path in found), *found]
+    for path in filter(os.path.exists, found):
+        return named if os.path.realpath(path) == os.path.realpath(named) else os.path.normpath(path)
+    return ""
 
 
 def trained_with(path, config) -> dict:
     """{"data", "split_seed", "patch"} of the run that made the network or the synthetic set in `path`. What
     nothing tells is left out; a UserError for the data, unless `config` names them."""
     folder = model_file(path).parent
-    fields = read_fields(folder)
+    fields = read_record(folder)["fields"]
     found = {name: fields[name] for name in ("split_seed", "patch") if name in fields}
-    if not config.data and fields.get("data"):
+    if not config.data and Path(path).exists():
         found["data"] = locate(folder)
-    elif not config.data and Path(path).exists():
-        raise UserError(f"{path}: no config.json beside it tells which data it was made with; give --data")
+        if not found["data"]:
+            named = fields.get("data") or "no config.json beside it"
+            raise UserError(f"{path}: the data that it was made with are not found ({named}); say where they "
+                            "are with --data")
     return found
 
 
 def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
     """One line if the run `path` learned from `dataset` and that has another content now, else none."""
     folder = model_file(path).parent
-    known = read_inputs(folder).get("data")
-    if not known or os.path.realpath(dataset.root) not in map(os.path.realpath, places(folder)):
+    known, place = read_record(folder)["inputs"].get("data"), locate(folder)
+    if not known or not place or not os.path.samefile(place, dataset.root):
         return []
     changes = differences(known, data_hashes(dataset, cache))
     what = f"{dataset.root} changed since it was trained ({in_short(changes)}); train it again"

@@ -175,15 +175,16 @@ def compile_parts(config, *parts: torch.nn.Module) -> None:
 
 
 class Steps:
-    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar. losses: a
-    run_log.Losses, read before every save(): weights that are not finite are never saved. After Ctrl-C or
-    SIGTERM the steps end between two of them, saved, with the exception Stopped."""
+    """The batches of steps first..config.steps-1 of `sampler` (or `batches`), with a progress bar, from the
+    networks of process 0. losses: a run_log.Losses, read before every checkpoint of what it knows as saved.
+    After Ctrl-C or SIGTERM the steps end between two of them, saved, with the exception Stopped."""
 
-    def __init__(self, name: str, config, sampler, first: int, device, losses, save, batches=None):
+    def __init__(self, name: str, config, sampler, first: int, device, losses, batches=None):
+        run_distributed.same_start(*losses.networks.values())
         self.batches = batches or loader(sampler, first, config.steps, run_distributed.indices(config),
                                          workers=config.workers, pin_memory=device.type == "cuda")
         self.name, self.config, self.device, self.step = name, config, device, first
-        self.losses, self.save, self.begun, self.samples = losses, save, 0.0, 0
+        self.losses, self.begun, self.samples = losses, 0.0, 0
 
     def __iter__(self):
         bar = tqdm(self.batches, self.name, initial=self.step, total=self.config.steps, leave=False,
@@ -194,11 +195,11 @@ class Steps:
                 yield batch
                 if run_distributed.any_of_all(bool(asked)):
                     self.losses.read()
-                    self.save()
+                    run.save_checkpoint(self.losses.folder, self.losses.saved, step=self.step)
                     raise Stopped(asked[0] if asked else signal.SIGTERM, self.step)
 
     def report(self, step: int, write_log, publish) -> None:
-        """`step` steps are done: call write_log, publish (by process 0) and save, each when it is due."""
+        """`step` steps are done: write_log, publish (by process 0) and write a checkpoint where it is due."""
         config, self.step = self.config, step
         self.samples += config.batch
         if step % config.log_every == 0 or step == config.steps:
@@ -208,7 +209,7 @@ class Steps:
             if not run_distributed.rank():
                 with torch.no_grad():
                     publish()
-            self.save()
+            run.save_checkpoint(self.losses.folder, self.losses.saved, step=step)
             self.speed()                    # the time for that is no training
 
     def speed(self) -> dict:

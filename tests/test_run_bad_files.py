@@ -1,8 +1,8 @@
 """More that a user can get wrong, a table as in test_run_bad_input: what stands inside of the right files.
 
-model.pt of every kind with wrong shapes, types and values; config.json, inputs.json, split.json,
-manifest.jsonl, slides.csv, classes.json with wrong content; files of the wrong kind in each role; flags that
-contradict each other or the data. Exit status 2, one line that names file and remedy, nothing written.
+model.pt of every kind with wrong shapes, types and values; config.json, split.json, manifest.jsonl,
+slides.csv, classes.json with wrong content; files of the wrong kind in each role; flags that contradict each
+other or the data. Exit status 2, one line that names file and remedy, nothing written.
 """
 
 import csv
@@ -81,10 +81,14 @@ for name, line, words, spoil in (
     case(f"model.pt: {name}", line, words, spoil)
 
 
-# ---- config.json, inputs.json, split.json ------------------------------------------------------------------
+# ---- config.json, split.json -------------------------------------------------------------------------------
 
 def fields(**changes):
     return lambda content: {**content, "fields": {**content["fields"], **changes}}
+
+
+def inputs(value):
+    return lambda content: {**content, "inputs": value}
 
 
 for name, line, words, spoil in (
@@ -116,17 +120,11 @@ for name, line, words, spoil in (
         ("a model without config.json and no --data", ["generate.py", "--method", "gan", "--model", "gan",
                                                        "--out", "new"], ["gan", "config.json", "--data"],
                                                         None),
-        ("inputs.json is cut", AGAIN, ["inputs.json", "JSON"], add("seg/inputs.json", b'{"data": {')),
-        ("inputs.json is a list", AGAIN, ["inputs.json", "hashes"], add("seg/inputs.json", b"[1]")),
-        ("inputs.json holds a list", AGAIN, ["inputs.json", "hashes"], add("seg/inputs.json",
-         b'{"data": []}')),
-        ("inputs.json holds a number", AGAIN, ["inputs.json", "hashes"], add("seg/inputs.json",
-         b'{"data": 1}')),
-        ("inputs.json is empty", AGAIN, ["inputs.json"], add("seg/inputs.json", b"")),
-        ("inputs.json is a folder", AGAIN, ["inputs.json"],
-         lambda: (Path("seg/inputs.json").unlink(), Path("seg/inputs.json").mkdir())),
-        ("inputs.json names a file of before", AGAIN, ["images/old.png is gone"],
-         add("seg/inputs.json", b'{"data": {"images/old.png": "0"}}')),
+        ("the inputs are a list", AGAIN, ["config.json", "inputs"], edit_config("seg", inputs([1]))),
+        ("the inputs of a field are a list", AGAIN, ["config.json", "inputs"], edit_config("seg", inputs({"data": []}))),
+        ("the inputs of a field are a number", AGAIN, ["config.json", "inputs"], edit_config("seg", inputs({"data": 1}))),
+        ("an input of before", AGAIN, ["images/old.png is gone"],
+         edit_config("seg", inputs({"data": {"images/old.png": "0"}}))),
         ("a mask was corrected", AGAIN, ["seg: is stale", "masks/roi0.png changed"],
          lambda: save("data/masks/roi0.png", np.ones((50, 60), np.uint8))),
         ("an image was exchanged", AGAIN, ["seg: is stale", "images/roi1.png changed"],

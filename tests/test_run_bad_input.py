@@ -253,11 +253,11 @@ def code_inside(path):
 PAINT = [*SYNTH, "--model", "ldm"]
 AGAIN = [*SEG[:-1], "seg"]                      # the run that is there already, at its own configuration
 for name, line, words, spoil in (
-        ("out is a file", SEG, ["new", "is a file"], add("new", b"x")),
+        ("out is a file", SEG, ["new", "Not a directory"], add("new", b"x")),
         ("out lies below a file", [*SEG[:-1], "data/slides.csv/x"], ["slides.csv", "folder"], None),
         ("out has a long name", [*SEG[:-1], "n" * 300], ["too long"], None),
         ("out cannot be made", [*SEG[:-1], "/proc/new" if sys.platform == "linux" else "data/slides.csv/x"],
-         ["folder cannot be made"], None),
+         ["another folder"], None),
         ("out holds other files", SEG, ["new", "not empty"], add("new/thesis.txt", b"precious")),
         ("cache is a file", [*SEG, "--cache", "data/slides.csv"], ["slides.csv", "folder"], None),
         ("run of another script", [*GAN[:-1], "seg"], ["seg", "train_seg.py"], None),
@@ -268,9 +268,9 @@ for name, line, words, spoil in (
         ("config.json is cut", AGAIN, ["config.json", "JSON"], damage("seg/config.json", lambda c: c[:50])),
         ("config.json is empty", AGAIN, ["config.json", "empty"], add("seg/config.json", b"")),
         ("config.json is no text", AGAIN, ["config.json", "UTF-8"], add("seg/config.json", bytes(range(256)))),
-        ("config.json is a list", AGAIN, ["config.json", "not the configuration"],
+        ("config.json is a list", AGAIN, ["config.json", "fields"],
          add("seg/config.json", b"[]")),
-        ("config.json without fields", AGAIN, ["config.json", "not the configuration"],
+        ("config.json without fields", AGAIN, ["config.json", "fields"],
          add("seg/config.json", b"{}")),
         ("config.json nested deeply", AGAIN, ["config.json", "too deeply"], add("seg/config.json", b"[" * 99999)),
         ("config.json with a huge number", AGAIN, ["config.json", "JSON"],
@@ -416,6 +416,7 @@ def template(tmp_path_factory):
         for folder, line in (("seg", AGAIN), ("vq-run", [*VQ[:-1], "vq-run"])):
             assert run_line(line) == (0, "")
         shutil.copy("vq-run/config.json", "vq/config.json")
+        shutil.copy("vq-run/.lock", "vq/.lock")
         shutil.rmtree("vq-run")
         write_dataset("synth", slides=20, height=32, width=32, split=False)
         rows = list(csv.DictReader(open("synth/slides.csv", encoding="utf-8")))
