@@ -128,7 +128,7 @@ def read_run(folder) -> report.Run:
     if not (folder / "model.pt").exists():
         run.load_model(folder, "segmenter")         # says what is missing and which command makes it
     record = read_record(folder)
-    fields, script = record["fields"], record["script"] or "no known script"
+    fields, script = record["fields"], record["script"]
     if script != "train_seg.py":
         raise UserError(f"{folder / 'config.json'}: of a run of {script}, not of train_seg.py; leave it out")
     if fields.get("ratio") == "inf":                # synthetic images alone; JSON has no infinity

@@ -27,15 +27,13 @@ SOURCES = ("model", "autoencoder", "synthetic")     # fields that name what a ru
 # What a number of this name may be, wherever it appears: (lowest, highest), both included.
 RANGES = {name: ends for ends, names in {
     (1, 10**9): "steps batch accumulate sample_steps log_every save_every seeds repeats jobs",
-    (0, 10**9): "trial warmup count disc_start min_area", (0, 10**7): "latent_pool",
-    (0, 2**31 - 1): "seed split_seed", (1e-12, 1e3): "lr disc_lr", (1e-12, 1e12): "clip beta",
-    (0.0, 1.0): "eta dice_weight jitter uniform", (1e-12, 1.0): "threshold", (0.0, 0.9): "drop_label",
-    (0.0, 0.999999): "ema",
-    (0.0, 1e6): "lambda_feat lambda_kld lambda_vgg lambda_lpips lambda_edge", (0.0, math.inf): "ratio",
-    (0.0, 100.0): "guidance disc_weight", (0.0, 10.0): "t_spread", (0.0, 1000.0): "simplify",
-    (16, 8192): "patch", (8, 1024): "width", (1, 1024): "disc_width", (1, 4096): "hidden z_dim",
-    (1, 16): "blocks", (2, 2**20): "codes", (0, 255): "classes", (2, 100000): "timesteps",
-    (0, 256): "workers", (0, 4096): "overlap", (0, 1024): "blend", (0, 64): "dilate",
+    (0, 10**9): "trial warmup count disc_start min_area latent_pool", (0, 2**31 - 1): "seed split_seed",
+    (1e-12, 1e3): "lr disc_lr", (1e-12, 1e12): "clip beta", (1e-12, 1.0): "threshold",
+    (0.0, 1.0): "eta dice_weight jitter uniform", (0.0, 0.9): "drop_label", (0.0, 0.999999): "ema",
+    (0.0, 1e6): "lambda_feat lambda_kld lambda_vgg lambda_lpips lambda_edge disc_weight guidance t_spread "
+                "simplify", (0.0, math.inf): "ratio",
+    (16, 8192): "patch", (8, 1024): "width", (1, 4096): "disc_width hidden z_dim", (1, 16): "blocks",
+    (2, 2**20): "codes timesteps", (0, 255): "classes workers dilate", (0, 4096): "overlap blend",
 }.items() for name in names.split()}
 
 

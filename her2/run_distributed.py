@@ -131,8 +131,6 @@ def parts(batch: dict, config) -> list:
 
 def gather(pieces: list, config) -> torch.Tensor:
     """The tensors (b_k, ...) of this process's parts -> (B, ...), of the whole batch, everywhere."""
-    if world() == 1:
-        return torch.cat(pieces)
     whole = pieces[0].new_zeros(config.batch, *pieces[0].shape[1:])
     for rows, piece in zip(divide(config), pieces):
         whole[rows] = piece

@@ -118,9 +118,7 @@ def command(main, argv=None):
         step = getattr(error, "step", None)
         said = ("interrupted: nothing that was saved is lost" if step is None
                 else f"stopped at step {step}, all of it is saved")
-        if "WORLD_SIZE" in os.environ:
-            say(f"{said}, the same command goes on")
-        else:                   # not by say(): a name in the command may have two blanks, which it would fold
+        if speaks():            # not by say(): a name in the command may have two blanks, which it would fold
             print(f"{said}, this command goes on: {shell(['python', *program, *argv])}", file=sys.stderr)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:

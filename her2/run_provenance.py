@@ -108,7 +108,7 @@ def read_record(folder) -> dict:
     these empty without the file. UserError where a value that is read anywhere is of the wrong kind."""
     path = Path(folder) / "config.json"
     content = parse_json(read_text(path, REMEDY), path, REMEDY) if path.exists() else {}
-    record = {"script": None, "cwd": "", "fields": {}, "inputs": {}}
+    record = {"script": "no known script", "cwd": "", "fields": {}, "inputs": {}}
     record |= content if isinstance(content, dict) else {"fields": content}
     for name, kind in KINDS.items():
         value = (record if name in record else record["fields"]).get(name, kind())

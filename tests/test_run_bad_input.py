@@ -270,7 +270,7 @@ for name, line, words, spoil in (
         ("config.json is no text", AGAIN, ["config.json", "UTF-8"], add("seg/config.json", bytes(range(256)))),
         ("config.json is a list", AGAIN, ["config.json", "fields"],
          add("seg/config.json", b"[]")),
-        ("config.json without fields", AGAIN, ["config.json", "fields"],
+        ("config.json without fields", AGAIN, ["seg", "no known script"],
          add("seg/config.json", b"{}")),
         ("config.json nested deeply", AGAIN, ["config.json", "too deeply"], add("seg/config.json", b"[" * 99999)),
         ("config.json with a huge number", AGAIN, ["config.json", "JSON"],
