@@ -37,10 +37,8 @@ def model_file(path) -> Path:
 
 
 def file_hash(path) -> str:
-    """SHA-256 of a file, or "" where there is none."""
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
-    if not Path(path).is_file():
-        return ""
     with open(path, "rb") as file:          # in blocks: a network or a region may be larger than the memory
         while block := file.read(1 << 20):
             digest.update(block)

@@ -67,7 +67,8 @@ def run_chain(folder, monkeypatch) -> dict:
         assert stop.value.code == 0, name
         files = {path.relative_to(name).as_posix(): path.read_bytes() for path in Path(name).rglob("*")
                  if path.suffix in (".pt", ".png") and path.name != "curves.png"
-                 or path.name in ("manifest.jsonl", "slides.csv", "split.json", "inputs.json")}
+                 or path.name in ("manifest.jsonl", "slides.csv", "split.json")}
+        files["inputs"] = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))["inputs"]
         if (Path(name) / "log.jsonl").exists():
             records = [json.loads(text)
                        for text in (Path(name) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -99,7 +100,7 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("name", CHAIN)
 def test_held_out_slides_change_no_byte(outcomes, name):
     plain, tainted = outcomes["plain"][1][name], outcomes["tainted"][1][name]
-    assert plain.keys() == tainted.keys() and {"split.json", "inputs.json"} < plain.keys()
+    assert plain.keys() == tainted.keys() and {"split.json", "inputs"} < plain.keys()
     assert [file for file in plain if plain[file] != tainted[file]] == []
 
 
