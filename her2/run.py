@@ -179,7 +179,7 @@ def save_checkpoint(folder, saved: dict, step: int) -> None:
 def load_checkpoint(folder, saved: dict) -> int:
     """The newest whole checkpoint into all in `saved`; returns its step, 0 for a new run. A damaged one is
     named, moved aside, and the one before it is used."""
-    damaged = []
+    damaged = None
     for path in filter(Path.exists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
         try:
             state = load_file(path, own=True)
@@ -192,13 +192,12 @@ def load_checkpoint(folder, saved: dict) -> int:
                 raise
             print(f"warning: {one_line(error)}; trying the checkpoint before it", file=sys.stderr)
             # Out of the way, or the next save would put it in the place of the whole one.
-            damaged.append(str(path.replace(path.with_suffix(".damaged"))))
+            damaged = path.replace(path.with_suffix(".damaged"))
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: is no checkpoint of this run and this version of the code "
                             f"({one_line(error)[:200]}); choose another --out") from None
     if damaged:
-        raise UserError(f"{' and '.join(damaged)}: no whole checkpoint is left; "
-                        f"delete the run folder {folder} to start again")
+        raise UserError(f"{damaged}: no whole checkpoint is left; delete the run folder to start again")
     return 0
 
 

@@ -150,9 +150,9 @@ def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
     known, place = read_record(folder)["inputs"].get("data"), locate(folder)
     if not known or not place or not os.path.samefile(place, dataset.root):
         return []
-    changes = differences(known, data_hashes(dataset, cache))
-    what = f"{dataset.root} changed since it was trained ({in_short(changes)}); train it again"
-    return [f"{path} is stale: {what}"] if changes else []
+    changes = in_short(differences(known, data_hashes(dataset, cache)))
+    return [f"{path} is stale: {dataset.root} changed since it was trained ({changes}); "
+            "train it again"] if changes else []
 
 
 def git_commit() -> str:
