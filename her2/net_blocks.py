@@ -99,14 +99,11 @@ def kept_buffers(module: nn.Module):
 @contextmanager
 def frozen(module: nn.Module):
     """`with frozen(discriminator):` around the forward of a G step: gradients pass through, D keeps none."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    module.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        module.requires_grad_(True)                         # all of it: a discriminator has no fixed part
 
 
 def load_strict(module: nn.Module, state_dict: dict, rename=()) -> None:
