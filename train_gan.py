@@ -11,10 +11,7 @@ that G can learn what the label does not say (stain, glands, texture). One itera
                           + lambda_kld KL(N(mu, var) || N(0, 1))
     discriminator  loss = max(0, 1 - D(image)) + max(0, 1 + D(fake))           on the same fake, detached
 
-At synthesis z is drawn from N(0, I): masks alone are enough.
-
-The file begins with the loop (`train`). Below it: what the loop calls, the configuration, and `main`.
-The networks are built in her2/run_setup.py.
+At synthesis z is drawn from N(0, I): masks alone are enough. her2/run_setup.py builds the networks.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
@@ -26,8 +23,7 @@ from her2 import draw, draw_axes, net_perceptual, run, run_distributed, run_log,
 from her2.net_blocks import frozen, power_iterations
 from her2.discriminator import discriminate
 from her2.run_errors import command
-from her2.gan_losses import (feature_matching, hinge_discriminator, hinge_generator, kl_divergence,
-                             saturated_share)
+from her2.gan_losses import adversarial_loss, feature_matching, kl_divergence, saturated_share
 from her2.run_seeds import generator
 from her2.spade import recalibrated, reparameterize
 
@@ -70,7 +66,14 @@ def train(config, argv) -> None:
                     f"{step}, the generator is collapsing; try a lower --lr or a lower --disc-lr")
 
     def publish():
-        calibrated = calibrate(ema.module, sampler, num_classes, config, step, device)
+        def condition(k):           # (onehot (B, K, H, W), z (B, Z)) of batch k
+            random = generator(config.seed, "calibrate", step, k)
+            z = torch.randn(config.batch, config.z_dim, generator=random)
+            label = sampler.batch(step + k, config.batch)["label"]
+            return run_training.one_hot(label, num_classes, device), z.to(device)
+
+        # The batch-norm statistics of training would shift the colours at test time (see spade.py).
+        calibrated = recalibrated(ema.module, map(condition, range(16)))
         z = torch.randn(8, config.z_dim, generator=generator(config.seed, "sample z")).to(device)
         onehot = run_training.one_hot(fixed["label"], num_classes, device)
         with precision.autocast():
@@ -103,7 +106,7 @@ def train(config, argv) -> None:
 
             # 3 loss of the painters: D should call the fake real, D's layers should see in it what they see
             #   in the image, and E's clouds together should look like N(0, I), where synthesis draws z.
-            gan = hinge_generator(fake_features)                                        # ()
+            gan = adversarial_loss(fake_features, "generator")                          # ()
             features = feature_matching(fake_features, real_features, config.lambda_feat)
             kld = config.lambda_kld * kl_divergence(mu, logvar)
             loss = gan + features + kld
@@ -121,7 +124,7 @@ def train(config, argv) -> None:
             power_iterations(part.first, disc)
             with precision.autocast():
                 fake_features, real_features = discriminate(disc, onehot, fake, image)
-            d_loss = sum(hinge_discriminator(real_features, fake_features))             # ()
+            d_loss = adversarial_loss(real_features, "real") + adversarial_loss(fake_features, "fake")
             disc_scaler.scale(part.share * d_loss).backward()
             losses.add(part.share, d_loss=d_loss)
         d_norm = run_training.update(disc_optimizer, disc_scaler, config.clip)
@@ -137,18 +140,6 @@ def train(config, argv) -> None:
     configuration.say_done(config, "generate.py", "--method", "gan", "--model", folder)
 
 
-def calibrate(averaged, sampler, num_classes, config, step, device):
-    """A copy of the averaged generator whose batch-norm statistics are those of 16 batches of training labels
-    with z ~ N(0, I): the ones of the training would shift the colours at test time (see spade.py)."""
-    def conditions():
-        for k in range(16):
-            label = sampler.batch(step + k, config.batch)["label"]
-            z = torch.randn(len(label), config.z_dim, generator=generator(config.seed, "calibrate", step, k))
-            yield run_training.one_hot(label, num_classes, device), z.to(device)
-
-    return recalibrated(averaged, conditions())
-
-
 @dataclass
 class Config(configuration.Training):               # data, seed, patch, device and what else scripts share
     out: str = "runs/gan"           # run folder; the same command again goes on where it stopped
@@ -157,21 +148,18 @@ class Config(configuration.Training):               # data, seed, patch, device 
     hidden: int = 32                # channels inside each SPADE layer; 128 is the official number
     z_dim: int = 64                 # length of z; 256 is the official one
     init: str = ""                  # official SPADE generator file to start from, such as latest_net_G.pth;
-                                    # E and D are taken from the files beside it (latest_net_E.pth, ..._D.pth)
-                                    # where they exist
+                                    # where latest_net_E.pth, latest_net_D.pth lie beside it, E and D as well
     # ---- losses
     lambda_feat: float = 10.0       # weight of feature matching
     lambda_kld: float = 0.05        # weight of KL, summed over z and averaged over the batch
                                     # (SPADE sums over the batch too: its 0.05 at batch B is 0.05 * B here)
-    vgg: str = ""                   # file of VGG-19 weights (torchvision): adds the perceptual loss;
-                                    # empty: off
+    vgg: str = ""                   # file of VGG-19 weights (torchvision) for the perceptual loss; empty: off
     lambda_vgg: float = 10.0        # weight of the perceptual loss, when there is one
     # ---- optimisers
     steps: int = 300                # iterations, each one generator and one discriminator step
     batch: int = 8                  # patches per step
     lr: float = 4e-4                # step size that the generator's Adam sees; never rescaled
-    disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE's TTUR:
-                                    # four times the other)
+    disc_lr: float = 4e-4           # step size that the discriminator's Adam sees (SPADE: 4 times the other)
     clip: float = 1e6               # largest L2 norm of each gradient; the default does not clip, as SPADE
     ema: float = 0.995              # decay of the generator's moving average, which generate.py samples
     save_every: int = 100           # steps between two checkpoints, with sample pictures

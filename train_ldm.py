@@ -5,19 +5,17 @@
     python train_ldm.py --stage diffusion --autoencoder runs/vq --data D --out runs/ldm
 
 Stage 1, the VQ autoencoder. An image becomes a latent z a few times smaller per side, every cell of z is
-replaced by the nearest row of a codebook, and a decoder paints the image back:
+replaced by the nearest row of a codebook, and a decoder paints the image back (built in her2/run_setup.py):
 
     nll = |image - reconstruction| + lambda_edge * edge_l1(reconstruction, image)       edge_l1: only in small
-    loss = nll + vq_loss + weight * hinge_generator(D(reconstruction))                  D: not in small
-    weight = disc_weight * ||grad nll|| / ||grad hinge||                                from --disc-start on
+    loss = nll + vq_loss - weight * mean D(reconstruction)                              D: not in small
+    weight = disc_weight * ||grad nll|| / ||grad mean D||                               from --disc-start on
 
 Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees the label learns to tell what
 was added:
 
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
-
-The two loops come first, each whole in itself; the networks are built in her2/run_setup.py.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
@@ -33,7 +31,7 @@ from her2.autoencoder import VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, kept_buffers
 from her2.diffusion import denoising_loss, draw_timesteps, loss_of_zero_output, quartile_sums
 from her2.run_errors import command
-from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator, pulls
+from her2.gan_losses import adaptive_weight, adversarial_loss, pulls
 from her2.run_seeds import generator
 
 
@@ -43,6 +41,7 @@ def train_autoencoder(config, argv) -> None:
     model, disc = run_setup.autoencoder_gan(config, device)
     dataset, sampler = run_setup.training_data(config)
     perceptual = run_training.frozen_loss(net_perceptual.LPIPS, config.lpips, device)
+    last_layer = model.decoder.conv_out.weight      # where the pulls of both losses are compared
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
     scaler, disc_scaler = precision.scaler(), precision.scaler()
@@ -88,8 +87,8 @@ def train_autoencoder(config, argv) -> None:
         with kept_buffers(disc), precision.autocast():
             for part in parts:
                 reconstruction, *_, nll, _ = reconstruct(run_training.to_device(part.batch["image"], device))
-                g_loss = hinge_generator(disc(reconstruction))
-                whole += pulls(part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale())
+                g_loss = adversarial_loss(disc(reconstruction), "generator")
+                whole += pulls(part.share * nll, part.share * g_loss, last_layer, scaler.get_scale())
         return run_distributed.total(whole)                                             # (2, 3, C, 3, 3)
 
     steps = run_training.Steps("autoencoder", config, sampler, step, device, losses)
@@ -111,9 +110,9 @@ def train_autoencoder(config, argv) -> None:
                 # 2 look real: L1 alone blurs (the middle of all likely textures costs least). Late, since D
                 #   would drive the first rough reconstructions anywhere; `disc_weight` times the pull of L1.
                 if adversarial:
-                    g_loss = hinge_generator(disc(reconstruction))                      # ()
+                    g_loss = adversarial_loss(disc(reconstruction), "generator")        # ()
                     weight = config.disc_weight * adaptive_weight(
-                        part.share * nll, part.share * g_loss, model.last_layer, scaler.get_scale(),
+                        part.share * nll, part.share * g_loss, last_layer, scaler.get_scale(),
                         lambda found: run_distributed.total(found) if known is None else known)
                     loss = loss + weight * g_loss
                     losses.add(part.share, g_loss=g_loss, disc_weight=weight)
@@ -127,7 +126,7 @@ def train_autoencoder(config, argv) -> None:
         # 3 the discriminator tells image from reconstruction, from step 0 on: it learns before it is heard.
         for part, image, fake in painted if config.disc_weight else ():
             with precision.autocast():
-                d_loss = sum(hinge_discriminator(disc(image), disc(fake))) / 2          # ()
+                d_loss = (adversarial_loss(disc(image), "real") + adversarial_loss(disc(fake), "fake")) / 2
             disc_scaler.scale(part.share * d_loss).backward()
             losses.add(part.share, d_loss=d_loss)
         if config.disc_weight:
@@ -224,7 +223,7 @@ def train_diffusion(config, argv) -> None:
             # 3 tell noise from image, seeing the label. Now and then the label is hidden: then sampling can
             #   compare "with" and "without" and exaggerate the difference (guidance).
             with precision.autocast():
-                code = denoiser.drop_label(denoiser.label_code(onehot), dropped)        # (B, C, h, w)
+                code = denoiser.label_code(onehot).masked_fill(dropped[:, None, None, None], 0.0)
                 output = denoiser(xt, t, code)                                          # (B, C, h, w)
             per_image = denoising_loss(output, schedule.target(x0, eps, t), config.loss)        # (B,)
             loss = per_image.mean()                                                     # ()
@@ -253,6 +252,7 @@ class Common(configuration.Training):               # what both stages share bes
     warmup: int = 50                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of each network's gradient
     log_every: int = 25             # steps between two lines of the log
+    blocks: int = 1                 # residual blocks per level; 2 is the official number
 
 
 @dataclass
@@ -264,7 +264,6 @@ class AutoencoderConfig(Common):
     init: str = ""                  # official weights to start from: a checkpoint of vq-f4 or vq-f8
     factor: Literal[2, 4, 8] = 4    # image side / latent side. 4 is vq-f4 (PAPER: names vq-f4 and says eight)
     width: int = 16                 # channels of the finest level; 128 is the official number
-    blocks: int = 1                 # residual blocks per level; 2 is the official number
     codes: int = 1024               # rows of the codebook
     disc_width: int = 16            # channels of the discriminator's first layer; 64 is the official one
     # ---- losses
@@ -272,8 +271,7 @@ class AutoencoderConfig(Common):
     lambda_edge: float = 0.0        # weight of the L1 between differences of neighbouring pixels
     lpips: str = ""                 # file of LPIPS weights: adds the perceptual loss; empty: off
     lambda_lpips: float = 1.0       # weight of the perceptual loss, when there is one
-    disc_start: int = 650           # step from which the discriminator's gradient enters; it trains from
-                                    # step 0. Before L1 has flattened it ruins the reconstruction
+    disc_start: int = 650           # step at which the GAN loss enters, once L1 is flat; D trains from 0
     disc_weight: float = 0.1        # factor on the adaptive weight of the GAN loss; 0 trains no discriminator
 
 
@@ -289,7 +287,6 @@ class DiffusionConfig(Common):
     init: str = ""                  # official weights to start from: a latent-diffusion checkpoint
     width: int = 32                 # channels of the finest level; 128 is the official one
     mult: Literal["1,4,8", "1,2,4"] = "1,2,4"           # width of each level, as multiples of --width
-    blocks: int = 1                 # residual blocks per level; 2 is the official number
     ema: float = 0.999              # decay of the moving average of the weights, which is what samples
     # ---- diffusion
     timesteps: int = 1000           # T, length of the noise schedule
@@ -300,26 +297,25 @@ class DiffusionConfig(Common):
     drop_label: float = 0.1         # probability of hiding the label, so that generate.py --guidance works
 
 
-# The official objective is L1 on eps. After a few minutes of training it samples grey plates: at t near T an
-# error of eps is divided by sqrt(alpha_bar) = 0.01 on its way to x0. With v and a terminal SNR of zero the
-# same minutes give images that obey the label, so the small presets use these; `paper` is the official one.
-# PAPER: batch 16 and learning rate 1e-6 are printed for the diffusion model. The official code multiplies a
-# base rate by batch and devices (1e-6 x 16 = 1.6e-5); the paper does not say which is meant. For the
-# autoencoder nothing is printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
+# The official objective, L1 on eps, samples grey plates after a few minutes of training: at t near T an error
+# of eps is divided by sqrt(alpha_bar) = 0.01 on its way to x0. With v and a terminal SNR of zero the same
+# minutes give images that obey the label: so the small presets; `paper` is the official one.
+# PAPER: batch 16 and learning rate 1e-6 are printed for diffusion; the official code multiplies a base rate
+# by batch and devices (1e-6 x 16 = 1.6e-5), and which is meant is not said. For the autoencoder nothing is
+# printed: 4.5e-6 x 8 = 3.6e-5 is the official effective rate of vq-f4.
 # Tried on pilot seed 0 (256 images of `small`, 1500 steps) and left out: a label code of 6 channels for 3.
 # Obedience .923 -> .927, Frechet distance 4.3 -> 4.8, staining alike: three channels hold six classes.
+FULL_SIZE = dict(patch=512, width=128, blocks=2, schedule="constant", warmup=1000, log_every=100, workers=8)
 AUTOENCODER_PRESETS = {
     "tiny": {}, "small": dict(steps=800, factor=2, width=32, codes=4096, lambda_edge=1.0, disc_weight=0.0,
                               warmup=100, save_every=400, log_every=50),
-    "paper": dict(steps=200_000, batch=8, patch=512, width=128, blocks=2, codes=8192, lr=3.6e-5,
-                  schedule="constant", warmup=1000, disc_start=50_000, disc_weight=0.75, disc_width=64,
-                  save_every=5000, log_every=100, workers=8)}
+    "paper": FULL_SIZE | dict(steps=200_000, batch=8, codes=8192, lr=3.6e-5, disc_start=50_000,
+                              disc_weight=0.75, disc_width=64, save_every=5000)}
 DIFFUSION_PRESETS = {
     "tiny": {}, "small": dict(steps=3000, latent_pool=320, warmup=100, ema=0.998, t_spread=1.0,
                               save_every=500, log_every=50),
-    "paper": dict(steps=400_000, patch=512, width=128, mult="1,4,8", blocks=2, parametrisation="eps",
-                  zero_terminal_snr=False, loss="l1", lr=1e-6, schedule="constant", warmup=1000, ema=0.9999,
-                  save_every=10_000, log_every=100, workers=8)}
+    "paper": FULL_SIZE | dict(steps=400_000, mult="1,4,8", parametrisation="eps", zero_terminal_snr=False,
+                              loss="l1", lr=1e-6, ema=0.9999, save_every=10_000)}
 STAGES = {"autoencoder": (AutoencoderConfig, AUTOENCODER_PRESETS, train_autoencoder),
           "diffusion": (DiffusionConfig, DIFFUSION_PRESETS, train_diffusion)}
 

@@ -3,9 +3,6 @@
     z      = quant_conv(Encoder(image))              (B, D, H/f, W/f): what the diffusion model works on
     z_q    = the nearest codes of z                  (see quantizer.py)
     image' = Decoder(post_quant_conv(z_q))
-    loss   = |image - image'| + lambda_edge * edge_l1 (+ LPIPS) + vq_loss + adversarial term
-
-composed in train_ldm.py, where the preset `small` alone has an edge_l1, and instead of a discriminator.
 
 Encoder and decoder are convolutional ResNets (GroupNorm, swish): between two levels the size is halved or
 doubled, and at the coarsest every place attends to every other. Source: Esser et al., Taming Transformers,
@@ -14,10 +11,10 @@ table 8. Module names are the official ones, so that official weights load witho
 
 Differs from the official code (latent-diffusion): the number of groups of a GroupNorm is an argument, so that
 small models can be built; attention is the fused kernel (at 512 px and factor 4 the official one holds 16384
-x 16384 scores per image); levels with attention are given as indices. In train_ldm.py, in all presets: LPIPS,
-officially in the loss with weight 1, is off without a file at `--lpips`, and edge_l1 is an addition; the
-discriminator learns from the first step on and the decoder listens from `disc_start` on (officially neither
-happens before, so that the decoder first listens to a discriminator that knows nothing).
+x 16384 scores per image); levels with attention are given as indices. In the loss (train_ldm.py) LPIPS, with
+weight 1 officially, is off without a file at `--lpips`; edge_l1 is an addition, in `small` instead of a
+discriminator; this learns from the first step on and the decoder listens from `disc_start` on (officially
+neither happens before, so that the decoder first listens to a discriminator that knows nothing).
 
 PAPER: vq-f4, "which compressed the input by a factor of eight" (section 2.2), contradicts itself: vq-f4
 halves twice. The default is vq-f4 (512 px -> 128 x 128 x 3); VQ_F8 is the other reading.
@@ -84,12 +81,6 @@ def downsample(channels: int) -> nn.Sequential:                             # (B
     return nn.Sequential(OrderedDict(pad=pad, conv=conv))                   # OrderedDict: the official names
 
 
-def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
-    # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
-    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
-                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
-
-
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked, then a change of size."""
 
@@ -100,7 +91,10 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(Attention(out_channels, groups) if attention else nn.Identity()
                                   for _ in range(blocks))
         self.downsample = downsample(out_channels) if coarser else nn.Identity()
-        self.upsample = upsample(out_channels) if finer else nn.Identity()
+        # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
+        self.upsample = nn.Sequential(OrderedDict(
+            nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
+            conv=nn.Conv2d(out_channels, out_channels, 3, padding=1))) if finer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block, attention in zip(self.block, self.attn):
@@ -210,14 +204,9 @@ class VQAutoencoder(nn.Module):
         z_q, indices, loss = self.quantize(z)                                # (B, D, h, w), (B, h, w), ()
         return self.decode_quantized(z_q), z, z_q, indices, loss
 
-    @property
-    def last_layer(self) -> torch.Tensor:          # here gan_losses.adaptive_weight compares gradients
-        return self.decoder.conv_out.weight
-
     def load_official_state_dict(self, state_dict: dict) -> None:
-        """Weights of an autoencoder of latent-diffusion: on its own (its `loss.*` networks are left out), or
-        as `first_stage_model.*` of a whole checkpoint (whose other parts are left out). ValueError lists
-        every missing, unexpected and misshapen tensor."""
+        """Weights of an autoencoder of latent-diffusion, on its own or as `first_stage_model.*` of a whole
+        checkpoint; other networks in the file are left out. ValueError lists every tensor that misfits."""
         prefix, others = "first_stage_model.", ("loss.", "model.", "model_ema.", "cond_stage_model.")
         # Names without a dot are the buffers of the noise schedule.
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from her2 import (data_folder, data_patches, diffusion, losses, polygons, run, run_config as configuration,
                   run_log, run_provenance, run_setup, run_training, segmenter, spade)
 from her2.discriminator import discriminate
-from her2.gan_losses import feature_matching, hinge_discriminator, hinge_generator, kl_divergence
+from her2.gan_losses import adversarial_loss, feature_matching, kl_divergence
 from her2.net_blocks import frozen
 from her2.phantom import make_phantom
 from her2.run_errors import ROOT, UserError, command
@@ -107,9 +107,10 @@ def one_step(loop: str, c, device):
                 mu, logvar = encoder(image)
                 made = net(onehot, spade.reparameterize(mu, logvar, torch.zeros_like(mu)))
                 fake, real = discriminate(disc, onehot, made, image)
-            (hinge_generator(fake) + feature_matching(fake, real) + kl_divergence(mu, logvar)).backward()
+            gan = adversarial_loss(fake, "generator")
+            (gan + feature_matching(fake, real) + kl_divergence(mu, logvar)).backward()
             fake, real = discriminate(disc, onehot, made.detach(), image)
-            sum(hinge_discriminator(real, fake)).backward()
+            (adversarial_loss(real, "real") + adversarial_loss(fake, "fake")).backward()
         return [net, encoder, disc], [net], step
 
     model, disc = run_setup.autoencoder_gan(script_config("autoencoder", c.preset), device)
@@ -119,9 +120,10 @@ def one_step(loop: str, c, device):
             with frozen(disc):
                 again, _, _, _, vq_loss = model(image)
                 loss = (again - image).abs().mean() + vq_loss
-                (loss + hinge_generator(disc(again)) if c.disc_weight else loss).backward()
+                (loss + adversarial_loss(disc(again), "generator") if c.disc_weight else loss).backward()
             if c.disc_weight:
-                sum(hinge_discriminator(disc(image), disc(again.detach()))).backward()
+                real, fake = disc(image), disc(again.detach())
+                (adversarial_loss(real, "real") + adversarial_loss(fake, "fake")).backward()
         return [model, disc] if c.disc_weight else [model], [], step
 
     schedule, denoiser = run_setup.diffusion(c, model, CLASSES, device)

@@ -108,16 +108,6 @@ class Attention(nn.Module):
         return (flat + self.proj_out(y)).reshape(x.shape)                    # (B, C, h, w)
 
 
-def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
-    # Learned, unlike pooling: the network decides what survives. OrderedDict: the official names.
-    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
-
-
-def upsample(channels: int) -> nn.Sequential:                               # (B, C, h, w) -> (B, C, 2h, 2w)
-    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0),
-                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
-
-
 class Layers(nn.ModuleList):                 # in a row; the residual blocks among them get the time embedding
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
@@ -146,7 +136,9 @@ class Denoiser(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < self.levels - 1:
-                self.input_blocks.append(Layers([downsample(channels)]))
+                # Learned, unlike pooling: the network decides what survives. OrderedDict: the official names.
+                half = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                self.input_blocks.append(Layers([nn.Sequential(OrderedDict(op=half))]))
                 skips.append(channels)
         # At the coarsest level every place sees every other: the stain agrees across a patch.
         self.middle_block = Layers([block(width, width), Attention(width, num_heads, groups),
@@ -156,8 +148,10 @@ class Denoiser(nn.Module):
             for _ in range(num_res_blocks + 1):
                 self.output_blocks.append(Layers([block(channels + skips.pop(), width)]))
                 channels = width
-            if level > 0:
-                self.output_blocks[-1].append(upsample(channels))      # after the last block of a level
+            if level > 0:                                  # after the last block of a level: twice the side
+                twice = OrderedDict(nearest=nn.Upsample(scale_factor=2.0),
+                                    conv=nn.Conv2d(channels, channels, 3, padding=1))
+                self.output_blocks[-1].append(nn.Sequential(twice))
         self.out = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
                                  zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
@@ -237,10 +231,6 @@ class LatentDenoiser(nn.Module):
         # The label lies beside the latent, place by place: the first convolution sees both at once.
         x = torch.cat([xt, code.to(xt.dtype)], dim=1)                        # (B, D + code, h, w)
         return self.unet(x.to(memory_format=self.memory_format), t)          # (B, D, h, w)
-
-    @staticmethod
-    def drop_label(code: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:   # dropped: (B,) bool
-        return code.masked_fill(dropped[:, None, None, None], 0.0)           # (B, code, h, w)
 
     def predictor(self, code: torch.Tensor, guidance: float = 1.0):
         """-> function(xt, t) for the samplers. guidance 1: plain conditional; else two answers per image."""

@@ -131,8 +131,7 @@ def draw_timesteps(count: int, T: int, spread: float, generator) -> torch.Tensor
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor, kind: str = "l1") -> torch.Tensor:
     """Mean absolute ("l1", as official) or squared ("l2") error per image: (B,) float32. l2 is least for the
-    mean of all that xt may come from, which is what sampling asks for; l1 for the median, close to it and
-    less moved by single large errors."""
+    mean of all that xt may come from, which sampling asks for; l1 for the median, less moved by outliers."""
     assert kind in ("l1", "l2"), f"kind is 'l1' or 'l2', found {kind!r}"
     assert output.shape == target.shape, f"output {tuple(output.shape)}, target {tuple(target.shape)}"
     error = (output.float() - target.float()).flatten(1)                     # (B, C*h*w)

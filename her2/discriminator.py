@@ -9,8 +9,7 @@ per overlapping window ("PatchGAN", Isola et al., CVPR 2017): texture is judged,
     PatchGAN                  of the VQ autoencoder: one stack on the image alone
 
 Source: Wang et al., "pix2pixHD", CVPR 2018, section 3.2; Park et al., CVPR 2019, appendix A; Esser et al.,
-"Taming transformers", CVPR 2021, section 3.1. Nothing differs from the official code (NVlabs/SPADE, taming)
-in numbers or names of parameters.
+"Taming transformers", CVPR 2021, section 3.1. No number differs from the official code (SPADE, taming).
 
 A logit sees 70 pixels: back from it, r pixels become r + 3 below a 4x4 convolution of stride 1 and 2 r + 2
 below one of stride 2. Both stacks have three of stride 2, then two of stride 1: 4, 7, 16, 34, 70. On the
@@ -80,9 +79,8 @@ class MultiscaleDiscriminator(nn.Module):
 
 
 def discriminate(discriminator: MultiscaleDiscriminator, onehot, fake: torch.Tensor, real: torch.Tensor):
-    """Features of fake and of real images under the same label maps -> (fake_features, real_features). Both
-    go through in one batch, fake first: D's spectral norms make one step of power iteration per forward, so
-    fake and real are judged by one D."""
+    """Features of fake and of real images under the same label maps -> (fake_features, real_features). In one
+    batch, fake first: spectral norms change with every forward, and one D shall judge fake and real."""
     assert fake.shape == real.shape, f"fake {tuple(fake.shape)} and real {tuple(real.shape)} differ in shape"
     # With its label map beside it, a good image of the wrong tissue is a fake as well.
     x = torch.cat([torch.cat([onehot, onehot]), torch.cat([fake, real])], dim=1)      # (2B, K+3, H, W)

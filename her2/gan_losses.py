@@ -31,19 +31,11 @@ HINGE = {"real": lambda x: F.relu(1 - x), "fake": lambda x: F.relu(1 + x), "gene
 
 
 def adversarial_loss(logits, role: str, cost=HINGE) -> torch.Tensor:
-    """The loss () of `role`: the discriminator on "real" or "fake" images, the "generator" on fake ones."""
+    """The loss () of `role`: the discriminator on "real" or "fake" images (both are added in SPADE, averaged
+    in the VQ autoencoder), or the "generator" on fake ones."""
     maps = [logits] if torch.is_tensor(logits) else [level[-1] for level in logits]    # (B, 1, h, w) each
     # A mean per level, then over levels: the coarse one has a quarter of the logits and the same say.
     return torch.stack([cost[role](x.float()).mean() for x in maps]).mean()
-
-
-def hinge_discriminator(logits_real, logits_fake):
-    """-> (loss_real, loss_fake), to be added (SPADE) or averaged (VQ autoencoder)."""
-    return adversarial_loss(logits_real, "real"), adversarial_loss(logits_fake, "fake")  # () each
-
-
-def hinge_generator(logits_fake) -> torch.Tensor:
-    return adversarial_loss(logits_fake, "generator")                   # ()
 
 
 def feature_matching(fake_features: list, real_features: list, weight: float = 10.0) -> torch.Tensor:
@@ -69,9 +61,8 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean
 
 
 def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, loss_scale: float = 1.0):
-    """The gradients of both losses at `last_layer`, (2, *its shape). loss_scale: the losses are multiplied by
-    it and their gradients divided: GradScaler.get_scale(), because in fp16 the gradient of a mean over
-    millions of pixels is nothing but rounding."""
+    """The gradients of both losses at `last_layer`, (2, *its shape). loss_scale: GradScaler.get_scale(), by
+    which losses are multiplied and gradients divided: in fp16 those of a mean of many pixels round to 0."""
     return torch.stack([torch.autograd.grad(loss_scale * loss, last_layer, retain_graph=True)[0].float()
                         / loss_scale for loss in (nll, g)])
 

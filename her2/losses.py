@@ -32,8 +32,7 @@ from her2.data_classes import IGNORE
 
 def class_sums(log_prob: torch.Tensor, target: torch.Tensor, pool=None, first: int = 0) -> tuple:
     """I, P, V as above, (K - first,) each, without the classes before `first`; of log_prob (B, K, H, W), the
-    log_softmax of the logits, and target (B, H, W). pool: turns sums over a part of the batch into those over
-    all of it."""
+    log_softmax of the logits, and target (B, H, W). pool: sums over a part of the batch -> over all of it."""
     assert log_prob.ndim == 4 and target.shape == (log_prob.shape[0], *log_prob.shape[2:]), \
         f"logits (B, K, H, W) and target (B, H, W), found {tuple(log_prob.shape)} and {tuple(target.shape)}"
     # Probabilities instead of a decision per pixel: a threshold has no gradient.

@@ -14,13 +14,11 @@ Until it is loaded a network lives on torch's meta device, without memory.
 Source: Park et al., CVPR 2019, appendix A (from Wang et al., pix2pixHD, CVPR 2018); Zhang et al., "The
 unreasonable effectiveness of deep features as a perceptual metric", CVPR 2018, eq. 1.
 Differs from the official code: nothing in the numbers. VGG19Loss takes images in [-1, 1] as they are, as
-officially, without ImageNet's mean and deviation (the factor 10 was tuned with that). Both stay in eval mode
-whatever .train() says; the official LPIPS has dropout that a stray .train() turns on.
+officially, without ImageNet's mean and deviation (the factor 10 was tuned with that). No layer knows training
+from eval mode: the official LPIPS has dropout, which a stray .train() turns on.
 
 Key: B batch, C channels, h w size of a feature map.
 """
-
-import re
 
 import torch
 import torch.nn.functional as F
@@ -28,31 +26,25 @@ from torch import nn
 
 from her2.net_blocks import load_strict
 
-VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-VGG19 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512)
-VGG16_TAPS = (3, 8, 15, 22, 29)       # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in torchvision's numbering
-VGG19_TAPS = (1, 6, 11, 20, 29)       # relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
+WIDTHS = (64, 128, 256, 512, 512)     # channels of the five stages, between which the size is halved
 VGG19_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 # Of images in [-1, 1]: ImageNet's mean and standard deviation, as LPIPS 0.1 was calibrated with.
 LPIPS_MEAN, LPIPS_DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class FrozenVGG(nn.Module):
-    """The convolutions of a VGG network up to the last layer that is looked at; no gradients, always eval."""
+    """The convolutions of a VGG network, `counts` per stage, up to the last of the layers `taps` that are
+    looked at, in torchvision's numbering; no gradients."""
 
-    def __init__(self, plan, taps):
+    def __init__(self):
         super().__init__()
-        self.taps, self.features, width = taps, nn.Sequential(), 3
-        for entry in plan:
-            if entry == "pool":
-                self.features.append(nn.MaxPool2d(2))
-            else:
-                self.features.extend([nn.Conv2d(width, entry, 3, padding=1, device="meta"), nn.ReLU()])
-                width = entry
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True):
-        return super().train(False)
+        layers, width = [], 3
+        for count, wide in zip(self.counts, WIDTHS):
+            for _ in range(count):
+                layers += [nn.Conv2d(width, wide, 3, padding=1, device="meta"), nn.ReLU()]
+                width = wide
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1]).requires_grad_(False)   # nothing comes after the last
 
     def activations(self, x: torch.Tensor) -> list:
         """The five features of x (B, 3, H, W), each (B, C, h, w)."""
@@ -66,19 +58,15 @@ class FrozenVGG(nn.Module):
 
     def load_official_state_dict(self, state_dict: dict, rename=()) -> None:
         """Weights up to the last tap; classifier and deeper layers of a whole VGG file are left out."""
-        def used(name):
-            number = re.match(r"features\.(\d+)\.", name)
-            return not name.startswith("classifier.") and (not number or int(number[1]) <= self.taps[-1])
-
-        load_strict(self, {name: value for name, value in state_dict.items() if used(name)}, rename)
+        deeper = tuple(f"features.{index}." for index in range(len(self.features), 40))     # VGG-19 has 37
+        load_strict(self, {name: value for name, value in state_dict.items()
+                           if not name.startswith(("classifier.", *deeper))}, rename)
         self.float()
 
 
 class VGG19Loss(FrozenVGG):
     """forward(fake, real) -> (): images (B, 3, H, W) in [-1, 1]; no gradient into real."""
-
-    def __init__(self):
-        super().__init__(VGG19, VGG19_TAPS)
+    counts, taps = (2, 2, 4, 4, 1), (1, 6, 11, 20, 29)      # relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
 
     def forward(self, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         assert fake.shape == real.shape, f"fake {tuple(fake.shape)}, real {tuple(real.shape)}: shapes differ"
@@ -90,11 +78,12 @@ class VGG19Loss(FrozenVGG):
 
 class LPIPS(FrozenVGG):
     """forward(a, b) -> (B,), the distance of each pair of images (B, 3, H, W) in [-1, 1]."""
+    counts, taps = (2, 2, 3, 3, 3), (3, 8, 15, 22, 29)      # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
     def __init__(self):
-        super().__init__(VGG16, VGG16_TAPS)
+        super().__init__()
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False, device="meta")
-                                   for width in (64, 128, 256, 512, 512)).requires_grad_(False)
+                                   for width in WIDTHS).requires_grad_(False)
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         assert a.shape == b.shape, f"images {tuple(a.shape)} and {tuple(b.shape)} differ in shape"

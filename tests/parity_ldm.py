@@ -15,7 +15,7 @@ from her2.autoencoder import VQAutoencoder
 from her2.denoiser import Denoiser, LabelCode, LatentDenoiser, time_embedding
 from her2.diffusion import Schedule, denoising_loss
 from her2.discriminator import PatchGAN
-from her2.gan_losses import adaptive_weight, hinge_discriminator, hinge_generator
+from her2.gan_losses import adaptive_weight, adversarial_loss
 from her2.net_blocks import load_strict
 from her2.quantizer import Codebook, count_codes
 from her2.samplers import ddim_tables, ddim_timesteps, trajectory
@@ -168,8 +168,8 @@ def run_vq_step(meta, sd, inp, out):
         factor = options.get("disc_factor", 1.0) if step >= options["disc_start"] else 0.0
         reconstruction, indices, vq_loss = reconstruct(image)
         nll = (image - reconstruction).abs().mean()
-        g = hinge_generator(patchgan(reconstruction))
-        weight = adaptive_weight(nll, g, model.last_layer) * options["disc_weight"]
+        g = adversarial_loss(patchgan(reconstruction), "generator")
+        weight = adaptive_weight(nll, g, model.decoder.conv_out.weight) * options["disc_weight"]
         loss = nll + weight * factor * g + options["codebook_weight"] * vq_loss
         optimizer.zero_grad()
         loss.backward()
@@ -183,7 +183,7 @@ def run_vq_step(meta, sd, inp, out):
         with torch.no_grad():
             reconstruction = reconstruct(image)[0]
         real, fake = patchgan(image), patchgan(reconstruction)
-        loss_d = factor * 0.5 * sum(hinge_discriminator(real, fake))
+        loss_d = factor * 0.5 * (adversarial_loss(real, "real") + adversarial_loss(fake, "fake"))
         optimizer_d.zero_grad()
         loss_d.backward()
         if step == 0:

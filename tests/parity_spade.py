@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from golden_reader import gradient_outputs, later_overwritten, module_outputs, probes
 
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN, discriminate
-from her2.gan_losses import (HINGE, adversarial_loss, feature_matching, hinge_discriminator, hinge_generator,
-                             kl_divergence)
+from her2.gan_losses import HINGE, adversarial_loss, feature_matching, kl_divergence
 from her2.spade import SPADEGenerator, SPADENorm, SPADEResBlock, VAEEncoder, reparameterize
 
 # The other choices of the official code: least squares, cross-entropy (not saturating), Wasserstein without
@@ -118,13 +117,14 @@ def gan_losses(meta, sd, inp, out):
         ours[f"{kind}/G"] = loss_of_kind(fake, "generator", kind)[None]
         ours[f"{kind}/single_G"] = loss_of_kind(single_fake, "generator", kind)
         ours[f"{kind}/single_D_real"] = loss_of_kind(single_real, "real", kind)
-    sum(hinge_discriminator(real, fake)).backward()
+    (adversarial_loss(real, "real") + adversarial_loss(fake, "fake")).backward()
     for i in scales:
         ours[f"hinge/gradD_fake{i}"] = fake[i][-1].grad
         ours[f"hinge/gradD_real{i}"] = real[i][-1].grad
 
     fake, real = features("fake"), features("real")
-    adversarial, matching = hinge_generator(fake), feature_matching(fake, real, config["lambda_feat"])
+    adversarial = adversarial_loss(fake, "generator")
+    matching = feature_matching(fake, real, config["lambda_feat"])
     (adversarial + matching).backward()
     assert all(feature.grad is None for scale in real for feature in scale), "real features must be detached"
     ours.update({"G_losses/GAN": adversarial[None], "G_losses/GAN_Feat": matching[None]})
@@ -171,7 +171,7 @@ def spade_step(meta, sd, inp, out):
         fake, kl = paint(real, "eps", 2 * step)
         fake_features, real_features = discriminate(discriminator, onehot, fake, real)
         matching = feature_matching(fake_features, real_features, opt.get("lambda_feat", 10.0))
-        losses = {"GAN": hinge_generator(fake_features)[None], "GAN_Feat": matching[None]}
+        losses = {"GAN": adversarial_loss(fake_features, "generator")[None], "GAN_Feat": matching[None]}
         if kl is not None:
             losses["KLD"] = opt.get("lambda_kld", 0.05) * kl
         adam_g.zero_grad()
@@ -186,7 +186,7 @@ def spade_step(meta, sd, inp, out):
         with torch.no_grad():
             fake, _ = paint(real, "eps", 2 * step + 1)
         fake_features, real_features = discriminate(discriminator, onehot, fake, real)
-        loss_real, loss_fake = hinge_discriminator(real_features, fake_features)
+        loss_real, loss_fake = adversarial_loss(real_features, "real"), adversarial_loss(fake_features, "fake")
         losses.update({"D_real": loss_real[None], "D_Fake": loss_fake[None]})
         adam_d.zero_grad()
         (losses["D_Fake"] + losses["D_real"]).mean().backward()

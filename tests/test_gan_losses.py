@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity_spade import loss_of_kind
-from torch import nn
 
 from her2.net_blocks import frozen, init_weights
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN, discriminate
-from her2.gan_losses import (adaptive_weight, feature_matching, hinge_discriminator, hinge_generator,
-                             kl_divergence, saturated_share)
+from her2.gan_losses import (adaptive_weight, adversarial_loss, feature_matching, kl_divergence,
+                             saturated_share)
 from her2.net_perceptual import LPIPS, VGG19Loss
 from her2.run_seeds import generator as random
 from her2.spade import SPADEGenerator, VAEEncoder, reparameterize
@@ -34,17 +33,18 @@ def scales_of(*maps) -> list:
 
 def test_hinge_by_hand():
     real, fake = torch.tensor([[[[2.0, 0.5, -1.0, 1.0]]]]), torch.tensor([[[[-2.0, -0.5, 1.0, 0.0]]]])
-    loss_real, loss_fake = hinge_discriminator(real, fake)
+    loss_real, loss_fake = adversarial_loss(real, "real"), adversarial_loss(fake, "fake")
     assert loss_real == pytest.approx((0 + 0.5 + 2 + 0) / 4)
     assert loss_fake == pytest.approx((0 + 0.5 + 2 + 1) / 4)
-    assert hinge_generator(fake) == pytest.approx(1.5 / 4)
+    assert adversarial_loss(fake, "generator") == pytest.approx(1.5 / 4)
 
 
 def test_scales_count_alike_whatever_their_size():
     large, small = torch.full((1, 1, 8, 8), 0.25), torch.full((1, 1, 2, 2), -3.0)
-    loss_real, loss_fake = hinge_discriminator(scales_of(large, small), scales_of(small, large))
+    loss_real = adversarial_loss(scales_of(large, small), "real")
+    loss_fake = adversarial_loss(scales_of(small, large), "fake")
     assert loss_real == pytest.approx((0.75 + 4) / 2) and loss_fake == pytest.approx((0 + 1.25) / 2)
-    assert hinge_generator(scales_of(large, small)) == pytest.approx((-0.25 + 3) / 2)
+    assert adversarial_loss(scales_of(large, small), "generator") == pytest.approx((-0.25 + 3) / 2)
 
 
 def test_other_kinds_against_torch():
@@ -171,7 +171,7 @@ def test_each_step_leaves_the_other_side_without_gradients(players):
     fake = generator(onehot, reparameterize(mu, logvar, noise(2, 8)))
     with frozen(discriminator):
         fake_features, real_features = discriminate(discriminator, onehot, fake, real)
-    loss = hinge_generator(fake_features) + feature_matching(fake_features, real_features)
+    loss = adversarial_loss(fake_features, "generator") + feature_matching(fake_features, real_features)
     (loss + kl_divergence(mu, logvar)).backward()
     assert all(p.grad is None for p in discriminator.parameters())
     for network in (generator, encoder):
@@ -179,7 +179,7 @@ def test_each_step_leaves_the_other_side_without_gradients(players):
         network.zero_grad(set_to_none=True)
 
     fake_features, real_features = discriminate(discriminator, onehot, fake.detach(), real)
-    sum(hinge_discriminator(real_features, fake_features)).backward()
+    (adversarial_loss(real_features, "real") + adversarial_loss(fake_features, "fake")).backward()
     assert all(p.grad is not None for p in discriminator.parameters())
     assert all(p.grad is None for network in (generator, encoder) for p in network.parameters())
 
@@ -196,7 +196,7 @@ def test_freezing_the_discriminator_does_not_change_the_generators_gradient(play
         else:
             features, _ = discriminate(discriminator, onehot, fake, real)
         generator.zero_grad(set_to_none=True)
-        hinge_generator(features).backward()
+        adversarial_loss(features, "generator").backward()
         gradients.append(generator.conv_img.weight.grad.clone())
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
 
@@ -209,7 +209,7 @@ def test_the_players_learn(players):
     losses = []
     for _ in range(10):
         features = discriminate(discriminator, onehot, fake, real)
-        loss = sum(hinge_discriminator(features[1], features[0]))
+        loss = adversarial_loss(features[1], "real") + adversarial_loss(features[0], "fake")
         losses.append(loss.item())
         adam.zero_grad()
         loss.backward()
@@ -220,7 +220,7 @@ def test_the_players_learn(players):
     for _ in range(10):
         with frozen(discriminator.eval()):
             features, _ = discriminate(discriminator, onehot, generator(onehot, noise(2, 8)), real)
-        loss = hinge_generator(features)
+        loss = adversarial_loss(features, "generator")
         losses.append(loss.item())
         adam.zero_grad()
         loss.backward()
@@ -316,12 +316,12 @@ def test_lpips_is_found_inside_an_autoencoder_checkpoint():
 
 @pytest.mark.parametrize("cls, weights", [(VGG19Loss, lambda: vgg_weights(19)),
                                           (LPIPS, lambda: {**vgg_weights(16), **lpips_heads()})])
-def test_frozen_networks_stay_frozen_and_in_eval_mode(cls, weights):
+def test_frozen_networks_stay_frozen_and_say_the_same_in_both_modes(cls, weights):
     network = cls()
     network.load_official_state_dict(weights())
-    holder = nn.ModuleList([network]).train()
-    assert holder.training and not any(module.training for module in network.modules())
     a, b = noise(2, 1, 3, 32, 32)
-    network(a.requires_grad_(), b).sum().backward()
+    judged = network.eval()(a.requires_grad_(), b)
+    assert torch.equal(network.train()(a, b), judged)
+    judged.sum().backward()
     assert a.grad.abs().max() > 0
     assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
