@@ -11,16 +11,15 @@ Image i of the set: a training patch is drawn, every tumor instance in it gets a
     inpaint   the same, but only tumor is regenerated: the background keeps its pixels, bit for bit
     oracle, fresh, restain, reconstruct     no generative network: see her2/study_controls.py
 
-The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says for
-every image where it came from. Each image has random numbers of its own, so the set does not depend on where
-a run was interrupted.
+The result is a dataset folder (images/, masks/, instances/, slides.csv) with manifest.jsonl, which says where
+every image came from. Each has random numbers of its own, so an interruption changes nothing in the set.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
 import json
 import sys
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -46,14 +45,12 @@ class Config(configuration.Patches):    # data, patch, uniform, device and what 
     method: Literal["gan", "ldm", "inpaint", "oracle", "fresh", "restain", "reconstruct"] = "ldm"  # what
                                     # paints: a generative model, or a control of her2/study_controls.py
     model: str = ""                 # its run folder; empty: runs/gan, runs/vq for reconstruct, else runs/ldm
-    ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs once;
-                                    # 1.0 = +100 %
+    ratio: float = 1.0              # synthetic images per patch that tiles the training ROIs; 1.0 = +100 %
     count: int = 0                  # number of images; 0: from --ratio
     batch: int = 16                 # images at a time; changes nothing but speed and memory
     sampling: Literal["tumor", "subtype", "uniform"] = "tumor"  # where the source patches are centred
     relabel: bool = True            # draw a new subtype for every instance; --no-relabel keeps the real ones
-    relabel_classes: str = ""       # names of the classes to draw from, comma-separated;
-                                    # empty: all tumor classes of the training slides
+    relabel_classes: str = ""       # tumor classes to draw from: A,B; empty: all that training slides show
     steps: int = 50                 # denoising steps S, 1 to T
     sampler: Literal["ddim", "ddpm", "dpm"] = "ddim"    # dpm: DPM-Solver++(2M), as good in far fewer steps;
                                     # ddpm: ancestral, all T of them; --eta has an effect on ddim only
@@ -64,8 +61,7 @@ class Config(configuration.Patches):    # data, patch, uniform, device and what 
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
     blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams;
                                     # 0 keeps the background bit for bit
-    erase: bool = False             # inpaint: fill the tumor with the local background before encoding, so
-                                    # that the encoder, which sees the whole patch, sees no old staining
+    erase: bool = False             # inpaint: fill tumor from around it before encoding: no old staining
     grain: bool = False             # give what a network painted the sensor noise of the source image
 
     def __post_init__(self):
@@ -76,8 +72,7 @@ class Config(configuration.Patches):    # data, patch, uniform, device and what 
 FILES = ("images", "masks", "instances")     # folders in which each image of a set has a file
 KIND = {"gan": "gan", "ldm": "diffusion", "inpaint": "diffusion", "reconstruct": "autoencoder"}  # of model.pt
 RUN_OF = {"gan": "runs/gan", "diffusion": "runs/ldm", "autoencoder": "runs/vq"}
-# PAPER: sampling steps, eta and guidance are not given. 50 steps with eta 1 is what looked right to us; the
-# patches are drawn around tumor pixels, and the balance comes from relabelling, as section 2.2 describes.
+# PAPER: where source patches lie is not given: around tumor pixels; the balance comes from relabelling.
 PRESETS = {"tiny": dict(steps=25, grain=True), "small": dict(sampler="dpm", steps=15, grain=True),
            "paper": dict(patch=512, batch=8)}
 
@@ -92,13 +87,22 @@ def main(argv):
 
     # ---- 1 who paints, and from which tissue ---------------------------------------------------------------
     content = run.load_model(config.model, KIND[config.method], config.data) if config.method in KIND else {}
-    dataset, sampler = source_data(config, content)
+    # Flips are left to the segmenter's training: a source is shown as it lies in its slide.
+    dataset, sampler = run_setup.training_data(config, flips=False)
     classes = dataset.classes
+    for part in filter(None, (content, content.get("autoencoder"))):
+        run_training.refuse_leak(part, dataset, config.model)       # it would paint what it is tested on
+    if content and content.get("classes") != classes.to_json():
+        raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
+                        "use the dataset that it was trained on")
     painter = make_painter(config, content, dataset, device)
     source = partial(painter.fresh_patch if config.method == "fresh" else draw_patch, sampler)
-    level = noise_levels(sampler, classes, config.cache)
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)
-    count = number_of_images(config, sampler)
+    count = config.count or config.ratio * sampler.num_patches      # patches that tile the training ROIs once
+    if not 0.5 < count < 1e6:
+        raise UserError(f"--ratio {config.ratio}, --count {config.count}: makes {count:g} images of "
+                        f"{sampler.num_patches} patches; give another, for 1 to 999999 images")
+    count = round(count)
 
     # ---- 2 what an earlier start of this command left: a file is there whole or not at all -----------------
     checkpoint = file_hash(run.model_file(config.model))[:16] if content else config.method
@@ -110,7 +114,7 @@ def main(argv):
             "manifest.jsonl", "slides.csv"))
     if run_distributed.gather_objects(complete)[0]:         # as process 0 found it: all paint, or none
         print(f"{folder}: complete ({count} images); nothing to do")
-        return 0
+        return
     run_distributed.rank() or data_folder.write_split(folder / "split.json", dataset)
 
     # ---- 3 what image i shows: a function of (seed, i) alone -----------------------------------------------
@@ -120,10 +124,10 @@ def main(argv):
         """(patch, its new label, {instance: (old, new class)}) of image i; keeps its line of the manifest."""
         # A real patch: its tissue is where the new image will have tissue, and of the same shape. And a new
         # subtype for every instance: the step that balances (paper, section 2.2).
-        patch = source(config.seed, i)
-        label, mapping = (
-            relabel(patch["label"], patch["instance"], classes, generator(config.seed, "relabel", i), allowed)
-            if config.relabel else keep(patch, classes))
+        patch, random = source(config.seed, i), generator(config.seed, "relabel", i)
+        label, mapping = relabel(patch["label"], patch["instance"], classes, random, allowed)
+        if not config.relabel:                                  # the real label: all keep their classes
+            label, mapping = patch["label"], {j: (old, old) for j, (old, _) in mapping.items()}
         records[i] = {
             "image": f"images/{i:06d}.png", "source_image": patch["name"], "source_slide": patch["slide"],
             "x": patch["x"], "y": patch["y"],
@@ -131,6 +135,9 @@ def main(argv):
             "seed": hashed_seed(config.seed, "image", i), "checkpoint": checkpoint}
         return patch, label, mapping
 
+    # A decoder gives smooth pixels: without the sensor's noise a segmenter learns who painted, not what.
+    levels = ({roi.name: noise_in(roi, classes, config.cache) for roi in sampler.rois}
+              if config.grain and content else {})
     batches = range(0, count, config.batch)[run_distributed.rank()::run_distributed.world()]
     for first in tqdm(batches, desc=config.method, leave=False, disable=None):
         # A batch is computed whole even when part of it is there: rounding in a convolution may depend on the
@@ -152,10 +159,9 @@ def main(argv):
                 "image": image, "label": label, "instance": instance, "seeds": seeds, "sources": patches,
                 "onehot": run_training.one_hot(label, len(classes), device), "mappings": mappings,
                 "repaint": repaint}).float().cpu()
-        # A decoder gives smooth pixels: without the sensor's noise a segmenter learns who painted, not what.
-        if config.grain and content:
-            levels = torch.stack([level(patch["name"]) for patch in patches])           # (B,)
-            painted = inpainting.add_grain(painted, levels, seeds)
+        if levels:
+            level = torch.stack([levels[patch["name"]] for patch in patches])           # (B,)
+            painted = inpainting.add_grain(painted, level, seeds)
         if config.method == "inpaint":
             # Decoding moved every pixel a little; those of the background are the photograph's again.
             painted = inpainting.paste(image, painted, repaint)
@@ -175,23 +181,9 @@ def main(argv):
         write_dataset(folder, [records[i] for i in range(count)], dataset)
         ratio = f"{count / sampler.num_patches:.6g}" if config.count else config.ratio
         configuration.say_done(config, "train_seg.py", "--synthetic", folder, "--ratio", ratio)
-    return 0
 
 
 # ---- what is painted from ----------------------------------------------------------------------------------
-def source_data(config, content) -> tuple:
-    """(dataset, sampler of patches of its training slides); `content` of model.pt, or {}. UserError where the
-    network of `content` knows a slide that is not for training here, or other classes."""
-    # Flips are left to the segmenter's training: a source is shown as it lies in its slide.
-    dataset, sampler = run_setup.training_data(config, flips=False)
-    for part in filter(None, (content, content.get("autoencoder"))):
-        run_training.refuse_leak(part, dataset, config.model)       # it would paint what it is tested on
-    if content and content.get("classes") != dataset.classes.to_json():
-        raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
-                        "use the dataset that it was trained on")
-    return dataset, sampler
-
-
 def draw_patch(sampler, seed, i) -> dict:
     """Source patch i: tensors image, label, instance (renumbered from 1), and where it came from."""
     which, y, x = sampler.place(numpy_generator(seed, "source", i))
@@ -201,53 +193,27 @@ def draw_patch(sampler, seed, i) -> dict:
             "slide": roi.slide, "x": x, "y": y}
 
 
-def keep(patch, classes):
-    """--no-relabel: the real label, every tumor instance mapped to its own class."""
-    label, instance = patch["label"], patch["instance"]
-    olds = {j: int(label[instance == j][0]) for j in instance.unique().tolist() if j}
-    return label, {j: (old, old) for j, old in olds.items() if old in classes.tumor_ids}
-
-
-def relabel_ids(names: str, classes, present) -> list:
+def relabel_ids(names: str, classes, present):
     """Class ids of `--relabel-classes A,B`; without names the tumor classes that are `present` in training:
-    what no training slide shows, no model has learned to paint."""
-    tumor = {k: classes.names[k] for k in classes.tumor_ids}
-    absent = [name for k, name in tumor.items() if k not in present]
+    what no training slide shows, no model has learned to paint. None where there is no tumor at all."""
+    absent = [classes.names[k] for k in classes.tumor_ids if k not in present]
     if not names and absent:
         print(f"note: no {', '.join(absent)} in the training slides; no instance is relabelled to it",
               file=sys.stderr)
     ids = [classes.id_of(name) if classes.knows(name) else None for name in names.split(",") if names]
     for name, k in zip(names.split(","), ids):
-        if k not in tumor:
-            raise UserError(f"--relabel-classes: {name.strip()!r} is not a tumor class; "
-                            f"the tumor classes are {', '.join(tumor.values())}")
         if k not in present:
-            raise UserError(f"--relabel-classes: {name.strip()!r} is not in the training slides, so no model "
-                            "can have learned it; leave it out")
-    return ids or list(present)
+            raise UserError(f"--relabel-classes: {name.strip()!r} is no tumor class, or not in the training "
+                            f"slides; those are {', '.join(classes.names[k] for k in present)}")
+    return ids or list(present) or None
 
 
-def number_of_images(config, sampler) -> int:
-    """--count, or --ratio of the patches that tile the training ROIs once."""
-    if config.ratio > 1000 and not config.count:
-        raise UserError(f"--ratio: found {config.ratio}; give a number of at most 1000")
-    count = config.count or round(config.ratio * sampler.num_patches)
-    if count < 1:
-        raise UserError(f"--ratio: {config.ratio} of {sampler.num_patches} patches makes no image; "
-                        "give a larger one")
-    return count
-
-
-def noise_levels(sampler, classes, cache):
-    """A function: name of a region -> level of the sensor's noise in it, measured in its middle, once."""
-    @lru_cache(maxsize=None)
-    def level(name):
-        roi = next(roi for roi in sampler.rois if roi.name == name)
-        region = data_regions.open_roi(roi, classes, cache)
-        corner = [max(0, side // 2 - 512) for side in (region.height, region.width)]
-        window = region.window(*corner, min(region.height, 1024), min(region.width, 1024))
-        return inpainting.noise_level(to_tensors(*window)[0][None])[0]
-    return level
+def noise_in(roi, classes, cache) -> torch.Tensor:
+    """Level () of the sensor's noise in a region, measured in its middle."""
+    region = data_regions.open_roi(roi, classes, cache)
+    height, width = min(region.height, 1024), min(region.width, 1024)
+    window = region.window((region.height - height) // 2, (region.width - width) // 2, height, width)
+    return inpainting.noise_level(to_tensors(*window)[0][None])[0]
 
 
 # ---- painters ----------------------------------------------------------------------------------------------
@@ -288,14 +254,10 @@ class DiffusionPainter:
         if config.guidance != 1 and content.get("drop_label") == 0:
             raise UserError(f"--guidance: found {config.guidance}; this model was trained with "
                             "--drop-label 0 and never saw an image without a label, give 1")
-        if config.steps > self.schedule.T:
-            raise UserError(f"--steps: found {config.steps}; this model has {self.schedule.T} timesteps, "
-                            "give at most that")
-        visited = spaced_timesteps(self.schedule, config.steps, config.sampler, config.spacing)
-        if visited[-1] >= self.schedule.T:
-            raise UserError(f"--spacing leading: with --steps {config.steps} the official rule asks for a "
-                            f"timestep beyond the last of {self.schedule.T}; "
-                            "give a number of steps that divides it, or trailing")
+        try:
+            spaced_timesteps(self.schedule, config.steps, config.sampler, config.spacing)
+        except ValueError as error:                             # now, and not after an hour of painting
+            raise UserError(f"--steps, --spacing: {error}") from None
         self.config, self.device = config, device
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 

@@ -10,10 +10,7 @@ the class ids to background/tumor, and minimise
     loss = dice_weight * Dice + (1 - dice_weight) * cross-entropy
 
 with Adam. The number of optimiser steps is the same whatever the ratio is, so configurations are comparable.
-The subtypes are used for sampling and for the evaluation only: the network never sees them.
-
-The file begins with the loop (`train`). Below it: what the loop calls, the configuration, and `main`.
-The networks are built in her2/run_setup.py.
+The subtypes serve sampling and evaluation only: the network, built in her2/run_setup.py, never sees them.
 """
 
 from her2 import run_config as configuration         # first: it makes Ctrl-C one line, also during imports
@@ -64,14 +61,11 @@ def train(config, argv) -> None:
         val = validate(ema.module, dataset, config, precision, device)
         log.say(f"step {step:6d}  val Dice {val['dice']:.3f}  recall " + "  ".join(
             f"{name} {value:.2f}" for name, value in val["recall"].items() if value is not None))
-        image, label, records = fixed["image"][:8], fixed["label"][:8], log.records()
+        image, label = fixed["image"][:8], fixed["label"][:8]
         with precision.autocast():
             prob = ema.module(run_training.to_device(image, device)).float().softmax(1)[:, 1]
         draw.samples_png(folder, step, dataset.classes, image=image, label=label, probability=prob.cpu())
-        draw_axes.curves_png(folder / "curves.png", records, draw_axes.TRAINING["segmenter"])
-        if step == config.steps and records[-1]["loss"] > 0.8 * nothing:
-            log.say(f"warning: the loss ends at {records[-1]['loss']:.3f}, close to that of a network "
-                    "that predicts nothing; try a longer --warmup, a lower --lr or more --steps")
+        draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["segmenter"])
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
                        **dataset.origin())
 
@@ -150,14 +144,12 @@ class Config(configuration.Training):               # data, seed, patch, device 
     name: str = ""                  # of this configuration in reports; empty: from sampling, method, ratio
     # ---- patches
     synthetic: str = ""             # folder made by generate.py; empty: real patches only
-    ratio: float = 1.0              # synthetic images per real patch (1.0 = +100 %); only with --synthetic;
-                                    # inf: synthetic images alone
+    ratio: float = 1.0              # synthetic images per real patch; 1.0 = +100 %, inf: no real patches
     jitter: float = 1.0             # strength of the stain augmentation, 0 = off
     # ---- network
     width: int = 16                 # channels of the encoder's finest level; 64 is the real ResNet-34
     encoder_weights: str = "none"   # initial encoder: none, imagenet (torch hub's cache or download), a file
-    init: str = ""                  # official weights to start from: a file of torchvision's ResNet-34 or
-                                    # smp's Unet-ResNet-34
+    init: str = ""                  # official weights to start from: torchvision's ResNet-34 or smp's Unet
     # ---- loss
     dice: Literal["soft", "generalised"] = "soft"       # which Dice loss
     dice_weight: float = 0.5        # share of Dice in the loss; cross-entropy has the rest
@@ -168,8 +160,7 @@ class Config(configuration.Training):               # data, seed, patch, device 
     schedule: Literal["constant", "cosine"] = "cosine"  # learning rate after the warm-up; cosine falls to 0
     warmup: int = 30                # steps over which the learning rate rises linearly from 0
     clip: float = 1.0               # largest L2 norm of the gradient
-    ema: float = 0.99               # decay of the moving average of the weights, which is what is evaluated;
-                                    # 0: the weights of the last step
+    ema: float = 0.99               # decay of the average of weights that is evaluated; 0: the last step's
     save_every: int = 120           # steps between two checkpoints, with sample pictures and a look at val
 
 
@@ -187,9 +178,6 @@ def main(argv):
     if config.init and config.encoder_weights != "none":
         raise UserError("--init and --encoder-weights both name initial weights; "
                         "beside --init give --encoder-weights none")
-    if config.synthetic and not config.ratio:
-        raise UserError("--ratio: 0 uses none of the images in --synthetic; "
-                        "give a number greater than 0, or leave --synthetic out")
     train(config, argv)
 
 

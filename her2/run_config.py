@@ -31,7 +31,7 @@ RANGES = {name: ends for ends, names in {
     (1e-12, 1e3): "lr disc_lr", (1e-12, 1e12): "clip beta", (1e-12, 1.0): "threshold",
     (0.0, 1.0): "eta dice_weight jitter uniform", (0.0, 0.9): "drop_label", (0.0, 0.999999): "ema",
     (0.0, 1e6): "lambda_feat lambda_kld lambda_vgg lambda_lpips lambda_edge disc_weight guidance t_spread "
-                "simplify", (0.0, math.inf): "ratio",
+                "simplify", (1e-12, math.inf): "ratio",
     (16, 8192): "patch", (8, 1024): "width", (1, 4096): "disc_width hidden z_dim", (1, 16): "blocks",
     (2, 2**20): "codes timesteps", (0, 255): "classes workers dilate", (0, 4096): "overlap blend",
 }.items() for name in names.split()}
