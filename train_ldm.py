@@ -11,8 +11,7 @@ replaced by the nearest row of a codebook, and a decoder paints the image back (
     loss = nll + vq_loss - weight * mean D(reconstruction)                              D: not in small
     weight = disc_weight * ||grad nll|| / ||grad mean D||                               from --disc-start on
 
-Stage 2, diffusion on latents. A latent gets noise, and a U-Net that also sees the label learns to tell what
-was added:
+Stage 2, diffusion on latents. A latent gets noise, which a U-Net that also sees the label learns to tell:
 
     xt = sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) eps     loss = |target - denoiser(xt, t, label code)|
     target = eps (--parametrisation eps), or sqrt(alpha_bar[t]) eps - sqrt(1 - alpha_bar[t]) x0 (v)
@@ -111,9 +110,9 @@ def train_autoencoder(config, argv) -> None:
                 #   would drive the first rough reconstructions anywhere; `disc_weight` times the pull of L1.
                 if adversarial:
                     g_loss = adversarial_loss(disc(reconstruction), "generator")        # ()
-                    weight = config.disc_weight * adaptive_weight(
-                        part.share * nll, part.share * g_loss, last_layer, scaler.get_scale(),
-                        lambda found: run_distributed.total(found) if known is None else known)
+                    both = known if known is not None else run_distributed.total(
+                        pulls(part.share * nll, part.share * g_loss, last_layer, scaler.get_scale()))
+                    weight = config.disc_weight * adaptive_weight(both)
                     loss = loss + weight * g_loss
                     losses.add(part.share, g_loss=g_loss, disc_weight=weight)
             scaler.scale(part.share * loss).backward()
@@ -191,7 +190,7 @@ def train_diffusion(config, argv) -> None:
             predict = ema.module.predictor(ema.module.label_code(onehot))
             x0 = samplers.sample(predict, schedule, samplers.image_noise(range(len(onehot)), latent, device),
                                  steps=min(config.sample_steps, config.timesteps))
-            image = autoencoder.decode(ema.module.unscale(x0)).float().clamp(-1, 1)
+            image = autoencoder.decode(x0 / ema.module.latent_scale).float().clamp(-1, 1)
         draw.samples_png(folder, step, dataset.classes, label=fixed["label"], real=fixed["image"],
                          sampled=image)
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["diffusion"])
@@ -212,7 +211,7 @@ def train_diffusion(config, argv) -> None:
         for part in run_distributed.parts(batch, config):
             # 1 encode: the frozen autoencoder gives the clean latents. The schedule counts on variance 1.
             z = part.batch["z"].to(device) if config.latent_pool else encode(part.batch["image"])
-            x0 = denoiser.scale(z)                                                      # (B, C, h, w)
+            x0 = z * denoiser.latent_scale                                              # (B, C, h, w)
             onehot = run_training.one_hot(part.batch["label"], len(dataset.classes), device)    # (B, K, H, W)
 
             # 2 noise: a level per image, so that one step teaches all: detail at low t, layout at high t.

@@ -75,12 +75,6 @@ class Attention(nn.Module):
         return x + self.proj_out(y.squeeze(1).mT.reshape(x.shape))           # (B, C, h, w)
 
 
-def downsample(channels: int) -> nn.Sequential:                             # (B, C, h, w) -> (B, C, h/2, w/2)
-    # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
-    pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
-    return nn.Sequential(OrderedDict(pad=pad, conv=conv))                   # OrderedDict: the official names
-
-
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where asked, then a change of size."""
 
@@ -90,7 +84,10 @@ class Level(nn.Module):
                                    for i in range(blocks))
         self.attn = nn.ModuleList(Attention(out_channels, groups) if attention else nn.Identity()
                                   for _ in range(blocks))
-        self.downsample = downsample(out_channels) if coarser else nn.Identity()
+        # One row below and one column right only: with even sizes, this is what a stride of 2 uses.
+        self.downsample = nn.Sequential(OrderedDict(                         # OrderedDict: the official names
+            pad=nn.ZeroPad2d((0, 1, 0, 1)),
+            conv=nn.Conv2d(out_channels, out_channels, 3, stride=2))) if coarser else nn.Identity()
         # Nearest, then a convolution: a transposed one covers pixels unevenly, which shows as a checkerboard.
         self.upsample = nn.Sequential(OrderedDict(
             nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),

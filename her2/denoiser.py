@@ -180,8 +180,8 @@ class LatentDenoiser(nn.Module):
     """The denoiser with its label code and the scale of the latents: all that is averaged, saved and sampled.
 
     stages: halvings of the label map, log2 of the autoencoder's factor. code_channels: default z_channels.
-    The buffer latent_scale, 1 / standard deviation of the latents, is NaN until `set_latent_scale`; loading
-    weights whose scale is not a positive number raises ValueError."""
+    The buffer latent_scale, 1 / standard deviation of the latents z: x0 = latent_scale * z has variance 1. It
+    is NaN until `set_latent_scale`; loading one that is not a positive number raises ValueError."""
 
     def __init__(self, num_classes: int = 6, z_channels: int = 3, model_channels: int = 128,
                  channel_mult=(1, 4, 8), num_res_blocks: int = 2, num_heads: int = 8, stages: int = 2,
@@ -217,12 +217,6 @@ class LatentDenoiser(nn.Module):
     def set_latent_scale(self, std: float) -> None:          # std: of the latents, over many batches
         self.latent_scale.fill_(1.0 / float(std))
         self.check_latent_scale()
-
-    def scale(self, z: torch.Tensor) -> torch.Tensor:        # latents of the autoencoder -> x0 of variance 1
-        return z * self.latent_scale                                         # (B, D, h, w)
-
-    def unscale(self, x0: torch.Tensor) -> torch.Tensor:     # the way back, to what the autoencoder decodes
-        return x0 / self.latent_scale                                        # (B, D, h, w)
 
     def forward(self, xt: torch.Tensor, t: torch.Tensor, code: torch.Tensor = None) -> torch.Tensor:
         """xt (B, D, h, w), t (B,), code (B, code_channels, h, w) or None (no label) -> (B, D, h, w)."""

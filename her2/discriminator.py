@@ -11,9 +11,8 @@ per overlapping window ("PatchGAN", Isola et al., CVPR 2017): texture is judged,
 Source: Wang et al., "pix2pixHD", CVPR 2018, section 3.2; Park et al., CVPR 2019, appendix A; Esser et al.,
 "Taming transformers", CVPR 2021, section 3.1. No number differs from the official code (SPADE, taming).
 
-A logit sees 70 pixels: back from it, r pixels become r + 3 below a 4x4 convolution of stride 1 and 2 r + 2
-below one of stride 2. Both stacks have three of stride 2, then two of stride 1: 4, 7, 16, 34, 70. On the
-half-size copy 70 pixels are 141 of the image.
+A logit sees 70 pixels: back from it, r pixels become r + 3 below a 4x4 convolution of stride 1, 2 r + 2 below
+one of stride 2. Both have three of stride 2, then two of stride 1: 4, 7, 16, 34, 70 (half-size copy: 141).
 
 Key: B batch, C channels, h w size of a feature map, n = ndf, K classes.
 """
@@ -61,14 +60,12 @@ class MultiscaleDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 9, ndf: int = 64, num_layers: int = 4, num_levels: int = 2):
         super().__init__()
-        self.in_channels = in_channels
         # 70 pixels of the image are the texture of nuclei and membranes, 141 how nuclei stand in a nest.
         for level in range(num_levels):                           # own weights each: other things to look for
             self.add_module(f"discriminator_{level}", LevelDiscriminator(in_channels, ndf, num_layers))
 
     def forward(self, x: torch.Tensor) -> list:
         features = []
-        assert x.shape[1] == self.in_channels, f"x {tuple(x.shape)} should have {self.in_channels} channels"
         for level, discriminator in enumerate(self.children()):
             if level:            # zeros around the image do not count: a dark rim would tell nothing of fakes
                 x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)  # (B, K+3, h/2, w/2)
@@ -94,7 +91,6 @@ class PatchGAN(nn.Module):
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, num_layers: int = 3):
         super().__init__()
-        self.in_channels = in_channels
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), LeakyReLU()]
         width = ndf
         for index in range(1, num_layers + 1):
@@ -106,7 +102,6 @@ class PatchGAN(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))         # one logit per window
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        assert image.shape[1] == self.in_channels, f"{tuple(image.shape)}, not {self.in_channels} channels"
         return self.main(image)                                                       # (B, 1, h, w)
 
     def load_official_state_dict(self, state_dict: dict) -> None:

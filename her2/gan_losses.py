@@ -40,24 +40,21 @@ def adversarial_loss(logits, role: str, cost=HINGE) -> torch.Tensor:
 
 def feature_matching(fake_features: list, real_features: list, weight: float = 10.0) -> torch.Tensor:
     """L1 distance between D's features of fake and real, all layers but the logits; no gradient into real."""
-    counts = [[len(level) for level in features] for features in (fake_features, real_features)]
-    assert counts[0] == counts[1], f"fake has {counts[0]} features per scale, real {counts[1]}"
     # Where D is sure of every fake, the slope of its logits says little about how to become real. The
     # distance to real features still does. `detach`: it is the fake that has to move.
     distances = [F.l1_loss(fake.float(), real.detach().float())
-                 for fake_level, real_level in zip(fake_features, real_features)
-                 for fake, real in zip(fake_level[:-1], real_level[:-1])]       # logits are the other loss
+                 for fake_level, real_level in zip(fake_features, real_features, strict=True)
+                 for fake, real in zip(fake_level[:-1], real_level[:-1], strict=True)]  # without the logits
     return weight / len(fake_features) * torch.stack(distances).sum()   # ()
 
 
 def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """KL(N(mu, exp(logvar)) || N(0, I)), (B, z_dim) each: summed over z; over B "mean" or official "sum"."""
-    assert reduction in ("mean", "sum"), f"reduction is 'mean' or 'sum', found {reduction!r}"
     mu, logvar = mu.float(), logvar.float()                             # exp overflows in fp16 above 11
     # Pulls what the encoder says of every image towards one law, N(0, I). Where all their N(mu, var) overlap
     # and fill it, a z drawn from N(0, I) is one that G has been trained on: a fair draw at synthesis.
     kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(dim=1)                                 # (B,)
-    return kl.mean() if reduction == "mean" else kl.sum()               # ()
+    return {"mean": kl.mean, "sum": kl.sum}[reduction]()                # ()
 
 
 def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, loss_scale: float = 1.0):
@@ -67,14 +64,12 @@ def pulls(nll: torch.Tensor, g: torch.Tensor, last_layer: torch.Tensor, loss_sca
                         / loss_scale for loss in (nll, g)])
 
 
-def adaptive_weight(nll, g, last_layer: torch.Tensor, loss_scale: float = 1.0, pool=None) -> torch.Tensor:
-    """How much harder nll pulls on `last_layer` (a weight) than the adversarial loss g; at most 1e4, and 0
-    where the scaled gradients overflow (GradScaler then skips the step and lowers itself). pool: turns the
-    gradients of a part of the batch into those of all of it, where the rest is elsewhere."""
+def adaptive_weight(gradients) -> torch.Tensor:
+    """How much harder nll pulls than the adversarial loss, (), from the `pulls` of the whole batch: at most
+    1e4, and 0 where the scaled gradients overflow (GradScaler then skips the step and lowers itself)."""
     # The last layer stands for all others: every path of both losses goes through it, so the ratio there is
     # about the ratio everywhere, and its gradient costs one layer's backward instead of the whole network's.
-    gradients = pulls(nll, g, last_layer, loss_scale)
-    nll_gradient, g_gradient = pool(gradients) if pool else gradients
+    nll_gradient, g_gradient = gradients
     # 1e-4 and 1e4 (official): a D that says nothing would otherwise be amplified without bound.
     ratio = nll_gradient.norm() / (g_gradient.norm() + 1e-4)
     return ratio.nan_to_num(0.0, posinf=0.0).clamp(0.0, 1e4).detach()

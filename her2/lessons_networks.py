@@ -13,7 +13,7 @@ from her2.data_classes import DEFAULT_CLASSES as CLASSES
 from her2.discriminator import MultiscaleDiscriminator
 from her2.draw_axes import plot
 from her2.frechet import feature_statistics, frechet_distance, kernel_distance
-from her2.gan_losses import adaptive_weight, adversarial_loss, kl_divergence
+from her2.gan_losses import adaptive_weight, adversarial_loss, kl_divergence, pulls
 from her2.lessons_tissue import ink, region
 from her2.losses import class_sums, generalised_dice_loss, soft_dice_loss
 from her2.metrics import ProbabilityHistogram, matched
@@ -279,7 +279,7 @@ def gan_losses():
         curves[role] = x.numpy(), value.detach().numpy()
     layer, scales = torch.ones(4, requires_grad=True), np.geomspace(0.01, 100, 9)
     nll = ((layer - torch.arange(1.0, 5)) ** 2).mean()
-    pull = [k * adaptive_weight(nll, k * layer.sum(), layer).item() for k in scales.tolist()]
+    pull = [k * adaptive_weight(pulls(nll, k * layer.sum(), layer)).item() for k in scales.tolist()]
     batch = torch.randn(16, 8, generator=generator("lesson", "kl"))
     ratio = float(kl_divergence(batch, batch, "sum") / kl_divergence(batch, batch))
     charts = [plot(curves, "hinge loss", "logit"), plot(slopes, "its gradient", "logit"),

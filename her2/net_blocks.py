@@ -10,8 +10,6 @@ Differs from the official code (NVlabs/SPADE, which uses torch's hook): written 
 taken element by element and then summed, because autocast would turn a matrix product into half precision;
 `init_weights` ends with a few power iterations, because an untrained network in eval mode would otherwise
 divide by what two random directions happen to give, which may be any small number of either sign.
-
-Key: B batch, C channels, h w height and width of a feature map.
 """
 
 import re

@@ -15,7 +15,7 @@ from her2.autoencoder import VQAutoencoder
 from her2.denoiser import Denoiser, LabelCode, LatentDenoiser, time_embedding
 from her2.diffusion import Schedule, denoising_loss
 from her2.discriminator import PatchGAN
-from her2.gan_losses import adaptive_weight, adversarial_loss
+from her2.gan_losses import adaptive_weight, adversarial_loss, pulls
 from her2.net_blocks import load_strict
 from her2.quantizer import Codebook, count_codes
 from her2.samplers import ddim_tables, ddim_timesteps, trajectory
@@ -169,7 +169,7 @@ def run_vq_step(meta, sd, inp, out):
         reconstruction, indices, vq_loss = reconstruct(image)
         nll = (image - reconstruction).abs().mean()
         g = adversarial_loss(patchgan(reconstruction), "generator")
-        weight = adaptive_weight(nll, g, model.decoder.conv_out.weight) * options["disc_weight"]
+        weight = adaptive_weight(pulls(nll, g, model.decoder.conv_out.weight)) * options["disc_weight"]
         loss = nll + weight * factor * g + options["codebook_weight"] * vq_loss
         optimizer.zero_grad()
         loss.backward()
@@ -335,7 +335,7 @@ def run_ldm_step(meta, sd, inp, out):
         image, onehot = (inp[name][step].permute(0, 3, 1, 2) for name in ("image", "segmentation"))
         t, eps = inp["t"][step], inp["noise"][step]
         with torch.no_grad():
-            x0 = model.scale(autoencoder.encode(image))
+            x0 = autoencoder.encode(image) * model.latent_scale
         code = model.label_code(onehot)
         if step == 0:
             ours.update(z=x0, cond=code.detach())
@@ -369,7 +369,7 @@ def run_ldm_step(meta, sd, inp, out):
     last = s.alpha_bar[0].item()
     with torch.no_grad():
         predict = model.predictor(model.label_code(inp["segmentation"][0].permute(0, 3, 1, 2)))
-        ours["decode_first_stage"] = autoencoder.decode(model.unscale(inp["zdec"]))
+        ours["decode_first_stage"] = autoencoder.decode(inp["zdec"] / model.latent_scale)
     common = dict(predict=predict, schedule=s, timesteps=ddim_timesteps(s.T, config["S"], "leading"), eta=1.0,
                   noise=replay(inp["x_T"], inp["snoise"], inp["qnoise"]), final_alpha_bar=last)
     ours["sample"] = states(**common)[0][-1]

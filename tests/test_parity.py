@@ -13,7 +13,6 @@ golden_reader.disagreements. NETWORKS of the parity files are those whose float6
 """
 
 import importlib
-from collections import OrderedDict
 
 import numpy as np
 import parity_ldm
@@ -106,10 +105,6 @@ def after_straight_through(z, e, beta=0.25, legacy=False):
     return vq_loss(z, z + (e - z).detach(), beta, legacy)
 
 
-def padded_on_all_sides(channels):
-    return torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
-
-
 embedding, interpolate, linspace = denoiser.time_embedding, F.interpolate, torch.linspace
 MISTAKES = {                # what: (file, outputs, object, attribute, the wrong thing)
     "SPADE without spectral norm": ("spade_step_batch_vae", STEP, SpectralConv2d, "weight",
@@ -126,7 +121,8 @@ MISTAKES = {                # what: (file, outputs, object, attribute, the wrong
     "KL as a mean over the batch": ("spade_losses", "kld", parity_spade, "kl_divergence", with_options(
         kl_divergence, reduction="mean")),
     "VQ: eps 1e-5": ("vq_f4_small_stored", "dec|prequant", autoencoder, "group_norm", denoiser.group_norm),
-    "VQ: symmetric padding": ("vq_step", STEP, autoencoder, "downsample", padded_on_all_sides),
+    "VQ: symmetric padding": ("vq_step", STEP, torch.nn, "ZeroPad2d", lambda sides:
+                              torch.nn.ConstantPad2d(1, 0.0)),
     "VQ: beta on the other term": ("quantizer", "", quantizer, "vq_loss", lambda z, e, beta, legacy:
                                    vq_loss(z, e, beta, not legacy)),
     "VQ: loss after the straight-through": ("quantizer", "", quantizer, "vq_loss", after_straight_through),
