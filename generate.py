@@ -20,7 +20,6 @@ import json
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -59,8 +58,7 @@ class Config(configuration.Patches):    # data, patch, uniform, device and what 
     eta: float = 1.0                # noise that DDIM adds back, 0 = deterministic
     guidance: float = 1.0           # classifier-free guidance; 1 = plain conditional sampling
     dilate: int = 1                 # inpaint: latent cells added around the region to regenerate
-    blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams;
-                                    # 0 keeps the background bit for bit
+    blend: int = 0                  # inpaint: pixels around the tumor that may change too, to hide seams
     erase: bool = False             # inpaint: fill tumor from around it before encoding: no old staining
     grain: bool = False             # give what a network painted the sensor noise of the source image
 
@@ -152,8 +150,7 @@ def main(argv):
         image = torch.stack([patch["image"] for patch in patches])                      # (B, 3, H, W)
         instance = torch.stack([patch["instance"] for patch in patches])                # (B, H, W)
         label, seeds = torch.stack(labels), [records[i]["seed"] for i in ids]           # (B, H, W)
-        repaint = torch.stack(list(map(repaint_mask, instance, mappings)))              # (B, H, W)
-        repaint = inpainting.grow(repaint, config.blend)
+        repaint = inpainting.grow(torch.stack([*map(repaint_mask, instance, mappings)]), config.blend)
         with torch.no_grad(), precision.autocast():
             painted = painter.paint({
                 "image": image, "label": label, "instance": instance, "seeds": seeds, "sources": patches,
@@ -257,7 +254,8 @@ class DiffusionPainter:
         try:
             spaced_timesteps(self.schedule, config.steps, config.sampler, config.spacing)
         except ValueError as error:                             # now, and not after an hour of painting
-            raise UserError(f"--steps, --spacing: {error}") from None
+            flags = f"--steps {config.steps} --spacing {config.spacing}"
+            raise UserError(f"{flags}: {error}; give another --steps") from None
         self.config, self.device = config, device
         self.multiple = self.autoencoder.factor * 2 ** (len(content["kwargs"]["channel_mult"]) - 1)
 
@@ -268,14 +266,14 @@ class DiffusionPainter:
             # The encoder sees the whole patch: what it shall not carry on is taken out before.
             source = inpainting.erase(image, region) if config.erase else image
             z = self.autoencoder.encode(run_training.to_device(source, self.device))    # (B, C, h, w)
-            known = self.denoiser.scale(z.float())
+            known = z.float() * self.denoiser.latent_scale
             cells = inpainting.repaint_to_latent(region, factor, config.dilate).to(self.device)
         side = config.patch // factor
         noise = image_noise(batch["seeds"], (self.denoiser.config["z_channels"], side, side), self.device)
         predict = self.denoiser.predictor(self.denoiser.label_code(batch["onehot"]), config.guidance)
         x0 = sample(predict, self.schedule, noise, steps=config.steps, eta=config.eta, sampler=config.sampler,
                     spacing=config.spacing, known=known, repaint=cells)                 # (B, C, h, w)
-        return self.autoencoder.decode(self.denoiser.unscale(x0)).float().clamp(-1, 1)
+        return self.autoencoder.decode(x0 / self.denoiser.latent_scale).float().clamp(-1, 1)
 
 
 # ---- the dataset folder ------------------------------------------------------------------------------------
@@ -286,7 +284,7 @@ def write_dataset(folder, records, dataset) -> None:
                                                     for record in records))
     if (dataset.root / "classes.json").exists():
         atomic_write(folder / "classes.json", (dataset.root / "classes.json").read_bytes())
-    names = [Path(record["image"]).name for record in records]
+    names = [f"{i:06d}.png" for i in range(len(records))]
     masks, images = ([np.array(draw.Image.open(folder / kind / name)) for name in names[:8]]
                      for kind in ("masks", "images"))
     draw.save_png(folder / "preview.png", draw.image_grid(

@@ -151,8 +151,7 @@ class Config(configuration.Training):               # data, seed, patch, device 
                                     # where latest_net_E.pth, latest_net_D.pth lie beside it, E and D as well
     # ---- losses
     lambda_feat: float = 10.0       # weight of feature matching
-    lambda_kld: float = 0.05        # weight of KL, summed over z and averaged over the batch
-                                    # (SPADE sums over the batch too: its 0.05 at batch B is 0.05 * B here)
+    lambda_kld: float = 0.05        # weight of KL, a mean over the batch (SPADE's sum of B is B * 0.05 here)
     vgg: str = ""                   # file of VGG-19 weights (torchvision) for the perceptual loss; empty: off
     lambda_vgg: float = 10.0        # weight of the perceptual loss, when there is one
     # ---- optimisers

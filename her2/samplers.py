@@ -33,8 +33,7 @@ Inpainting. The known latent is put back before every step and, clean, after the
 RePaint, CVPR 2022, algorithm 1 without resampling. Officially the last one is missing (DDIMSampler), or the
 replacement comes after the step at the step's own level, so that noise of t = 0 remains (p_sample_loop).
 
-PAPER: neither sampler nor number of steps is given. Default: 50 steps with eta 1; eta 0 gave washed-out
-images from models that were trained briefly.
+PAPER: neither sampler nor number of steps is given: 50 with eta 1; after short trainings eta 0 washes out.
 
 Key: B batch, C latent channels, h w latent height and width, T number of noise levels, S of steps.
 """
@@ -178,6 +177,6 @@ def spaced_timesteps(schedule, steps: int, sampler: str, spacing: str) -> list:
         return log_snr_timesteps(schedule, steps)
     timesteps = ddim_timesteps(schedule.T, steps, "trailing" if spacing == "auto" else spacing)
     if timesteps[-1] >= schedule.T:
-        raise ValueError(f"spacing 'leading' asks for timestep {timesteps[-1]} of 0 to {schedule.T - 1}; "
-                         "take a number of steps that divides T, or trailing")
+        raise ValueError(f"spacing 'leading' asks for timestep {timesteps[-1]} of 0 to {schedule.T - 1}: "
+                         "take a number of steps that divides T")
     return timesteps

@@ -24,6 +24,7 @@ import math
 import socket
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -124,10 +125,10 @@ class UNet(nn.Module):
 
     def __init__(self, num_classes: int = 2, width: int = 64, decoder_channels=None):
         super().__init__()
-        if decoder_channels is None:
-            decoder_channels = [max(16, c * width // 64) for c in (256, 128, 64, 32, 16)]  # 16: no bottleneck
+        official = (max(16, c * width // 64) for c in (256, 128, 64, 32, 16))              # 16: no bottleneck
+        decoder_channels = list(decoder_channels or official)
         assert len(decoder_channels) == 5, f"decoder_channels are 5, found {decoder_channels}"
-        self.config = {"num_classes": num_classes, "width": width, "decoder_channels": list(decoder_channels)}
+        self.config = dict(num_classes=num_classes, width=width, decoder_channels=decoder_channels)
         self.encoder = ResNet34Encoder(width)
         self.decoder = Decoder(self.encoder.channels, decoder_channels)
         self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], num_classes, 3, padding=1))
@@ -149,9 +150,8 @@ class UNet(nn.Module):
     def load_official_state_dict(self, state_dict: dict) -> None:
         """Load a file of smp.Unet("resnet34") (all of it) or of torchvision's resnet34 (encoder, without fc),
         strictly: ValueError lists every missing, unexpected and misshapen tensor; nothing is loaded then."""
-        whole = any(name.startswith("encoder.") for name in state_dict)
-        target, unused = (self, ()) if whole else (self.encoder, ("fc.weight", "fc.bias"))  # no decoder there
-        given = {name: tensor for name, tensor in state_dict.items() if name not in unused}
+        target = self if any(name.startswith("encoder.") for name in state_dict) else self.encoder
+        given = {name: tensor for name, tensor in state_dict.items() if name not in ("fc.weight", "fc.bias")}
         # Only the batch counters may be missing, if all of them are: files older than torch 0.4.1 have none,
         # and the counters have no effect at a fixed momentum.
         counters = {k: v for k, v in target.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -217,12 +217,6 @@ def tile_spans(length: int, tile: int, overlap: int) -> tuple[int, list[tuple[in
     return tile, [(start, cuts[i], min(cuts[i + 1], length)) for i, start in enumerate(starts)]
 
 
-def reflected(length: int, stop: int) -> torch.Tensor:
-    """Indices 0..stop-1 folded into [0, length) as in a mirror: 0 1 2 2 1 0 0 1 ... for length 3."""
-    index = torch.arange(stop) % (2 * length)                          # a mirror repeats after there and back
-    return index.minimum(2 * length - 1 - index)
-
-
 @torch.no_grad()
 def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap: int = 128,
                 batch_size: int = 4, device=None) -> torch.Tensor:
@@ -237,7 +231,8 @@ def predict_roi(model: nn.Module, image: torch.Tensor, tile: int = 512, overlap:
     height, width = image.shape[1:]
     (tile_h, spans_y), (tile_w, spans_x) = (tile_spans(length, tile, overlap) for length in (height, width))
     # Beyond right and bottom, up to a multiple of 32, a mirror: that is tissue, zeros would be even grey.
-    rows, columns = reflected(height, spans_y[-1][0] + tile_h), reflected(width, spans_x[-1][0] + tile_w)
+    rows, columns = (torch.from_numpy(np.pad(np.arange(side), (0, spans[-1][0] + size - side), "symmetric"))
+                     for side, size, spans in ((height, tile_h, spans_y), (width, tile_w, spans_x)))
     prob = torch.empty(height, width)                      # on the CPU: an ROI may be larger than a GPU holds
     jobs = list(itertools.product(spans_y, spans_x))       # one per tile
     for first in tqdm(range(0, len(jobs), batch_size), "tiles", leave=False, delay=3, disable=None):

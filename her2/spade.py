@@ -123,8 +123,7 @@ class SPADEGenerator(nn.Module):
         if not self.config["use_vae"]:
             return self.fc(F.interpolate(onehot, size=grid, mode="nearest"))          # (B, 16n, H/g, W/g)
         wanted, found = (len(onehot), self.config["z_dim"]), None if z is None else tuple(z.shape)
-        if found != wanted:
-            raise ValueError(f"z must be {wanted}, found {found}: draw it from N(0, I), or encode an image")
+        assert found == wanted, f"z must be {wanted}, found {found}: draw it from N(0, I), or encode an image"
         x = self.fc(z).unflatten(1, (-1, *self.grid))                                 # (B, 16n, grid)
         return x if grid == self.grid else F.interpolate(x, size=grid, mode="nearest")  # (B, 16n, H/g, W/g)
 

@@ -12,7 +12,7 @@ from torch import nn
 from her2 import segmenter
 from her2.run_errors import UserError
 from her2.losses import constant_prediction_loss, dice_cross_entropy
-from her2.segmenter import UNet, encoder_weights, predict_roi, reflected, tile_spans
+from her2.segmenter import UNet, encoder_weights, predict_roi, tile_spans
 
 # Names and shapes as in torchvision's file, at a reduced width: the encoder's own plus the classifier.
 WIDTH = 8
@@ -217,12 +217,6 @@ def test_kept_parts_cover_every_pixel_once(tile, overlap):
             assert left + size - right >= overlap
         for (left, _, cut), (right, _, _) in zip(spans, spans[1:]):  # cut in the middle
             assert abs((cut - right) - (left + size - cut)) <= 1
-
-
-def test_reflection_is_that_of_numpy():
-    for length, stop in [(1, 5), (3, 11), (40, 64), (64, 64)]:
-        expected = np.pad(np.arange(length), (0, stop - length), "symmetric")
-        assert reflected(length, stop).tolist() == expected.tolist()
 
 
 class Pointwise(nn.Module):

@@ -262,7 +262,7 @@ def test_generator_refuses_what_it_cannot_use():
         network(masks(1, 48, 64), noise(1, 8))
     with pytest.raises(AssertionError, match=r"\(B, 6, H, W\), found \(1, 5, 64, 64\)"):
         network(masks(1, 64, 64, classes=5), noise(1, 8))
-    with pytest.raises(ValueError, match=r"z must be \(1, 8\), found None"):
+    with pytest.raises(AssertionError, match=r"z must be \(1, 8\), found None"):
         network(masks(1, 64, 64))
     with pytest.raises(AssertionError, match="divisible by 32"):
         small_generator(size=100)
