@@ -346,6 +346,17 @@ def test_the_painter_is_asked_for_the_labels_that_are_written(tmp_path, monkeypa
     assert ((counts - counts.sum() / 5) ** 2 / (counts.sum() / 5)).sum() < 18.5, counts          # p = .001
 
 
+def test_tissue_without_any_tumor_can_be_painted_too(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "data", slides=4, height=64, width=96)
+    for path in (tmp_path / "data/masks").iterdir():
+        save(path, np.zeros((64, 96), np.uint8))
+    monkeypatch.setattr(generate, "make_painter", lambda *_: Spy())
+    generate.main(["--method", "restain", "--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--patch",
+                   "32", "--count", "2", "--sampling", "uniform", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text("utf-8").splitlines()]
+    assert [line["instances"] for line in lines] == [{}, {}]
+
+
 @pytest.fixture(scope="module")
 def latent_model(tmp_path_factory):
     """The content of a diffusion model with random weights and a latent scale of 1/4."""
