@@ -1,50 +1,125 @@
-"""Annotations of one image: any of the five formats -> polygons in image pixels with class ids.
+"""Annotations of one image: the polygons of a file, what is wrong with them, their place and their classes.
 
-The format is told by the content, not by the suffix: EXACT and COCO both write `.json`, QuPath writes either.
-Everything that a file can get wrong is a UserError that names the file, what was found and what to do.
-Source: paper, section 2.1 (annotated in EXACT); the other formats are what other laboratories have.
+`data_formats` reads the files into a `Found`. What was never meant as a polygon of this image (points,
+deleted ones, detected cells) is left out, with the reason. What is broken is a problem, and a file with
+problems is refused: a polygon that quietly vanishes is background to a network. Every refusal is a UserError
+that names the file, what was found and what to do.
 """
 
 import json
 import re
-from dataclasses import replace
-from difflib import get_close_matches
+import unicodedata
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from reprlib import repr as show   # short, whatever the length or the depth of the value
 
-from her2.data_formats import read_asap, read_coco, read_exact_rest, read_exact_text, read_geojson
-from her2.data_checks import REMEDY, Found, plain_path, show
-from her2.data_classes import NO_CLASS, ClassTable, normal_form, parse_json, read_text
+import numpy as np
+
+from her2.data_classes import NO_CLASS, ClassTable, normal_form
 from her2.run_errors import UserError, one_line
 
+MAX_COORDINATE = 1e8   # pixels; the largest slides have some 1e6 a side
+REMEDY = "correct it in the annotation program and export it again, as EXACT, GeoJSON, ASAP XML or COCO"
+KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false",      # of values in a file
+         int: "a whole number", float: "a number"}
 
-def read_file(path, image=None) -> Found:
-    """What an annotation file (gzipped or not) holds. UserError for an unknown format and broken polygons.
-    `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. Polygons may
-    cross themselves, lie partly outside the image and have any number of points."""
-    found, text = Found(path), read_text(path, REMEDY)
-    start = text.lstrip().partition("\n")[0]
-    obj = parse_json(text, path, REMEDY) if start.startswith(("{", "[")) else None
-    first = obj[0] if isinstance(obj, list) and obj else obj
-    if not start:
-        raise UserError(f"{path}: an empty file; {REMEDY}, or leave the column empty for an image without")
-    if start[0] == "<":
-        read_asap(text, found)
-    elif obj is None and "|" in start:
-        read_exact_text(text, found, image)
-    elif obj is None:
-        raise UserError(f"{path}: begins with {show(start[:30])}, no known format; {REMEDY}")
-    elif obj == [] or isinstance(first, dict) and first.get("type") in ("FeatureCollection", "Feature"):
-        read_geojson(obj, found)
-    elif isinstance(first, dict) and ("results" if first is obj else "vector") in first:
-        read_exact_rest(obj, found)
-    elif first is obj and "annotations" in obj:
-        read_coco(obj, found, image)
-    else:
-        raise UserError(f"{path}: JSON of another kind ({show(obj)}); {REMEDY}")
-    if found.problems:
-        more = f" (and {len(found.problems) - 3} more)" if len(found.problems) > 3 else ""
-        raise UserError(one_line(f"{path}: {'; '.join(found.problems[:3])}{more}; correct or delete "
-                                 "them in the annotation program and export again"))
-    return found
+
+@dataclass(frozen=True, eq=False)
+class Polygon:
+    rings: list       # (n, 2) float64 arrays of x, y: the outline, then its holes
+    name: str         # the class as the file spells it; "" where it gives none
+    source_id: str    # what the file calls the annotation: its id, else its number
+
+
+class Found:
+    """What a file holds: polygons, what else was left out, and what is wrong with which."""
+
+    def __init__(self, path):
+        self.path, self.polygons, self.left_out, self.problems, self._ids = path, [], [], [], set()
+        self.about = (None, None, None)     # name, width and height of the image, None: the file does not say
+
+    @contextmanager
+    def part(self, where):
+        """Collects the UserErrors of the parts of a file, without its name: a user hears of all at once."""
+        try:
+            yield
+        except UserError as problem:
+            self.problems.append(f"{where} {problem}")
+
+    def new_id(self, value, number) -> str:
+        """What to call an annotation: its id, or else `number`. UserError when the id was seen before."""
+        if not isinstance(value, (int, str)):
+            return str(number)
+        if str(value) in self._ids:
+            raise UserError(f"has the id {show(value)}, which stands twice in the file")
+        self._ids.add(str(value))
+        return str(value)
+
+    def add(self, rings, name, source_id):
+        """One polygon from its rings as they stood in the file, each a list of points [x, y, ...]."""
+        rings = [make_ring(ring) for ring in want(list, rings, least=1)]
+        self.polygons.append(Polygon(rings, name, str(source_id)))
+
+    def leave_out(self, reason, rings=None):
+        """Keep an annotation that is no polygon of this image, and its outline if `rings` is one."""
+        self.left_out.append((reason, []))
+        with suppress(UserError):
+            self.left_out[-1] = reason, [make_ring(ring) for ring in want(list, rings)]
+
+
+def want(kind, value, least=0):
+    """`value`, if it is of this kind (a key of KINDS) and, being a list, long enough. UserError otherwise."""
+    if type(value) is not kind or least and len(value) < least:     # to isinstance, True is a number
+        what = f"a list of {least} or more" if least else KINDS[kind]
+        raise UserError(f"has {show(value)} where {what} should stand")
+    return value
+
+
+def as_name(value) -> str:
+    """A class name; "" for null: the comparison with the class table then says that it is missing."""
+    return want(str, "" if value is None else value).strip()
+
+
+def make_ring(points) -> np.ndarray:
+    """[[x, y, ...], ...] -> (n, 2) float64, not closed. UserError when it cannot enclose an area."""
+    points = [want(list, point, least=2)[:2] for point in want(list, points)]
+    for point in points:
+        for value in point:
+            # Neither isinstance, to which True is an int, nor >, which is false for NaN.
+            if type(value) not in (int, float) or not abs(value) <= MAX_COORDINATE:
+                raise UserError(f"has the coordinate {show(value)}, not a number up to {MAX_COORDINATE:g}")
+    ring = np.array(points, dtype=np.float64).reshape(-1, 2)
+    if len(ring) > 1 and (ring[0] == ring[-1]).all():
+        ring = ring[:-1]
+    if len(ring) < 3:
+        raise UserError(f"has {len(ring)} points, a polygon needs 3")
+    arms = ring - ring[0]
+    x, y = arms[np.hypot(*arms.T).argmax()]
+    if (np.abs(arms[:, 0] * y - arms[:, 1] * x) <= 1e-9 * (x * x + y * y)).all():
+        raise UserError(f"has {len(ring)} points on one line, no area")
+    return ring
+
+
+def choose_image(names: dict, image):
+    """Which of the images in a file is `image`: a key of `names`, {key: file name}; the only one, if there is
+    one, and None if there is none. Names are compared without their folders, and if that finds none, without
+    their suffix."""
+    if len(names) < 2:
+        return next(iter(names), None)
+    wanted = plain_path(image or "")
+    for part in ("name", "stem"):
+        keys = [k for k, name in names.items() if getattr(plain_path(name), part) == getattr(wanted, part)]
+        if len(keys) == 1:
+            return keys[0]
+    raise UserError(f"has annotations of {len(names)} images ({show(list(names.values()))}), and "
+                    f"{wanted.name or 'the image'} is not exactly one of them: give it the same name, or "
+                    "export one file per image")
+
+
+def plain_path(name) -> PurePosixPath:
+    """A path as any system writes it, letters in Unicode form C (a Mac's archive has them in form D)."""
+    return PurePosixPath(unicodedata.normalize("NFC", str(name).replace("\\", "/")))
 
 
 def check_image(found: Found, image, slide: str, height: int, width: int) -> None:
@@ -108,16 +183,14 @@ def likely_class(name: str, classes: ClassTable) -> str:
         return dict(enumerate(classes.names)).get(classes.id_of(name), "ignore")
     text = name.casefold()
     score = re.search(r"(?<![0-9.,])([0-3]) ?\+|(?:her ?-?2|score|neu)\W*([0-3])(?![0-9])", text)
-    part = name.rpartition(":")[2].strip()                      # QuPath's derived classes: "Tumor: 3+"
-    guesses = [part] if part in classes.names else []
+    guesses = [name.rpartition(":")[2].strip()]                 # QuPath's derived classes: "Tumor: 3+"
     guesses += ["LCIS/DCIS"] if re.search(r"\bin.?situ|dcis|lcis", text) else []      # whatever its staining
     guesses += [f"{score[1] or score[2]}+".replace("0+", "0")] if score else []
     tumor = re.search(r"tumou?r|carcinom|cancer|invasi|metasta|ignore|\?", text)
-    if not tumor and re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|"
-                               r"background|glass|region", text):
-        guesses.append(classes.names[0])
-    close = get_close_matches(name, classes.names, n=1, cutoff=0.8) if len(name) > 3 else []
-    return next((guess for guess in [*guesses, *close] if classes.knows(guess)), "ignore")
+    other = re.search(r"strom|normal|benign|necro|fat\b|adipo|lympho|immune|vessel|muscle|background|glass|"
+                      r"region", text)
+    guesses += [classes.names[0]] if other and not tumor else []
+    return next((guess for guess in guesses if guess in classes.names), "ignore")
 
 
 def _listed(names) -> str:

@@ -13,7 +13,7 @@ A dataset may bring `classes.json`, in one of three forms:
 
 In the last two, "masks": "score" says that what is not 0 in a mask is tumor, of the subtype in the column
 score of slides.csv (a mask with instances beside it always holds ids), "masks": "ids" that a mask of 0 and
-255 is background and pixels to be ignored. A mask may also be a picture in the classes' colors; an alias
+255 is background and pixels to be ignored. A mask in color is a picture in the classes' colors; an alias
 "#fa3253" gives a further color its class. Case and white space do not count in names. The default aliases
 follow a class that keeps its id and name, unless the file says otherwise.
 
@@ -80,20 +80,16 @@ class ClassTable:
         colors = [c.color for c in self.classes] + [IGNORE_COLOR] * (256 - len(ids))
         self.colors = np.array(colors, np.uint8)
 
-        self._ids = {}                                                  # normal form of a name -> id
         for c in self.classes:
             if c.variance and not c.tumor:
                 raise ValueError(f'class {c.id} ({c.name!r}) has "variance": true but is no tumor')
-            if self._ids.setdefault(normal_form(c.name), c.id) != c.id or not normal_form(c.name):
-                raise ValueError(f"name {c.name!r} is empty or used twice (case and spaces do not count)")
-        self.aliases = {}
-        for alias, class_id in aliases:
-            if not 0 <= class_id < len(ids) and class_id != IGNORE:
-                raise ValueError(f"alias {alias!r} means class {class_id}; the ids are 0 to {len(ids) - 1}")
-            known = self._ids.setdefault(normal_form(alias), class_id)
-            if known != class_id:
-                raise ValueError(f"alias {alias!r} has two meanings: class {known} and class {class_id}")
-            self.aliases[alias] = class_id
+        self.aliases, self._ids = dict(aliases), {}                     # _ids: normal form of a name -> id
+        for name, class_id in [*zip(self.names, ids), *aliases]:
+            if not normal_form(name) or class_id not in (*ids, IGNORE):
+                raise ValueError(f"name {name!r} is empty or means class {class_id}, not 0 to {len(ids) - 1}")
+            known = self._ids.setdefault(normal_form(name), class_id)
+            if known != class_id:               # case and spaces do not count
+                raise ValueError(f"name {name!r} has two meanings: class {known} and class {class_id}")
         # Which names are ignored says how annotations are read, not what an id means to a network.
         self._meaning = self.classes, {name: k for name, k in self._ids.items() if k != IGNORE}
 
@@ -206,10 +202,9 @@ def read_text(path, remedy: str) -> str:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.open(io.BytesIO(content)).read(MAX_TEXT)     # a bomb stays a text cut off
         return content.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: a damaged gzip file ({one_line(error)}); {remedy}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except (OSError, EOFError, zlib.error) as error:                    # the latter two: a damaged gzip file
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path}: cannot be read ({why}); {remedy}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); {remedy}") from error
 

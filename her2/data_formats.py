@@ -6,8 +6,9 @@
     ASAP          XML: Annotation/Coordinates/Coordinate, class in PartOfGroup
     COCO          {"images", "categories", "annotations": [{"category_id", "segmentation"}]}
 
-Coordinates are pixels, x right, y down. Each reader fills a `Found`; data_checks says what is left out and
-what is refused. Source: the files that these programs write; the paper (section 2.1) used EXACT.
+Coordinates are pixels, x right, y down. The format is told by the content, not by the suffix: EXACT and COCO
+both write `.json`, QuPath writes either. Each reader fills a `Found`; data_annotations says what is left out
+and what is refused. Source: the files that these programs write; the paper (section 2.1) used EXACT.
 """
 
 import re
@@ -16,97 +17,106 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from her2.data_checks import REMEDY, Malformed, as_list, as_name, as_object, choose_image, rows_of, show
-from her2.data_classes import parse_json
-from her2.run_errors import UserError
-from her2.polygons import outlines
+from her2.data_annotations import REMEDY, Found, as_name, choose_image, show, want
+from her2.data_classes import parse_json, read_text
+from her2.run_errors import UserError, one_line
 
-EXACT_OTHERS = {1: "box", 2: "point", 3: "line", 4: "lines", 6: "fixed box", 7: "whole image",
-                5: "", None: ""}                     # a polygon, and so it is where the type is not given
+EXACT_OTHERS = {1: "box", 2: "point", 3: "line", 4: "lines", 5: "", 6: "fixed box", 7: "whole image"}
+NOWHERE = "not in image"                             # what an annotator says of a class that is not there
 DETECTED = "(not an annotation)"
-GEOJSON_OTHERS = ("Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
+GEOJSON_OTHERS = (None, "Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
 ASAP_POLYGONS = ("Polygon", "Spline", "Rectangle")   # a spline's control points are taken as corners
 ASAP_OTHERS = ("Dot", "PointSet", "Measurement", "None")
-DECIMAL = re.compile(r"[+-]?[0-9]+([.,][0-9]*)?([eE][+-]?[0-9]+)?")   # ASAP writes a comma in some locales
-MAX_MASK_PIXELS = 1 << 29   # of a run-length coded mask: 512 MiB
+DECIMAL = re.compile(r"\s*[+-]?[0-9]+([.,][0-9]*)?([eE][+-]?[0-9]+)?\s*")   # a comma in some locales
 
 
-def exact_vector(vector) -> list:
-    """x1, y1, x2, y2, ... of {"x1":, "y1":, ...}; other keys, such as "frame", may stand among them."""
-    count = sum(1 for key in as_object(vector) if re.fullmatch("[xy][0-9]+", key))
-    keys = [f"{axis}{k}" for k in range(1, (count + 1) // 2 + 1) for axis in "xy"]
-    missing = [key for key in keys if key not in vector]
-    if missing:   # reading up to the gap would give another polygon
-        raise Malformed(f"lacks {missing[0]} although it has {count} coordinates")
-    return [vector[key] for key in keys]
+def read_file(path, image=None) -> Found:
+    """What an annotation file (gzipped or not) holds. UserError for an unknown format and broken polygons.
+    `image` is the image's path: needed where a file (COCO, EXACT text) holds several images. Polygons may
+    cross themselves, lie partly outside the image and have any number of points."""
+    found, text = Found(path), read_text(path, REMEDY)
+    start = text.lstrip().partition("\n")[0]
+    obj = parse_json(text, path, REMEDY) if start.startswith(("{", "[")) else None
+    first = obj[0] if isinstance(obj, list) and obj else obj
+    keys = first if isinstance(first, dict) else {}
+    with found.part("the file"):
+        if not start:
+            raise UserError("is an empty file: for an image without tumor, leave the cell empty")
+        if start[0] == "<":
+            read_asap(text, found)
+        elif obj is None and "|" in start:
+            read_exact_text(text, found, image)
+        elif obj == [] or keys.get("type") in ("FeatureCollection", "Feature"):
+            read_geojson(obj, found)
+        elif ("results" if first is obj else "vector") in keys:
+            read_exact_rest(obj, found)
+        elif first is obj and "annotations" in keys:
+            read_coco(obj, found, image)
+        else:
+            raise UserError(f"is of no known format (it begins with {show(start)})")
+    if found.problems:
+        more = f" (and {len(found.problems) - 3} more)" if len(found.problems) > 3 else ""
+        raise UserError(one_line(f"{path}: {'; '.join(found.problems[:3])}{more}; {REMEDY}"))
+    return found
 
 
 def read_exact_text(text, found, image):
     """The text export. The last bar may be missing and a comma may stand before the brace; "not in image"
     says that an annotator found nothing there. The first column names the slide, there may be several."""
-    lines = [(number, [part.strip() for part in line.split("|", 2)])
+    lines = [(number, [field.strip() for field in line.rstrip("| ").split("|")])
              for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    slides = {name: name for _, (name, *parts) in lines if parts} or {lines[0][1][0]: lines[0][1][0]}
-    slide = choose_image(slides, image, found.path) if len(slides) > 1 else next(iter(slides))
+    slide = choose_image({fields[0]: fields[0] for _, fields in lines if len(fields) > 1}, image)
     found.about = (slide, None, None)
-    for number, (name, *parts) in lines:
-        with found.annotation(f"line {number}"):
-            last = "|".join(parts).rstrip("|").rpartition("|")[2].strip()
-            other = "of another image" if name != slide else "not in image" * (last.lower() == "not in image")
-            # A line that is cut off would be passed over as the name of another image.
-            if not parts or not other and (len(parts) < 2 or not last.startswith("{")):
-                raise Malformed(f"is {show('|'.join([name, *parts]))}, not "
-                                'slide|class|{"x1": 1, "y1": 2, ...}|')
-            if other:
-                found.leave_out(other)
+    for number, fields in lines:
+        with found.part(f"line {number}"):
+            nowhere = len(fields) > 1 and fields[-1].lower() == NOWHERE
+            # A line that is cut off must not pass for one of another image.
+            if not nowhere and not (len(fields) == 3 and fields[2].startswith("{")):
+                raise UserError(f'is {show("|".join(fields))}, not slide|class|{{"x1": 1, "y1": 2, ...}}|')
+            if fields[0] != slide:
+                found.leave_out("of another image")
                 continue
-            try:
-                numbers = exact_vector(parse_json(re.sub(r",\s*}$", "}", last), "cut off or damaged", ""))
-            except UserError as error:
-                raise Malformed(f"is {str(error).rstrip('; ')}") from error
-            if len(numbers) in (2, 4):   # points and boxes: this format does not name the type
-                found.leave_out(f"point or box ({len(numbers) // 2} vertices)")
-            else:
-                found.add([numbers], parts[0].strip(), number)
-
-
-def exact_type(kind) -> tuple:
-    """(class name, vector_type or None) of an annotation_type: an object, an id, or null."""
-    if type(kind) is int:   # an id must not pass for a class: type 3 is not the score 3
-        return f"annotation_type {kind}", None
-    kind = {} if kind is None else as_object(kind)
-    vector_type = kind.get("vector_type")
-    if vector_type is not None and type(vector_type) is not int:
-        raise Malformed(f"has vector_type {show(vector_type)}, not a whole number")
-    return as_name(kind.get("name")), vector_type
+            vector = None if nowhere else parse_json(re.sub(r",\s*}$", "}", fields[2]), "is damaged", "")
+            add_exact({"vector": vector, "annotation_type": {"name": fields[1]}}, number, found)
 
 
 def read_exact_rest(obj, found):
-    """What EXACT's REST interface answers: an object with "results", or the list alone. Deleted annotations
-    stay in it, and so do those that say something of the whole image (vector null)."""
+    """What EXACT's REST interface answers: an object with "results", or the list alone."""
     page = obj if isinstance(obj, dict) else {"results": obj}
     if page.get("next") or page.get("previous"):
-        raise UserError(f'{found.path}: one page of several ("next" or "previous" is set), the rest is '
-                        "missing; ask EXACT for all annotations with a larger limit")
+        raise UserError('is one page of several ("next" or "previous" is set), the rest is missing: ask '
+                        "EXACT for all annotations with a larger limit")
     sources = set()
-    for number, row in enumerate(rows_of(page["results"], "results", found.path), 1):
-        with found.annotation(f"annotation {number}"):
-            if "vector" not in as_object(row):
-                raise Malformed(f"is {show(row)}, without a vector")
-            name, vector_type = exact_type(row.get("annotation_type"))
-            deleted, vector = row.get("deleted"), row["vector"]
-            if deleted not in (None, False, True):
-                raise Malformed(f'has "deleted": {show(deleted)}, neither true nor false')
-            reason = "deleted" if deleted else "vector null" if vector is None else EXACT_OTHERS.get(
-                vector_type, f"vector_type {vector_type}")
-            if reason:
-                found.leave_out(reason, lambda: [exact_vector(vector)])
-            else:
-                found.add([exact_vector(vector)], name, found.new_id(row.get("id"), number))
-                sources.add(show(row.get("image")))
+    for number, row in enumerate(want(list, page["results"]), 1):
+        with found.part(f"annotation {number}"):
+            if "vector" not in want(dict, row):
+                raise UserError(f"is {show(row)}, without a vector")
+            add_exact(row, number, found)
+            sources.add(show(row.get("image")))
     if len(sources - {"None"}) > 1:
-        raise UserError(f"{found.path}: annotations of several images ({', '.join(sorted(sources)[:5])}) "
-                        "without their names; export one file per image")
+        raise UserError(f"has annotations of several images ({', '.join(sorted(sources)[:5])}) without their "
+                        "names: export one file per image")
+
+
+def add_exact(row, number, found):
+    """One annotation of EXACT. Deleted ones stay in the database, and so do those that say something of the
+    whole image (vector null). Keys such as "frame" may stand among the coordinates."""
+    vector, kind, deleted = row["vector"], row.get("annotation_type"), want(bool, row.get("deleted", False))
+    if type(kind) is int:   # an id must not pass for a class: type 3 is not the score 3
+        kind = {"name": f"annotation_type {kind}"}
+    kind = want(dict, {} if kind is None else kind)
+    keys = [key for key in want(dict, vector or {}) if re.fullmatch("[xy][0-9]+", key)]
+    # Half as many points as keys: where a key is missing, a coordinate is None, and no other polygon is read.
+    ring = [[vector.get(f"x{k}"), vector.get(f"y{k}")] for k in range(1, (len(keys) + 1) // 2 + 1)]
+    shape = kind.get("vector_type")
+    if shape is None:       # the text export names no type, but a point has two numbers and a box four
+        shape = {2: 2, 4: 1}.get(len(keys), 5)
+    reason = ("deleted" if deleted else NOWHERE if vector is None else
+              EXACT_OTHERS.get(want(int, shape), f"vector_type {shape}"))
+    if reason:
+        found.leave_out(reason, [ring])
+    else:
+        found.add([ring], as_name(kind.get("name")), found.new_id(row.get("id"), number))
 
 
 def qupath_class(properties) -> str:
@@ -115,16 +125,8 @@ def qupath_class(properties) -> str:
     kind = properties.get("classification")
     kind = kind if isinstance(kind, dict) else {"name": kind}
     if kind.get("names") is not None:   # a derived class, which QuPath shows as "Tumor: 3+"
-        return ": ".join(as_name(name) for name in as_list(kind["names"]))
+        return ": ".join(as_name(name) for name in want(list, kind["names"]))
     return as_name(kind.get("name"))
-
-
-def qupath_object(feature, properties) -> str:
-    """"annotation", or what else QuPath exports as polygons: "cell", "detection", "tile", "tma_core", ...
-    QuPath says it in properties.objectType since 0.3, before in the id that all objects of a kind share."""
-    match = re.fullmatch("(?:Path)?([A-Za-z]+)Object", str(feature.get("id")))
-    kind = properties.get("objectType") or (match[1] if match else "annotation")
-    return "cell" if "nucleusGeometry" in feature else str(kind).lower()
 
 
 def read_geojson(obj, found):
@@ -132,121 +134,96 @@ def read_geojson(obj, found):
     QuPath detected by itself (cells, tiles) is left out: its classes are a score per cell."""
     if isinstance(obj, dict):
         obj = [obj] if obj["type"] == "Feature" else obj.get("features")
-    for number, feature in enumerate(rows_of(obj, "features", found.path), 1):
-        with found.annotation(f"feature {number}"):
-            if as_object(feature).get("type") != "Feature":
-                raise Malformed(f"has the type {show(feature.get('type'))}, not Feature")
-            geometry = as_object(feature.get("geometry") or {"type": None})
-            kind, parts = geometry.get("type"), geometry.get("coordinates")
-            if kind is None or kind in GEOJSON_OTHERS:
-                found.leave_out(f"geometry {kind}")
+    for number, feature in enumerate(want(list, obj), 1):
+        with found.part(f"feature {number}"):
+            if want(dict, feature).get("type") != "Feature":
+                raise UserError(f"has the type {show(feature.get('type'))}, not Feature")
+            geometry = want(dict, feature.get("geometry") or {})
+            properties = want(dict, feature.get("properties") or {})
+            shape, parts = geometry.get("type"), geometry.get("coordinates")
+            if shape in GEOJSON_OTHERS:
+                found.leave_out(f"geometry {shape}")
                 continue
-            if kind not in ("Polygon", "MultiPolygon"):
-                raise Malformed(f"has the geometry {show(kind)}, which GeoJSON does not know")
-            properties = as_object(feature.get("properties") or {})
-            source_id = found.new_id(feature.get("id"), number)
+            if shape not in ("Polygon", "MultiPolygon"):
+                raise UserError(f"has the geometry {show(shape)}, which GeoJSON does not know")
+            # "annotation", "cell", "detection", ...: in objectType since QuPath 0.3, before in the id, which
+            # all objects of a kind share ("PathCellObject").
+            own = feature.get("id")
+            shared = isinstance(own, str) and re.fullmatch("(?:Path)?([A-Za-z]+)Object", own)
+            kind = as_name(properties.get("objectType")) or (shared[1] if shared else "annotation")
+            kind = "cell" if "nucleusGeometry" in feature else kind.lower()
+            source_id = found.new_id(None if shared else own, number)
             # PAPER: an instance is one drawn polygon; the parts of a MultiPolygon are instances of their own.
-            polygons = [[[value for point in as_list(ring) for value in as_list(point, least=2)[:2]]
-                         for ring in as_list(rings, least=1)]
-                        for rings in as_list([parts] if kind == "Polygon" else parts, least=1)]
-            kind = qupath_object(feature, properties)
-            for rings in polygons:
+            for rings in [parts] if shape == "Polygon" else want(list, parts, least=1):
                 if kind == "annotation":
                     found.add(rings, qupath_class(properties), source_id)
                 else:
-                    found.leave_out(f"{kind} {DETECTED}", lambda: rings)
-    skipped = Counter(reason for reason, _ in found.left_out)
-    if skipped and not found.polygons + found.problems and all(DETECTED in reason for reason in skipped):
-        kinds = ", ".join(f"{count} x {reason.split()[0]}" for reason, count in skipped.items())
-        raise UserError(f"{found.path}: no annotation, only what QuPath detected by itself ({kinds}); export "
-                        "the selected annotations, or leave the cell empty for an image without tumor")
+                    found.leave_out(f"{kind} {DETECTED}", rings)
+    skipped = Counter(reason.split()[0] for reason, _ in found.left_out if DETECTED in reason)
+    if skipped and not found.polygons + found.problems:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in skipped.items())
+        raise UserError(f"has no annotation, only what QuPath detected by itself ({kinds}): export the "
+                        "annotations, or leave the cell empty for an image without tumor")
 
 
-def asap_number(text) -> float:
+def asap_number(text):
+    """The number in an XML attribute; a text that is none stays as it is, and `make_ring` refuses it."""
     # Not float() alone: it also takes "nan", "1_0" and the digits of other scripts.
-    if text is None or not DECIMAL.fullmatch(text.strip()):
-        raise Malformed(f"has the coordinate {show(text)}, not a number")
-    return float(text.strip().replace(",", "."))
+    return float(text.replace(",", ".")) if DECIMAL.fullmatch(text or "") else text
 
 
 def read_asap(text, found):
-    """ASAP's XML. Coordinates count by their Order, not by their place; the class is the group, if any."""
+    """ASAP's XML. Coordinates count by their Order, if they have one; the class is the group, if any."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise UserError(f"{found.path}: declares a document type or entities, refused since entities can "
-                        "expand without end; remove the declaration, ASAP writes none")
+        raise UserError("declares a document type or entities, refused since entities can expand without "
+                        "end: remove the declaration, ASAP writes none")
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
-        raise UserError(f"{found.path}: not whole XML ({error}); {REMEDY}") from error
+        raise UserError(f"is not whole XML ({error})") from error
     if root.tag != "ASAP_Annotations" and root.find(".//Annotation/Coordinates") is None:
-        raise UserError(f"{found.path}: XML of another kind ({show(root.tag)}); {REMEDY}")
+        raise UserError(f"is XML of another kind ({show(root.tag)})")
     for number, annotation in enumerate(root.iter("Annotation"), 1):
-        with found.annotation(f"annotation {number} ({show(annotation.get('Name'))})"):
+        with found.part(f"annotation {number} ({show(annotation.get('Name'))})"):
             kind, group = annotation.get("Type"), annotation.get("PartOfGroup")
             if kind in ASAP_OTHERS:
                 found.leave_out(f"type {kind}")
                 continue
             if kind not in ASAP_POLYGONS:
-                raise Malformed(f"has the type {show(kind)}, which ASAP does not know")
+                raise UserError(f"has the type {show(kind)}, which ASAP does not know")
             points = annotation.findall("Coordinates/Coordinate")
-            if any(point.get("Order") is not None for point in points):
-                numbers = [asap_number(point.get("Order")) for point in points]
-                if len(set(numbers)) < len(numbers):
-                    raise Malformed("has two coordinates of the same Order")
-                points = [points[k] for k in np.argsort(numbers)]
+            order = [want(float, asap_number(point.get("Order", str(k)))) for k, point in enumerate(points)]
+            if len(set(order)) < len(order):
+                raise UserError("has two coordinates of the same Order")
+            ring = [[asap_number(points[k].get(axis)) for axis in "XY"] for k in np.argsort(order)]
             name = as_name(annotation.get("Name") if group in (None, "None") else group)
-            found.add([[asap_number(point.get(axis)) for point in points for axis in "XY"]], name, number)
-
-
-def run_length_polygons(code) -> list:
-    """The polygons of a COCO mask {"size": [h, w], "counts": runs of 0 and 1 in turn, column by column}."""
-    size, counts = as_list(code.get("size"), least=2), code.get("counts")
-    if isinstance(counts, str):
-        raise Malformed("has a mask in compressed run lengths; export polygons, or the masks as PNG")
-    if not all(type(v) is int and v >= 0 for v in [*size, *as_list(counts)]) or len(size) != 2:
-        raise Malformed(f"has the size {show(size)} and counts {show(counts)}, not whole numbers from 0")
-    height, width = size
-    # Before anything of that size is made: a few bytes can ask for terabytes.
-    if not 0 < height * width <= MAX_MASK_PIXELS or sum(counts) != height * width:
-        raise Malformed(f"has counts that sum to {sum(counts)} in a mask of {height} x {width} pixels")
-    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    if not flat.any():
-        raise Malformed("has a mask without a pixel")
-    return [[ring.ravel().tolist() for ring in rings] for rings in outlines(flat.reshape(width, height).T)]
+            found.add([ring], name, number)
 
 
 def read_coco(obj, found, image):
     """COCO's object detection format. One file usually covers many images: `image` chooses by file name."""
-    tables = {"categories": {}, "images": {}}                   # {id: row}
-    for what, table in tables.items():
-        for row in rows_of(obj.get(what, []), what, found.path):
-            if not isinstance(row, dict) or type(row.get("id")) is not int or row["id"] in table:
-                raise UserError(f"{found.path}: {what} has {show(row)}, without an id of its own; {REMEDY}")
-            table[row["id"]] = row
-    categories, images = tables.values()
-    rows = rows_of(obj["annotations"], "annotations", found.path)
-    sources = {key: row.get("file_name") for key, row in images.items()} or {
-        row["image_id"]: row["image_id"] for row in rows
-        if isinstance(row, dict) and type(row.get("image_id")) is int}
-    wanted = choose_image(sources, image, found.path) if len(sources) > 1 else next(iter(sources), None)
-    if wanted in images:
-        found.about = tuple(images[wanted].get(key) for key in ("file_name", "width", "height"))
-    for number, row in enumerate(rows, 1):
-        with found.annotation(f"annotation {number}"):
-            category, source = as_object(row).get("category_id"), row.get("image_id")
-            if sources and (type(source) is not int or source not in sources):
-                raise Malformed(f"has the image_id {show(source)}, which is none of the images")
-            if type(category) is not int or category not in categories:
-                raise Malformed(f"has the category_id {show(category)}, which is none of the categories")
-            shape = row.get("segmentation")
-            other = bool(sources) and source != wanted
-            if other or shape in (None, []):
-                found.leave_out("of another image" if other else "without segmentation")
+    tables = {}                                                 # {"images": {id: row}, "categories": ...}
+    for what in ("images", "categories"):
+        rows = [want(dict, row) for row in want(list, obj.get(what))]
+        tables[what] = {want(int, row.get("id")): row for row in rows}
+        if len(tables[what]) < len(rows):
+            raise UserError(f"has two {what} of the same id")
+    wanted = choose_image({key: row.get("file_name") for key, row in tables["images"].items()}, image)
+    found.about = tuple(tables["images"].get(wanted, {}).get(key) for key in ("file_name", "width", "height"))
+    for number, row in enumerate(want(list, obj["annotations"]), 1):
+        with found.part(f"annotation {number}"):
+            for key, what in (("image_id", "images"), ("category_id", "categories")):
+                value = want(dict, row).get(key)
+                if type(value) is not int or value not in tables[what]:
+                    raise UserError(f"has the {key} {show(value)}, which is none of the {what}")
+            parts = row.get("segmentation")
+            if row["image_id"] != wanted or parts in (None, []):
+                found.leave_out("of another image" if row["image_id"] != wanted else "without segmentation")
                 continue
-            source_id, name = found.new_id(row.get("id"), number), as_name(categories[category].get("name"))
-            if isinstance(shape, dict):
-                polygons = run_length_polygons(shape)
-            else:   # the parts of one object; some sets write a single part without the outer list
-                polygons = [[part] for part in (shape if isinstance(as_list(shape)[0], list) else [shape])]
-            for rings in polygons:
-                found.add([as_list(ring) for ring in rings], name, source_id)
+            if isinstance(parts, dict):
+                raise UserError("has a mask in run lengths: export polygons, or the masks as PNG")
+            source_id = found.new_id(row.get("id"), number)
+            name = as_name(tables["categories"][row["category_id"]].get("name"))
+            for part in want(list, parts):                      # the parts of one object: x, y, x, y, ...
+                ring = [part[k:k + 2] for k in range(0, len(want(list, part)), 2)]
+                found.add([ring], name, source_id)

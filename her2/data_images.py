@@ -9,7 +9,6 @@ from the header, before any memory is taken for them.
 """
 
 import struct
-import threading
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -25,16 +24,18 @@ MAX_PIXELS = 20000 * 20000
 MAX_INSTANCE = 2**24 - 1  # tables by instance id stay small
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 LOSSLESS = {ending: kind for ending, kind in ENDINGS.items() if kind != "JPEG"}
-HEADER = threading.Lock()   # filters of warnings belong to the process, not to a thread
-OPAQUE = ("lay it on white, for example in Python: im = PIL.Image.open(old).convert('RGBA'); "
-          "PIL.Image.alpha_composite(PIL.Image.new('RGBA', im.size, 'white'), im).convert('RGB').save(new)")
+KINDS = {"P": "a colour palette", "CMYK": "CMYK colours",                # Pillow's modes in words
+         **dict.fromkeys(("1", "L", "I", "I;16", "I;16B"), "grey values"),
+         **dict.fromkeys(("LA", "PA", "La", "RGBa"), "an alpha channel")}
+ON_WHITE = ("convert it, for example in Python: im = PIL.Image.open(old).convert('RGBA'); "
+            "PIL.Image.alpha_composite(PIL.Image.new('RGBA', im.size, 'white'), im).convert('RGB').save(new)")
 ORIENTATION = 0x0112  # EXIF 2.3, table 4; 1 = upright
 # What Pillow's decoders raise on damaged files, found by feeding them mutations of valid ones.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
           AttributeError, AssertionError, NotImplementedError, struct.error, zlib.error)
 
-# Pillow's own limit stands below ours and is only a guess at what a user wants to open.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+Image.MAX_IMAGE_PIXELS = None                       # a guess at what a user wants to open; `_open` has ours
+warnings.filterwarnings("ignore", module="PIL")     # they are about metadata that nobody reads
 
 
 def read_size(path) -> tuple[int, int]:
@@ -52,8 +53,8 @@ def read_image(path) -> np.ndarray:
 
 
 def read_mask(path) -> np.ndarray:
-    """A mask as its PNG or TIFF has it: grey values or palette indices uint8 (H, W), bits bool (H, W), or
-    colours uint8 (H, W, 3)."""
+    """A mask as its PNG or TIFF has it: grey values or palette indices uint8 (H, W), black and white as 0 and
+    255, or colours uint8 (H, W, 3)."""
     remedy = "save it as an 8-bit PNG whose grey value (or palette index) is the class id"
     with _open(path, LOSSLESS, remedy) as picture:
         if picture.mode in ("RGB", "RGBA"):
@@ -81,36 +82,27 @@ def read_instances(path) -> np.ndarray:
 
 @contextmanager
 def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
-    """The opened picture, header checked: kind and ending agree, one frame, upright, not too large."""
+    """The opened picture, header checked: kind and ending agree, one frame, not too large."""
     path = Path(path)
     wanted = endings.get(path.suffix.lower())
     if wanted is None:
         raise UserError(f"{path}: a file name ending in {path.suffix!r}; {remedy} ({', '.join(endings)})")
     try:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: an empty file (0 bytes); copy it again")
-        with HEADER, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the others are about metadata that nobody reads
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=sorted(set(ENDINGS.values())))
-            kind = "JPEG" if picture.format == "MPO" else picture.format
-            frames = getattr(picture, "n_frames", 1)
-            # A PNG may carry the tag behind its pixels: `_pixels` asks again.
-            early = picture.format != "PNG" or "exif" in picture.info
-            orientation = picture.getexif().get(ORIENTATION, 1) if early else 1
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: above the limit of {MAX_PIXELS // 10**6} million pixels "
-                        f"({one_line(error)[:60]}); cut it into regions") from error
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a readable PNG, JPEG or TIFF; {remedy}") from error
+        picture = Image.open(path, formats=sorted(set(ENDINGS.values())))
+        kind = "JPEG" if picture.format == "MPO" else picture.format
+        frames = getattr(picture, "n_frames", 1)
+        if kind != "PNG":       # which may carry the tag behind its pixels: `_pixels` asks
+            _check_upright(path, picture)
     except DAMAGE as error:
         raise UserError(f"{path}: {_reason(error)}; copy the file again, or {remedy}") from error
     with picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise UserError(f"{path}: {picture.width} x {picture.height} pixels, above the limit of "
+                            f"{MAX_PIXELS // 10**6} million pixels; cut it into regions")
         if kind != wanted:
             raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
         if frames != 1 and not (kind == "TIFF" and _is_pyramid(picture)):
             raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant alone")
-        _check_upright(path, orientation)
         yield picture
 
 
@@ -121,24 +113,20 @@ def _is_pyramid(picture) -> bool:
     return all(w < width and h < height for w, h in others)
 
 
-def _check_upright(path, orientation):
-    if orientation not in (0, 1):
-        raise UserError(f"{path}: the EXIF tag asks viewers to turn the picture (orientation {orientation}), "
-                        "so pixels and annotations may disagree; turn the pixels and save it without the tag")
+def _check_upright(path, picture):
+    if picture.getexif().get(ORIENTATION, 1) not in (0, 1):
+        raise UserError(f"{path}: the EXIF tag asks viewers to turn the picture, so pixels and annotations "
+                        "may disagree; turn the pixels and save it without the tag")
 
 
 def _check_colour(path, picture):
-    bits = _bits(path, picture)
-    if picture.mode in ("LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        raise UserError(f"{path}: an alpha channel (transparency) where 8-bit RGB belongs; {OPAQUE}")
-    if bits != 8 and picture.mode.startswith("I"):      # convert("RGB") would make all of it white
-        raise UserError(f"{path}: grey values of {bits} bits where 8-bit RGB belongs; export it in colour "
-                        "from the scanner's program")
-    if bits != 8 or picture.mode not in ("RGB", "RGBA"):
-        kinds = {"L": "grey values", "P": "a colour palette", "CMYK": "CMYK colours"}
-        found = kinds.get(picture.mode, f"pixels of kind {picture.mode}")
-        raise UserError(f"{path}: {found} of {bits} bits where 8-bit RGB belongs; convert it, for example in "
-                        "Python: PIL.Image.open(old).convert('RGB').save(new)")
+    bits, clear = _bits(path, picture), "transparency" in picture.info
+    if bits == 8 and picture.mode in ("RGB", "RGBA") and not clear:
+        return
+    kind = "an alpha channel" if clear else KINDS.get(picture.mode, f"pixels of kind {picture.mode}")
+    # Of 16-bit grey or of fractions, convert("RGB") would make white.
+    remedy = "export it in colour from the scanner's program" if picture.mode[0] in "IF" else ON_WHITE
+    raise UserError(f"{path}: {kind} of {bits} bits where 8-bit RGB belongs; {remedy}")
 
 
 def _bits(path, picture) -> int:
@@ -156,19 +144,17 @@ def _pixels(path, picture) -> np.ndarray:
                 # The checksums: the decoder alone reads some damaged files without complaint. A verified
                 # picture cannot be decoded, hence a second handle.
                 again.verify()
-        pixels = np.array(picture)
+        pixels = np.array(picture.convert("L") if picture.mode == "1" else picture)     # "1": to 0 and 255
         if picture.mode == "RGBA":
             if clear := int((pixels[..., 3] < 255).sum()):
                 raise UserError(f"{path}: {clear} pixels are transparent (alpha channel), so their colour is "
-                                f"not what viewers show; {OPAQUE}")
+                                f"not what viewers show; {ON_WHITE}")
             pixels = np.ascontiguousarray(pixels[..., :3])
-        _check_upright(path, picture.getexif().get(ORIENTATION, 1))
+        _check_upright(path, picture)
         return pixels
-    except MemoryError as error:
-        raise UserError(f"{path}: {picture.width} x {picture.height} pixels do not fit into memory; "
-                        "cut it into regions") from error
-    except DAMAGE as error:
-        raise UserError(f"{path}: truncated or damaged ({_reason(error)}); copy the file again") from error
+    except (*DAMAGE, MemoryError) as error:
+        raise UserError(f"{path}: truncated or damaged, or too large for the memory ({_reason(error)}); copy "
+                        "the file again, or cut it into regions") from error
 
 
 def _reason(error) -> str:

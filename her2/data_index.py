@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from her2.data_annotations import likely_class, read_file
+from her2.data_annotations import likely_class
 from her2.data_classes import DEFAULT_CLASSES, NO_CLASS, csv_text, read_text
+from her2.data_formats import read_file
 from her2.data_images import ENDINGS, LOSSLESS, read_mask
 from her2.data_slides import read_slides
 from her2.run_errors import UserError, atomic_write, check_line
@@ -137,7 +138,7 @@ def draft_classes(root) -> None:
                 names.update("#%02x%02x%02x" % tuple(color) for color in colors[:64])
             elif roi.instances is None:
                 values = set(np.unique(mask).tolist())
-                two_valued += mask.dtype == bool or values <= {0, 255} or values <= {0, 1} and len(scores) > 1
+                two_valued += values <= {0, 255} or values <= {0, 1} and len(scores) > 1
     labels = color_names(path.with_name("labelmap.txt"))
     own = [] if labels else ["#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes]
     aliases = {name: likely_class(labels.get(name, name), DEFAULT_CLASSES) for name in names

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from her2.data_annotations import check_image, place_polygons, polygon_classes, read_file
+from her2.data_annotations import check_image, place_polygons, polygon_classes
 from her2.data_classes import IGNORE, ClassTable
+from her2.data_formats import read_file
 from her2.run_errors import UserError
 from her2.data_images import read_image, read_instances, read_mask
 from her2.polygons import connected_components, paint
@@ -62,68 +63,58 @@ def read_polygons(roi: ROI, classes: ClassTable):
 
 def _read_mask_and_instances(roi, classes):
     """(label uint8, instance int32) of a region with a mask, checked against table, image and each other."""
-    label = _of_size(read_mask(roi.mask), roi.mask, roi)
-    if label.ndim == 3:
-        label = _ids_of_colors(roi.mask, label, classes)
-    ids = np.flatnonzero(np.bincount(label.reshape(-1))).tolist()
-    table = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
-    two_valued = label.dtype == bool or IGNORE in ids and set(ids) <= {0, IGNORE}
-    unknown = [str(i) for i in ids if i >= len(classes) and i != IGNORE]
-    if roi.instances is None and classes.masks == "score":
-        label = (label != 0) * _tumor_of_score(roi, ids, classes)
-    elif two_valued and roi.instances is None and classes.masks != "ids":
-        raise UserError(f"{roi.mask}: a black-and-white picture; write the class id into each pixel ({table})"
-                        ', or into classes.json {"masks": "score"} if white is tumor of the subtype in the '
-                        'column score, or {"masks": "ids"} if white is to be ignored')
-    elif unknown:
-        raise UserError(f"{roi.mask}: ids {', '.join(unknown[:8])} are not in the class table ({table}); "
-                        "correct the mask or add the classes in classes.json")
-    label = label.astype(np.uint8)
+    mask = _of_size(read_mask(roi.mask), roi.mask, roi)
+    colored = mask.ndim == 3
+    if colored:                                             # (H, W, 3) -> (H, W) numbers 0xrrggbb
+        mask = mask.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    values = np.unique(mask)
+    table = np.zeros(int(values[-1]) + 1, np.uint8)         # table[value in the mask] = class id
+    table[values] = _class_ids(roi, values.tolist(), colored, classes)
+    label = table[mask]                                     # (H, W)
     if roi.instances is None:
         return label, connected_components(label)
     instance = _of_size(read_instances(roi.instances), roi.instances, roi)
-    stray = int(((instance != 0) != (label != 0)).sum())
-    if stray:
+    if stray := int(((instance != 0) != (label != 0)).sum()):
         raise UserError(f"{roi.instances}: {stray} pixels where only one of instances and mask is background "
                         "(0); number exactly the pixels that have a class, or leave the instances cell empty")
-    torn = np.unique(instance[classes_of(instance, label)[instance] != label])
-    if len(torn):
+    if len(torn := np.unique(instance[classes_of(instance, label)[instance] != label])):
         raise UserError(f"{roi.instances}: instance {torn[0]} ({len(torn)} in all) spans two classes of the "
                         "mask; give each class its own instances, or leave the instances cell empty")
     return label, instance
 
 
-def _tumor_of_score(roi, ids, classes) -> np.uint8:
-    """The class of what is not 0 in a mask of two values under {"masks": "score"}."""
-    if ids == [0]:
-        return np.uint8(0)                          # no tumor, so none of any subtype
-    if len(set(ids) - {0}) > 1:
-        raise UserError(f"{roi.mask}: holds the values {', '.join(map(str, ids[:8]))}, but {{\"masks\": "
-                        '"score"} in classes.json promises 0 and one other; remove it if these are class ids')
-    score = classes.id_of(roi.score) if classes.knows(roi.score) else 0
-    if score not in classes.tumor_ids:
-        known = ", ".join(classes.names[k] for k in classes.tumor_ids)
-        raise UserError(f"{roi.mask}: its tumor takes the subtype of the slide's score, which is "
-                        f"{roi.score!r}; write one of {known} into the column score, or remove "
-                        '{"masks": "score"} from classes.json')
-    return np.uint8(score)
-
-
-def _ids_of_colors(path, colors, classes):
-    """Class ids (H, W) of a mask that is a picture (H, W, 3) in the class table's colours."""
-    packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)      # (H, W)
-    values, places = np.unique(packed, return_inverse=True)
-    table = {"#%02x%02x%02x" % c.color: c.id for c in classes.classes}
-    table |= {name.lower(): class_id for name, class_id in classes.aliases.items()}
-    names = [f"#{value:06x}" for value in values.tolist()]
-    unknown = [name for name in names if name not in table]
+def _class_ids(roi, values, colored, classes) -> list:
+    """The class ids of the values in a mask: colours 0xrrggbb, 0 and one other ("masks": "score"), or ids."""
+    names = ", ".join(f"{c.id} = {c.name}" for c in classes.classes)
+    remedy = f"correct the mask or add the classes in classes.json ({names})"
+    known = {k: k for k in (*range(len(classes)), IGNORE)}
+    if colored:
+        values = [f"#{value:06x}" for value in values]
+        known = {"#%02x%02x%02x" % c.color: c.id for c in classes.classes}
+        known |= {name.lower(): class_id for name, class_id in classes.aliases.items()}
+        remedy = "save the mask without smoothing, as a PNG in which a pixel's value is its class id"
+    elif roi.instances is None and classes.masks == "score":
+        score = classes.id_of(roi.score) if classes.knows(roi.score) else 0
+        if values[-1] and score not in classes.tumor_ids:
+            subtypes = ", ".join(classes.names[k] for k in classes.tumor_ids)
+            raise UserError(f"{roi.mask}: its tumor takes the subtype of the slide's score, which is "
+                            f"{roi.score!r}; write one of {subtypes} into the column score, or remove "
+                            '{"masks": "score"} from classes.json')
+        known = {values[-1]: score, 0: 0}                   # 0 is background, be it the only value
+        remedy = 'remove {"masks": "score"}, which promises 0 and one other value, from classes.json'
+    elif roi.instances is None and classes.masks != "ids" and {*values} <= {0, IGNORE}:
+        known = {0: 0}                                      # black and white: nothing says what white means
+        remedy = (f"a black-and-white picture? Write the class id into each pixel ({names}), or into "
+                  'classes.json {"masks": "score"} if white is tumor of the subtype in the column score, or '
+                  '{"masks": "ids"} if white is to be ignored')
+    unknown = [str(value) for value in values if value not in known]
+    if colored and len(unknown) <= 64:
+        aliases = json.dumps({"aliases": dict.fromkeys(unknown[:8], "ignore")})
+        remedy = f"give each its class in classes.json: {aliases}"
     if unknown:
-        aliases = json.dumps({"aliases": {name: "ignore" for name in unknown[:8]}})
-        remedy = (f"give each its class in classes.json: {aliases}" if len(unknown) <= 64 else
-                  "save the mask without smoothing, as a PNG in which a pixel's value is its class id")
-        raise UserError(f"{path}: {len(unknown)} colours that are not in the class table "
+        raise UserError(f"{roi.mask}: {len(unknown)} values that are not in the class table "
                         f"({', '.join(unknown[:8])}); {remedy}")
-    return np.array([table[name] for name in names], np.uint8)[places.reshape(packed.shape)]
+    return [known[value] for value in values]
 
 
 def _of_size(pixels, path, roi):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from her2.data_annotations import read_file
 from her2.data_folder import Dataset
+from her2.data_formats import read_file
 from her2.data_slides import SPLITS, ROI
 
 

@@ -126,8 +126,8 @@ BROKEN = {   # a polygon that is none, in every format -> what the message says
     "there and back": ([(1, 1), (5, 5), (1, 1)], "points"), "line": ([(1, 1), (5, 5), (9, 9)], "no area"),
     "one place": ([(3, 3)] * 5, "no area"), "far line": ([(1e7, 1e7 + k) for k in range(4)], "no area"),
     **{f"x is {str(x)[:9]}": ([(1, 1), (x, 5), (9, 1)], what) for x, what in (
-        (float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "inf"), (1e9, "beyond"),
-        (-1e9, "beyond"), (10 ** 400, "beyond"), ("five", "not a number"), ("5", "not a number"),
+        (float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "inf"), (1e9, "up to 1e+08"),
+        (-1e9, "up to 1e+08"), (10 ** 400, "up to 1e+08"), ("five", "not a number"), ("5", "not a number"),
         (None, "not a number"),
         (True, "not a number"), ([5], "not a number"), ({}, "not a number"))},
 }
@@ -140,7 +140,7 @@ def test_a_broken_polygon_is_never_dropped_in_silence(name, case, read, tmp_path
     content = WRITERS[name]([("1+", [SQUARE]), ("2+", [ring])])
     if name == "exact.txt" and len(ring) in (1, 2):   # points and boxes, which this format does not name
         polygons, skipped = read(content, name)
-        assert len(polygons) == 1 and skipped == {f"point or box ({len(ring)} vertices)": 1}
+        assert len(polygons) == 1 and skipped == {{1: "point", 2: "box"}[len(ring)]: 1}
         return
     if name == "asap.xml" and ring[1:2] == [("5", 5)]:   # text is how XML writes a number
         assert len(read(content, name)[0]) == 2
@@ -150,7 +150,7 @@ def test_a_broken_polygon_is_never_dropped_in_silence(name, case, read, tmp_path
     message = str(error.value)
     assert message.startswith(f"{tmp_path / name}: ") and "\n" not in message and len(message) < 600
     assert what in message or name == "asap.xml" and "not a number" in message
-    assert "correct or delete" in message
+    assert "correct it" in message
 
 
 def test_all_broken_polygons_of_a_file_are_named_at_once(read):
@@ -195,23 +195,23 @@ def test_exact_rest_details(read):
         polygons, skipped = read(json.dumps(content))
         assert [p.name for p in polygons] == ["2+", "annotation_type 3", "", "3+", "2+"]
         assert [p.source_id for p in polygons] == ["1", "6", "7", "8", "9"]
-        assert skipped == {"deleted": 1, "vector null": 1, "point": 1, "box": 1}
+        assert skipped == {"deleted": 1, "not in image": 1, "point": 1, "box": 1}
     with pytest.raises(UserError, match="unknown class 'annotation_type 3', \\(none\\)"):
         polygon_classes(polygons, DEFAULT_CLASSES, "f")    # type 3 is not the score 3
 
     gap = vector(SQUARE * 2)
     del gap["x5"]
     for changes, what in (
-        (dict(vector=gap), "lacks x5"), (dict(vector=[1, 2]), "object should stand"),
-        (dict(deleted="false"), "deleted"), (dict(annotation_type="2+"), "object should stand"),
-        (dict(annotation_type={"name": 2}), "class 2"), (dict(id=[1]), "the id"), (dict(id=9.5), "the id"),
-        (dict(annotation_type={"name": "2+", "vector_type": "5"}), "vector_type '5'"),
+        (dict(vector=gap), "coordinate None"), (dict(vector=[1, 2]), "object should stand"),
+        (dict(deleted="false"), "true or false"), (dict(annotation_type="2+"), "object should stand"),
+        (dict(annotation_type={"name": 2}), "2 where a text"),
+        (dict(annotation_type={"name": "2+", "vector_type": "5"}), "'5' where a whole number"),
     ):
         with pytest.raises(UserError, match=what):
             read(json.dumps({"results": [row(**changes)]}))
     for content, what in (
         ({"results": [row(), row()]}, "id 1, which stands twice"), ({"results": [7]}, "object"),
-        ({"results": [{"id": 1}]}, "without a vector"), ({"results": {}}, "not a list"),
+        ({"results": [{"id": 1}]}, "without a vector"), ({"results": {}}, "where a list"),
         ({"results": [row(), row(id=2, image=9)]}, "several images"),
         ({"results": [], "next": "http://exact/?offset=50"}, "one page of several"),
     ):
@@ -255,8 +255,8 @@ def test_geojson_details(read):
 
     good = feature("2+", [SQUARE])
     for bad, what in (
-        (feature("2+", [SQUARE, hole[:2]]), "2 points"), (feature(7, [SQUARE]), "class 7"),
-        (feature({"x": 1}, [SQUARE]), "class"), (dict(good, type="f"), "Feature"),
+        (feature("2+", [SQUARE, hole[:2]]), "2 points"), (feature(7, [SQUARE]), "7 where a text"),
+        (feature({"x": 1}, [SQUARE]), "where a text"), (dict(good, type="f"), "Feature"),
         (dict(good, geometry=[1]), "object"),
         (dict(good, properties=[1]), "object"),
         (dict(good, geometry={"type": "Circle"}), "GeoJSON does not know"),
@@ -298,12 +298,11 @@ def test_asap_details(read):
 
     for bad, what in (
         (annotation([dict(p, Order=1) for p in points]), "same Order"), (annotation([]), "0 points"),
-        (annotation([*points, {"X": 1, "Y": 2}]), "not a number"),
         (annotation(points, Type=None), "not know"),
         (annotation(points, Type="Blob"), "not know"), (annotation([{"Order": 0, "X": 1}]), "not a number"),
         *[(annotation([*points, {"Order": 9, "X": x, "Y": 0}]), "not a number")
           for x in ("nan", "inf", "1,234.5", "1 2", "0x10", "1_0", "", "\u0663")],
-        (annotation([*points, {"Order": 9, "X": "1e999", "Y": 0}]), "not finite"),
+        (annotation([*points, {"Order": 9, "X": "1e999", "Y": 0}]), "up to 1e.08"),
     ):
         with pytest.raises(UserError, match=what):
             read(document(bad))
@@ -323,17 +322,6 @@ def test_xml_of_another_kind(content, what, read):
         read(content, "a.xml")
 
 
-def run_lengths(mask):
-    """Uncompressed COCO counts of a mask: runs of 0 and 1 in turn, beginning with 0, down the columns."""
-    counts, current = [0], False
-    for value in mask.T.ravel():
-        if value != current:
-            counts.append(0)
-            current = value
-        counts[-1] += 1
-    return {"size": list(mask.shape), "counts": counts}
-
-
 def test_coco_details(read):
     def document(*annotations, **more):
         rows = [{"id": k, "image_id": 4, "category_id": 2, **a} for k, a in enumerate(annotations)]
@@ -341,48 +329,33 @@ def test_coco_details(read):
                            "categories": [{"id": 2, "name": "2+"}], **more})
 
     polygons, skipped = read(document(
-        {"segmentation": [flat(SQUARE), flat(NEIGHBOUR)]}, {"segmentation": flat(ISLAND)},
+        {"segmentation": [flat(SQUARE), flat(NEIGHBOUR)]}, {"segmentation": [flat(ISLAND)]},
         {"bbox": [1, 2, 3, 4]},
         {"segmentation": []}))
     assert [(p.source_id, len(p.rings)) for p in polygons] == [("0", 1), ("0", 1), ("1", 1)]
     assert skipped == {"without segmentation": 2} and np.array_equal(polygons[2].rings[0], ISLAND)
 
-    mask = np.zeros((20, 24), bool)
-    mask[2:12, 3:15] = True
-    mask[4:7, 5:9] = False
-    mask[5, 6] = True
-    mask[15:18, 20:23] = np.eye(3)
-    polygons, _ = read(document({"segmentation": run_lengths(mask)}))
-    assert np.array_equal(labels(polygons)[0] > 0, mask) and len(polygons) == 3
-    assert sorted(len(p.rings) for p in polygons) == [1, 1, 2]
-    for size, counts, what in (
-        ([20, 24], ":46N", "compressed run lengths; export polygons"),
-        ([20, 24], [480], "without a pixel"), ([20, 24], [1, 2], "sum to 3"),
-        ([20, 24], [1.5], "whole"), ([20, 24], [-1, 481], "whole"), ([20, 24], None, "list"),
-        ([20, 24], [0, 2 ** 70], "sum to"), ([20], [20], "list of 2"), ([20, "24"], [480], "whole"),
-        (None, [480], "list of 2"), ([2 ** 40, 0], [], "sum to 0"), ([20, 24, 1], [480], "whole"),
-        ([10 ** 6, 10 ** 6], [0, 10 ** 12], "sum to 1000000000000"),
-    ):
-        with pytest.raises(UserError, match=what):
-            read(document({"segmentation": {"size": size, "counts": counts}}))
+    for counts in (":46N", [0, 480]):
+        with pytest.raises(UserError, match="run lengths: export polygons, or the masks as PNG"):
+            read(document({"segmentation": {"size": [20, 24], "counts": counts}}))
 
     good, second = {"segmentation": [flat(SQUARE)]}, {"segmentation": [flat(ISLAND)], "image_id": 5}
     several = dict(images=[{"id": 4, "file_name": "a/s.png"}, {"id": 5, "file_name": "t.png"}])
     polygons, skipped = read(document(good, second, **several), image="images/t.jpg")
     assert [p.source_id for p in polygons] == ["1"] and skipped == {"of another image": 1}
     for bad, what in (
-        (document(good, **several), "of 2 images"), (document(good, second, images=[]), "of 2 images"),
+        (document(good, **several), "of 2 images"), (document(good, images=[]), "image_id 4"),
         (document(dict(good, category_id=3)), "category_id 3"),
         (document(dict(good, image_id=9)), "image_id 9"),
         (document(dict(good, category_id=[2])), "category_id"),
         (document(good, dict(good, id=0)), "stands twice"),
-        (document({"segmentation": [flat(SQUARE) + [1]]}), "x without its y"),
+        (document({"segmentation": [flat(SQUARE) + [1]]}), "list of 2"),
         (document({"segmentation": [flat(SQUARE), 5]}), "list"), (document({"segmentation": "x"}), "list"),
-        (document(good, categories=[{"id": 2, "name": 5}]), "class 5"),
-        (document(categories={}), "not a list"),
-        (document(categories=[{"id": 2}, {"id": 2}]), "id of its own"),
-        (document(annotations={}), "not a list"),
-        (document(images=[{"file_name": "s"}]), "id of its own"),
+        (document(good, categories=[{"id": 2, "name": 5}]), "5 where a text"),
+        (document(categories={}), "where a list"),
+        (document(categories=[{"id": 2}, {"id": 2}]), "of the same id"),
+        (document(annotations={}), "where a list"),
+        (document(images=[{"file_name": "s"}]), "None where a whole number"),
     ):
         with pytest.raises(UserError, match=what):
             read(bad)
@@ -394,13 +367,13 @@ def test_coco_details(read):
     (b"\xff\xfe{\x00", "not UTF-8"), (b"caf\xe9|2+|{}", "not UTF-8"),
     (b"\x89PNG\r\n\x1a\n\x00", "not UTF-8"), (b"hello", "no known format"),
     (b"slide,class,x,y\n", "no known format"), (b"s|2+\n", "line 1 is"), (b"s|2+|\n", "line 1 is"),
-    (b's|2+|{"x1":1,"y1":2,"x2', "line 1 is cut off"), (b"[" * 200_000, "too deep"), (b"{}", "another kind"),
-    (b'{"a":' * 200_000, "too deep"), (b'{"type": "Polygon", "coordinates": []}', "another kind"),
-    (b'{"type": "FeatureCollection"}', "not a list"), (b'{"features": []}', "another kind"),
-    (b'{"images": [], "categories": []}', "another kind"), (b'{"results": [1}', "not JSON"),
-    (b'{"results": [], "results": []}', "twice"), (b'[{"results": []}]', "another kind"),
-    (b"{'results': []}", "not JSON"), (b"[null]", "another kind"), (b"[[]]", "another kind"),
-    (b"[5]", "another kind"),
+    (b's|2+|{"x1":1,"y1":2,"x2', "line 1 is damaged"), (b"[" * 200_000, "too deep"), (b"{}", "no known format"),
+    (b'{"a":' * 200_000, "too deep"), (b'{"type": "Polygon", "coordinates": []}', "no known format"),
+    (b'{"type": "FeatureCollection"}', "where a list"), (b'{"features": []}', "no known format"),
+    (b'{"images": [], "categories": []}', "no known format"), (b'{"results": [1}', "not JSON"),
+    (b'{"results": [], "results": []}', "twice"), (b'[{"results": []}]', "no known format"),
+    (b"{'results': []}", "not JSON"), (b"[null]", "no known format"), (b"[[]]", "no known format"),
+    (b"[5]", "no known format"),
 ])
 def test_files_of_no_known_kind(content, what, read, tmp_path):
     with pytest.raises(UserError) as error:
@@ -520,7 +493,7 @@ def test_unknown_classes_are_listed_with_the_remedy(read):
     ("Stromal cells", "Background"), ("Immune cells", "Background"), ("Region*", "Background"),
     ("Tumor", "ignore"), ("Tumor: 0", "0"), ("invasive", "ignore"), ("Tumor stroma?", "ignore"),
     ("Tumor stroma", "ignore"), ("region 12", "Background"), ("(none)", "ignore"), ("4+", "ignore"),
-    ("13+", "ignore"), ("Backgruond", "Background"), ("Artefact", "ignore"),
+    ("13+", "ignore"), ("Artefact", "ignore"),
 ])
 def test_a_guess_is_never_a_tumor_class_without_a_sign_of_which(name, expected):
     assert likely_class(name, DEFAULT_CLASSES) == expected

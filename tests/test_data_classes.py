@@ -95,7 +95,7 @@ def row(**changes):
     ({"aliases": {"a": 17}}, "class 17"), ({"aliases": {"a": True}}, "no class name"),
     ({"aliases": {"2+": "3+"}}, "two meanings"), ({"aliases": {"A b": 1, "ab": 2}}, "two meanings"),
     (row(id=2), "ids are [0, 2]"), (row(id="1"), "whole number"), (row(id=True), "whole number"),
-    (row(id=1.0), "whole number"), (row(name=""), "empty"), (row(name=" glass "), "used twice"),
+    (row(id=1.0), "whole number"), (row(name=""), "empty"), (row(name=" glass "), "two meanings"),
     (row(name=None), "not a text"), (row(tumor=False), "variance"), (row(tumor=1), "true or false"),
     (row(tumor=False, variance=False), "no class is tumor"), (row(variance="yes"), "true or false"),
     (row(color=[1, 2]), "color"), (row(color=[1, 2, 256]), "color"), (row(color=[1, 2, 0.5]), "color"),

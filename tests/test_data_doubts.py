@@ -15,8 +15,7 @@ from data_factory import save, write_csv
 from PIL import Image
 
 from her2 import data
-from her2.data_annotations import check_image
-from her2.data_checks import Found, choose_image
+from her2.data_annotations import Found, check_image, choose_image
 from her2.data_classes import load_classes
 from her2.data_folder import inspect_dataset, load_dataset
 from her2.data_regions import read_polygons, read_roi
@@ -204,7 +203,7 @@ def test_a_number_is_not_the_beginning_of_another(name, image, slide, same):
 def test_one_of_several_images_is_found_whatever_unicode_form_its_name_has(tmp_path):
     names = {k: unicodedata.normalize("NFC", f"M\u00fcller{k}.png") for k in (1, 2)}
     for form in ("NFC", "NFD"):
-        assert choose_image(names, unicodedata.normalize(form, "a/M\u00fcller2.png"), "f.json") == 2
+        assert choose_image(names, unicodedata.normalize(form, "a/M\u00fcller2.png")) == 2
 
 
 def test_a_broken_class_table_is_one_problem_and_masks_are_not_blamed(tmp_path, capsys):

@@ -14,9 +14,9 @@ from data_exports import write_export
 from data_factory import png, rectangles, save, write_csv, write_dataset
 
 from her2 import data, data_images, data_regions
-from her2.data_annotations import read_file
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, load_classes
 from her2.data_folder import inspect_dataset, load_dataset
+from her2.data_formats import read_file
 from her2.data_index import stem
 from her2.data_regions import in_threads, read_roi, region_files, region_path
 from her2.run_errors import UserError, command
@@ -135,7 +135,7 @@ def test_black_and_white_masks_take_the_subtype_of_the_score(tmp_path, mask, sco
 
 
 @pytest.mark.parametrize("mask, score, classes, words", [
-    (LABEL, "2+", SCORE, "holds the values 0, 1, 2, 3, 4, 5"), (LABEL > 0, "", SCORE, "score, which is ''"),
+    (LABEL, "2+", SCORE, "promises 0 and one other value"), (LABEL > 0, "", SCORE, "score, which is ''"),
     (LABEL > 0, "unknown", SCORE, "write one of 0, 1+"), (LABEL > 0, "2+", None, '{"masks": "score"}'),
     (LABEL * 0 + 255, "2+", None, '{"masks": "ids"}'), (LABEL > 0, "Stroma", SCORE, "which is 'Stroma'"),
 ])
@@ -168,7 +168,7 @@ def test_masks_as_pictures_in_the_colours_of_the_table(tmp_path):
     opaque = np.dstack([picture, np.full(LABEL.shape, 255, np.uint8)])
     assert np.array_equal(with_masks(tmp_path / "b", opaque, name="masks/a.tif")[0], LABEL)
     picture[0, :3] = [1, 2, 3]
-    with pytest.raises(UserError, match="1 colours that are not in the class table .#010203.") as error:
+    with pytest.raises(UserError, match="1 values that are not in the class table .#010203.") as error:
         with_masks(tmp_path / "c", picture)
     remedy = json.loads(re.search(r"\{.*\}", str(error.value))[0])
     label, _ = with_masks(tmp_path / "d", picture, classes=remedy)
@@ -191,7 +191,7 @@ def test_gzipped_annotations(tmp_path):
     assert read_file(path).polygons == []
     for broken in (gzip.compress(text)[:-6], gzip.compress(text)[:12], gzip.compress(text)[:-8] + b"\0" * 8):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match="damaged gzip file.*; export it again"):
+        with pytest.raises(UserError, match="cannot be read.*; correct it"):
             read_file(path)
 
 

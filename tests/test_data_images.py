@@ -56,11 +56,11 @@ CLEAR = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])     # one transp
 CLEAR[0, 0, 3] = 254
 GREY = [bytes(range(30))] * 24
 BAD_IMAGES = {   # name: (file name, content, what the message must say)
-    "empty": ("a.png", b"", "empty file"),
-    "text": ("a.png", b"this is no picture", "not a readable"),
-    "html": ("a.jpg", b"<!doctype html><p>404</p>", "not a readable"),
-    "gif": ("a.png", encoded(RGB, "GIF"), "not a readable"),
-    "bmp under another name": ("a.tif", encoded(RGB, "BMP"), "not a readable"),
+    "empty": ("a.png", b"", "cannot identify"),
+    "text": ("a.png", b"this is no picture", "cannot identify"),
+    "html": ("a.jpg", b"<!doctype html><p>404</p>", "cannot identify"),
+    "gif": ("a.png", encoded(RGB, "GIF"), "cannot identify"),
+    "bmp under another name": ("a.tif", encoded(RGB, "BMP"), "cannot identify"),
     "webp": ("a.webp", encoded(RGB, "WEBP"), "ending in '.webp'"),
     "no ending": ("a", encoded(RGB, "PNG"), "ending in"),
     "svs": ("a.svs", encoded(RGB, "TIFF"), "ending in '.svs'"),

@@ -283,8 +283,8 @@ def nan_weights():
 BAD = {
     "no such file": (["nothing.png"], ["nothing.png", "no image there"], None),
     "a folder without images": (["runs"], ["runs", "no image there"], None),
-    "not an image": (["in/a.png"], ["a.png", "not a readable"], lambda: write("in/a.png", b"hello")),
-    "an empty image": (["in"], ["a.png", "empty file"], lambda: write("in/a.png", b"")),
+    "not an image": (["in/a.png"], ["a.png", "cannot identify"], lambda: write("in/a.png", b"hello")),
+    "an empty image": (["in"], ["a.png", "cannot identify"], lambda: write("in/a.png", b"")),
     "a damaged one among good ones": (["in"], ["0.png", "copy the file again"], lambda: write(
         "in/0.png", Path("in/0.png").read_bytes()[:2000])),
     "another kind of file": (["data/slides.csv"], ["slides.csv", "ending"], None),
