@@ -175,6 +175,8 @@ def test_exact_text_of_several_slides(read):
     for image, count in (("images/one.tif", 1), ("one.png", 1), ("C:\\x\\two.tif", 2)):
         polygons, skipped = read(text, image=image)
         assert len(polygons) == count and skipped == {"of another image": 3 - count}
+    with pytest.raises(UserError, match="line 4 is 'two.tif|2'"):
+        read(text + "two.tif|2", image="one.tif")                   # cut off: of another image, but broken
     for image in (None, "three.tif"):
         with pytest.raises(UserError, match="2 images .*one file per image"):
             read(text, image=image)
@@ -366,7 +368,7 @@ def test_coco_details(read):
     (b"", "empty file"), (b"\n \r\n", "empty file"), (b"\xef\xbb\xbf", "empty file"),
     (b"\xff\xfe{\x00", "not UTF-8"), (b"caf\xe9|2+|{}", "not UTF-8"),
     (b"\x89PNG\r\n\x1a\n\x00", "not UTF-8"), (b"hello", "no known format"),
-    (b"slide,class,x,y\n", "no known format"), (b"s|2+\n", "line 1 is"), (b"s|2+|\n", "line 1 is"),
+    (b"slide,class,x,y\n", "no known format"), (b"s|2+\n", "line 1 is"), (b"s|2+|\n", "line 1 is"), (b's|a|b|{"x1":1}\n', "line 1 is"),
     (b's|2+|{"x1":1,"y1":2,"x2', "line 1 is damaged"), (b"[" * 200_000, "too deep"), (b"{}", "no known format"),
     (b'{"a":' * 200_000, "too deep"), (b'{"type": "Polygon", "coordinates": []}', "no known format"),
     (b'{"type": "FeatureCollection"}', "where a list"), (b'{"features": []}', "no known format"),

@@ -146,9 +146,10 @@ def test_masks_that_contradict_the_setting(tmp_path, mask, score, classes, words
 
 
 def test_the_two_remedies_for_black_and_white_masks(tmp_path):
-    mask = (LABEL > 0).astype(np.uint8) * 255
-    assert set(np.unique(with_masks(tmp_path / "a", mask, "3+", SCORE)[0])) == {0, 4}
-    assert set(np.unique(with_masks(tmp_path / "b", mask, "3+", {"masks": "ids"})[0])) == {0, IGNORE}
+    for k, mask in enumerate([(LABEL > 0).astype(np.uint8) * 255, LABEL > 0]):      # of 8 bits and of one
+        assert set(np.unique(with_masks(tmp_path / f"a{k}", mask, "3+", SCORE)[0])) == {0, 4}
+        ids = {"masks": "ids"}
+        assert set(np.unique(with_masks(tmp_path / f"b{k}", mask, "3+", ids)[0])) == {0, IGNORE}
 
 
 def test_instances_beside_a_mask_mean_ids_whatever_the_setting(tmp_path):
@@ -167,6 +168,9 @@ def test_masks_as_pictures_in_the_colours_of_the_table(tmp_path):
     assert np.array_equal(with_masks(tmp_path / "a", picture)[0], LABEL)
     opaque = np.dstack([picture, np.full(LABEL.shape, 255, np.uint8)])
     assert np.array_equal(with_masks(tmp_path / "b", opaque, name="masks/a.tif")[0], LABEL)
+    frame = np.where(LABEL[..., None] > 0, np.uint8([1, 2, 3]), np.uint8(255))
+    label = with_masks(tmp_path / "f", frame, classes={"masks": "score", "aliases": {"#010203": "ignore"}})[0]
+    assert np.array_equal(label, (LABEL > 0) * IGNORE), "colours say for themselves what they mean"
     picture[0, :3] = [1, 2, 3]
     with pytest.raises(UserError, match="1 values that are not in the class table .#010203.") as error:
         with_masks(tmp_path / "c", picture)
