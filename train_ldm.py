@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from her2 import (data_latents, draw, draw_axes, net_perceptual, quantizer, run, run_distributed, run_log,
+from her2 import (data_patches, draw, draw_axes, net_perceptual, quantizer, run, run_distributed, run_log,
                   run_setup, run_training, samplers)
 from her2.autoencoder import VQAutoencoder, edge_l1, psnr
 from her2.net_blocks import frozen, kept_buffers
@@ -168,7 +168,7 @@ def train_diffusion(config, argv) -> None:
             return autoencoder.encode(run_training.to_device(image, device)).float()
 
     if step == 0 and not config.init:
-        denoiser.set_latent_scale(data_latents.latent_std(sampler, encode, config.batch))  # the EMA copies it
+        denoiser.set_latent_scale(data_patches.latent_std(sampler, encode, config.batch))  # the EMA copies it
     zero, fixed = loss_of_zero_output(config.loss), sampler.batch(0, 8)
     log.say(f"denoiser, {run_log.size(denoiser)}, {device}, {precision}; latent scale "
             f"{denoiser.latent_scale:.3f}; a network that always outputs zero has a loss of {zero:.3f}")
@@ -199,7 +199,7 @@ def train_diffusion(config, argv) -> None:
                        **dataset.origin())
 
     latent = (denoiser.config["z_channels"], *2 * [config.patch // autoencoder.factor])     # C, h, w
-    batches = config.latent_pool and data_latents.pooled_latents(config, dataset, encode, step)
+    batches = config.latent_pool and data_patches.pooled_latents(config, dataset, encode, step)
     steps = run_training.Steps("diffusion", config, sampler, step, device, losses, batches=batches)
     for batch in steps:
         optimizer.zero_grad()

@@ -32,11 +32,13 @@ import sys
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from her2 import run_distributed
 from her2.data_classes import IGNORE
 from her2.data_folder import Dataset, empty_splits
 from her2.data_slides import generating_command
-from her2.run_errors import UserError, check_line, script_line
+from her2.run_errors import UserError, check_line
 from her2.data_regions import open_roi, region_files
 from her2.run_seeds import generator, numpy_generator
 from her2.stains import stain_jitter
@@ -66,15 +68,16 @@ def patches_that_tile(rois, patch: int) -> int:
     return sum(math.ceil(roi.height / patch) * math.ceil(roi.width / patch) for roi in rois)
 
 
-def _check_patch(rois, patch, where):
-    for roi in rois:
-        if min(roi.height, roi.width) < patch:
-            raise UserError(f"{where}: {roi.name} has {roi.width} x {roi.height} pixels, less than a patch "
-                            f"of {patch}; use a smaller --patch or larger images")
-
-
 class Sampler:
     """What gives random samples: `draw`, `seed`, `flips`, `stain`. A map-style dataset for a DataLoader."""
+
+    def use(self, dataset: Dataset, rois: list, patch: int, cache) -> None:
+        """Map the regions that patches are cut from. UserError for one that is smaller than a patch."""
+        for roi in rois:
+            if min(roi.height, roi.width) < patch:
+                raise UserError(f"{dataset.root}: {roi.name} has {roi.width} x {roi.height} pixels, less "
+                                f"than a patch of {patch}; use a smaller --patch or larger images")
+        self.rois, self.patch, self.files = rois, patch, region_files(rois, dataset.classes, cache)
 
     def batch(self, step: int, batch_size: int) -> dict:
         """The whole batch of `step`."""
@@ -112,16 +115,15 @@ class PatchSampler(Sampler):
     def __init__(self, dataset: Dataset, split: str, patch: int, sampling: str = "subtype", seed: int = 0,
                  flips: bool = True, stain: float = 0.0, cache="cache", uniform: float = 0.0):
         assert sampling in SAMPLINGS, f"sampling {sampling!r}, known are {SAMPLINGS}"
-        self.rois, self.patch, self.sampling, self.seed = dataset.split(split), patch, sampling, seed
-        self.flips, self.stain, self.classes = flips, stain, dataset.classes
+        self.seed, self.flips, self.stain, self.classes = seed, flips, stain, dataset.classes
         for problem in empty_splits(dataset, [split]):
             raise UserError(problem)
-        _check_patch(self.rois, patch, dataset.root)
+        self.use(dataset, dataset.split(split), patch, cache)
         self.num_patches = patches_that_tile(self.rois, patch)
-        self.files = region_files(self.rois, dataset.classes, cache)
+        # (regions, K): how many pixels of each class; those to be ignored are of none
+        counts = np.stack([open_region(file).row_counts.sum(axis=1, dtype=np.int64) for file in self.files])
         tumor = dataset.classes.tumor_ids
-        counts = {c: np.array([open_region(file).count([c]) for file in self.files]) for c in tumor}
-        self.present = [c for c in tumor if counts[c].any()]
+        self.present = [c for c in tumor if counts[:, c].any()]
         if sampling != "uniform" and not self.present:
             raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
                             f"left out and why: {check_line(dataset.root)})")
@@ -132,14 +134,11 @@ class PatchSampler(Sampler):
         # Groups of classes whose pixels are drawn from alike, and the running sum of these over regions.
         # PAPER: "uniformly across all tumor subtypes": ours are all five tumor classes, LCIS/DCIS among them.
         self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
-        self.ends = [np.cumsum(sum(counts[c] for c in group)) for group in self.groups]
-        self.uniform = 1.0 if sampling == "uniform" else uniform
-        if self.uniform:             # all pixels but those to be ignored
-            every = range(len(dataset.classes))
-            self.area = np.cumsum([open_region(file).count(every) for file in self.files])
-            if not self.area[-1]:
-                raise UserError(f"{dataset.root}: every pixel of the split {split!r} is to be ignored; "
-                                "annotate its images or use another split")
+        self.ends = [counts[:, list(group)].sum(axis=1).cumsum() for group in self.groups]
+        self.uniform, self.area = 1.0 if sampling == "uniform" else uniform, counts.sum(axis=1).cumsum()
+        if not self.area[-1]:
+            raise UserError(f"{dataset.root}: every pixel of the split {split!r} is to be ignored; annotate "
+                            "its images or use another split")
 
     def place(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """(index of the region, y, x) of a random patch."""
@@ -164,8 +163,7 @@ class PatchSampler(Sampler):
         return which, int(np.clip(y, 0, region.height - p)), int(np.clip(x, 0, region.width - p))
 
     def draw(self, rng: np.random.Generator, coin: float = 0.0):
-        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a random patch. The coin is for
-        `MixedSampler.draw`."""
+        """(image (P, P, 3) uint8, label (P, P), instance (P, P), name) of a patch, whatever the coin."""
         which, y, x = self.place(rng)
         pixels = open_region(self.files[which]).window(y, x, self.patch, self.patch)
         return *pixels, f"{self.rois[which].name} x={x} y={y}"
@@ -183,17 +181,14 @@ class MixedSampler(Sampler):
 
     def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
         assert ratio > 0, f"ratio is {ratio}, it must be positive; without synthetic images use PatchSampler"
-        self.real, self.ratio, self.patch, self.num_patches = real, ratio, real.patch, real.num_patches
+        self.real, self.ratio, self.num_patches = real, ratio, real.num_patches
         self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
         wanted = len(synthetic.rois) if ratio == math.inf else max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
-            more = (generating_command(synthetic.root, "--count", wanted)
-                    or script_line("generate.py", "--out", synthetic.root, "--count", wanted))
+            more = generating_command(synthetic.root, "--count", wanted) or "with generate.py"
             raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs {wanted};"
                             f" give a lower --ratio, or delete the folder and make more: {more}")
-        self.rois = synthetic.rois[:wanted]
-        _check_patch(self.rois, real.patch, synthetic.root)
-        self.files = region_files(self.rois, synthetic.classes, cache)
+        self.use(synthetic, synthetic.rois[:wanted], real.patch, cache)
         self.meaning = np.arange(256, dtype=np.uint8)           # label of `synthetic` -> label of `real`
         if synthetic.classes != real.classes:
             print(f"note: {synthetic.root}: has other classes; only tumor or not is used", file=sys.stderr)
@@ -231,8 +226,7 @@ def loader(sampler: Sampler, first_step: int, last_step: int, indices, workers=0
     # make other random numbers depend on how often a run was resumed. No batch uses it.
     return DataLoader(sampler, batch_size=None, sampler=[(k, indices) for k in range(first_step, last_step)],
                       num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
-                      worker_init_fn=deaf,
-                      multiprocessing_context="spawn" if workers else None)
+                      worker_init_fn=deaf, multiprocessing_context="spawn" if workers else None)
 
 
 def iterate_rois(dataset: Dataset, split: str, cache="cache"):
@@ -240,3 +234,39 @@ def iterate_rois(dataset: Dataset, split: str, cache="cache"):
     for roi in dataset.split(split):
         image, label, instance = to_tensors(*open_roi(roi, dataset.classes, cache).whole())
         yield roi, image[None], label[None], instance[None]
+
+
+def latent_std(sampler: Sampler, encode, batch: int) -> float:
+    """Standard deviation of all latents, over 256 patches. The official code takes the first batch's and
+    loses it on resuming; here it is saved with the weights."""
+    return float(torch.cat([encode(sampler.batch(k, batch)["image"])
+                            for k in range(max(1, 256 // batch))]).std())
+
+
+def pooled_latents(config, dataset: Dataset, encode, first_step: int):
+    """Cached latents: a fixed pool of N patches is encoded once, in eight orientations. Yields batches for
+    steps first_step..config.steps-1, each a function of (config.seed, step) alone; under torchrun this
+    process's samples of it. {"z": (B, C, h, w) on the CPU, "label": (B, H, W), "names": [B]}.
+    encode(image (B, 3, H, W)) -> z (B, C, h, w).
+
+    At full size the frozen encoder is most of the cost of a diffusion step (897 against 417 GMAC at 512 px).
+    The price: no ever new patches; 8 N latents and N label maps in memory (512 px, factor 4: 1.8 MB each)."""
+    upright = PatchSampler(dataset, "train", config.patch, config.sampling, config.seed, flips=False,
+                           cache=config.cache, uniform=config.uniform)
+    z, label, names = [[] for _ in range(8)], [], []
+    for part in tqdm(range(math.ceil(config.latent_pool / config.batch)), "latents", leave=False,
+                     disable=None):
+        batch = upright.batch(part, config.batch)       # its pixels are not kept
+        label.append(batch["label"].to(torch.uint8))
+        names += batch["names"]
+        for k in range(8):      # an encoder is not exactly equivariant: a turned image, not a turned latent
+            z[k].append(encode(dihedral(batch["image"], k)).cpu())
+    z, label = [torch.cat(parts) for parts in z], torch.cat(label)
+    for step in range(first_step, config.steps):
+        random = generator(config.seed, "pool", step)
+        picked = torch.randint(config.latent_pool, (config.batch,), generator=random).tolist()
+        turned = torch.randint(8, (config.batch,), generator=random).tolist()
+        samples = [(picked[n], turned[n]) for n in run_distributed.indices(config)]
+        yield {"z": torch.stack([z[k][i] for i, k in samples]),
+               "label": torch.stack([dihedral(label[i], k) for i, k in samples]).long(),
+               "names": [names[i] for i, _ in samples]}

@@ -11,11 +11,10 @@ import torch
 from data_factory import memory_dataset, rectangles, save, write_dataset
 from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import load_dataset
-from her2.data_latents import latent_std, pooled_latents
 from her2.run_errors import UserError
 from her2.data_regions import read_roi
-from her2.data_patches import (SAMPLINGS, MixedSampler, PatchSampler, dihedral, iterate_rois, loader,
-                           patches_that_tile, to_tensors)
+from her2.data_patches import (SAMPLINGS, MixedSampler, PatchSampler, dihedral, iterate_rois,
+                           latent_std, loader, patches_that_tile, pooled_latents, to_tensors)
 from her2.run_seeds import numpy_generator
 
 
@@ -235,7 +234,7 @@ def test_too_few_or_too_small_synthetic_images_are_refused(tmp_path):
     write_dataset(tmp_path / "real", slides=4)
     real, synthetic = mixed(tmp_path, 4.0)
     with pytest.raises(UserError,
-                       match=r"40 images, ratio 4 needs 48.*python generate.py --out .*synth --count 48"):
+                       match=r"40 images, ratio 4 needs 48; give a lower --ratio, or"):
         MixedSampler(real, synthetic, 4.0, cache=tmp_path)
     real, synthetic = mixed(tmp_path, 1.0, size=(24, 20))
     with pytest.raises(UserError, match="20 x 24 pixels, less than a patch of 24"):

@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from her2 import data_latents, run_training
+from her2 import data_patches, run_training
 from her2.data_patches import Sampler
 from run_kill_harness import command_line, in_process, one_thread, prepare
 from test_run_distributed import LOOPS, alone, apart, line_of
@@ -84,8 +84,8 @@ def unseen_batches(batches):
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_step_reads_nothing_from_the_device(root, name, monkeypatch):
     """Two steps more, neither logged nor saved, read not one number more."""
-    pooled = data_latents.pooled_latents
-    monkeypatch.setattr(data_latents, "pooled_latents", lambda *a: unseen_batches(pooled(*a)))
+    pooled = data_patches.pooled_latents
+    monkeypatch.setattr(data_patches, "pooled_latents", lambda *a: unseen_batches(pooled(*a)))
     monkeypatch.setattr(Sampler, "__getitem__", unseen(Sampler.__getitem__))
     for kind in (torch.optim.Adam, torch.optim.AdamW):      # Adam's step counts lie on the host
         monkeypatch.setattr(kind, "step", unseen(kind.step))
