@@ -8,19 +8,29 @@ A synthetic dataset is the same kind of folder with `manifest.jsonl`, one JSON o
 `check_synthetic` reads that no synthetic image was made from a validation or test slide:
 
     {"image": "images/00001.png", "source_image": "images/a.png", "source_slide": "A", "x": .., "y": .., ...}
+
+One slide under two names is what a split by slide cannot keep apart. `double_slides` finds names that differ
+in spelling alone (case, leading zeros, blanks, Unicode form) and equal images under two slides: copies of a
+file, and where all is decoded anyway (`her2.data`) equal pixels in whatever files.
 """
 
+import hashlib
 import json
+import os
+import re
+import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from her2.data_classes import DEFAULT_CLASSES, ClassTable, load_classes, parse_json, read_text
-from her2.data_leaks import double_slides
-from her2.run_errors import UserError, atomic_write, check_line, script_line
+import numpy as np
+
+from her2.data_classes import ClassTable, load_classes, parse_json, read_text
+from her2.data_images import read_image
+from her2.run_errors import UserError, atomic_write, check_line
 from her2.data_slides import ROI, SPLITS, assign_splits, generating_command, read_slides
 
 NEW_TISSUE = "new tissue: "       # a source that a phantom made up beyond its folder: nobody's, so no leak
-SOURCE = ("source_image", "source_slide")
 
 
 @dataclass
@@ -44,48 +54,90 @@ class Dataset:
         return {"classes": self.classes.to_json(), "split": self.slides()}
 
 
-def inspect_dataset(root, seed: int = 0, split=None) -> tuple[Dataset, list[str]]:
+def inspect_dataset(root, seed: int = 0, require=(), split=None) -> tuple[Dataset, list[str]]:
     """(dataset, problems): everything that can be said without decoding an image. Problems: one line each,
-    their rows left out of the dataset. Arguments as in `load_dataset`."""
+    their rows left out of the dataset. UserError for a file without which nothing can be said. Arguments as
+    in `load_dataset`."""
     root = Path(root)
     rois, problems, notes = read_slides(root)
-    try:
-        classes = load_classes(root)
-    except UserError as error:
-        classes, rois = DEFAULT_CLASSES, []         # by the wrong table, good labels would look wrong
-        problems.append(str(error))
+    classes = load_classes(root)
     if not problems and not any(roi.split for roi in rois):
-        table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, problems, notes)
-        rois = [replace(roi, split=table.get(roi.slide, "train")) for roi in rois]
-    leaks, doubles = double_slides(rois) if not problems else ([], [])
-    problems += [f"{root / 'slides.csv'}: {leak}" for leak in leaks]
-    notes += [f"{root / 'slides.csv'}: {note}" for note in doubles]
-    return Dataset(root, classes, rois, notes), problems
+        table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, notes)
+        rois = [replace(roi, split=table[roi.slide]) for roi in rois]
+    leaks, doubles = double_slides(root, rois) if not problems else ([], [])
+    dataset = Dataset(root, classes, rois, notes + doubles)
+    return dataset, (problems + leaks) or empty_splits(dataset, require)
 
 
-def _split_table(root, scores, seed, split, problems, notes) -> dict:
-    """{slide: split} for a dataset without a split column; problems and notes are appended to."""
+def _split_table(root, scores, seed, split, notes) -> dict:
+    """{slide: split} for a dataset without a split column; `notes` are appended to."""
     path = root / "slides.csv"
     if split is not None:
-        unknown = sorted(scores.keys() - split)[:1]
-        problems += [f"{path}: slide {slide!r} is not in the split of the other run, so the data have "
-                     "changed; train again, or add a split column" for slide in unknown]
+        if unknown := sorted(scores.keys() - split):
+            raise UserError(f"{path}: slide {unknown[0]!r} is not in the split of the other run, so the data "
+                            "have changed; train again, or add a split column")
         return split
     if (root / "manifest.jsonl").exists():
         return dict.fromkeys(scores, "train")  # synthetic images are made for training
     if len(scores) < 3:
-        problems.append(f"{path}: a split needs 3 slides, found {len(scores)}; add slides of other patients")
-        return {}
+        raise UserError(f"{path}: a split needs 3 slides, found {len(scores)}; add slides of other patients")
     notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
     return assign_splits(scores, seed)
+
+
+def plain_name(slide: str) -> str:
+    """What two spellings of a name have in common: "Case 007" and "CASE7" -> "case7"."""
+    text = unicodedata.normalize("NFKC", slide).casefold()
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)   # between two numbers a blank tells them apart
+    return re.sub(r"(?<!\d)0+(?=\d)", "", text)
+
+
+def double_slides(root, rois, contents=None) -> tuple[list[str], list[str]]:
+    """A line for each two slides that are probably one: (problems, notes), for those in two splits leak from
+    training into the test. `contents`: `content_key` of each region, "" = not compared; without it the files
+    of different splits are compared."""
+    problems, notes, seen = [], [], set()
+    for keys, what, remedy in (
+            ([plain_name(roi.slide) for roi in rois], "differ in spelling alone",
+             "write the same slide (and split) in the rows of one slide, and clearly different ones for two"),
+            (contents or equal_files(rois), "have the same image", "remove the line of one of the images")):
+        first = {}
+        for key, b in zip(keys, rois):
+            a = first.setdefault(key, b)
+            if not key or a.slide == b.slide or (a.slide, b.slide) in seen:
+                continue
+            seen.add((a.slide, b.slide))
+            leak = f" and are in {a.split} and {b.split}" if a.split != b.split else ""
+            (problems if leak else notes).append(
+                f"{root / 'slides.csv'}: the slides {a.slide!r} ({a.name}) and {b.slide!r} ({b.name}) {what}"
+                f"{leak}; {remedy}")
+    return problems, notes
+
+
+def content_key(image) -> str:
+    """Equal where all pixels (H, W, 3) are; "" for an image of one colour, which is like any other."""
+    return hashlib.sha256(np.ascontiguousarray(image)).hexdigest() if (image != image[0, 0]).any() else ""
+
+
+def equal_files(rois) -> list[str]:
+    """The `content_key` of each region whose file may be that of another split, "" for the others: to decode
+    all files would take minutes, so size and middle say which."""
+    glances, splits = [], defaultdict(set)          # (size, middle) of each file; {glance: splits}
+    for roi in rois:
+        with open(roi.image, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(size // 2)
+            glances.append((size, file.read(4096)))
+        splits[glances[-1]].add(roi.split)
+    return [content_key(read_image(roi.image)) if len(splits[glance]) > 1 else ""
+            for glance, roi in zip(glances, rois)]
 
 
 def load_dataset(root, seed: int = 0, require=SPLITS, split=None) -> Dataset:
     """The dataset in the folder `root`, headers checked, nothing decoded. UserError names the first problem.
     `seed` draws the split where slides.csv has none (it is not the seed of a training run); `split` is
     another run's `read_split` and takes its place. The splits in `require` must hold an image each."""
-    dataset, problems = inspect_dataset(root, seed, split)
-    problems += [] if problems else empty_splits(dataset, require)
+    dataset, problems = inspect_dataset(root, seed, require, split)
     if problems:
         more = f" (and {len(problems) - 1} more problems: {check_line(root)} lists them all)"
         raise UserError(problems[0] + more * (len(problems) > 1))
@@ -130,42 +182,32 @@ def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True
     the network that made it, has seen a slide that is not a training slide of `real`.
 
     same_classes  whether another class table is refused too"""
-    again = generating_command(synthetic.root, "--data", real.root) or script_line(
-        "generate.py", "--data", real.root, "--out", synthetic.root)
+    again = generating_command(synthetic.root, "--data", real.root) or "with generate.py"
     remedy = f"delete {synthetic.root} and make the images again: {again}"
     if same_classes and synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
                         f"something else; restore that table, or train the network again, then {remedy}")
-    path = synthetic.root / "manifest.jsonl"
-    entries = _read_manifest(path, remedy)
+    path, entries, keys = synthetic.root / "manifest.jsonl", {}, ("image", "source_image", "source_slide")
+    for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
+        if line.strip():
+            entry = parse_json(line, f"{path}: line {number}", remedy)
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+                raise UserError(f"{path}: line {number} has no {', '.join(keys)}; {remedy}")
+            entries[entry["image"]] = entry
     known, slides = {roi.name: roi.slide for roi in real.rois}, real.slides()
     for roi in synthetic.rois:
         if roi.name not in entries:
             raise UserError(f"{path}: nothing about {roi.name}, so its source is unknown; {remedy}")
-        image, slide = (entries[roi.name][key] for key in SOURCE)
+        image, slide = entries[roi.name]["source_image"], entries[roi.name]["source_slide"]
         if image.startswith(NEW_TISSUE) and (real.root / "phantom.json").exists():
             continue
-        if known.get(image) != slide:
-            raise UserError(f"{path}: {roi.name} was made from {image} of slide {slide}, which is not in "
-                            f"{real.root}; {remedy}")
-        if slides[slide] != "train":
-            raise UserError(f"{path}: {roi.name} was made from slide {slide}, a {slides[slide]} slide of "
-                            f"{real.root}, which training must never see; {remedy}")
+        split = slides[slide] if known.get(image) == slide else "not in it"
+        if split != "train":
+            raise UserError(f"{path}: {roi.name} was made from {image} of slide {slide}, no training slide "
+                            f"of {real.root} ({split}); {remedy}")
     path = synthetic.root / "split.json"
     for slide, split in read_split(path).items() if path.exists() else ():
         if split == "train" and slides.get(slide, "train") != "train":
             raise UserError(f"{path}: the generating network was trained on slide {slide}, a "
                             f"{slides[slide]} slide of {real.root}; train it again with the same split")
-    return entries
-
-
-def _read_manifest(path, remedy) -> dict:
-    """{image: its line, a dict}; "image" and SOURCE are texts in it."""
-    entries = {}
-    for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
-        if line.strip():
-            entry, keys = parse_json(line, f"{path}: line {number}", remedy), ("image", *SOURCE)
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
-                raise UserError(f"{path}: line {number} has no {', '.join(keys)}; {remedy}")
-            entries[entry["image"]] = entry
     return entries

@@ -8,7 +8,6 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,44 +57,43 @@ def index(root, slide_pattern: str) -> int:
     images = files_by_stem(root / "images", ENDINGS)
     if not images:
         raise UserError(f"{root / 'images'}: no {', '.join(ENDINGS)}; put the images into this folder")
-    partners = {"annotations": files_by_stem(root / "annotations", ANNOTATIONS, images),
-                "mask": files_by_stem(root / "masks", LOSSLESS, images),
-                "instances": files_by_stem(root / "instances", LOSSLESS, images)}
-    shared = share_one_file(partners["annotations"], images)
+    files = {"image": images, "annotations": files_by_stem(root / "annotations", ANNOTATIONS, images),
+             "mask": files_by_stem(root / "masks", LOSSLESS, images),
+             "instances": files_by_stem(root / "instances", LOSSLESS, images)}
+    if len(files["annotations"]) == 1 and not files["annotations"].keys() & images:     # one file for all?
+        [[path, *_]] = files["annotations"].values()
+        shared = {name: [path] for name in images if names_image(path, images[name][0])}
+        files["annotations"] = shared or files["annotations"]
     problems, rows = [], []
-    for name, paths in images.items():
-        row = {"image": paths, **{column: found[name] for column, found in partners.items() if name in found}}
+    for name in images:
+        row = {column: found[name] for column, found in files.items() if name in found}
+        match = pattern.search(name)
+        slide = match and match.group(1 if pattern.groups else 0)
         twice = [path.name for paths in row.values() if len(paths) > 1 for path in paths]
-        if twice:
-            problems.append(f"{root}: {' and '.join(twice)} have the same stem; keep one of them")
-        elif "annotations" in row and "mask" in row:
-            problems.append(f"{root}: {name} has a mask and annotations; keep one of them")
-        elif "annotations" in row or "mask" in row:
-            match = pattern.search(name)
-            slide = match and match.group(1 if pattern.groups else 0)
-            if not slide:
-                problems.append(f"{root}: --slide-pattern {slide_pattern!r} finds no slide in {name!r}; give "
-                                "one that does, or rename the file")
-            row = {column: found[0].relative_to(root).as_posix() for column, found in row.items()}
-            rows.append({**row, "slide": slide})
-    if not rows and not problems:
+        if not row.keys() & {"annotations", "mask"}:
+            continue
+        problems += [f"{root}: {problem}" for wrong, problem in (
+            (twice, f"{' and '.join(twice)} have the same stem; keep one of them"),
+            ("annotations" in row and "mask" in row, f"{name} has a mask and annotations; keep one of them"),
+            (not slide, f"--slide-pattern {slide_pattern!r} finds no slide in {name!r}; give one that does, "
+             "or rename the file")) if wrong]
+        rows.append({column: paths[0].relative_to(root).as_posix() for column, paths in row.items()})
+        rows[-1]["slide"] = slide
+    if not rows:
         problems = [f"{root}: no image has a partner of the same stem in masks/ or annotations/; rename them"]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    labelled = {*partners["mask"], *partners["annotations"]}
-    pairs = [(images, labelled), *((found, images) for found in partners.values())]
-    lonely = [path for found, others in pairs for name, paths in found.items() if name not in others
-              for path in paths]
-    columns = [column for column in ("image", *partners, "slide") if any(column in row for row in rows)]
-    atomic_write(table_path, csv_text(rows, columns))
-    slides = sorted({row["slide"] for row in rows})
+    atomic_write(table_path, csv_text(rows, [*files, "slide"]))
+    used = {root / cell for row in rows for cell in row.values()}
+    lonely = [path for found in files.values() for paths in found.values() for path in paths
+              if path not in used]
     for path in lonely:
         print(f"no partner: {path}")
+    slides = sorted({row["slide"] for row in rows})
     print(f"{table_path}: {len(rows)} images of {len(slides)} slides ({', '.join(slides[:6])}"
-          f"{', ...' * (len(slides) > 6)}), {len(lonely)} files without a partner left out"
-          f"{f'; all annotations from {shared}' if shared else ''}")
+          f"{', ...' * (len(slides) > 6)}), {len(lonely)} files without a partner left out")
     print("Are these the slides? The split rests on them; if not, remove the file and give --slide-pattern. "
           f"Columns that can be added: score, split, x, y, downsample. Next: {check_line(root)}")
     return 0
@@ -107,17 +105,12 @@ def refuse_existing(path) -> None:
                         "one what was right")
 
 
-def share_one_file(annotations: dict, images: dict):
-    """If the only annotation file names the images (COCO, EXACT text), make it the partner of those it names
-    in `annotations`; returns it, or None."""
-    if sum(map(len, annotations.values())) != 1 or annotations.keys() & images:
-        return None
-    [(own, [path])] = annotations.items()
-    for name, [image, *_] in images.items():
-        with suppress(UserError):   # it holds nothing of this image, or is of a kind that names none
-            if read_file(path, image).about[0] is not None:
-                annotations[name] = [path]
-    return path if len(annotations) > 1 and annotations.pop(own) else None
+def names_image(path, image) -> bool:
+    """Whether an annotation file says that it is of this image, alone or among others (COCO, EXACT text)."""
+    try:
+        return read_file(path, image).about[0] is not None
+    except UserError:
+        return False
 
 
 def draft_classes(root) -> None:
@@ -127,45 +120,26 @@ def draft_classes(root) -> None:
     rois, problems, _ = read_slides(root)
     if problems:
         raise UserError(problems[0])
-    names, two_valued, scores = Counter(), 0, {roi.score for roi in rois}
+    names = Counter()
     for roi in tqdm(rois, desc="names", unit="ROI", disable=None, leave=False):
         if roi.annotations:
             names.update(p.name or NO_CLASS for p in read_file(roi.annotations, roi.image).polygons)
-        elif roi.mask:
-            mask = read_mask(roi.mask)
-            if mask.ndim == 3:
-                colors = np.unique(mask.reshape(-1, 3), axis=0)
-                names.update("#%02x%02x%02x" % tuple(color) for color in colors[:64])
-            elif roi.instances is None:
-                values = set(np.unique(mask).tolist())
-                two_valued += values <= {0, 255} or values <= {0, 1} and len(scores) > 1
-    labels = color_names(path.with_name("labelmap.txt"))
-    own = [] if labels else ["#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes]
+        elif roi.mask and (mask := read_mask(roi.mask)).ndim == 3:
+            colors = np.unique(mask.reshape(-1, 3), axis=0)
+            names.update("#%02x%02x%02x" % tuple(color) for color in colors[:64])
+    labelmap = path.with_name("labelmap.txt")       # of CVAT: label:red,green,blue:parts:actions
+    text = read_text(labelmap, "export it again from CVAT, or remove it") if labelmap.is_file() else ""
+    labels = {"#%02x%02x%02x" % tuple(map(int, color)): label
+              for label, *color in re.findall(r"^([^#\n].*?):(\d+),(\d+),(\d+)", text, re.M)}
+    # The program that painted the masks knows better than the default table what its colours mean.
+    colors = {"#%02x%02x%02x" % c.color for c in DEFAULT_CLASSES.classes} - labels.keys()
     aliases = {name: likely_class(labels.get(name, name), DEFAULT_CLASSES) for name in names
-               if name not in {*DEFAULT_CLASSES.names, *own}}
-    masks = sum(roi.mask is not None for roi in rois)
-    content = {"aliases": aliases} if aliases else {}
-    if masks and two_valued == masks:
-        content["masks"] = "score"
-    if not content:
-        print(f"{root}: every name is a class of the default table; no classes.json is needed")
+               if name not in {*DEFAULT_CLASSES.names, *colors}}
+    if not aliases:
+        print(f"{root}: every name is a class of the default table; no classes.json is needed for names")
         return
-    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(path, json.dumps({"aliases": aliases}, indent=1, ensure_ascii=False) + "\n")
     for name, class_name in aliases.items():
         print(f"{names[name]:7} x {name!r}{f' ({labels[name]})' if name in labels else ''} -> {class_name}")
-    if "masks" in content:
-        print(f"{masks} black-and-white masks -> tumor of the slide's score (column score of slides.csv)")
     print(f"{path}: a draft. Correct each line in it: \"ignore\" neither trains nor counts, \"Background\" "
           f"is learned as no tumor. Next: {check_line(root)}")
-
-
-def color_names(path) -> dict:
-    """{"#rrggbb": label} of CVAT's labelmap.txt (label:red,green,blue:parts:actions), {} without the file."""
-    remedy, names = "export it again from CVAT, or remove it", {}
-    for line in read_text(path, remedy).splitlines() if path.is_file() else ():
-        if line.strip() and not line.startswith("#"):
-            found = re.match(r"(.*?):(\d+),(\d+),(\d+)(:|$)", line)
-            if not found:
-                raise UserError(f"{path}: {line[:60]!r} is not label:red,green,blue:parts:actions; {remedy}")
-            names["#%02x%02x%02x" % tuple(map(int, found.groups()[1:4]))] = found[1]
-    return names

@@ -20,30 +20,25 @@ Flipped bits among the pixels are not looked for: each start would have to read 
 Dimension letters: H, W region; h, w window; K classes; N largest instance id.
 """
 
-import os
-import struct
-import time
+import math
 import zlib
 from functools import lru_cache
-from pathlib import Path
+from itertools import accumulate
 
 import numpy as np
 
 from her2.run_errors import atomic_write
 
-VERSION = 2  # part of every key: raise it when the layout or the meaning of the file changes
-# The file: MAGIC, NUMBERS, a CRC-32 of NUMBERS and the two small arrays, then row_counts, instance, image,
-# class_of (in this order each is aligned to its item size), and the path of the image that it was made from.
-MAGIC = b"HER2TILE"     # and .tile: the names in caches that exist
-NUMBERS = struct.Struct("<6q")  # H, W, K, N + 1, bytes per instance id, bytes of the path
+VERSION = 3  # part of every key: raise it when the layout or the meaning of the file changes
+HEADER = 40  # bytes: H, W, K, N + 1 and a checksum as int64; then the arrays in the order of `layout`
 
 
 class MappedRegion:
     """The mapped arrays of one region; see the module's docstring for their shapes. Never write to them."""
 
-    def __init__(self, class_of, row_counts, instance, image, source=""):
+    def __init__(self, class_of, row_counts, instance, image):
         self.class_of, self.row_counts, self.instance, self.image = class_of, row_counts, instance, image
-        self.source, (self.height, self.width) = source, image.shape[:2]
+        self.height, self.width = image.shape[:2]
 
     def window(self, y: int, x: int, height: int, width: int):
         """Copies of image (h, w, 3) uint8, label (h, w) uint8, instance (h, w) int32 at row y, column x."""
@@ -56,10 +51,6 @@ class MappedRegion:
     def whole(self):
         """The same of the whole region."""
         return self.window(0, 0, self.height, self.width)
-
-    def count(self, class_ids) -> int:
-        """Number of pixels whose class is one of `class_ids`."""
-        return int(self.row_counts[list(class_ids)].sum())
 
     def pixel(self, class_ids, rank: int) -> tuple[int, int]:
         """(row, column) of pixel number `rank` among those of `class_ids`, row by row from the top."""
@@ -78,65 +69,48 @@ def classes_of(instance, label) -> np.ndarray:
     return class_of
 
 
-def write_region(path, image, label, instance, num_classes: int, source="") -> None:
-    """Write image (H, W, 3) uint8, label (H, W) uint8, instance (H, W) int32 and the image's path; atomic."""
-    class_of, source = classes_of(instance, label), os.fsencode(source)
+def layout(height: int, width: int, num_classes: int, ids: int) -> dict:
+    """{array: (shape, dtype)} as they lie in the file. In this order each is aligned to its item size."""
+    return {"row_counts": ((num_classes, height), np.dtype("<i4")),
+            "instance": ((height, width), np.min_scalar_type(ids - 1)),
+            "image": ((height, width, 3), np.dtype("u1")), "class_of": ((ids,), np.dtype("u1"))}
+
+
+def checksum(numbers, row_counts, class_of) -> int:
+    """CRC-32 of all but the two maps: a wrong pixel shows, a wrong index would move patches unseen."""
+    return zlib.crc32(class_of, zlib.crc32(row_counts, zlib.crc32(np.array(numbers, "<i8"))))
+
+
+def write_region(path, image, label, instance, num_classes: int) -> None:
+    """Write image (H, W, 3) uint8, label (H, W) uint8 and instance (H, W) int32; atomic."""
+    class_of = classes_of(instance, label)
     assert (class_of[instance] == label).all(), "an instance has more than one class"
     rows = [np.bincount(row, minlength=num_classes)[:num_classes] for row in label]    # without IGNORE
     row_counts = np.array(rows, np.int32).T.copy()                                     # (K, H)
-    instance = instance.astype(np.min_scalar_type(len(class_of) - 1))
-    numbers = NUMBERS.pack(*instance.shape, num_classes, len(class_of), instance.itemsize, len(source))
+    numbers = (*instance.shape, num_classes, len(class_of))
+    header = np.array([*numbers, checksum(numbers, row_counts, class_of)], "<i8")
 
     def write(file):
-        file.write(MAGIC + numbers + _checksum(numbers, row_counts, class_of))
-        for part in (row_counts, instance, np.ascontiguousarray(image), class_of, source):
-            file.write(part)
+        file.write(header)
+        arrays = {"row_counts": row_counts, "instance": instance, "image": image, "class_of": class_of}
+        for name, (_, dtype) in layout(*numbers).items():
+            file.write(np.ascontiguousarray(arrays[name], dtype))
     atomic_write(path, write)
-
-
-def _checksum(numbers, row_counts, class_of) -> bytes:
-    return zlib.crc32(class_of, zlib.crc32(row_counts, zlib.crc32(numbers))).to_bytes(4, "little")
 
 
 @lru_cache(maxsize=128)  # an open file holds a handle, and systems grant as few as 256 of them
 def open_region(path) -> MappedRegion:
     """Map a region file. Raises ValueError when it is not whole, FileNotFoundError when there is none."""
-    size, start = Path(path).stat().st_size, len(MAGIC) + NUMBERS.size + 4
-    if size < start:
-        raise ValueError(f"{size} bytes")
     content = np.memmap(path, dtype=np.uint8, mode="r")  # one mapping, so one file handle, for all arrays
-    magic, numbers, checksum = (part.tobytes() for part in np.split(content[:start], [len(MAGIC), start - 4]))
-    height, width, num_classes, ids, item, letters = NUMBERS.unpack(numbers)
-    table = (("row_counts", (num_classes, height), "<i4", 4 * num_classes * height),
-             ("instance", (height, width), f"<u{item}", height * width * item),
-             ("image", (height, width, 3), "u1", height * width * 3), ("class_of", (ids,), "u1", ids))
-    lengths = [length for *_, length in table]
-    if magic != MAGIC or min(lengths) <= 0 or letters < 0 or start + sum(lengths) + letters != size:
-        raise ValueError(f"{size} bytes, which is not the length in its header")
-    arrays = {}
-    for name, shape, dtype, length in table:
-        arrays[name] = np.ndarray(shape, dtype, buffer=content, offset=start)
-        start += length
-    if checksum != _checksum(numbers, arrays["row_counts"], arrays["class_of"]):
+    if len(content) < HEADER:
+        raise ValueError(f"{len(content)} bytes")
+    *numbers, expected = content[:HEADER].view("<i8").tolist()
+    table = layout(*numbers)
+    lengths = (math.prod(shape) * dtype.itemsize for shape, dtype in table.values())
+    *starts, end = accumulate(lengths, initial=HEADER)
+    if end != len(content):
+        raise ValueError(f"{len(content)} bytes, which is not the length in its header")
+    arrays = {name: np.ndarray(*table[name], content, start) for name, start in zip(table, starts)}
+    if expected != checksum(numbers, arrays["row_counts"], arrays["class_of"]):
         raise ValueError("wrong checksum")
-    return MappedRegion(**arrays, source=os.fsdecode(content[start:].tobytes()))
-
-
-def prune_regions(cache, current: set, images: set, root) -> tuple[int, int, int]:
-    """Remove the region files in `cache` that no program will read again: (files, bytes, files kept). These
-    are files whose image is gone, those of the dataset in `root` (its `images` or others below it) that are
-    not among the `current` ones, damaged ones, and half-written ones that a crash left over a day ago."""
-    paths, sizes = sorted(Path(cache).glob("*.tile*")), []
-    for path in paths:
-        old = path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 86400
-        if path.suffix == ".tile":
-            try:
-                source = Path(open_region.__wrapped__(path).source)   # not kept open: Windows needs that
-                old = not source.exists() or path not in current and (
-                    source in images or source.is_relative_to(root))
-            except ValueError:
-                old = True
-        if old:
-            sizes.append(path.stat().st_size)
-            path.unlink()
-    return len(sizes), sum(sizes), len(paths) - len(sizes)
+    return MappedRegion(**arrays)

@@ -185,7 +185,7 @@ class MixedSampler(Sampler):
         self.seed, self.flips, self.stain = real.seed, real.flips, real.stain
         wanted = len(synthetic.rois) if ratio == math.inf else max(1, round(ratio * real.num_patches))
         if len(synthetic.rois) < wanted:
-            more = generating_command(synthetic.root, "--count", wanted) or "with generate.py"
+            more = generating_command(synthetic.root, "--count", wanted) or f"generate.py --count {wanted}"
             raise UserError(f"{synthetic.root}: {len(synthetic.rois)} images, ratio {ratio:g} needs {wanted};"
                             f" give a lower --ratio, or delete the folder and make more: {more}")
         self.use(synthetic, synthetic.rois[:wanted], real.patch, cache)

@@ -148,7 +148,7 @@ def region_file(roi: ROI, classes: ClassTable, cache="cache") -> Path:
             return path
         except ValueError as error:
             print(f"note: {path}: damaged cache file ({error}), made again", file=sys.stderr)
-    write_region(path, *read_roi(roi, classes), len(classes), str(roi.image.resolve()))
+    write_region(path, *read_roi(roi, classes), len(classes))
     return path
 
 

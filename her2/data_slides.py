@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+from collections import defaultdict
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -50,17 +51,12 @@ class ROI:
 
 
 def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
-    """(regions, problems, notes) of the dataset folder `root`; regions with a problem are left out."""
+    """(regions, problems, notes) of the dataset folder `root`; regions with a problem are left out. UserError
+    when the table itself cannot be read."""
     path = Path(root) / "slides.csv"
-    try:
-        header, rows = _read_table(path)
-    except UserError as error:
-        return [], [str(error)], []
-    rois, problems, notes, seen = [], [], [], {}
-    unknown = [name for name in header if name not in COLUMNS]
-    if unknown:
-        notes.append(f"{path}: columns {', '.join(map(repr, unknown))} are not used; known are "
-                     f"{', '.join(COLUMNS)}")
+    rows, rois, problems, notes, seen = _read_table(path), [], [], [], {}
+    if unknown := [repr(name) for name in rows[0][1] if name not in COLUMNS]:
+        notes.append(f"{path}: columns {', '.join(unknown)} are not used; known are {', '.join(COLUMNS)}")
     for line, row in rows:
         roi, found = _read_row(Path(root), row)
         first = seen.setdefault(os.path.realpath(roi.image), line) if roi else line
@@ -68,9 +64,16 @@ def read_slides(root) -> tuple[list[ROI], list[str], list[str]]:
             found.append(f"image {roi.name} stands in line {first} already; remove one of the two rows")
         problems += [f"{path}: line {line}: {problem}" for problem in found]
         rois += [roi] if not found else []
-    problems += [f"{path}: {problem}" for problem in _slide_problems(rois)]
-    bare = [roi.name for roi in rois if roi.annotations is None and roi.mask is None]
-    if bare:
+    values = defaultdict(set)                               # {(slide, column): what its rows have there}
+    for roi in rois:
+        values[roi.slide, "split"].add(roi.split)
+        values[roi.slide, "score"].add(roi.score)
+    problems += [f"{path}: slide {slide!r} has the {column}s {', '.join(map(repr, sorted(found)))}; write "
+                 "the same in each row" for (slide, column), found in values.items() if len(found) > 1]
+    without = [roi.name for roi in rois if not roi.split]
+    if 0 < len(without) < len(rois):
+        problems.append(f"{path}: {len(without)} rows have no split ({without[0]}, ...); fill in all or none")
+    if bare := [roi.name for roi in rois if roi.annotations is None and roi.mask is None]:
         notes.append(f"{path}: {len(bare)} images have neither annotations nor mask and count as tissue "
                      f"without tumor: {', '.join(bare[:3])}{' ...' if len(bare) > 3 else ''}")
     return rois, problems, notes
@@ -85,8 +88,8 @@ def generating_command(root, *flags) -> str:
         return ""
 
 
-def _read_table(path) -> tuple[list[str], list]:
-    """(header, [(line number, {column: text})]). UserError when the table itself cannot be read."""
+def _read_table(path) -> list:
+    """[(line number, {column: text})], at least one. UserError when the table itself cannot be read."""
     root, how = path.parent, f"write one row per image, {INDEX_REMEDY}"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds slides.csv")
@@ -98,8 +101,6 @@ def _read_table(path) -> tuple[list[str], list]:
         raise UserError(f"{path}: no such file; {how}")
     text = read_text(path, "save the table as CSV with the encoding UTF-8")
     try:
-        if "\0" in text:        # which csv takes, or not, by the version of Python
-            raise csv.Error("it holds NUL bytes")
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
@@ -111,14 +112,11 @@ def _read_table(path) -> tuple[list[str], list]:
     while not header[-1]:
         header.pop()  # spreadsheets write empty columns behind the last one
     header = [name.lower() for name in header]
-    missing = [name for name in ("image", "slide") if name not in header]
+    missing = [" or ".join(map(repr, names)) for names in (["image"], ["slide"], ["annotations", "mask"])
+               if not set(names) & set(header)]
     if missing:
-        separator = next((s for s in (";", "\t") if s in "".join(header)), None)
-        hint = f"its cells are separated by {separator!r}: save it with commas" if separator else INDEX_REMEDY
-        raise UserError(f"{path}: no column {' and no column '.join(map(repr, missing))} in the first line, "
-                        f"which has {one_line(header)[:120]}; {hint}")
-    if "annotations" not in header and "mask" not in header:
-        raise UserError(f"{path}: neither a column 'annotations' nor a column 'mask'; add one of them")
+        raise UserError(f"{path}: no column {' and no column '.join(missing)} in the first line, which has "
+                        f"{one_line(header)[:120]}; save it with commas, {INDEX_REMEDY}")
     for name in header:
         meant = get_close_matches(name, set(COLUMNS) - set(header), n=1, cutoff=0.8)
         if header.count(name) > 1:
@@ -130,7 +128,7 @@ def _read_table(path) -> tuple[list[str], list]:
         if len(cells) < len(header) or any(cells[len(header):]):
             raise UserError(f"{path}: line {line} has {len(cells)} cells, the first line has {len(header)}; "
                             "put a text that holds a comma in quotation marks")
-    return header, [(line, dict(zip(header, cells))) for line, cells in rows]
+    return [(line, dict(zip(header, cells))) for line, cells in rows]
 
 
 def _read_row(root, row):
@@ -190,23 +188,6 @@ def _spelled_as_on_disk(root, parts) -> Path:
         same = [child for child in there if normalize("NFC", child) == normalize("NFC", name)]
         path /= same[0] if len(same) == 1 else name
     return path
-
-
-def _slide_problems(rois) -> list[str]:
-    """Contradictions between rows of the same slide."""
-    problems = []
-    for slide in dict.fromkeys(roi.slide for roi in rois):
-        splits = sorted({roi.split for roi in rois if roi.slide == slide and roi.split})
-        scores = sorted({roi.score for roi in rois if roi.slide == slide})
-        if len(splits) > 1:
-            problems.append(f"slide {slide!r} is in {' and '.join(splits)}; a slide belongs to one split")
-        if len(scores) > 1:
-            problems.append(f"slide {slide!r} has the scores {', '.join(map(repr, scores))}; write the same "
-                            "in each row")
-    without = [roi.name for roi in rois if not roi.split]
-    if 0 < len(without) < len(rois):
-        problems.append(f"{len(without)} rows have no split (first: {without[0]}); fill in all or none")
-    return problems
 
 
 def assign_splits(scores: dict, seed: int) -> dict:

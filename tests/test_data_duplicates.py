@@ -14,7 +14,7 @@ from PIL import Image
 import train_gan
 from her2 import data
 from her2.data_folder import load_dataset
-from her2.data_leaks import plain_name
+from her2.data_folder import plain_name
 from her2.run_errors import UserError, command
 
 # write_dataset: slides s0, s1, s4, s5 are for training, s2, s6 val, s3, s7 test.
@@ -119,7 +119,7 @@ def test_files_of_one_size_and_end_are_told_apart(tmp_path):
 def test_the_remedy_for_equal_images_works(tmp_path, capsys):
     rows = write_dataset(tmp_path, slides=8)
     copy(tmp_path / "images/roi0.png", tmp_path / "images/roi3.png")
-    refused(capsys, tmp_path, "remove the line of one of the two images")
+    refused(capsys, tmp_path, "remove the line of one of the images")
     write_csv(tmp_path, rows[:3] + rows[4:])
     assert check(capsys, tmp_path)[0] == 0
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -45,8 +46,10 @@ def test_from_the_export_to_an_evaluated_network(tmp_path, capsys, kind):
     add_columns(root)
     if kind in ("qupath", "qupath 0.2", "black and white", "colours"):
         assert run(data.main, root, "--out", tmp_path / "check.png") == 2
-        assert "classes.json" in capsys.readouterr().err
-        assert run(data.main, root, "--draft-classes") == 0
+        told = capsys.readouterr().err
+        assert "classes.json" in told and run(data.main, root, "--draft-classes") == 0
+        if kind == "black and white":       # no names to draft: what the message says is written by hand
+            (root / "classes.json").write_text(re.search(r'into classes.json (\{.*?\})', told)[1], encoding="utf-8")
         draft = json.loads((root / "classes.json").read_text(encoding="utf-8"))
         assert draft == {"qupath": {"aliases": {"(none)": "ignore", "Region*": "Background",
                                                 "Ignore*": "ignore"}},

@@ -234,7 +234,7 @@ def test_too_few_or_too_small_synthetic_images_are_refused(tmp_path):
     write_dataset(tmp_path / "real", slides=4)
     real, synthetic = mixed(tmp_path, 4.0)
     with pytest.raises(UserError,
-                       match=r"40 images, ratio 4 needs 48; give a lower --ratio, or"):
+                       match=r"40 images, ratio 4 needs 48; give a lower --ratio, or .*generate.py --count 48"):
         MixedSampler(real, synthetic, 4.0, cache=tmp_path)
     real, synthetic = mixed(tmp_path, 1.0, size=(24, 20))
     with pytest.raises(UserError, match="20 x 24 pixels, less than a patch of 24"):

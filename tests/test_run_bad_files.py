@@ -303,7 +303,7 @@ for name, line, words, spoil in (
         ("--index of a dataset", ["her2.data", "data", "--index"], ["slides.csv", "never overwritten"], None),
         ("--draft-classes over a table", ["her2.data", "data", "--draft-classes"], ["classes.json"],
          classes(TABLE)),
-        ("--um-per-px in nanometres", ["her2.data", "data", "--um-per-px", "2420"], ["--um-per-px"], None),
+        ("--seed of a dataset as a word", ["her2.data", "data", "--seed", "one"], ["--seed"], None),
         ("her2.data without a folder", ["her2.data"], ["DIR"], None),
         ("her2.data of a file", ["her2.data", "data/slides.csv"], ["slides.csv", "no such folder"], None),
         ("her2.data of two folders", ["her2.data", "data", "synth"], ["synth"], None)):
