@@ -18,7 +18,7 @@ from her2.draw_axes import plot
 from her2.phantom import PRESETS, scene_of
 from her2.phantom_microscope import render
 from her2.phantom_tissue import draw_style, lay_out
-from her2.polygons import connected_components, paint, rasterize
+from her2.polygons import connected_components, paint
 from her2.run_seeds import generator, numpy_generator
 from her2.stains import STAINS, compose, deconvolve, optical_density, stain_jitter, white_point
 
@@ -155,7 +155,7 @@ def polygons():
     star = np.stack([6 + 5.7 * np.cos(angle), 6.4 - 5.7 * np.sin(angle)], axis=1)      # crosses itself
     left = np.array([[1, 1], [7.5, 0.5], [4.5, 11.5], [1, 10]])
     right = np.array([[7.5, 0.5], [11.5, 2], [11, 11], [4.5, 11.5]])      # shares an edge with it
-    inside, first, second = (rasterize([ring], 12, 12) for ring in (star, left, right))
+    inside, first, second = (paint([[ring]], [1], 12, 12)[0] == 1 for ring in (star, left, right))
     pillow = Image.new("1", (12, 12))
     ImageDraw.Draw(pillow).polygon(list(map(tuple, left.tolist())), fill=1)
     extra = np.array(pillow) & ~first

@@ -12,8 +12,7 @@ inside by the even-odd rule over all rings. Slow and readable (its twin is what 
         return odd
 
 The ray test is half-open: a centre on a left or upper edge is in, on a right or lower edge out. So polygons
-that share an edge share no pixel and leave none out. Drawing libraries colour the outline as well, 10 % and
-more of a small polygon, and make a line of every sliver.
+that share an edge share no pixel and leave none out. Drawing libraries colour the outline as well.
 
 How. In a row, a crossing at x toggles the pixels 0 .. n-1, n = ceil(x - 1/2) being the number of centres to
 its left. A ring is closed and crosses a row an even number of times, so toggling the pixels from n on is the
@@ -43,15 +42,6 @@ def _as_arrays(rings):                     # list of (n, 2) float64
         assert ring.ndim == 2 and ring.shape[1] == 2, f"a ring is an (n, 2) array of x, y; found {ring.shape}"
         assert np.isfinite(ring).all(), f"a ring of {len(ring)} points holds a coordinate that is not finite"
     return rings
-
-
-def _edges(rings):
-    """(E, 4) x1, y1, x2, y2 of all edges, turned so that y1 <= y2."""
-    pairs = [np.hstack([ring, np.roll(ring, -1, axis=0)]) for ring in rings]
-    edges = np.concatenate([np.zeros((0, 4)), *pairs])
-    down = edges[:, 1] > edges[:, 3]
-    edges[down] = edges[down][:, [2, 3, 0, 1]]                        # both directions round alike: no gaps
-    return edges
 
 
 def _centres_left(edges, rows):
@@ -85,7 +75,10 @@ def _flips(rings, height, width):
     """Where the mask changes: slices (rows, columns) of the image around the polygon, (F,) sorted positions.
     Positions count along rows of w + 1, column w standing for all that lies right of the box; every row has
     an even number of them. They are all that is kept of a polygon until it is painted: not its area."""
-    edges = _edges(rings)                                               # (E, 4)
+    pairs = [np.hstack([ring, np.roll(ring, -1, axis=0)]) for ring in rings]
+    edges = np.concatenate([np.zeros((0, 4)), *pairs])                  # (E, 4) x1, y1, x2, y2
+    down = edges[:, 1] > edges[:, 3]
+    edges[down] = edges[down][:, [2, 3, 0, 1]]                     # y1 <= y2: both directions round alike
     first = np.clip(np.ceil(edges[:, 1] - 0.5), 0, height).astype(np.int64)   # (E,) rows first <= j < last
     last = np.clip(np.ceil(edges[:, 3] - 0.5), 0, height).astype(np.int64)    # cross it; level ones: none
     edges, first, count = edges[last > first], first[last > first], (last - first)[last > first]
@@ -96,8 +89,8 @@ def _flips(rings, height, width):
     top, bottom, w = int(first.min()), int((first + count).max()), right - left
 
     flips = np.zeros(0, np.int64)
-    cuts = np.searchsorted(np.cumsum(count), np.arange(0, count.sum(), CHUNK), side="right")
-    cuts = np.unique(cuts).tolist()                                           # the first edge of each chunk
+    # The first edge of each chunk:
+    cuts = np.unique(np.searchsorted(np.cumsum(count), np.arange(0, count.sum(), CHUNK), side="right"))
     for a, b in zip(cuts, [*cuts[1:], len(edges)]):
         which = np.repeat(np.arange(a, b), count[a:b])                        # (C,) the edge of each crossing
         before = np.repeat(np.cumsum(count[a:b]) - count[a:b], count[a:b])
@@ -107,24 +100,6 @@ def _flips(rings, height, width):
         positions, times = np.unique(positions, return_counts=True)
         flips = positions[times % 2 == 1]                                     # two at one place cancel
     return slice(top, bottom), slice(left, right), flips
-
-
-def _fill(rows, columns, flips):
-    """The bool (h, w) mask of a polygon from its flips."""
-    h, w = rows.stop - rows.start, columns.stop - columns.start         # of its box
-    lengths = np.diff(flips, prepend=0, append=h * (w + 1))
-    # Runs in turn outside and inside; column w ends each row outside.
-    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
-
-
-def rasterize(rings, height: int, width: int) -> np.ndarray:
-    """The pixels of one polygon: bool (height, width). `rings` is a list of (n, 2) arrays of x, y in pixels,
-    closed or not (a repeated first one is harmless). What lies outside the image is cut off; rings of fewer
-    than three points hold no pixel."""
-    mask = np.zeros((height, width), bool)                              # (H, W)
-    rows, columns, flips = _flips(_as_arrays(rings), height, width)
-    mask[rows, columns] = _fill(rows, columns, flips)
-    return mask
 
 
 def polygon_area(rings) -> float:
@@ -140,9 +115,11 @@ def _signed_area(ring) -> float:
 
 def paint(polygons, class_ids, height: int, width: int):
     """Polygons to pixels: (label uint8, instance int32), both (height, width). `polygons` is a list of lists
-    of rings, `class_ids` their classes. A pixel of several polygons belongs to the one painted last: larger
-    ones are painted first, equal ones in input order, so that an island drawn inside a nest stays visible.
-    The instance of polygon k is k + 1, and 0 where the label is 0: a background polygon cuts a hole."""
+    of rings, `class_ids` their classes. A ring is an (n, 2) array of x, y in pixels, closed or not (its first
+    point again at the end); one of fewer than three points is empty. What lies outside the image is cut off.
+    A pixel of several polygons belongs to the one painted last: larger ones are painted first, equal ones in
+    input order, so that an island drawn inside a nest stays visible. The instance of polygon k is k + 1, and
+    0 where the label is 0: a background polygon cuts a hole."""
     # PAPER: EXACT has no holes, and the paper does not say how nested polygons were read; this order is ours.
     assert len(polygons) == len(class_ids), f"{len(polygons)} polygons but {len(class_ids)} class ids"
     assert all(0 <= c <= 255 for c in class_ids), f"class ids must fit 8 bits, found {sorted(set(class_ids))}"
@@ -152,7 +129,10 @@ def paint(polygons, class_ids, height: int, width: int):
     label, instance = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
     for k in sorted(range(len(polygons)), key=lambda k: -sizes[k]):     # keeps ties in input order
         rows, columns, flips = outlines[k]
-        inside = _fill(rows, columns, flips)
+        h, w = label[rows, columns].shape
+        lengths = np.diff(flips, prepend=0, append=h * (w + 1))
+        # Runs in turn outside and inside; column w ends each row outside.
+        inside = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(h, w + 1)[:, :w]
         np.copyto(label[rows, columns], class_ids[k], where=inside)
         np.copyto(instance[rows, columns], k + 1 if class_ids[k] else 0, where=inside)
     return label, instance
@@ -170,47 +150,31 @@ def _size(rings, flips) -> float:
 
 def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
     """Instances of a label map that has none: int32 (H, W), 0 where label is 0, else 1, 2, ... as read. Two
-    pixels of one class are connected when they touch, `corners` included (8 neighbours) or not (4). Works on
+    pixels of one class are connected when they touch, `corners` included (8 neighbours) or not (4). Joins
     runs, the maximal stretches of one class in a row: there are hundreds of times fewer than pixels."""
     assert label.ndim == 2, f"label is (H, W), found {label.shape}"
-    height, width = label.shape
-    change = np.ones((height, width), bool)
-    change[:, 1:] = label[:, 1:] != label[:, :-1]
-    at = np.flatnonzero(change)                                          # (R,) first pixel of each run
-    length = np.diff(at, append=label.size)                             # (R,)
-    value = label.reshape(-1)[at]                                       # (R,) its class
-
-    tissue = np.flatnonzero(value)                                       # the runs that are not background
-    row, start = np.divmod(at[tissue], width)
-    end = start + length[tissue]                                         # exclusive
-    # A run of the row above touches run r when its end >= start[r] and its start <= end[r], > and < without
-    # corners. Runs of a row do not overlap, so those are consecutive: keys that rise through the image find
-    # the first and last.
-    stride, sides = width + 1, ("left", "right") if corners else ("right", "left")
-    low = np.searchsorted(row * stride + end, (row - 1) * stride + start, side=sides[0])
-    high = np.searchsorted(row * stride + start, (row - 1) * stride + end, side=sides[1])
-    touching = np.maximum(high - low, 0)
-    below = np.repeat(np.arange(len(tissue)), touching)
-    above = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching - low, touching)
-    same = value[tissue[below]] == value[tissue[above]]                 # one class, or they stay apart
-
-    root = _union(len(tissue), above[same], below[same])
-    ids = np.zeros(len(at), np.int32)                                   # (R,) 0: background
-    ids[tissue] = np.unique(root, return_inverse=True)[1].reshape(-1) + 1   # its root: its first run
-    return np.repeat(ids, length).reshape(height, width)
-
-
-def _union(n, a, b):
-    """(n,) the smallest member of each of n elements' sets, after joining a[k] with b[k] for all k at once.
-    Every round hangs the larger root of each pair below the smaller one, then all point to their roots."""
-    root = np.arange(n)                                                  # each a set of its own
+    begins = np.ones(label.shape, bool)                                 # (H, W) the first pixel of each run
+    begins[:, 1:] = label[:, 1:] != label[:, :-1]
+    run = np.cumsum(begins, dtype=np.int32).reshape(label.shape)        # (H, W) runs up to each pixel's own
+    tissue, touching = label[begins] != 0, []                           # (R,) runs that are not background
+    sides = [(np.s_[:-1], np.s_[1:]), (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])]
+    for above, below in sides if corners else sides[:1]:
+        # One pixel of each contact is enough: the first, where one of the two runs begins.
+        same = (label[above] == label[below]) & (label[below] != 0)
+        contact = np.nonzero(same & (begins[above] | begins[below]))
+        touching.append(np.stack([run[above][contact], run[below][contact]]))
+    a, b = np.concatenate(touching, axis=1) - 1                         # pairs of runs to be joined
+    root = np.arange(len(tissue))                                       # (R,) each a set of its own
+    # Every round hangs the larger root of each pair below the smaller one, then all point to their roots.
     while len(a):
         np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
-        while (root[root] != root).any():                                # paths halve every time
+        while (root[root] != root).any():                               # paths halve every time
             root = root[root]
         a, b = root[a], root[b]
         a, b = a[a != b], b[a != b]
-    return root                                                         # (n,)
+    ids = np.zeros(len(tissue), np.int32)                               # (R,) 0: background
+    ids[tissue] = np.unique(root[tissue], return_inverse=True)[1].reshape(-1) + 1   # its root: its first run
+    return np.repeat(ids, np.diff(np.flatnonzero(begins), append=label.size)).reshape(label.shape)
 
 
 def outlines(mask: np.ndarray, corners: bool = True) -> list:
@@ -220,39 +184,30 @@ def outlines(mask: np.ndarray, corners: bool = True) -> list:
     pixel borders with the inside on the right hand; only corners are kept. Directions d are clockwise: right,
     down, left, up."""
     height, width = mask.shape
-    padded, keys = np.pad(mask, 1), []                                  # outside the image is outside
-    for d, (dy, dx) in enumerate(((-1, 0), (0, 1), (1, 0), (0, -1))):         # the neighbour on the left
-        j, i = np.nonzero(mask & ~padded[1 + dy:height + 1 + dy, 1 + dx:width + 1 + dx])    # on the right
-        start = (j + (d in (2, 3))) * (width + 1) + i + (d in (1, 2))         # the corner where it begins
-        keys.append(start * 4 + d)
-    keys = np.sort(np.concatenate(keys))
+    step, keys = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)]), []       # (4, 2) y, x along d
+    number = np.pad(connected_components(mask, corners), 1)             # (H + 2, W + 2), 0 outside the image
+    for d, (dy, dx) in enumerate(np.roll(step, 1, axis=0).tolist()):    # the neighbour on the left is outside
+        j, i = np.nonzero(mask & (number[1 + dy:height + 1 + dy, 1 + dx:width + 1 + dx] == 0))
+        # An edge's key is 4 times the corner where it begins, plus its direction.
+        keys.append(((j + (d in (2, 3))) * (width + 1) + i + (d in (1, 2))) * 4 + d)
+    keys = np.sort(np.concatenate(keys))                                # (E,)
     corner, d = np.divmod(keys, 4)
     y, x = np.divmod(corner, width + 1)
-    end = corner + np.array([1, width + 1, -1, -width - 1])[d]
-    following = np.zeros(len(keys), np.int64)
-    for turn in (1, 0, 3) if corners else (3, 0, 1):   # where two pixels meet in a corner, a left turn joins
-        at = np.searchsorted(keys, end * 4 + (d + turn) % 4).clip(max=len(keys) - 1)
-        there = keys[at] == end * 4 + (d + turn) % 4
-        following[there] = at[there]
+    here = np.stack([y + (d < 2), x + (d % 3 == 0)], axis=1)          # (E, 2) pixel on the right, in `number`
+    ahead = here + step[d]
+    own, on_right, on_left = (number[tuple(one.T)] for one in (here, ahead, ahead + step[d - 1]))
+    # Where two pixels meet in a corner only, a left turn joins them: both must be of one component.
+    turn = np.where(on_left == own, 3, np.where(on_right == own, 0, 1))
+    following = np.searchsorted(keys, (corner + step[d] @ (width + 1, 1)) * 4 + (d + turn) % 4).tolist()
 
-    following, begins, loops, seen = following.tolist(), corner.tolist(), [], [False] * len(keys)
-    for first in range(len(keys)):
-        ring, place, k = [], {}, first                                        # place: corner -> where in ring
+    rings, seen = {}, [False] * len(keys)
+    for first, component in enumerate(own.tolist()):
+        ring, k = [], first
         while not seen[k]:
             seen[k] = True
-            since = place.get(begins[k], len(ring))
-            if not corners and since < len(ring) and begins[ring[since]] == begins[k]:
-                loops.append(ring[since:])                                   # back at a point: a ring
-                del ring[since:]
-            place[begins[k]] = len(ring)
             ring.append(k)
             k = following[k]
         if ring:
-            loops.append(ring)
-
-    j, i, rings = y - (d > 1), x - ((d == 1) | (d == 2)), {}                  # the pixel on the right hand
-    component = connected_components(mask, corners)[j, i].tolist()
-    for ring in loops:
-        bend = np.array(ring)[d[ring] != d[np.roll(ring, 1)]]
-        rings.setdefault(component[ring[0]], []).append(np.stack([x[bend], y[bend]], axis=1).astype(float))
+            bend = np.array(ring)[d[ring] != d[np.roll(ring, 1)]]
+            rings.setdefault(component, []).append(np.stack([x[bend], y[bend]], axis=1).astype(float))
     return [sorted(part, key=_signed_area, reverse=True) for part in rings.values()]  # holes are negative

@@ -9,7 +9,12 @@ change the mask on `edge` only.
 from fractions import Fraction
 
 import numpy as np
-from her2.polygons import rasterize
+from her2.polygons import paint
+
+
+def rasterize(rings, height, width):
+    """The pixels of one polygon: bool (height, width)."""
+    return paint([rings], [1], height, width)[0] == 1
 
 
 def centres_on_edges(rings, height, width):

@@ -13,7 +13,8 @@ from data_factory import read_annotations
 from her2.data_annotations import likely_class, place_polygons, polygon_classes
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, ClassTable
 from her2.run_errors import UserError
-from her2.polygons import paint, rasterize
+from her2.polygons import paint
+from parity_polygons import rasterize
 
 SQUARE = [(2, 2), (12, 2), (12, 12), (2, 12)]
 ISLAND = [(5, 5), (8, 5), (8, 9), (5, 9)]

@@ -23,12 +23,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_reader import HERE, disagreements, expectation, folders, load
+from parity_polygons import rasterize
 
 from her2 import autoencoder, denoiser, quantizer, spade
 from her2.discriminator import MultiscaleDiscriminator, discriminate
 from her2.gan_losses import feature_matching, kl_divergence
 from her2.net_blocks import SpectralConv2d
-from her2.polygons import rasterize
 from her2.quantizer import vq_loss
 from her2.samplers import ddim_timesteps, trajectory
 

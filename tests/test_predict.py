@@ -13,7 +13,8 @@ from test_evaluate import make_run
 from test_polygons import four_neighbours
 
 from her2 import predict, run
-from her2.polygons import outlines, rasterize
+from her2.polygons import outlines
+from parity_polygons import rasterize
 from her2.run_errors import command
 from her2.segmenter import UNet
 from her2.stains import STAINS, compose
