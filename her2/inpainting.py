@@ -26,16 +26,14 @@ SMOOTHEST = 0.8
 
 def grow(repaint: torch.Tensor, radius: int) -> torch.Tensor:
     """Every True becomes a square of side 2 radius + 1. repaint (B, H, W) bool -> the same."""
-    assert repaint.dtype == torch.bool and repaint.dim() == 3, \
-        f"repaint {repaint.dtype} {tuple(repaint.shape)} should be bool (B, H, W)"
+    assert repaint.dtype == torch.bool and repaint.dim() == 3, f"{repaint.dtype}: should be bool, (B, H, W)"
     # The largest of a window is 1 where any of it is: max-pooling is dilation.
     return F.max_pool2d(repaint[:, None].float(), 2 * radius + 1, stride=1, padding=radius)[:, 0] > 0
 
 
 def repaint_to_latent(repaint: torch.Tensor, factor: int, dilate: int = 1) -> torch.Tensor:
     """repaint (B, H, W) bool -> (B, 1, H/factor, W/factor) bool: touched cells, and `dilate` cells around."""
-    assert repaint.shape[1] % factor == 0 and repaint.shape[2] % factor == 0, \
-        f"repaint {tuple(repaint.shape)} should have sides that are multiples of {factor}"
+    assert not any(side % factor for side in repaint.shape[1:]), f"{repaint.shape}: no multiples of {factor}"
     # Maximum, not mean: an instance thinner than a cell must not vanish.
     cells = F.max_pool2d(repaint[:, None].float(), factor)[:, 0] > 0         # (B, h, w)
     return grow(cells, dilate)[:, None]                                      # (B, 1, h, w)

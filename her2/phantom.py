@@ -31,7 +31,6 @@ from her2.phantom_tissue import draw_style, lay_out
 
 RECIPE = 1         # counts changes of what a seed looks like: older folders are then not "the same"
 LEVEL0 = 0.242     # um per pixel of the scanner, in which QuPath keeps its coordinates
-SCORES = ("0", "1+", "2+", "3+")
 SUBTYPE_CLASS = (1, 2, 3, 4)   # class ids of the subtypes 0..3
 IN_SITU_CLASS = 5
 
@@ -72,14 +71,11 @@ def clip(ring: np.ndarray, size: float) -> np.ndarray:
     """The part of a ring (n, 2) within [0, size] squared, side by side (Sutherland and Hodgman 1974)."""
     for axis in (0, 1):
         for limit, sign in ((0.0, 1), (float(size), -1)):
-            inside, kept = sign * (ring[:, axis] - limit) >= 0, []
-            for k in range(len(ring)):
-                a, b = ring[k - 1], ring[k]
-                if inside[k - 1] != inside[k]:
-                    kept.append(a + (b - a) * (limit - a[axis]) / (b[axis] - a[axis]))
-                if inside[k]:
-                    kept.append(b)
-            ring = np.array(kept).reshape(-1, 2)
+            before, inside = np.roll(ring, 1, axis=0), sign * (ring[:, axis] - limit) >= 0
+            crosses = inside != np.roll(inside, 1)                      # the side that ends in this vertex
+            with np.errstate(divide="ignore", invalid="ignore"):        # sides along the limit cross nowhere
+                at = before + (ring - before) * (limit - before[:, [axis]]) / (ring - before)[:, [axis]]
+            ring = np.stack([at, ring], axis=1)[np.stack([crosses, inside], axis=1)]
     return ring
 
 
@@ -113,8 +109,9 @@ def _row(preset: Preset, slide: int, roi: int) -> dict:
         ending, downsample = "geojson", round(preset.um_per_px / LEVEL0, 6)
         x, y = 2000 + roi * int(1.25 * preset.size * downsample), 3000
     return {"image": f"images/{name}_roi{roi}.png", "annotations": f"annotations/{name}_roi{roi}.{ending}",
-            "x": x, "y": y, "downsample": downsample, "slide": name, "score": SCORES[slide % 4], "split":
-            "train" if slide < preset.slides[0] else "val" if slide < sum(preset.slides[:2]) else "test"}
+            "x": x, "y": y, "downsample": downsample, "slide": name,
+            "score": DEFAULT_CLASSES.names[SUBTYPE_CLASS[slide % 4]],
+            "split": np.repeat(("train", "val", "test"), preset.slides)[slide]}
 
 
 def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True) -> Path:
@@ -122,52 +119,33 @@ def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True
     UserError when `out` holds anything else."""
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
-    out, size = Path(out), PRESETS[preset]
-    # Through JSON once: tuples become lists, as they are when read back.
-    settings = json.loads(json.dumps({"preset": preset, "seed": seed, "recipe": RECIPE, **asdict(size)}))
+    out, size, path = Path(out), PRESETS[preset], Path(out, "phantom.json")
+    settings = {"preset": preset, "seed": seed, "recipe": RECIPE, **asdict(size)}
+    begun, done = (json.dumps({"complete": complete, **settings}, indent=1) for complete in (False, True))
+    found = path.read_bytes().decode("utf-8", "replace") if path.exists() else None
+    if found is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: holds files that are no phantom (no phantom.json); choose a new --out")
+    if found not in (None, begun, done):
+        raise UserError(f"{out}: holds another phantom than {preset} with seed {seed} ({found[:300]}); "
+                        "choose another --out or remove the folder")
     rows = [(slide, roi, _row(size, slide, roi)) for slide, roi in np.ndindex(sum(size.slides), size.rois)]
-    files = [row[key] for _, _, row in rows for key in ("image", "annotations")]
-    if _found(out, settings) and all((out / name).exists() for name in [*files, "slides.csv"]):
+    lacking = [(slide, roi, row) for slide, roi, row in rows
+               if not ((out / row["image"]).exists() and (out / row["annotations"]).exists())]
+    if found == done and not lacking and (out / "slides.csv").exists():
         print(f"{out}: complete (phantom {preset}, seed {seed})")
         return out
-    atomic_write(out / "phantom.json", json.dumps({"complete": False, **settings}, indent=1))
-    for slide, roi, row in tqdm(rows, desc="phantom", unit="ROI", disable=not progress):
-        image, annotations = out / row["image"], out / row["annotations"]
-        if image.exists() and annotations.exists():
-            continue
+    atomic_write(path, begun)
+    for slide, roi, row in tqdm(lacking, desc="phantom", unit="ROI", disable=not progress):
         scene, polygons = scene_of(size, seed, slide, roi)
         picture = Image.fromarray(render(scene, size.um_per_px, size.size, (seed, slide, roi)))
+        annotations = out / row["annotations"]
         atomic_write(annotations, exact_json(polygons) if annotations.suffix == ".json" else
                      qupath_geojson(polygons, row["x"], row["y"], row["downsample"]))
-        atomic_write(image, lambda file: picture.save(file, format="PNG", compress_level=4))
+        atomic_write(out / row["image"], lambda file: picture.save(file, format="PNG", compress_level=4))
     atomic_write(out / "slides.csv", csv_text([row for _, _, row in rows]))
-    atomic_write(out / "phantom.json", json.dumps({"complete": True, **settings}, indent=1))
+    atomic_write(path, done)
     print(f"{out}: done (phantom {preset}, seed {seed}); to look at it: {check_line(out)}")
     return out
-
-
-def default_phantom(preset: str) -> Path:
-    """What scripts take when no --data is given: data/phantom-PRESET, made on first use with seed 0."""
-    return make_phantom(Path("data") / f"phantom-{preset}", preset)
-
-
-def _found(out: Path, settings: dict) -> bool:
-    """Does `out` say that it holds all of the phantom of these settings? UserError when it holds another."""
-    path = out / "phantom.json"
-    if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: holds files that are no phantom (no phantom.json); choose a new --out")
-        return False
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        complete = found.pop("complete")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not readable ({error}); remove the folder {out} and run again") from error
-    differences = ", ".join(f"{key} is {found.get(key)}, asked for {settings.get(key)}"
-                            for key in {**settings, **found} if found.get(key) != settings.get(key))
-    if differences:
-        raise UserError(f"{out}: holds another phantom ({differences}); choose another --out or remove it")
-    return complete
 
 
 def main(argv=None) -> int:

@@ -28,50 +28,53 @@ CELL = np.dtype([(name, np.float32) for name in (
     "nx", "ny", "radius", "ratio", "tilt", "nucleus",  # nucleus: place, size, shape, haematoxylin
     "open",                                           # 1: vesicular nucleus with visible nucleoli; 0: dense
     "cytoplasm", "brown", "membrane", "complete",      # haematoxylin; DAB of cytoplasm and membrane
-    "wall")])                                         # haematoxylin of the cell border
+    "wall",                                           # haematoxylin of the cell border
+    "site")])                                         # number of the site that it belongs to
 
 NEST_SPREAD = 0.20                            # of the strength between nests, as a logarithm
 UNEVEN = (0.0, 0.34, 0.27, 0.13)              # the same between neighbours: 1+ and 2+ are patchy, 3+ is not
-PATCH_WAVES = 1 / 28                          # per um; doubled below: patches of 3 or 4 cells
+PATCH_WAVES = 2 / 28                          # per um: patches of 3 or 4 cells
 
 
 # pitch: from cell to cell; jitter of the lattice, as a share of half the pitch; radius of a nucleus; spread:
-# of that radius, as a logarithm; elongation: spread of the logarithm of its aspect; stain, cytoplasm: factors
-# to the slide's haematoxylin of nuclei and of cytoplasm; wall: haematoxylin of the cell border.
+# of that radius, as a logarithm; aspect: spread of the logarithm of length / width; stain, cytoplasm: factors
+# to the slide's haematoxylin of nuclei and of cytoplasm; wall: haematoxylin of the cell border; lining: depth
+# and spacing of thin dark nuclei around (myoepithelium of ducts, fibroblasts of septa); gaps: share missing.
 # Tumor nuclei are larger, farther apart and less alike than those of normal glands; acini come near them.
-Epithelium = namedtuple("Epithelium", "pitch jitter radius spread elongation stain cytoplasm wall")
-EPITHELIUM = {"tumor":       Epithelium(12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05),
-              "dcis":        Epithelium(12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05),
-              "duct":        Epithelium(9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06),
-              "acinus":      Epithelium(10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06),
-              "histiocytes": Epithelium(14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04),
+Epithelium = namedtuple("Epithelium", "pitch jitter radius spread aspect stain cytoplasm wall lining gaps",
+                        defaults=[None, 0.025])     # of the last two
+EPITHELIUM = {"tumor":       Epithelium(12.6, 0.44, 3.95, 0.14, 0.17, 1.00, 1.0, 0.05, (-4.0, 30)),
+              "dcis":        Epithelium(12.0, 0.38, 3.85, 0.13, 0.15, 1.00, 1.0, 0.05, (-2.2, 15)),
+              "duct":        Epithelium(9.6, 0.26, 3.35, 0.09, 0.24, 1.12, 1.0, 0.06, (-2.2, 13)),
+              "acinus":      Epithelium(10.0, 0.28, 3.60, 0.10, 0.15, 1.06, 1.0, 0.06, (-2.2, 15)),
+              "histiocytes": Epithelium(14.5, 0.36, 3.10, 0.12, 0.18, 0.95, 0.6, 0.04, gaps=0.18),
               "fat":         Epithelium(44.0, 0.26, 0.00, 0.00, 0.00, 0.00, 0.0, 0.20)}
 
 
 def hollow(site, style, rng) -> None:
     """Lumens, what fills them, and the cleft of a site that has its outline."""
     inner = site.star.radii.min()                                   # um from the middle to the nearest border
+
+    def lumen(smallest, largest):                                   # a round one somewhere in the middle
+        radius, away = rng.uniform(smallest, largest), inner * 0.55 * np.sqrt(rng.random())
+        angle = rng.uniform(0, 2 * np.pi)
+        return site.x + away * np.cos(angle), site.y + away * np.sin(angle), radius
+
     if site.kind == "tumor":
         site.cleft = rng.uniform(1.5, 6) if rng.random() < style.retraction else 0.0
         if rng.random() < 0.3:  # gland-like spaces in the nest
-            site.holes = [_spot(site, inner, rng.uniform(7, 12), rng) for _ in range(rng.integers(1, 4))]
+            site.holes = [lumen(7, 12) for _ in range(rng.integers(1, 4))]
     elif site.kind == "dcis":
         kind = rng.random()
         if kind < 0.35:    # comedo: dead cells in the middle
             site.holes, site.debris, site.fill = [(site.x, site.y, inner * 0.5)], True, (0.10, 0.10)
         elif kind < 0.75:  # cribriform: several punched-out lumens
-            site.holes = [_spot(site, inner, rng.uniform(8, 13), rng) for _ in range(rng.integers(2, 6))]
+            site.holes = [lumen(8, 13) for _ in range(rng.integers(2, 6))]
             site.fill = (0.02, 0.01)
     elif site.kind == "duct":
         site.fill = rng.uniform(0, 0.06), rng.uniform(0, 0.03)
     elif site.kind == "vessel":
         site.fill = 0.02, rng.choice([0.0, 0.06])
-
-
-def _spot(site, inner, radius, rng) -> tuple[float, float, float]:
-    """A round lumen somewhere in the middle of a site."""
-    away, angle = inner * 0.55 * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
-    return site.x + away * np.cos(angle), site.y + away * np.sin(angle), radius
 
 
 def hexagons(x, y, radius, pitch, jitter, rng) -> np.ndarray:
@@ -95,8 +98,8 @@ def _apart(points, least: float) -> np.ndarray:
     return points
 
 
-def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Cells (CELL records) of one site, and the nuclei of the flat cells around it."""
+def epithelium(site, style, rng) -> np.ndarray:
+    """CELL records of one site: its cells, then the nuclei of the flat ones around it."""
     kind, star, layers = EPITHELIUM[site.kind], site.star, []           # each layer: (n, 3) x, y, direction
     pitch = kind.pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
     if site.kind in ("duct", "acinus", "dcis"):
@@ -108,13 +111,13 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
         points = _apart(points[star.distance(*points.T) < -core], 0.86 * pitch)
         layers.append(np.column_stack([points, rng.uniform(0, np.pi, len(points))]))
     points = np.concatenate(layers)                                     # (n, 3)
-    keep = rng.random(len(points)) > (0.18 if site.kind == "histiocytes" else 0.025)     # gaps in the lattice
+    keep = rng.random(len(points)) > kind.gaps
     for hole_x, hole_y, hole_radius in site.holes:
         keep &= np.hypot(points[:, 0] - hole_x, points[:, 1] - hole_y) > hole_radius
     points, n = points[keep], keep.sum()                                # (n, 3)
 
-    def normal(sd):
-        return np.exp(sd * rng.standard_normal(n))
+    def normal(sd, size=n):                            # size None: one for the whole site
+        return np.exp(sd * rng.standard_normal(size))
 
     cells = np.zeros(n, CELL)
     cells["x"], cells["y"], cells["angle"] = points.T
@@ -122,17 +125,15 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
     cells["stretch"] = np.clip(normal(0.15), 0.7, 1.4)               # a wider range looks like another tissue
     cells["nx"], cells["ny"] = (points[:, :2] + rng.normal(0, 0.09 * pitch, (n, 2))).T
     # Twice a spread: between sites and, more, between the cells of one.
-    size = kind.radius * style.nucleus_size
-    cells["radius"] = size * np.exp(0.07 * rng.standard_normal()) * normal(kind.spread)
-    cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * kind.elongation)
+    cells["radius"] = kind.radius * style.nucleus_size * normal(0.07, None) * normal(kind.spread)
+    cells["ratio"] = np.exp(np.abs(rng.standard_normal(n)) * kind.aspect)
     cells["tilt"] = points[:, 2] + np.pi / 2 + rng.normal(0, 0.5, n)       # across the outline, about
     cells["nucleus"] = style.nucleus_stain * kind.stain * normal(0.20)
-    pale = style.cytoplasm * kind.cytoplasm
-    cells["cytoplasm"] = pale * np.exp(0.15 * rng.standard_normal()) * normal(0.15)
+    cells["cytoplasm"] = style.cytoplasm * kind.cytoplasm * normal(0.15, None) * normal(0.15)
     cells["wall"] = kind.wall
     if site.kind == "fat":
-        return cells, np.zeros(0, CELL)
-    cells["brown"] = style.breath * normal(0.35) * np.exp(0.3 * rng.standard_normal())  # unspecific
+        return cells
+    cells["brown"] = style.breath * normal(0.35) * normal(0.3, None)                 # unspecific
     if site.subtype >= 0:
         _stain(cells, site.subtype, rng)
         cells["open"] = np.clip(rng.normal(rng.uniform(0.3, 0.8), 0.2, n), 0, 1)  # by site
@@ -140,21 +141,18 @@ def epithelium(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
         cells["open"] = np.clip(rng.normal(0.35, 0.2, n), 0, 1)         # nucleoli of normal glands are small
         if rng.random() < 0.2:  # normal epithelium may carry a faint membrane of its own
             cells["membrane"], cells["complete"] = 0.14, 0.6
-    # Thin dark nuclei that line a site from outside: myoepithelium of ducts, fibroblasts of septa.
-    spacing = {"duct": 13, "acinus": 15, "dcis": 15, "tumor": 30}.get(site.kind)  # um along the outline
-    if spacing is None:
-        return cells, np.zeros(0, CELL)
-    flat = star.ring(-2.2 if site.kind != "tumor" else -4.0, spacing, rng)
+    if kind.lining is None:
+        return cells
+    flat = star.ring(*kind.lining, rng)
     flat = flat[rng.random(len(flat)) < 0.75]                     # gaps: the plane of the section misses some
-    return cells, spindles(flat, style, rng)
+    return np.concatenate([cells, spindles(flat, style, rng)])
 
 
 def _stain(cells, subtype: int, rng) -> None:
     """HER2 staining of one tumor site: it differs between nests and, in patches, between neighbours."""
     n, nest = len(cells), np.exp(NEST_SPREAD * rng.standard_normal())
-    wave = rng.normal(0, PATCH_WAVES, (2, 3))
-    patch = sum(np.cos(cells["x"] * wave[0, k] * 2 + cells["y"] * wave[1, k] * 2 + rng.uniform(0, 6.3))
-                for k in range(3))
+    waves = rng.normal(0, PATCH_WAVES, (2, 3)).T                                        # three of (x, y)
+    patch = sum(np.cos(cells["x"] * wx + cells["y"] * wy + rng.uniform(0, 6.3)) for wx, wy in waves)
     strength = nest * np.exp(UNEVEN[subtype] * patch + 0.2 * rng.standard_normal(n))    # (n,) of each cell
     cells["membrane"] = MEMBRANE[subtype] * strength
     cells["complete"] = COMPLETE[subtype] + 0.10 * patch * (subtype in (1, 2))
@@ -188,22 +186,21 @@ def round_nuclei(points, radius: float, style, rng, stain: float = 1.45) -> np.n
     return nuclei
 
 
-def site_cells(site, style, rng) -> tuple[np.ndarray, np.ndarray]:
-    """(cells with a body, nuclei without one) of any kind of site."""
-    empty = np.zeros(0, CELL)                                         # lymphocytes have hardly a body to draw
+def site_cells(site, style, rng) -> np.ndarray:
+    """CELL records of any kind of site: cells with a body, and nuclei without one (reach 0)."""
     if site.kind == "vessel":
-        return empty, spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
-    if site.kind == "lymphocytes":
+        return spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
+    if site.kind == "lymphocytes":                                    # they have hardly a body to draw
         points = hexagons(site.x, site.y, site.star.reach, 7.4, 0.5, rng)
         # Dense in the middle, ragged at the rim.
         inside = -site.star.distance(*points.T) / (0.6 * site.radius)
-        return empty, round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)
-    cells, nuclei = epithelium(site, style, rng)
+        return round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)
+    cells = epithelium(site, style, rng)
     if site.debris:
         x, y, radius = site.holes[0]
         points = (x, y) + rng.normal(0, radius * 0.4, (int(radius ** 2 / 22), 2))
-        nuclei = np.concatenate([nuclei, round_nuclei(points, 1.1, style, rng, 1.2)])
-    return cells, nuclei
+        cells = np.concatenate([cells, round_nuclei(points, 1.1, style, rng, 1.2)])
+    return cells
 
 
 def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarray:

@@ -178,12 +178,11 @@ def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
     """What lies outside the cells: (how much tissue there is, its haematoxylin, its DAB), (h, w) each."""
     noise, style = scene.noise, scene.style
     owner = scene.owner[cell_of(y), cell_of(x)]                                       # (h, w), -1 = none
-    hollow = ("fat", "duct", "vessel", "dcis", "tumor", "acinus")
-    table = [(s.cleft, *s.fill, s.kind in hollow, s.debris) for s in scene.sites]
+    table = [(s.cleft, *s.fill, s.kind not in ("histiocytes", "lymphocytes"), s.debris) for s in scene.sites]
     table = np.array([*table, (0,) * 5], np.float32)    # the last row, -1, for where no site is near
     cleft, fill_h, fill_d, hollow, debris = np.moveaxis(table[owner], -1, 0)            # (h, w) each
 
-    streaks, tissue = fibres(noise, style, scene.edge, ys, xs, distance, owner)
+    streaks, tissue, _ = fibres(noise, style, scene.edge, ys, xs, distance, owner)
     tissue = tissue * ramp(distance - cleft * ramp(patchy + 0.4, 0.7), 0.6) ** (cleft > 0)
     dye = style.stroma * (1 + 0.33 * style.fibre * streaks + 0.18 * grain + 0.20 * patchy)
     within = ramp(-distance, 0.7) * hollow                              # (h, w) lumens

@@ -13,6 +13,7 @@ All lengths are micrometres. Letters: (h, w) rows and columns of a tile, n point
 import numpy as np
 
 PERIOD, ANGLES = 256, 96
+THETA = np.arange(ANGLES) * (2 * np.pi / ANGLES)    # directions of an outline's radii
 # Standard deviation of the smoothed field for a grid of variance 1: the integral of the squared kernel of the
 # cubic B-spline and of the linear one, once per axis.
 SPLINE_SD, LINEAR_SD = 151 / 315, 2 / 3
@@ -28,9 +29,17 @@ class Noise:
         """Values on the grid ys x xs (micrometres): (h,), (w,) -> (h, w) float32."""
         # Separable: two passes of four rows each instead of sixteen gathers per pixel. Columns first, on the
         # transposed grid, so that both passes gather whole rows.
-        columns = sum(w[:, None] * self.grid.T[j] for w, j in _spline(xs, scale))          # (w, PERIOD)
-        columns = np.ascontiguousarray(columns.T)                                          # (PERIOD, w)
-        return sum(w[:, None] * columns[i] for w, i in _spline(ys, scale)) / np.float32(SPLINE_SD)
+        values = self.grid
+        for positions in (xs, ys):
+            t = np.asarray(positions, dtype=np.float64) / scale
+            i = np.floor(t).astype(np.int64)
+            f = t - i
+            weights = ((1 - f) ** 3 / 6, (3 * f ** 3 - 6 * f ** 2 + 4) / 6,
+                       (-3 * f ** 3 + 3 * f ** 2 + 3 * f + 1) / 6, f ** 3 / 6)      # of rows i - 1 .. i + 2
+            rows = np.ascontiguousarray(values.T)                       # (PERIOD, PERIOD), then (PERIOD, w)
+            values = sum(weight.astype(np.float32)[:, None] * rows[(i - 1 + k) % PERIOD]
+                         for k, weight in enumerate(weights))           # (w, PERIOD), then (h, w)
+        return values / np.float32(SPLINE_SD)
 
     def at(self, y, x, scale_y: float, scale_x: float) -> np.ndarray:
         """Values at any points, stretched by two scales: long and thin ones give fibres."""
@@ -41,16 +50,6 @@ class Noise:
         low = self.grid[i0, j0] * (1 - fx) + self.grid[i0, j1] * fx
         high = self.grid[i1, j0] * (1 - fx) + self.grid[i1, j1] * fx
         return (low * (1 - fy) + high * fy) / np.float32(LINEAR_SD)
-
-
-def _spline(positions, scale: float):
-    """The four grid points around every position and their cubic B-spline weights: 4 x ((n,), (n,))."""
-    t = np.asarray(positions, dtype=np.float64) / scale
-    i = np.floor(t).astype(np.int64)
-    f = t - i
-    weights = ((1 - f) ** 3 / 6, (3 * f ** 3 - 6 * f ** 2 + 4) / 6,
-               (-3 * f ** 3 + 3 * f ** 2 + 3 * f + 1) / 6, f ** 3 / 6)
-    return [(weight.astype(np.float32), (i - 1 + k) % PERIOD) for k, weight in enumerate(weights)]
 
 
 def ramp(value, width) -> np.ndarray:
@@ -66,7 +65,7 @@ def turned(x, y, angle) -> tuple:
 
 
 class Star:
-    """A closed outline r(theta), theta = 2 pi k / ANGLES, around (x, y)."""
+    """A closed outline around (x, y): radii r(THETA)."""
 
     def __init__(self, x: float, y: float, radii: np.ndarray):
         assert radii.shape == (ANGLES,) and radii.min() > 0, f"{ANGLES} positive radii, found {radii.shape}"
@@ -108,11 +107,10 @@ class Star:
 
 def wobbly_radii(radius: float, wobble: float, aspect: float, angle: float, rng) -> np.ndarray:
     """(ANGLES,) radii of an ellipse of the same area, with harmonics 2..7 of falling strength on it."""
-    theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
-    radii = radius / np.sqrt(np.cos(theta - angle) ** 2 / aspect + np.sin(theta - angle) ** 2 * aspect)
+    radii = radius / np.sqrt(np.cos(THETA - angle) ** 2 / aspect + np.sin(THETA - angle) ** 2 * aspect)
     for k in range(2, 8):
         strength = wobble * rng.standard_normal() / k ** 0.8
-        radii = radii * (1 + strength * np.cos(k * theta + rng.uniform(0, 2 * np.pi)))
+        radii = radii * (1 + strength * np.cos(k * THETA + rng.uniform(0, 2 * np.pi)))
     return radii.clip(0.35 * radius, 2.2 * radius)
 
 
@@ -120,11 +118,10 @@ def squeeze(radii, site: int, x, y, weight, gap: float) -> np.ndarray:
     """Cut the outline of one site where its neighbours begin, leaving `gap` between them (a septum). The
     border to site j is the line of equal power distance (a Voronoi cell with weights): along the direction u
     it lies at ((d^2 + w^2 - w_j^2) / (2 d)) / cos(angle between u and the neighbour)."""
-    theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
     dx, dy, others = (np.delete(one, site) for one in (x - x[site], y - y[site], weight))
     d = np.maximum(np.hypot(dx, dy), 1e-6)
     border = (d ** 2 + weight[site] ** 2 - others ** 2) / (2 * d) - gap / 2
-    cosine = (np.cos(theta)[:, None] * dx + np.sin(theta)[:, None] * dy) / d
+    cosine = (np.cos(THETA)[:, None] * dx + np.sin(THETA)[:, None] * dy) / d
     limit = np.where(cosine > 1e-3, border / np.maximum(cosine, 1e-3), np.inf)
     radii = np.minimum(radii, limit.min(axis=1, initial=np.inf)).clip(0.2 * weight[site])
     kernel = np.array([1, 3, 4, 3, 1]) / 12  # the corners of a Voronoi cell, rounded as tissue is

@@ -18,16 +18,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from her2.phantom_cells import CELL, hollow, site_cells, stroma_nuclei
+from her2.phantom_cells import hollow, site_cells, stroma_nuclei
 from her2.phantom_textures import Noise, Star, ramp, squeeze, turned, wobbly_radii
 
 MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its border cuts through nests
 MAP_STEP = 2.0     # grid of the coarse maps
 FAR = 60.0         # the distance map ends here
 SMALLEST_NEST = 15.0   # mean radius; what neighbours squeeze below it disappears
-# Added to the vectors of haematoxylin and DAB (rows): what makes photographed dyes bluer and yellower.
-TOWARDS_BLUE = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
-TOWARDS_YELLOW = np.array([[0.0, 0.0, 0.0], [-0.5, -1.0, 0.4]])
+# Added to the vectors of haematoxylin and DAB (rows): towards blue, towards yellow.
+TOWARDS = np.array([[1.0, -1.0, 0.0], [-0.5, -1.0, 0.4]])
 FIELDS = ("warp_x", "warp_y", "fine", "grain", "slow", "patchy", "fibre", "loose")
 
 
@@ -51,8 +50,7 @@ def draw_style(rng: np.random.Generator) -> SimpleNamespace:
         dab=thickness * np.exp(0.13 * normal()),
         # (2, 3) added to their vectors: another batch of dye, another scanner. Photographed dyes are bluer
         # and yellower than the published vectors, by an amount of its own each.
-        hue=(0.015 * normal((2, 3)) + uniform(0.02, 0.10) * TOWARDS_BLUE
-             + uniform(0.02, 0.13) * TOWARDS_YELLOW),
+        hue=0.015 * normal((2, 3)) + [[uniform(0.02, 0.10)], [uniform(0.02, 0.13)]] * TOWARDS,
         glass=np.clip([0.95, 0.955, 0.955] + 0.013 * normal(3), 0.88, 0.995),   # (3,) its colour, 0..1
         blur=uniform(0.25, 0.60),                           # standard deviation of the optics
         noise=uniform(0.006, 0.018),                        # of the sensor, 0..1
@@ -88,10 +86,8 @@ class Site:
 class Scene:
     style: SimpleNamespace    # of `draw_style`
     sites: list[Site]
-    cells: np.ndarray         # CELL records with a body
-    nuclei: np.ndarray        # CELL records without one: stroma, lymphocytes, debris
-    cell_site: np.ndarray     # index of the site that each record of `cells` belongs to
-    nucleus_site: np.ndarray  # the same of `nuclei`, -1 = the stroma
+    cells: np.ndarray         # CELL records with a body; their `site` is an index into `sites`
+    nuclei: np.ndarray        # CELL records without one; in the stroma `site` is len(sites)
     smears: np.ndarray        # (n, 5) x, y, radius, DAB, 1 if granular: brown that is no staining
     distance: np.ndarray      # coarse map (rows y, columns x from -MARGIN on): distance to the next site
     owner: np.ndarray         # coarse map: that site, -1 = none within FAR
@@ -119,22 +115,22 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     sites = [part for site in sites for part in (_acini(site, rng) if site.kind == "lobule" else [site])]
     axis = np.arange(-MARGIN, size + MARGIN + MAP_STEP, MAP_STEP)
     distance, owner = _distance_map(sites, axis)                        # (n, n) each
-    across = flow_coordinates(noise, style, axis, axis)[1]
+    _, tissue, across = fibres(noise, style, edge, axis, axis, distance, owner)
     # Fibres run around the next site near it, with the flow elsewhere.
     gradient_y, gradient_x = np.gradient(np.where(distance < 14, distance, across))
     angle = np.arctan2(gradient_y, gradient_x) + np.pi / 2              # (n, n)
-    _, tissue = fibres(noise, style, edge, axis, axis, distance, owner)
-    filled = [site_cells(site, style, rng) for site in sites]
-    stroma = stroma_nuclei(distance, angle, tissue, axis, noise["patchy"].tile(axis, axis, 45.0), style, rng)
+    patchy = noise["patchy"].tile(axis, axis, 45.0)
+    parts = [*(site_cells(site, style, rng) for site in sites),
+             stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng)]
+    for k, part in enumerate(parts):
+        part["site"] = k
+    records = np.concatenate(parts)
+    body = records["reach"] > 0
     smears = np.zeros((rng.poisson(10 * (size / 1000) ** 2 + 0.4), 5))
     for row in smears:
         granular = rng.random() < 0.5
         row[:] = (*rng.uniform(0, size, 2), rng.uniform(5, 20), rng.uniform(0.2, 0.9), granular)
-    cells, nuclei = [np.zeros(0, CELL), *(c for c, _ in filled)], [*(n for _, n in filled), stroma]
-    cell_site = np.repeat(np.arange(-1, len(sites)), [len(part) for part in cells])
-    nucleus_site = np.repeat([*range(len(sites)), -1], [len(part) for part in nuclei])
-    return Scene(style, sites, np.concatenate(cells), np.concatenate(nuclei), cell_site, nucleus_site, smears,
-                 distance, owner, edge, noise)
+    return Scene(style, sites, records[body], records[~body], smears, distance, owner, edge, noise)
 
 
 def _place(style, mix, tumor_share, size, rng, first, duct, edge) -> list[Site]:
@@ -222,19 +218,15 @@ def _distance_map(sites, axis) -> tuple[np.ndarray, np.ndarray]:
     return distance, owner
 
 
-def flow_coordinates(noise, style, ys, xs) -> tuple[np.ndarray, np.ndarray]:
-    """(along, across) the fibres on the grid ys x xs: a straight direction, bent by slow noise."""
+def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(streaks, tissue, across) on the grid ys x xs: texture of the fibres (mean 0), where there are any
+    (0..1), and the coordinate across their flow, a straight direction bent by slow noise. Streaks are noise
+    stretched along the flow, and around a site along its outline; where they and slower noise are low, or
+    beyond the edge of the section, glass shows."""
     bend = (30 * noise["slow"].tile(ys, xs, 100.0) + 10 * noise["patchy"].tile(ys, xs, 37.0)
             + 3.0 * noise["loose"].tile(ys, xs, 14.0))
     along, across = turned(xs[None], ys[:, None], style.flow)
-    return along, across + bend
-
-
-def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.ndarray]:
-    """(streaks, tissue) on the grid ys x xs: texture of the fibres (mean 0), and where there are any (0..1).
-    Streaks are noise stretched along the flow, and around a site along its outline; where they and slower
-    noise are low, or beyond the edge of the section, glass shows."""
-    along, across = flow_coordinates(noise, style, ys, xs)
+    across = across + bend
     free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0)
             + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)
             + 0.35 * noise["grain"].at(across, along, 0.9, 14.0))
@@ -248,4 +240,4 @@ def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.
     if edge:
         beyond, _ = turned(xs[None] - edge[0], ys[:, None] - edge[1], edge[2])
         tissue = tissue * ramp(-beyond - 9 * noise["patchy"].tile(ys, xs, 14.0), 1.5)
-    return streaks, tissue
+    return streaks, tissue, across

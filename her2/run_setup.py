@@ -17,7 +17,7 @@ from her2.denoiser import LatentDenoiser
 from her2.diffusion import Schedule
 from her2.discriminator import MultiscaleDiscriminator, PatchGAN
 from her2.net_blocks import init_weights
-from her2.phantom import default_phantom
+from her2.phantom import make_phantom
 from her2.run_errors import UserError
 from her2.run_seeds import generator
 from her2.segmenter import UNet, encoder_weights
@@ -27,7 +27,7 @@ from her2.spade import SPADEGenerator, VAEEncoder
 def training_data(config, stain: float = 0.0, flips: bool = True):
     """Dataset and sampler of the training split. stain: jitter; painters learn the true colours: 0."""
     with run_distributed.in_turn():         # process 0 makes the phantom and the cache, the others find them
-        config.data = config.data or str(default_phantom(config.preset))
+        config.data = config.data or str(make_phantom(f"data/phantom-{config.preset}", config.preset))
         dataset = load_dataset(config.data, seed=config.split_seed)
         return dataset, PatchSampler(dataset, "train", config.patch, config.sampling, config.seed,
                                      flips=flips, stain=stain, cache=config.cache, uniform=config.uniform)

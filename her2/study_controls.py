@@ -53,10 +53,11 @@ def with_classes(scene, wanted: dict, key: tuple):
         sites[k] = replace(sites[k], kind="dcis" if in_situ else "tumor", subtype=subtype, holes=[],
                            fill=(0.0, 0.0), debris=False)
         hollow(sites[k], scene.style, rng)
-        for column in ("x", "nx"):
-            cells[0][column][scene.cell_site == k] = NOWHERE
-            nuclei[0][column][scene.nucleus_site == k] = NOWHERE
-        for table, part in zip((cells, nuclei), site_cells(sites[k], scene.style, rng)):
+        new = site_cells(sites[k], scene.style, rng)
+        new["site"] = k
+        for table, part in ((cells, new[new["reach"] > 0]), (nuclei, new[new["reach"] == 0])):
+            for column in ("x", "nx"):
+                table[0][column][table[0]["site"] == k] = NOWHERE
             table.append(part)
     return replace(scene, sites=sites, cells=np.concatenate(cells), nuclei=np.concatenate(nuclei))
 
