@@ -106,7 +106,7 @@ def epithelium(site, style, rng) -> np.ndarray:
         for k in range({"duct": 1 + int(rng.random() < 0.4), "acinus": site.layers, "dcis": 1}[site.kind]):
             layers.append(star.ring((k + 0.55) * pitch * 0.95, pitch * 0.82, rng))
     if site.kind in ("tumor", "dcis", "histiocytes", "fat"):
-        points = hexagons(site.x, site.y, star.reach, pitch, kind.jitter, rng)
+        points = hexagons(site.x, site.y, star.radii.max(), pitch, kind.jitter, rng)
         core = 1.5 * pitch if site.kind == "dcis" else 0.3 * pitch
         points = _apart(points[star.distance(*points.T) < -core], 0.86 * pitch)
         layers.append(np.column_stack([points, rng.uniform(0, np.pi, len(points))]))
@@ -191,7 +191,7 @@ def site_cells(site, style, rng) -> np.ndarray:
     if site.kind == "vessel":
         return spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
     if site.kind == "lymphocytes":                                    # they have hardly a body to draw
-        points = hexagons(site.x, site.y, site.star.reach, 7.4, 0.5, rng)
+        points = hexagons(site.x, site.y, site.star.radii.max(), 7.4, 0.5, rng)
         # Dense in the middle, ragged at the rim.
         inside = -site.star.distance(*points.T) / (0.6 * site.radius)
         return round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)

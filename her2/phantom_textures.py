@@ -71,7 +71,6 @@ class Star:
         assert radii.shape == (ANGLES,) and radii.min() > 0, f"{ANGLES} positive radii, found {radii.shape}"
         self.x, self.y, self.radii = x, y, radii.astype(np.float64)
         self.slope = (np.roll(radii, -1) - np.roll(radii, 1)) / (4 * np.pi / ANGLES) / radii
-        self.reach = float(radii.max())
 
     def distance(self, x, y) -> np.ndarray:
         """Signed distance of points from the outline, negative inside."""

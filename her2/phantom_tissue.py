@@ -209,7 +209,7 @@ def _distance_map(sites, axis) -> tuple[np.ndarray, np.ndarray]:
     """(n, n) signed distance to the nearest site, clipped at FAR, and the index of that site."""
     distance, owner = np.full((len(axis),) * 2, FAR), np.full((len(axis),) * 2, -1, np.int32)
     for k, site in enumerate(sites):
-        reach = site.star.reach + FAR
+        reach = site.star.radii.max() + FAR
         rows, columns = (slice(*np.searchsorted(axis, (c - reach, c + reach))) for c in (site.y, site.x))
         d = site.star.distance(axis[None, columns], axis[rows, None])
         closer = d < distance[rows, columns]

@@ -153,17 +153,19 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
     pixels of one class are connected when they touch, `corners` included (8 neighbours) or not (4). Joins
     runs, the maximal stretches of one class in a row: there are hundreds of times fewer than pixels."""
     assert label.ndim == 2, f"label is (H, W), found {label.shape}"
-    begins = np.ones(label.shape, bool)                                 # (H, W) the first pixel of each run
-    begins[:, 1:] = label[:, 1:] != label[:, :-1]
-    run = np.cumsum(begins, dtype=np.int32).reshape(label.shape)        # (H, W) runs up to each pixel's own
-    tissue, touching = label[begins] != 0, []                           # (R,) runs that are not background
-    sides = [(np.s_[:-1], np.s_[1:]), (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])]
-    for above, below in sides if corners else sides[:1]:
-        # One pixel of each contact is enough: the first, where one of the two runs begins.
-        same = (label[above] == label[below]) & (label[below] != 0)
-        contact = np.nonzero(same & (begins[above] | begins[below]))
-        touching.append(np.stack([run[above][contact], run[below][contact]]))
-    a, b = np.concatenate(touching, axis=1) - 1                         # pairs of runs to be joined
+    width = label.shape[1]
+    flat = np.pad(label, ((0, 0), (0, 1))).reshape(-1)                  # every row ends in a background pixel
+    begins = np.ones(flat.size, bool)                                   # the first pixel of each run
+    begins[1:] = flat[1:] != flat[:-1]
+    starts, touching = np.flatnonzero(begins), []                       # (R,) where the runs begin
+    # To the pixel below, or also to those left and right of it. One pixel of a contact is enough: the first,
+    # in which one of the two runs begins.
+    for step in (width, width + 1, width + 2) if corners else (width + 1,):
+        same = (flat[:-step] == flat[step:]) & (flat[step:] != 0)
+        at = np.flatnonzero(same & (begins[:-step] | begins[step:]))
+        touching.append([at, at + step])
+    a, b = np.searchsorted(starts, np.concatenate(touching, axis=1), side="right") - 1  # the runs to join
+    tissue = flat[starts] != 0                                          # (R,) runs that are not background
     root = np.arange(len(tissue))                                       # (R,) each a set of its own
     # Every round hangs the larger root of each pair below the smaller one, then all point to their roots.
     while len(a):
@@ -174,7 +176,7 @@ def connected_components(label: np.ndarray, corners: bool = True) -> np.ndarray:
         a, b = a[a != b], b[a != b]
     ids = np.zeros(len(tissue), np.int32)                               # (R,) 0: background
     ids[tissue] = np.unique(root[tissue], return_inverse=True)[1].reshape(-1) + 1   # its root: its first run
-    return np.repeat(ids, np.diff(np.flatnonzero(begins), append=label.size)).reshape(label.shape)
+    return np.repeat(ids, np.diff(starts, append=flat.size)).reshape(-1, width + 1)[:, :-1].copy()
 
 
 def outlines(mask: np.ndarray, corners: bool = True) -> list:
