@@ -75,6 +75,9 @@ def main(argv):
         if not read_metrics(one, key, dataset):             # prediction is what takes the time
             predict(one, dataset, config, device, precision)
             run_distributed.rank() or write_metrics(one, key)
+        if one.whole("test").report()["dice"] < 0.05:       # a failed run among good ones ruins every mean
+            notes.append(f"{one.folder} finds hardly any tumor: its training failed or was too short, see its "
+                         "curves.png")
 
     # ---- 3 report: tables and figures, by one process ------------------------------------------------------
     if run_distributed.rank():

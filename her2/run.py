@@ -17,8 +17,10 @@ import io
 import json
 import math
 import os
+import pickle
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -144,9 +146,9 @@ def load_file(path, own: bool = False) -> dict:
                 if broken := archive.testzip():
                     raise zipfile.BadZipFile(f"{broken} fails its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise                           # nothing is wrong with the file
-    except Exception as error:          # a dozen kinds, by what stands where a byte was
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, pickle.UnpicklingError, OSError, EOFError,
+            ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, TypeError,
+            AssertionError) as error:       # by what stands where a byte was
         raise UserError(f"{path}: damaged, or no file of plain tensors saved by torch "
                         f"({one_line(error)[:200]}); make it or fetch it again") from None
     if own and not (isinstance(content, dict) and content.get("format") == FORMAT):

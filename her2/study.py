@@ -201,6 +201,7 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
 
 def main(argv):
     config = configuration.parse(Config, PRESETS, argv, __doc__, "python -m her2.study")
+    config.out = str(Path(config.out))          # "runs/study/" is the same folder
     out, seeds, keys = Path(config.out), range(config.seed, config.seed + config.seeds), ("", "")
     if config.data:
         # All stages read the training data, the evaluation all data. (A phantom is decided by its command.)
