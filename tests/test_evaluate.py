@@ -366,7 +366,7 @@ BAD = {
                               ["tumor0", "'gan'"]),
     "damaged model": (lambda: Path("runs/tumor0/model.pt").write_bytes(b"PK"), RUNS, ["tumor0", "model.pt"]),
     "another class table": (other_classes, RUNS, ["class table"]),
-    "data are gone": (lambda: shutil.move("data", "elsewhere"), RUNS, ["data: no such", "--data"]),
+    "data are gone": (lambda: shutil.move("data", "elsewhere"), RUNS, ["not found (data)", "--data"]),
     "synthetic folder of the run is gone": (lambda: shutil.move("synth/ldm", "x"), RUNS, ["synth/ldm"]),
     "not a synthetic folder": (lambda: None, [*RUNS, "--synthetic", "data"], ["data"]),
     "two folders of one method": (lambda: shutil.copytree("synth/ldm", "synth/b"),

@@ -222,7 +222,7 @@ for name, line, words, spoil in (
         ("classes.json: aliases are a list", SEG, ["classes.json", "aliases"], classes({"aliases": ["x"]})),
         ("classes.json: ids from 1", SEG, ["classes.json", "0, 1, 2"],
          classes([{**one, "id": one["id"] + 1} for one in TABLE])),
-        ("classes.json: a name twice in other case", SEG, ["classes.json", "twice"],
+        ("classes.json: a name twice in other case", SEG, ["classes.json", "two meanings"],
          classes([*TABLE[:5], row(5, name="background")])),
         ("classes.json: an empty list", SEG, ["classes.json"], classes([])),
         ("classes.json: a key twice", SEG, ["classes.json", "twice"],

@@ -199,7 +199,8 @@ def test_flags_arrive_at_the_sampler(data):
         painted = run_setup.training_data(train_gan.Config(**common))[1]
         learned = train_seg.open_data(train_seg.Config(**common, jitter=jitter))[1]
         for sampler, stain in ((painted, 0.0), (learned, jitter)):
-            assert (sampler.sampling, sampler.uniform, sampler.stain) == (sampling, uniform, stain)
+            groups = [(c,) for c in sampler.present] if sampling == "subtype" else [tuple(sampler.present)]
+            assert (sampler.groups, sampler.uniform, sampler.stain) == (groups, uniform, stain)
             assert (sampler.patch, sampler.seed, sampler.flips) == (32, 3, True)
 
 
@@ -401,6 +402,7 @@ def test_a_small_inpainted_region_gets_the_noise_of_its_slide(latent_model, tmp_
     content = {**latent_model, "classes": dataset.classes.to_json(), "split": dataset.slides(), "autoencoder": None}
     monkeypatch.setattr(generate.run, "load_model", lambda *_: content)
     monkeypatch.setattr(generate, "make_painter", lambda *_: Spy())     # grey: 127.5
+    (tmp_path / "none").touch()
     generate.main(["--method", "inpaint", "--model", str(tmp_path / "none"), "--data", str(tmp_path / "data"), "--cache",
                    str(tmp_path / "cache"), "--patch", "64", "--count", "8", "--out", str(tmp_path / "out"), "--device",
                    "cpu", "--grain" if grain else "--no-grain"])

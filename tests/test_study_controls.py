@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
 def make(folder, method, *flags):
     """The synthetic folder of generate.py --method `method` with six images."""
     out = folder / f"{method}{''.join(flags)}"
-    assert generate.main(["--method", method, "--data", str(folder / "phantom"), "--out", str(out), "--cache",
-                          str(folder / "cache"), "--count", "6", "--sampling", "subtype", *flags]) == 0
+    assert not generate.main(["--method", method, "--data", str(folder / "phantom"), "--out", str(out), "--cache",
+                          str(folder / "cache"), "--count", "6", "--sampling", "subtype", *flags])
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
     read = {kind: [np.array(Image.open(out / kind / f"{k:06d}.png")) for k in range(6)]
             for kind in ("images", "masks", "instances")}
