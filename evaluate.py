@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from her2 import (draw, draw_charts, report, report_images, report_staining, run,
-                  run_distributed, run_training)
+from her2 import draw, draw_charts, report, report_images, report_staining, run, run_distributed, run_training
 from her2.data_classes import ClassTable, csv_text
 from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
@@ -54,9 +53,16 @@ WORST, CELL = 4, 320        # ROIs in worst.png, and pixels a side there
 
 
 def main(argv):
-    config, folders, synthetic_folders = parse(argv)
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
+    config, names, synthetic_folders = configuration.parse(
+        Config, PRESETS, argv, __doc__, "evaluate.py", {
+            "runs": dict(nargs="*", default=["runs/seg"], metavar="RUN",
+                         help="run folders of train_seg.py [runs/seg]"),
+            "--synthetic": dict(nargs="+", default=[], metavar="DIR",
+                                help="folders made by generate.py, for Fig. 4 and their staining")})
+    check_tiles(config.tile, config.overlap)
+    each = {path.resolve(): path for path in configuration.named_paths(names)}
+    folders = list(each.values())
+    device, precision = run_training.pick_device(config.device, config.amp)
 
     # ---- 1 runs and data: may these be compared at all? ----------------------------------------------------
     runs = [read_run(folder) for folder in folders]
@@ -76,8 +82,8 @@ def main(argv):
             predict(one, dataset, config, device, precision)
             run_distributed.rank() or write_metrics(one, key)
         if one.whole("test").report()["dice"] < 0.05:       # a failed run among good ones ruins every mean
-            notes.append(f"{one.folder} finds hardly any tumor: its training failed or was too short, see its "
-                         "curves.png")
+            notes.append(f"{one.folder} finds hardly any tumor: its training failed or was too short, see "
+                         "its curves.png")
 
     # ---- 3 report: tables and figures, by one process ------------------------------------------------------
     if run_distributed.rank():
@@ -110,19 +116,6 @@ def main(argv):
     print(report.plain([{title: row[title] for title in row if not title.endswith(("threshold", "FPR"))}
                         for row in report.arm_table(study)]))
     print(f"\ndone: {out / 'report.md'}, {out / 'results.json'}")
-
-
-def parse(argv):
-    """(configuration, run folders, synthetic folders) of the command line."""
-    config, names, synthetic = configuration.parse(
-        Config, PRESETS, argv, __doc__, "evaluate.py", {
-            "runs": dict(nargs="*", default=["runs/seg"], metavar="RUN",
-                         help="run folders of train_seg.py [runs/seg]"),
-            "--synthetic": dict(nargs="+", default=[], metavar="DIR",
-                                help="folders made by generate.py, for Fig. 4 and their staining")})
-    check_tiles(config.tile, config.overlap)
-    folders = {path.resolve(): path for path in configuration.named_paths(names)}       # each of them once
-    return config, list(folders.values()), synthetic
 
 
 # ---- runs and data -----------------------------------------------------------------------------------------

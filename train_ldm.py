@@ -35,11 +35,11 @@ from her2.run_seeds import generator
 
 
 def train_autoencoder(config, argv) -> None:
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
+    device, precision = run_training.pick_device(config.device, config.amp)
     model, disc = run_setup.autoencoder_gan(config, device)
     dataset, sampler = run_setup.training_data(config)
-    perceptual = run_training.frozen_loss(net_perceptual.LPIPS, config.lpips, device)
+    perceptual = net_perceptual.LPIPS().to(device) if config.lpips else None
+    run_training.load_official(perceptual, config.lpips)
     last_layer = model.decoder.conv_out.weight      # where the pulls of both losses are compared
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))
@@ -144,8 +144,7 @@ def train_autoencoder(config, argv) -> None:
 
 
 def train_diffusion(config, argv) -> None:
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
+    device, precision = run_training.pick_device(config.device, config.amp)
     content = run.load_model(config.autoencoder, "autoencoder", config.data)
     autoencoder = run.build_model(VQAutoencoder, content, config.autoencoder).requires_grad_(False).to(device)
     dataset, sampler = run_setup.training_data(config)
@@ -324,16 +323,14 @@ def main(argv):
     parser = configuration.Parser(prog="train_ldm.py", add_help=False)
     parser.add_argument("--stage", choices=tuple(STAGES))
     known, rest = parser.parse_known_args(argv)
-    if known.stage:
-        fields, presets, train = STAGES[known.stage]
-        prog = f"train_ldm.py --stage {known.stage}"
-        return train(configuration.parse(fields, presets, rest, __doc__, prog), argv)
-    more = "each stage has more flags: add --stage autoencoder or --stage diffusion"
-    parser = configuration.Parser(more, prog="train_ldm.py", description=f"{__doc__ or ''}\nHere {more}.")
-    configuration.add_fields(parser, Common, {})
-    common = vars(parser.parse_args(rest))          # only what was given: a preset stands above a default
-    for fields, presets, train in STAGES.values():
-        train(configuration.build(fields, presets, common), argv)
+    if not known.stage:
+        more = "each stage has more flags: add --stage autoencoder or --stage diffusion"
+        parser = configuration.Parser(more, prog="train_ldm.py", description=f"{__doc__ or ''}\nHere {more}.")
+        configuration.add_fields(parser, Common, {})
+        parser.parse_args(rest)                     # only what both stages understand
+    for stage in [known.stage] if known.stage else STAGES:
+        fields, presets, train = STAGES[stage]
+        train(configuration.parse(fields, presets, rest, __doc__, f"train_ldm.py --stage {stage}"), argv)
 
 
 if __name__ == "__main__":

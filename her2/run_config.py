@@ -71,29 +71,6 @@ def add_fields(parser, cls, presets: dict) -> None:
         parser.add_argument("--" + name.replace("_", "-"), default=None, help=text, **form)
 
 
-def check_ranges(config) -> None:
-    """A number outside its range (or NaN) is a UserError that names the flag and the range."""
-    for name, value in vars(config).items():
-        low, high = RANGES.get(name, (-math.inf, math.inf))
-        if type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')}: found {value}; "
-                            f"give a number between {low:g} and {high:g}")
-
-
-def build(cls, presets: dict, given: dict):
-    """The configuration: the dataclass's defaults, then the preset, then the flags that were given. What a
-    trained network or a synthetic set that it names was made with stands above the preset: a network is used
-    on its own data, with their split, and at its own size."""
-    preset = presets and presets[given.get("preset") or cls.preset]     # attributes: a dataclass's defaults
-    given = {name: value for name, value in given.items() if value is not None}
-    config = cls(**{**preset, **given})
-    source = next(filter(None, (getattr(config, name, "") for name in SOURCES)), None)
-    if source and hasattr(config, "split_seed"):
-        config = cls(**{**preset, **trained_with(source, config), **given})
-    check_ranges(config)
-    return config
-
-
 def say_done(config, script: str, *flags) -> None:
     """Print that a run is done and the command that goes on: `flags`, a free --out, what `config` chose."""
     words, name = [*flags], Path(config.out).name.removeprefix("synth-")
@@ -105,15 +82,26 @@ def say_done(config, script: str, *flags) -> None:
 
 
 def parse(cls, presets: dict, argv, description: str, prog: str, more=None):
-    """`argv` -> an instance of the dataclass `cls`. UserError for anything that is wrong in it. `more`: what
-    is no field, {name or --flag: keywords of add_argument}; then (instance, *their values)."""
+    """`argv` -> an instance of the dataclass `cls`; UserError for anything that is wrong. What a network or a
+    synthetic set that it names was made with stands between preset and flags: a network is used on its own
+    data, with their split, and at its own size. `more`: what is no field, {name or --flag: keywords of
+    add_argument}; then (instance, *their values)."""
     parser = Parser(prog=prog, description=inspect.cleandoc(description or ""))  # None under -OO
     for name, form in (more or {}).items():
         parser.add_argument(name, **form)
     add_fields(parser, cls, presets)
-    given = vars(parser.parse_args(argv))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     values = [given.pop(name.lstrip("-")) for name in more or ()]
-    config = build(cls, presets, given)
+    preset = presets and presets[given.get("preset", cls.preset)]       # attributes: a dataclass's defaults
+    config = cls(**{**preset, **given})
+    source = next(filter(None, (getattr(config, name, "") for name in SOURCES)), None)
+    if source and hasattr(config, "split_seed"):
+        config = cls(**{**preset, **trained_with(source, config), **given})
+    for name, value in vars(config).items():
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        if type(value) in (int, float) and not low <= value <= high:        # NaN fails too
+            raise UserError(f"--{name.replace('_', '-')}: found {value}; "
+                            f"give a number between {low:g} and {high:g}")
     return (config, *values) if more else config
 
 
@@ -145,7 +133,7 @@ class Patches(Machine):
     """The fields of what draws patches from training slides."""
     data: str = ""                  # dataset folder; empty: the phantom of this preset, made on first use
     preset: Literal["tiny", "small", "paper"] = "tiny"  # sizes for minutes of CPU, a small study, the paper
-    seed: int = 0                   # decides the initial weights, the batches, noise and augmentation
+    seed: int = 0                   # decides all that is random: weights, patches, noise, new subtypes
     split_seed: int = 0             # decides the split of slides when slides.csv has none
     patch: int = 64                 # side of a patch in pixels; a multiple of 32 suits every network
     sampling: Literal["tumor", "subtype", "uniform"] = "subtype"  # where patches are centred: any tumor

@@ -226,7 +226,6 @@ def main(argv):
     if failed:
         raise UserError(f"{'; '.join(failed)}; all that does not need this is complete, repair the cause and "
                         "run the same command again")
-    return 0
 
 
 if __name__ == "__main__":

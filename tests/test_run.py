@@ -62,7 +62,7 @@ def test_every_field_has_its_help(capsys):
 
 def test_preset_with_an_unknown_key_is_a_defect():
     with pytest.raises(TypeError, match="stepz"):
-        configuration.build(Config, {"tiny": {"stepz": 1}}, {})
+        configuration.parse(Config, {"tiny": {"stepz": 1}}, [], "", "tool")
 
 
 def test_run_folder_belongs_to_one_configuration(tmp_path):
