@@ -40,7 +40,6 @@ from her2.samplers import image_noise, sample, spaced_timesteps
 @dataclass
 class Config(configuration.Patches):    # data, patch, uniform, device and what else scripts share
     out: str = ""                   # folder of the synthetic dataset; empty: data/synth-METHOD
-    seed: int = 0                   # decides the patches, the new subtypes and the noise
     method: Literal["gan", "ldm", "inpaint", "oracle", "fresh", "restain", "reconstruct"] = "ldm"  # what
                                     # paints: a generative model, or a control of her2/study_controls.py
     model: str = ""                 # its run folder; empty: runs/gan, runs/vq for reconstruct, else runs/ldm
@@ -80,8 +79,7 @@ def main(argv):
     if config.model and config.method not in KIND:
         raise UserError(f"--model: --method {config.method} paints without a network; leave --model out")
     config.relabel &= config.method != "reconstruct"        # what it shows, the autoencoder does not change
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
+    device, precision = run_training.pick_device(config.device, config.amp)
 
     # ---- 1 who paints, and from which tissue ---------------------------------------------------------------
     content = run.load_model(config.model, KIND[config.method], config.data) if config.method in KIND else {}

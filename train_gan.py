@@ -28,13 +28,15 @@ from her2.run_seeds import generator
 from her2.spade import recalibrated, reparameterize
 
 
-def train(config, argv) -> None:
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
+def main(argv) -> None:
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_gan.py")
+    run_training.check_patch(config, "the generator doubles")
+    device, precision = run_training.pick_device(config.device, config.amp)
     dataset, sampler = run_setup.training_data(config)
     num_classes = len(dataset.classes)
     net, encoder, disc = run_setup.spade_gan(config, num_classes, device)
-    perceptual = run_training.frozen_loss(net_perceptual.VGG19Loss, config.vgg, device)
+    perceptual = net_perceptual.VGG19Loss().to(device) if config.vgg else None
+    run_training.load_official(perceptual, config.vgg)
     # Two rates (TTUR, Heusel et al. 2017): the gradient of G is only as good as a D that knows what G paints
     # now. With the larger steps D keeps up with a G that moves slowly, at one step of each per iteration.
     optimizer = torch.optim.Adam([*net.parameters(), *encoder.parameters()], lr=config.lr, betas=(0.0, 0.9))
@@ -172,12 +174,6 @@ PRESETS = {
     "tiny": {}, "small": dict(steps=900, lr=2e-4, disc_lr=4e-4, ema=0.998, log_every=50, save_every=450),
     "paper": dict(steps=200_000, batch=16, patch=512, width=64, hidden=128, z_dim=256, lr=5e-6, disc_lr=2e-5,
                   ema=0.999, log_every=100, save_every=5000, workers=8)}
-
-
-def main(argv):
-    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_gan.py")
-    run_training.check_patch(config, "the generator doubles")
-    train(config, argv)
 
 
 if __name__ == "__main__":

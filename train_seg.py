@@ -30,9 +30,13 @@ from her2.data_patches import MixedSampler, iterate_rois
 from her2.segmenter import predict_roi
 
 
-def train(config, argv) -> None:
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
+def main(argv) -> None:
+    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
+    run_training.check_patch(config, "the network halves")
+    if config.init and config.encoder_weights != "none":
+        raise UserError("--init and --encoder-weights both name initial weights; "
+                        "beside --init give --encoder-weights none")
+    device, precision = run_training.pick_device(config.device, config.amp)
     dataset, sampler, synthetic = open_data(config)
     is_tumor = torch.zeros(256, dtype=torch.long)
     is_tumor[dataset.classes.tumor_ids] = 1         # class id -> 0 background, 1 tumor
@@ -170,15 +174,6 @@ PRESETS = {
     "tiny": {}, "small": dict(steps=2400, warmup=100, save_every=1200, log_every=50),
     "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000,
                   save_every=2000, log_every=100, encoder_weights="imagenet", workers=8)}
-
-
-def main(argv):
-    config = configuration.parse(Config, PRESETS, argv, __doc__, "train_seg.py")
-    run_training.check_patch(config, "the network halves")
-    if config.init and config.encoder_weights != "none":
-        raise UserError("--init and --encoder-weights both name initial weights; "
-                        "beside --init give --encoder-weights none")
-    train(config, argv)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def main(argv):
                            uniform=fields.get("uniform", 0.0))
     held_out = [sampler.draw(numpy_generator(0, "audit", j))[:3] for j in range(HELD_OUT)]
     found, where, normal, kept = audit(pictures, held_out, train, dataset.classes, patch,
-                                       pick_device(config.device), inpainted, config.cache)
+                                       pick_device(config.device)[0], inpainted, config.cache)
 
     # "higher": a value that was measured, so that no more than the share asked for lies above it.
     threshold = float(np.quantile(normal, 1 - FALSE_ALARM, method="higher"))

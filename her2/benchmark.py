@@ -234,16 +234,17 @@ def measure(config, folder, device):
 
 def main(argv):
     config = configuration.parse(Config, {}, argv, __doc__, "python -m her2.benchmark")
-    device = run_training.pick_device(config.device)
+    device, precision = run_training.pick_device(config.device, config.amp)
     earlier = run.read_json(config.against) if config.against else {"rows": {}}
     if not isinstance(earlier, dict) or not isinstance(earlier.get("rows"), dict):
         raise UserError(f"{config.against}: was not written by her2.benchmark --out; give such a file")
     on_gpu = device.type == "cuda"
+    made = run_provenance.versions()
     settings = {"machine": torch.cuda.get_device_name() if on_gpu
                 else torch.cpu.get_capabilities().get("cpu_name", "CPU"),
                 "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(device),
-                "precision": str(run_training.Precision(device, config.amp)), "preset": config.preset,
-                "git": run_provenance.git_commit(), **run_provenance.versions()}
+                "precision": str(precision), "preset": config.preset,
+                "git": made["git"], **made["versions"]}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     rows = {}
     if config.preset != "paper" or on_gpu:          # a CPU would need days for it

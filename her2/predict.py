@@ -70,8 +70,7 @@ def main(argv):
     check_tiles(config.tile, config.overlap)
     images = find_images(names, config.out)
 
-    device = run_training.pick_device(config.device)
-    precision = run_training.Precision(device, config.amp)
+    device, precision = run_training.pick_device(config.device, config.amp)
     content, model = run.load_model(config.model, "segmenter"), run.model_file(config.model)
     network = run.build_model(UNet, content, config.model, device)
     out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv],

@@ -28,8 +28,7 @@ import torch
 from her2 import run_distributed
 from her2.data_classes import parse_json, read_text
 from her2.run_errors import UserError, atomic_write, one_line, script_line
-from her2.run_provenance import (REMEDY, differences, git_commit, in_short, model_file, read_record,
-                                 versions)
+from her2.run_provenance import REMEDY, differences, in_short, model_file, read_record, versions
 
 try:
     import fcntl
@@ -73,7 +72,7 @@ def open_run(script: str, config, device, command, inputs=None, free=("out", "wo
         content = check_same_run(folder, script, fields, inputs, free, longer)
     else:
         content = {"script": script, "fields": fields, "cwd": os.getcwd(), "command": list(command),
-                   "device": str(device), "git": git_commit(), "versions": versions(), "inputs": inputs}
+                   "device": str(device), **versions(), "inputs": inputs}
     if first:
         if content:
             write_json(path, content)

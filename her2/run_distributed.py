@@ -42,8 +42,7 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device, count = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
         if device.index >= count:
-            raise UserError(f"--nproc-per-node: torch sees {count} CUDA devices; give that many, "
-                            "or --device cpu")
+            raise UserError(f"--nproc-per-node: found {count} CUDA devices; give that many, or --device cpu")
         torch.cuda.set_device(device)
     store, number, size = next(dist.rendezvous("env://"))
     # The others wait while process 0 looks at whole ROIs; a process that died is noticed by torchrun.
@@ -80,11 +79,7 @@ def in_turn():
 
 def any_of_all(flag: bool) -> bool:
     """True everywhere where one process says True."""
-    if world() == 1:
-        return flag
-    found = torch.tensor([int(flag)])       # on the CPU: no GPU waits for it
-    dist.all_reduce(found)
-    return bool(found)
+    return flag if world() == 1 else bool(total(torch.tensor([int(flag)])))      # CPU: no GPU waits for it
 
 
 def gather_objects(value) -> list:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from her2.data_classes import parse_json, read_text
 from her2.data_folder import Dataset
-from her2.run_errors import UserError, atomic_write, say
+from her2.run_distributed import rank
+from her2.run_errors import ROOT, UserError, atomic_write
 
 REMEDY = "restore or remove the file"
 FILES = ("autoencoder", "model", "init", "vgg", "lpips")      # fields that name a file or a run
@@ -86,7 +88,8 @@ def input_hashes(config, data: Dataset, synthetic: Dataset = None) -> dict:
     files = {name: model_file(getattr(config, name)) for name in FILES if getattr(config, name, "")}
     for source in [*(getattr(config, name) for name in files), *([synthetic.root] if synthetic else [])]:
         for line in changed_since(source, data, config.cache):
-            say(f"warning: {line}")
+            if not rank():      # not by say(), which says one line a run: that would silence a later error
+                print(f"warning: {line}", file=sys.stderr)
     return {**{name: data_hashes(one, config.cache) for name, one in sets.items()},
             **{name: {file.name: file_hash(file)} for name, file in files.items()}}
 
@@ -139,8 +142,7 @@ def trained_with(path, config) -> dict:
         found["data"] = locate(folder)
         if not found["data"]:
             named = fields.get("data") or "no config.json beside it"
-            raise UserError(f"{path}: the data that it was made with are not found ({named}); say where they "
-                            "are with --data")
+            raise UserError(f"{path}: the data it was made with are not found ({named}); give --data")
     return found
 
 
@@ -155,16 +157,10 @@ def changed_since(path, dataset: Dataset, cache="cache") -> list[str]:
             "train it again"] if changes else []
 
 
-def git_commit() -> str:
-    """The commit of this code, '+' when the working tree differs from it; 'unknown' outside a repository."""
-    line = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(line, cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def versions() -> dict:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "pillow": PIL.__version__}
+    """Of this code (its commit, '+' when the working tree differs from it) and of what it runs on."""
+    line, git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"], "unknown"
+    with suppress(OSError, subprocess.CalledProcessError):              # outside a repository
+        git = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return {"git": git, "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                     "numpy": np.__version__, "pillow": PIL.__version__}}

@@ -19,15 +19,6 @@ from her2.data_patches import loader
 from her2.run_errors import Stopped, UserError, asked_to_stop, one_line
 
 
-def pick_device(name: str) -> torch.device:
-    """'auto': the GPU when there is one, under torchrun this process's own. UserError for 'cuda' without."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; "
-                        "use --device cpu, or install a CUDA build of torch")
-    gpu = name != "cpu" and torch.cuda.is_available()
-    return run_distributed.start(torch.device("cuda" if gpu else "cpu"))
-
-
 class Precision:
     """Mixed precision: the forward pass in half precision where that is fast, weights and losses in float32.
     `amp` = auto: bf16 where the hardware is built for it, else fp16 on a GPU and nothing on a CPU. CPUs with
@@ -55,6 +46,16 @@ class Precision:
 
     def __str__(self):
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+
+def pick_device(name: str, amp: str = "off"):
+    """(device, its Precision). 'auto': the GPU where there is one, under torchrun this process's own."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; "
+                        "use --device cpu, or install a CUDA build of torch")
+    gpu = name != "cpu" and torch.cuda.is_available()
+    device = run_distributed.start(torch.device("cuda" if gpu else "cpu"))
+    return device, Precision(device, amp)
 
 
 class EMA:
@@ -130,15 +131,6 @@ def refuse_leak(content: dict, dataset, path) -> None:
                         "validation or test; train it on this dataset with this --split-seed")
 
 
-def frozen_loss(cls, path: str, device):
-    """The perceptual loss `cls` with the weights in `path`; None for no path, UserError when they misfit."""
-    if not path:
-        return None
-    network = cls()
-    load_official(network, path)
-    return network.to(device)
-
-
 def to_device(image: torch.Tensor, device) -> torch.Tensor:
     """Images (B, C, H, W) to `device`, channels last; from pinned memory without waiting for the copy."""
     return image.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -164,8 +156,7 @@ def compile_parts(config, *parts: torch.nn.Module) -> None:
     try:
         torch.compile(lambda x: x.relu() + 1, backend=BACKEND)(torch.ones(8))
     except (RuntimeError, ImportError, OSError) as error:
-        raise UserError(f"--compile: torch.compile does not work here ({one_line(error)[:160]}); leave it out"
-                        ) from None
+        raise UserError(f"--compile: does not work here ({one_line(error)[:160]}); leave it out") from None
     # The compiler cannot look into the exchange of sums. (A decorator would load it at the start of every
     # command, more than a second.)
     norm = run_distributed.BatchNormOfAll

@@ -314,7 +314,7 @@ def test_what_only_moved_is_accepted_finished_or_half_done(trained):
     assert Path("gan/model.pt").read_bytes() == bits
     status, _, err = run_line(["generate.py", "--method", "gan", "--model", "gan", "--count", "1",
                                "--out", "s"])
-    assert status == 2 and DATA in err and "say where they are with --data" in err
+    assert status == 2 and DATA in err and "give --data" in err
     succeed("generate.py", "--method", "gan", "--model", "gan", "--count", 1, "--out", "s", "--data",
             "new place")
     # Moved and changed is another configuration, and both places are named.
