@@ -18,9 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from her2 import lessons_diffusion as noise
-from her2 import lessons_networks as networks
-from her2 import lessons_tissue as tissue
+from her2 import lessons_diffusion as noise, lessons_networks as networks, lessons_tissue as tissue
 from her2.draw import image_grid, save_png
 from her2.lessons_forks import forks
 from her2.run_config import Parser

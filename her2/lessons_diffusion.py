@@ -1,8 +1,4 @@
-"""Lessons of Saturday noon: noise, the way back, inpainting, latents, the denoiser (see `lessons`).
-
-Where a trained denoiser would stand, here is an exact one: for a mixture of Gaussians the mean of x0 given xt
-has a closed form. Latents are (B, D, 1, 1): samplers do not know that these are no pictures.
-"""
+"""Lessons of Saturday noon: noise, the way back, inpainting, latents, the denoiser (see `lessons`)."""
 
 import math
 
@@ -25,7 +21,8 @@ SCHEDULE = Schedule(zero_terminal_snr=True, parametrisation="v")        # as tra
 
 
 class Mixture:
-    """Equal parts of N(mean_k, std^2 I), means (K, D), as data; `predict(xt, t)` is the perfect network.
+    """Equal parts of N(mean_k, std^2 I), means (K, D), as data; `predict(xt, t)` is the perfect network, in
+    closed form. Latents are (B, D, 1, 1): samplers do not know that these are no pictures.
 
         xt given k   N(sqrt(ab) mean_k, var I),  var = ab std^2 + 1 - ab          ab = alpha_bar at t
         x0 given xt  sum over k of p(k | xt) (mean_k + sqrt(ab) std^2 / var (xt - sqrt(ab) mean_k))"""

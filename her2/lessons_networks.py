@@ -1,7 +1,4 @@
-"""Lessons about networks, their seeds, their losses, and how they are measured (see `lessons`).
-
-The networks have random weights: what is asked is what their structure can see and pass on.
-"""
+"""Lessons about networks (with random weights), their seeds, losses and measures (see `lessons`)."""
 
 import numpy as np
 import torch
@@ -183,8 +180,8 @@ def losses():
     mistake is dearer: tumor half found, or half as much again?
     Answer: {missed[0]:.3f} for half found, {excess[0]:.3f} for half too much; soft Dice, which is a = b =
     0.5, has {missed[1]:.3f} and {excess[1]:.3f}."""
-    def tversky(logits, target, a=0.3, b=0.7):
-        hit, predicted, volume = (sums[1] for sums in class_sums(logits.log_softmax(1), target))
+    def tversky(log_prob, target, a=0.3, b=0.7):
+        hit, predicted, volume = (sums[1] for sums in class_sums(log_prob, target))
         return 1 - hit / (hit + a * (predicted - hit) + b * (volume - hit) + 1e-6)
 
     def logits_of(target, prob):    # probability `prob` of the true class, everywhere
@@ -193,19 +190,18 @@ def losses():
     def area(columns, width=100):   # (1, 40, 100), the left columns are tumor
         return (torch.arange(width) < columns).long().expand(1, 40, width)
 
-    kinds = {"soft Dice": lambda logits, target: soft_dice_loss(logits.log_softmax(1), target),
-             "generalised": lambda logits, target: generalised_dice_loss(logits.log_softmax(1), target),
-             "cross-entropy": F.cross_entropy}
+    kinds = {"soft Dice": soft_dice_loss, "generalised": generalised_dice_loss, "cross-entropy": F.nll_loss}
     q, charts, pull = torch.linspace(0.02, 0.98, 49), [], []
     for name, target in (("small, 1 %", area(1)), ("large, 50 %", area(50)), ("absent", area(0))):
-        curves = {kind: (q.numpy(), [float(loss(logits_of(target, one), target)) for one in q])
+        answers = [logits_of(target, one).log_softmax(1) for one in q]
+        curves = {kind: (q.numpy(), [float(loss(one, target)) for one in answers])
                   for kind, loss in kinds.items()}
         charts.append(plot(curves, name, "probability q of the truth", y_range=(0, 2)))
         logits = logits_of(target, torch.tensor(0.5)).requires_grad_(True)
-        [gradient] = torch.autograd.grad(kinds["soft Dice"](logits, target), logits)
+        [gradient] = torch.autograd.grad(soft_dice_loss(logits.log_softmax(1), target), logits)
         pull.append(gradient[0, 1, 0, 0].abs().item())
-    missed, excess = ([loss(logits_of(area(columns), torch.tensor(1 - 1e-6)), area(40)).item()
-                       for loss in (tversky, kinds["soft Dice"])] for columns in (20, 60))
+    wrong = (logits_of(area(columns), torch.tensor(1 - 1e-6)).log_softmax(1) for columns in (20, 60))
+    missed, excess = ([loss(one, area(40)).item() for loss in (tversky, soft_dice_loss)] for one in wrong)
     return [charts], {"small": pull[0] / pull[1], "missed": missed, "excess": excess, "tversky": tversky}
 
 

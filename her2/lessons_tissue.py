@@ -137,9 +137,8 @@ def stains():
     glass = np.full((8, 8, 3), 220.0)
     seen, mended = ([jitter(glass, k, one).mean() for k in range(20)] for one in (255.0, 220.0))
     return [dyes, [("jitter in density", one) for one in density], [("in RGB", one) for one in rgb]], {
-        "residual": residual(image).mean(), "density": np.mean([residual(one).mean() for one in density]),
-        "rgb": np.mean([residual(one).mean() for one in rgb]), "low": min(seen), "high": max(seen),
-        "mended": np.mean(mended)}
+        "residual": residual(image).mean(), "density": np.mean([*map(residual, density)]),
+        "rgb": np.mean([*map(residual, rgb)]), "low": min(seen), "high": max(seen), "mended": np.mean(mended)}
 
 
 def polygons():

@@ -31,8 +31,7 @@ from her2.phantom_tissue import draw_style, lay_out
 
 RECIPE = 1         # counts changes of what a seed looks like: older folders are then not "the same"
 LEVEL0 = 0.242     # um per pixel of the scanner, in which QuPath keeps its coordinates
-SUBTYPE_CLASS = (1, 2, 3, 4)   # class ids of the subtypes 0..3
-IN_SITU_CLASS = 5
+SUBTYPE_CLASS, IN_SITU_CLASS = (1, 2, 3, 4), 5    # class ids of the subtypes 0..3, and of LCIS/DCIS
 
 # Shares of the subtypes on a slide of score 0, 1+, 2+, 3+, and how much of the area is tumor there.
 MIX = ((0.62, 0.28, 0.10, 0.00), (0.06, 0.70, 0.20, 0.04), (0.02, 0.12, 0.68, 0.18), (0.01, 0.03, 0.10, 0.86))
@@ -115,10 +114,7 @@ def _row(preset: Preset, slide: int, roi: int) -> dict:
 
 
 def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True) -> Path:
-    """Write the phantom to the folder `out`, or finish it, or find it complete; returns the folder.
-    UserError when `out` holds anything else."""
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    """Write, finish or find the phantom in the folder `out`, and return it; UserError if it holds another."""
     out, size, path = Path(out), PRESETS[preset], Path(out, "phantom.json")
     settings = {"preset": preset, "seed": seed, "recipe": RECIPE, **asdict(size)}
     begun, done = (json.dumps({"complete": complete, **settings}, indent=1) for complete in (False, True))
@@ -148,15 +144,14 @@ def make_phantom(out, preset: str = "tiny", seed: int = 0, progress: bool = True
     return out
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     parser = Parser(prog="python -m her2.phantom", description=(__doc__ or "").split("\n\n")[0])
     sizes = ", ".join(f"{name}: {'-'.join(map(str, one.slides))} slides x {one.rois} ROIs of {one.size} px "
                       f"at {one.um_per_px} um" for name, one in PRESETS.items())
     parser.add_argument("--out", default=str(Path("data", "phantom")), help="dataset folder [%(default)s]")
-    parser.add_argument("--preset", default="tiny", help=f"{sizes} [%(default)s]")
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help=f"{sizes} [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other slides [%(default)s]")
     make_phantom(**vars(parser.parse_args(argv)))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The cells of every kind of tissue: where they lie, how large their nuclei are, how they are stained.
 
-A cell is one record of the table CELL. Its body is the region nearer to it than to any other cell, at most
-`reach` away (a Voronoi cell with a cap: free borders come out scalloped, as of real nests), and within the
-outline of its site. Nests are filled by a jittered hexagonal lattice, walls of ducts by layers along it.
+A cell is a record of CELL. Its body is the region nearer to it than to any other cell, at most `reach` away
+(a Voronoi cell with a cap: free borders come out scalloped, as of real nests), within its site's outline.
 
 HER2 staining of a tumor cell has three parts, all by subtype: the strength of the membrane, the share of it
 that is stained at all (incomplete = 1+), and the cytoplasm. PAPER: no numbers exist for these; they were
@@ -98,8 +97,15 @@ def _apart(points, least: float) -> np.ndarray:
     return points
 
 
-def epithelium(site, style, rng) -> np.ndarray:
-    """CELL records of one site: its cells, then the nuclei of the flat ones around it."""
+def site_cells(site, style, rng) -> np.ndarray:
+    """CELL records of any kind of site: cells with a body, then nuclei without one (reach 0)."""
+    if site.kind == "vessel":
+        return spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
+    if site.kind == "lymphocytes":                                    # they have hardly a body to draw
+        points = hexagons(site.x, site.y, site.star.radii.max(), 7.4, 0.5, rng)
+        # Dense in the middle, ragged at the rim.
+        inside = -site.star.distance(*points.T) / (0.6 * site.radius)
+        return round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)
     kind, star, layers = EPITHELIUM[site.kind], site.star, []           # each layer: (n, 3) x, y, direction
     pitch = kind.pitch * style.nucleus_size * np.exp(0.05 * rng.standard_normal())
     if site.kind in ("duct", "acinus", "dcis"):
@@ -141,11 +147,16 @@ def epithelium(site, style, rng) -> np.ndarray:
         cells["open"] = np.clip(rng.normal(0.35, 0.2, n), 0, 1)         # nucleoli of normal glands are small
         if rng.random() < 0.2:  # normal epithelium may carry a faint membrane of its own
             cells["membrane"], cells["complete"] = 0.14, 0.6
-    if kind.lining is None:
-        return cells
-    flat = star.ring(*kind.lining, rng)
-    flat = flat[rng.random(len(flat)) < 0.75]                     # gaps: the plane of the section misses some
-    return np.concatenate([cells, spindles(flat, style, rng)])
+    parts = [cells]
+    if kind.lining:
+        flat = star.ring(*kind.lining, rng)
+        flat = flat[rng.random(len(flat)) < 0.75]                 # gaps: the plane of the section misses some
+        parts.append(spindles(flat, style, rng))
+    if site.debris:
+        x, y, radius = site.holes[0]
+        points = (x, y) + rng.normal(0, radius * 0.4, (int(radius ** 2 / 22), 2))
+        parts.append(round_nuclei(points, 1.1, style, rng, 1.2))
+    return np.concatenate(parts)
 
 
 def _stain(cells, subtype: int, rng) -> None:
@@ -184,23 +195,6 @@ def round_nuclei(points, radius: float, style, rng, stain: float = 1.45) -> np.n
     nuclei["tilt"] = rng.uniform(0, np.pi, n)
     nuclei["nucleus"] = style.nucleus_stain * stain * np.exp(0.18 * rng.standard_normal(n))
     return nuclei
-
-
-def site_cells(site, style, rng) -> np.ndarray:
-    """CELL records of any kind of site: cells with a body, and nuclei without one (reach 0)."""
-    if site.kind == "vessel":
-        return spindles(site.star.ring(-1.0, 11, rng), style, rng, 2.1)
-    if site.kind == "lymphocytes":                                    # they have hardly a body to draw
-        points = hexagons(site.x, site.y, site.star.radii.max(), 7.4, 0.5, rng)
-        # Dense in the middle, ragged at the rim.
-        inside = -site.star.distance(*points.T) / (0.6 * site.radius)
-        return round_nuclei(points[inside > rng.random(len(points)) ** 2], 2.75, style, rng)
-    cells = epithelium(site, style, rng)
-    if site.debris:
-        x, y, radius = site.holes[0]
-        points = (x, y) + rng.normal(0, radius * 0.4, (int(radius ** 2 / 22), 2))
-        cells = np.concatenate([cells, round_nuclei(points, 1.1, style, rng, 1.2)])
-    return cells
 
 
 def stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng) -> np.ndarray:

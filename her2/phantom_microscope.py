@@ -19,7 +19,7 @@ import numpy as np
 
 from her2.run_seeds import numpy_generator
 from her2.stains import DAB, HAEMATOXYLIN, compose, stain_matrix
-from her2.phantom_textures import ramp, turned
+from her2.phantom_textures import bilinear, ramp, smooth, turned
 from her2.phantom_tissue import FAR, MAP_STEP, MARGIN, Scene, fibres
 
 TILE = 512
@@ -67,16 +67,16 @@ def window(scene, um_per_px, top, left, height, width, rng) -> np.ndarray:
 def amounts(scene: Scene, ys, xs) -> tuple[np.ndarray, np.ndarray]:
     """Haematoxylin and DAB on the grid ys x xs (micrometres): two (h, w) float32 arrays."""
     noise, style, ((long, far), (short, near)) = scene.noise, scene.style, WARP
-    warp_x, warp_y = (noise[name].tile(ys, xs, long) * far + noise[name].tile(ys, xs, short) * near
+    warp_x, warp_y = (smooth(noise[name], ys, xs, long) * far + smooth(noise[name], ys, xs, short) * near
                       for name in ("warp_x", "warp_y"))
     x = (xs[None] + warp_x).astype(np.float32)                                          # (h, w)
     y = (ys[:, None] + warp_y).astype(np.float32)
-    fine, grain = noise["fine"].tile(ys, xs, 1.0), noise["grain"].tile(ys, xs, 2.3)
-    patchy = noise["patchy"].tile(ys, xs, 14.0)              # about a cell and a half: what varies in patches
+    fine, grain = smooth(noise["fine"], ys, xs, 1.0), smooth(noise["grain"], ys, xs, 2.3)
+    patchy = smooth(noise["patchy"], ys, xs, 14.0)           # about a cell and a half: what varies in patches
 
     first, second, d1, d2 = _bodies(scene.cells, x, y, ys, xs)          # (h, w) each
     cell = scene.cells[first] if len(scene.cells) else np.zeros(1, scene.cells.dtype)[first]
-    distance = _coarse(scene.distance, x, y).astype(np.float32)                        # (h, w) to a site
+    distance = bilinear(scene.distance, (y + MARGIN) / MAP_STEP, (x + MARGIN) / MAP_STEP).astype(np.float32)
     # A body ends where its cap or the outline of its site does, whichever comes first.
     free = np.minimum(cell["reach"] - d1, CAP + CAP_WAVES * patchy - distance)
     body = ramp(free, EDGE)                                                             # (h, w) in 0..1
@@ -143,11 +143,9 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
     """How much of a nucleus covers each sample, and its haematoxylin: two (h, w) arrays."""
     cover, dye = np.zeros((2, *x.shape), np.float32)
     for group in (scene.cells, scene.nuclei):
-        longest = group["radius"] * np.sqrt(group["ratio"])
-        for k, w in _windows(ys, xs, group["ny"], group["nx"], longest * 1.3 + 1.5):
+        longest = group["radius"] * np.sqrt(group["ratio"])             # 0 in fat, of which none is seen
+        for k, w in _windows(ys, xs, group["ny"], group["nx"], (longest * 1.3 + 1.5) * (longest > 0)):
             c = group[k]
-            if c["radius"] == 0:                                        # fat
-                continue
             long, short = longest[k], c["radius"] / np.sqrt(c["ratio"])
             u, v = turned(x[w] - c["nx"], y[w] - c["ny"], c["tilt"])
             rho = np.hypot(u / long, v / short)                         # 1 on the border of the ellipse
@@ -163,15 +161,6 @@ def _nuclei(scene, x, y, ys, xs, fine, grain):
             dye[w] = np.maximum(dye[w], stain)     # overlapping nuclei do not add up: one lies in the section
             cover[w] = np.maximum(cover[w], alpha)
     return cover, dye
-
-
-def _coarse(grid, x, y) -> np.ndarray:
-    """Bilinear values of a coarse map at points."""
-    j, i = (x + MARGIN) / MAP_STEP, (y + MARGIN) / MAP_STEP
-    j0, i0 = j.astype(np.int32).clip(0, grid.shape[1] - 2), i.astype(np.int32).clip(0, grid.shape[0] - 2)
-    fj, fi = j - j0, i - i0                                                             # shares of the next
-    return ((grid[i0, j0] * (1 - fj) + grid[i0, j0 + 1] * fj) * (1 - fi)
-            + (grid[i0 + 1, j0] * (1 - fj) + grid[i0 + 1, j0 + 1] * fj) * fi)
 
 
 def _stroma(scene, ys, xs, x, y, distance, patchy, grain):
@@ -200,8 +189,8 @@ def cell_of(position) -> np.ndarray:
 def _smears(scene, x, y, ys, xs, fine) -> np.ndarray:
     """Brown that has nothing to do with HER2: smears of chromogen and granules of pigment."""
     dab = np.zeros(x.shape, np.float32)                                 # (h, w)
-    for k, w in _windows(ys, xs, scene.smears[:, 1], scene.smears[:, 0], 2.2 * scene.smears[:, 2]):
-        sx, sy, radius, amount, granular = scene.smears[k]
+    for k, w in _windows(ys, xs, scene.smears[:, 2], scene.smears[:, 1], 2.2 * scene.smears[:, 3]):
+        granular, sx, sy, radius, amount = scene.smears[k]
         spread = np.exp(-((x[w] - sx) ** 2 + (y[w] - sy) ** 2) / (0.6 * radius) ** 2)
         texture = 2.2 * ramp(fine[w] - 1.1, 0.3) if granular else 0.35 * np.exp(0.4 * fine[w])
         dab[w] += amount * spread * texture

@@ -2,7 +2,6 @@
 
 Noise       a periodic grid of independent normal numbers, smoothed: on an axis-aligned tile by the cubic
             B-spline, value(y, x) = sum_i B(y - i) sum_j B(x - j) grid[i, j], at scattered points linearly.
-            Every value is a function of the position alone, so tiles need no common border.
 Star        an outline r(theta) around a centre. Its signed distance is approximated to first order,
                 (rho - r) / sqrt(1 + (r' / r) ** 2),   rho = distance of the point from the centre,
             exact on the outline and good to a few percent within a cell of it.
@@ -12,44 +11,42 @@ All lengths are micrometres. Letters: (h, w) rows and columns of a tile, n point
 
 import numpy as np
 
-PERIOD, ANGLES = 256, 96
+PERIOD, ANGLES = 256, 96                            # sides of a grid of noise, radii of an outline
 THETA = np.arange(ANGLES) * (2 * np.pi / ANGLES)    # directions of an outline's radii
 # Standard deviation of the smoothed field for a grid of variance 1: the integral of the squared kernel of the
 # cubic B-spline and of the linear one, once per axis.
 SPLINE_SD, LINEAR_SD = 151 / 315, 2 / 3
 
 
-class Noise:
-    """A field of mean 0 and variance 1, correlated over about `scale` micrometres."""
+def smooth(grid, ys, xs, scale: float) -> np.ndarray:
+    """A field of mean 0 and variance 1, correlated over about `scale` um, on ys x xs: (h, w) float32."""
+    # Separable: two passes of four rows each instead of sixteen gathers per pixel. Columns first, on the
+    # transposed grid, so that both passes gather whole rows.
+    for positions in (xs, ys):
+        t = np.asarray(positions, dtype=np.float64) / scale
+        i = np.floor(t).astype(np.int64)
+        f = t - i
+        weights = ((1 - f) ** 3 / 6, (3 * f ** 3 - 6 * f ** 2 + 4) / 6,
+                   (-3 * f ** 3 + 3 * f ** 2 + 3 * f + 1) / 6, f ** 3 / 6)          # of rows i - 1 .. i + 2
+        rows = np.ascontiguousarray(grid.T)                             # (PERIOD, PERIOD), then (PERIOD, w)
+        grid = sum(weight.astype(np.float32)[:, None] * rows[(i - 1 + k) % PERIOD]
+                   for k, weight in enumerate(weights))                 # (w, PERIOD), then (h, w)
+    return grid / np.float32(SPLINE_SD)
 
-    def __init__(self, rng: np.random.Generator):
-        self.grid = rng.standard_normal((PERIOD, PERIOD), dtype=np.float32)
 
-    def tile(self, ys, xs, scale: float) -> np.ndarray:
-        """Values on the grid ys x xs (micrometres): (h,), (w,) -> (h, w) float32."""
-        # Separable: two passes of four rows each instead of sixteen gathers per pixel. Columns first, on the
-        # transposed grid, so that both passes gather whole rows.
-        values = self.grid
-        for positions in (xs, ys):
-            t = np.asarray(positions, dtype=np.float64) / scale
-            i = np.floor(t).astype(np.int64)
-            f = t - i
-            weights = ((1 - f) ** 3 / 6, (3 * f ** 3 - 6 * f ** 2 + 4) / 6,
-                       (-3 * f ** 3 + 3 * f ** 2 + 3 * f + 1) / 6, f ** 3 / 6)      # of rows i - 1 .. i + 2
-            rows = np.ascontiguousarray(values.T)                       # (PERIOD, PERIOD), then (PERIOD, w)
-            values = sum(weight.astype(np.float32)[:, None] * rows[(i - 1 + k) % PERIOD]
-                         for k, weight in enumerate(weights))           # (w, PERIOD), then (h, w)
-        return values / np.float32(SPLINE_SD)
+def stretched(grid, y, x, scale_y: float, scale_x: float) -> np.ndarray:
+    """The same law at any points, by two scales: long and thin ones give fibres."""
+    return bilinear(grid, y / scale_y, x / scale_x) / np.float32(LINEAR_SD)
 
-    def at(self, y, x, scale_y: float, scale_x: float) -> np.ndarray:
-        """Values at any points, stretched by two scales: long and thin ones give fibres."""
-        y, x = y / scale_y, x / scale_x
-        i, j = np.floor(y).astype(np.int32), np.floor(x).astype(np.int32)
-        fy, fx = (y - i).astype(np.float32), (x - j).astype(np.float32)
-        i0, j0, i1, j1 = i % PERIOD, j % PERIOD, (i + 1) % PERIOD, (j + 1) % PERIOD
-        low = self.grid[i0, j0] * (1 - fx) + self.grid[i0, j1] * fx
-        high = self.grid[i1, j0] * (1 - fx) + self.grid[i1, j1] * fx
-        return (low * (1 - fy) + high * fy) / np.float32(LINEAR_SD)
+
+def bilinear(grid, y, x) -> np.ndarray:
+    """Values of a periodic grid at any points, in units of its spacing."""
+    i, j = np.floor(y).astype(np.int32), np.floor(x).astype(np.int32)
+    fy, fx = (y - i).astype(np.float32), (x - j).astype(np.float32)     # shares of the next row and column
+    (i0, i1), (j0, j1) = ((k % n, (k + 1) % n) for k, n in zip((i, j), grid.shape))
+    low = grid[i0, j0] * (1 - fx) + grid[i0, j1] * fx
+    high = grid[i1, j0] * (1 - fx) + grid[i1, j1] * fx
+    return low * (1 - fy) + high * fy
 
 
 def ramp(value, width) -> np.ndarray:
@@ -98,8 +95,7 @@ class Star:
         """(n, 2) vertices as a hand would click them: about `spacing` apart, off by `wobble` (normal)."""
         count = max(8, int(2 * np.pi * self.radii.mean() / spacing))
         angle = (np.arange(count) + rng.uniform(-0.3, 0.3, count)) * (2 * np.pi / count)
-        around = np.arange(-ANGLES, 2 * ANGLES) * (2 * np.pi / ANGLES)
-        radius = np.interp(angle, around, np.tile(self.radii, 3))
+        radius = np.interp(angle, np.arange(-ANGLES, 2 * ANGLES) * THETA[1], np.tile(self.radii, 3))
         radius = np.maximum(radius + wobble * rng.standard_normal(count), 1.0)
         return np.stack([self.x + radius * np.cos(angle), self.y + radius * np.sin(angle)], axis=1)
 

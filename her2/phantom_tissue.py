@@ -3,8 +3,7 @@
 Order of events. (1) Sites (tumor nests, ducts, lobules, fat, ...) are placed with a size each, nests close
 to each other, so that they squeeze one another into sheets with septa between them. (2) Each site gets an
 outline: a wobbly ellipse, cut where its neighbours begin. (3) `phantom_cells` fills them. (4) Two coarse maps
-(signed distance to the next site, direction of the fibres) carry the stroma. `phantom_microscope` makes the
-picture of the scene.
+(signed distance to the next site, direction of the fibres) carry the stroma.
 
 Only a tumor site has a HER2 subtype, 0 to 3 (for 0, 1+, 2+, 3+). LCIS/DCIS, a tumor class of its own, has a
 hidden one: it is stained like tumor of its slide, but its label does not tell. Everything else is background,
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from her2.phantom_cells import hollow, site_cells, stroma_nuclei
-from her2.phantom_textures import Noise, Star, ramp, squeeze, turned, wobbly_radii
+from her2.phantom_textures import PERIOD, Star, ramp, smooth, squeeze, stretched, turned, wobbly_radii
 
 MARGIN = 45.0      # tissue is laid out this far beyond the ROI, so that its border cuts through nests
 MAP_STEP = 2.0     # grid of the coarse maps
@@ -88,17 +87,17 @@ class Scene:
     sites: list[Site]
     cells: np.ndarray         # CELL records with a body; their `site` is an index into `sites`
     nuclei: np.ndarray        # CELL records without one; in the stroma `site` is len(sites)
-    smears: np.ndarray        # (n, 5) x, y, radius, DAB, 1 if granular: brown that is no staining
+    smears: np.ndarray        # (n, 5) 1 if granular, x, y, radius, DAB: brown that is no staining
     distance: np.ndarray      # coarse map (rows y, columns x from -MARGIN on): distance to the next site
     owner: np.ndarray         # coarse map: that site, -1 = none within FAR
     edge: tuple | None        # edge of the section: x, y, direction beyond which there is glass
-    noise: dict               # name of FIELDS -> Noise
+    noise: dict               # name of FIELDS -> (PERIOD, PERIOD) normal numbers: one law for the whole ROI
 
 
 def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, duct: bool = False) -> Scene:
     """One ROI of `size` x `size` um. mix: (4,) shares of the subtypes; tumor_share: of the area; first:
     subtype of the first nest, so that a slide shows its own score; duct: whether an LCIS/DCIS is certain."""
-    noise = {name: Noise(rng) for name in FIELDS}                       # one law of texture for the whole ROI
+    noise = {name: rng.standard_normal((PERIOD, PERIOD), dtype=np.float32) for name in FIELDS}
     edge = None
     if rng.random() < 0.22:
         angle, offset = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.25, 0.42)
@@ -119,17 +118,15 @@ def lay_out(style, mix, tumor_share: float, size: float, rng, first: int = 0, du
     # Fibres run around the next site near it, with the flow elsewhere.
     gradient_y, gradient_x = np.gradient(np.where(distance < 14, distance, across))
     angle = np.arctan2(gradient_y, gradient_x) + np.pi / 2              # (n, n)
-    patchy = noise["patchy"].tile(axis, axis, 45.0)
+    patchy = smooth(noise["patchy"], axis, axis, 45.0)
     parts = [*(site_cells(site, style, rng) for site in sites),
              stroma_nuclei(distance, angle, tissue, axis, patchy, style, rng)]
-    for k, part in enumerate(parts):
-        part["site"] = k
     records = np.concatenate(parts)
+    records["site"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     body = records["reach"] > 0
     smears = np.zeros((rng.poisson(10 * (size / 1000) ** 2 + 0.4), 5))
     for row in smears:
-        granular = rng.random() < 0.5
-        row[:] = (*rng.uniform(0, size, 2), rng.uniform(5, 20), rng.uniform(0.2, 0.9), granular)
+        row[:] = rng.random() < 0.5, *rng.uniform(0, size, 2), rng.uniform(5, 20), rng.uniform(0.2, 0.9)
     return Scene(style, sites, records[body], records[~body], smears, distance, owner, edge, noise)
 
 
@@ -223,21 +220,21 @@ def fibres(noise, style, edge, ys, xs, distance, owner) -> tuple[np.ndarray, np.
     (0..1), and the coordinate across their flow, a straight direction bent by slow noise. Streaks are noise
     stretched along the flow, and around a site along its outline; where they and slower noise are low, or
     beyond the edge of the section, glass shows."""
-    bend = (30 * noise["slow"].tile(ys, xs, 100.0) + 10 * noise["patchy"].tile(ys, xs, 37.0)
-            + 3.0 * noise["loose"].tile(ys, xs, 14.0))
+    bend = (30 * smooth(noise["slow"], ys, xs, 100.0) + 10 * smooth(noise["patchy"], ys, xs, 37.0)
+            + 3.0 * smooth(noise["loose"], ys, xs, 14.0))
     along, across = turned(xs[None], ys[:, None], style.flow)
     across = across + bend
-    free = (0.75 * noise["fibre"].at(across, along, 1.9, 16.0)
-            + 0.45 * noise["loose"].at(across, along, 5.0, 55.0)
-            + 0.35 * noise["grain"].at(across, along, 0.9, 14.0))
+    free = (0.75 * stretched(noise["fibre"], across, along, 1.9, 16.0)
+            + 0.45 * stretched(noise["loose"], across, along, 5.0, 55.0)
+            + 0.35 * stretched(noise["grain"], across, along, 0.9, 14.0))
     x_plus_y = xs[None] + ys[:, None]
-    around = (0.6 * noise["fibre"].at(distance, x_plus_y + 40 * owner, 2.0, 30.0)
-              + 0.4 * noise["loose"].at(distance, x_plus_y + 40 * owner, 4.5, 60.0))
+    around = (0.6 * stretched(noise["fibre"], distance, x_plus_y + 40 * owner, 2.0, 30.0)
+              + 0.4 * stretched(noise["loose"], distance, x_plus_y + 40 * owner, 4.5, 60.0))
     ring = ramp(10 - distance, 6)                             # collagen lies around a site within about 10 um
     streaks = free * (1 - ring) + around * ring                                         # (h, w)
-    slow = noise["slow"].tile(ys, xs, 34.0) + 0.45 * noise["patchy"].tile(ys, xs, 14.0)
+    slow = smooth(noise["slow"], ys, xs, 34.0) + 0.45 * smooth(noise["patchy"], ys, xs, 14.0)
     tissue = ramp(0.42 * streaks + 0.85 * slow + 1.25 + 0.5 * ring - style.loose, 0.4)
     if edge:
         beyond, _ = turned(xs[None] - edge[0], ys[:, None] - edge[1], edge[2])
-        tissue = tissue * ramp(-beyond - 9 * noise["patchy"].tile(ys, xs, 14.0), 1.5)
+        tissue = tissue * ramp(-beyond - 9 * smooth(noise["patchy"], ys, xs, 14.0), 1.5)
     return streaks, tissue, across

@@ -1,15 +1,10 @@
 """From polygons to labels and back: exact rasterisation, painter's order, connected components.
 
 Rule. Pixel (row j, column i) covers [i, i+1) x [j, j+1). It belongs to a polygon when its centre (xc, yc) is
-inside by the even-odd rule over all rings. Slow and readable (its twin is what the tests compare with):
+inside by the even-odd rule: a ray from there to the right crosses an odd number of the edges (x1, y1) to
+(x2, y2) of all rings. In exact arithmetic, and as a slow loop in the tests, it crosses those with
 
-    def inside(rings, i, j):
-        xc, yc, odd = i + Fraction(1, 2), j + Fraction(1, 2), False
-        for ring in rings:
-            for (x1, y1), (x2, y2) in zip(ring, ring[1:] + ring[:1]):       # vertices as pairs of Fractions
-                if (y1 > yc) != (y2 > yc) and xc < x1 + (yc - y1) / (y2 - y1) * (x2 - x1):
-                    odd = not odd
-        return odd
+    (y1 > yc) != (y2 > yc)   and   xc < x1 + (yc - y1) / (y2 - y1) * (x2 - x1)
 
 The ray test is half-open: a centre on a left or upper edge is in, on a right or lower edge out. So polygons
 that share an edge share no pixel and leave none out. Drawing libraries colour the outline as well.
@@ -79,8 +74,8 @@ def _flips(rings, height, width):
     edges = np.concatenate([np.zeros((0, 4)), *pairs])                  # (E, 4) x1, y1, x2, y2
     down = edges[:, 1] > edges[:, 3]
     edges[down] = edges[down][:, [2, 3, 0, 1]]                     # y1 <= y2: both directions round alike
-    first = np.clip(np.ceil(edges[:, 1] - 0.5), 0, height).astype(np.int64)   # (E,) rows first <= j < last
-    last = np.clip(np.ceil(edges[:, 3] - 0.5), 0, height).astype(np.int64)    # cross it; level ones: none
+    # (E,) each: rows first <= j < last cross the edge, none a level one.
+    first, last = np.clip(np.ceil(edges[:, [1, 3]] - 0.5), 0, height).astype(np.int64).T
     edges, first, count = edges[last > first], first[last > first], (last - first)[last > first]
     if len(edges) == 0:
         return slice(0, 0), slice(0, 0), np.zeros(0, np.int64)

@@ -12,8 +12,6 @@ does not change.
 Why this balances: new(i) does not depend on the instance, so every class is expected to get the same share
 of all tumor area, whatever the areas and the old classes were. With few instances the shares scatter: n of
 equal area and K classes give 1/K with a deviation of sqrt((1 - 1/K) / (n K)), for 5 classes .08 at n = 25.
-
-Dimension letters: H, W patch.
 """
 
 import torch
@@ -37,8 +35,7 @@ def relabel(label, instance, classes, generator: torch.Generator, relabel_class_
         old = int(label[pixels][0])
         assert (label[pixels] == old).all(), f"instance {i} has more than one class"
         if old in classes.tumor_ids:
-            new = choices[int(torch.randint(len(choices), (), generator=generator))]
-            new_label[pixels] = new
+            new = new_label[pixels] = choices[int(torch.randint(len(choices), (), generator=generator))]
             mapping[i] = (old, new)
     return new_label, mapping
 
@@ -53,5 +50,4 @@ def repaint_mask(instance: torch.Tensor, mapping: dict) -> torch.Tensor:
     """The pixels that inpainting regenerates: bool (H, W), True on every instance of `mapping`."""
     # PAPER: inpainting "modifies the tumor tissue instances". One that drew its old class is repainted like
     # the others: one rule, and no real tumor is left in a synthetic image for its label to be learned from.
-    ids = torch.tensor(sorted(mapping), dtype=instance.dtype, device=instance.device)
-    return torch.isin(instance, ids)                                                   # (H, W)
+    return torch.isin(instance, instance.new_tensor(list(mapping)))                    # (H, W)

@@ -36,11 +36,10 @@ def stain_matrix(haematoxylin=HAEMATOXYLIN, dab=DAB) -> np.ndarray:
 STAINS = stain_matrix()                                                 # (3, 3) rows: dyes, columns: channels
 
 
-def white_point(rgb, percentile: float = 99.0) -> np.ndarray:
+def white_point(rgb) -> np.ndarray:
     """(3,) brightness of glass in an image (..., 3), 0..255: a high percentile per channel."""
-    rgb = np.asarray(rgb)
-    assert rgb.shape[-1] == 3, f"expected (..., 3), found {rgb.shape}"
-    return np.percentile(rgb.reshape(-1, 3), percentile, axis=0).clip(min=1.0)
+    assert np.shape(rgb)[-1] == 3, f"expected (..., 3), found {np.shape(rgb)}"
+    return np.percentile(np.reshape(rgb, (-1, 3)), 99.0, axis=0).clip(min=1.0)
 
 
 def optical_density(rgb, white=255.0) -> np.ndarray:

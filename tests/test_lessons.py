@@ -248,7 +248,7 @@ def test_losses_against_closed_forms():
     assert found["excess"] == pytest.approx([1 - 40 / (40 + 0.3 * 20), 1 / 5], abs=1e-4)
     assert found["small"] > 2
     logits, target = torch.randn(2, 2, 8, 8), torch.randint(2, (2, 8, 8))
-    half = found["tversky"](logits, target, 0.5, 0.5)
+    half = found["tversky"](logits.log_softmax(1), target, 0.5, 0.5)
     assert float(half) == pytest.approx(float(soft_dice_loss(logits.log_softmax(1), target)), abs=1e-4)
 
 
