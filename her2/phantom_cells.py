@@ -149,9 +149,8 @@ def site_cells(site, style, rng) -> np.ndarray:
             cells["membrane"], cells["complete"] = 0.14, 0.6
     parts = [cells]
     if kind.lining:
-        flat = star.ring(*kind.lining, rng)
-        flat = flat[rng.random(len(flat)) < 0.75]                 # gaps: the plane of the section misses some
-        parts.append(spindles(flat, style, rng))
+        flat = star.ring(*kind.lining, rng)                       # gaps: the plane of the section misses some
+        parts.append(spindles(flat[rng.random(len(flat)) < 0.75], style, rng))
     if site.debris:
         x, y, radius = site.holes[0]
         points = (x, y) + rng.normal(0, radius * 0.4, (int(radius ** 2 / 22), 2))
