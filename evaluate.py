@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from her2 import draw, draw_charts, report, report_images, report_staining, run, run_distributed, run_training
 from her2.data_classes import ClassTable, csv_text
-from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
+from her2.data_folder import load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
 from her2.run_provenance import changed_since, data_hashes, file_hash, locate, read_record, trained_with
-from her2.data_regions import class_pixels, open_roi
+from her2.data_mapped import open_region
+from her2.data_regions import open_roi, region_files
 from her2.segmenter import UNet, check_tiles, predict_roi
 
 
@@ -92,7 +93,9 @@ def main(argv):
     results = report.collect(runs)                          # seeds of one configuration become one row
     pictures = report.figures(out, results["configs"], dataset.classes)
     parts = {"train + val": dataset.split("train") + dataset.split("val"), "test": dataset.split("test")}
-    areas = {name: class_pixels(rois, dataset.classes, config.cache) for name, rois in parts.items()}
+    areas = {name: sum(open_region(file).row_counts.sum(axis=1)                # (K,) pixels per class
+                       for file in region_files(rois, dataset.classes, config.cache))
+             for name, rois in parts.items()}
     draw.save_png(out / "fig2.png", draw_charts.distribution(areas, dataset.classes))
     pictures.append(("fig2.png", "Fig. 2 of the paper: shares of the subtypes in the annotated tumor area."))
     if synthetic:
@@ -175,8 +178,7 @@ def read_synthetic(folders, dataset) -> dict:
         if method in found:
             raise UserError(f"{found[method][0].root} and {folder}: both are made by --method {method}; give "
                             "one folder per method")
-        synthetic = load_synthetic(folder)
-        found[method] = (synthetic, check_synthetic(synthetic, dataset))
+        found[method] = load_synthetic(folder, dataset)
     return {method: found[method] for method in report.TITLES if method in found}      # the paper's order
 
 

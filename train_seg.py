@@ -21,7 +21,7 @@ import torch
 
 from her2 import draw, draw_axes, run, run_distributed, run_log, run_setup, run_training
 from her2.data_classes import IGNORE
-from her2.data_folder import check_synthetic, load_synthetic
+from her2.data_folder import load_synthetic
 from her2.run_errors import UserError, command
 from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.net_blocks import kept_buffers
@@ -137,8 +137,8 @@ def open_data(config):
     if not config.synthetic:
         return dataset, sampler, None
     with run_distributed.in_turn():
-        synthetic = load_synthetic(config.synthetic)
-        check_synthetic(synthetic, dataset, same_classes=False)     # no image made from a val or test slide
+        # It refuses images that were made from a val or test slide: they would tell what is asked there.
+        synthetic, _ = load_synthetic(config.synthetic, dataset, same_classes=False)
         return dataset, MixedSampler(sampler, synthetic, config.ratio, config.cache), synthetic
 
 

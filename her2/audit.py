@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from her2 import draw, report, run, run_config as configuration
-from her2.data_folder import check_synthetic, load_dataset, load_synthetic, read_split
+from her2.data_folder import load_dataset, load_synthetic, read_split
 from her2.data_patches import PatchSampler, dihedral
 from her2.data_regions import open_roi
 from her2.run_errors import UserError, command
@@ -169,10 +169,9 @@ def main(argv):
     config, name = configuration.parse(Config, {}, argv, __doc__, "python -m her2.audit", {
         "synthetic": dict(metavar="SYNTH", help="folder made by generate.py")})
     folder = Path(name)
-    synthetic, fields = load_synthetic(folder), read_record(folder)["fields"]
-    dataset = load_dataset(config.data or trained_with(folder, config)["data"],
-                           split=read_split(folder / "split.json"))
-    check_synthetic(synthetic, dataset)
+    fields, split = read_record(folder)["fields"], read_split(folder / "split.json")
+    dataset = load_dataset(config.data or trained_with(folder, config)["data"], split=split)
+    synthetic, _ = load_synthetic(folder, dataset)
     train, inpainted = dataset.split("train"), fields.get("method") == "inpaint"
     sides = {side for roi in synthetic.rois for side in (roi.height, roi.width)}
     patch, most = max(sides), min(min(roi.height, roi.width) for roi in train)

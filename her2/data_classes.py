@@ -202,11 +202,9 @@ def read_text(path, remedy: str) -> str:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.open(io.BytesIO(content)).read(MAX_TEXT)     # a bomb stays a text cut off
         return content.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:                    # the latter two: a damaged gzip file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:    # EOF, zlib: damaged gzip
         why = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{path}: cannot be read ({why}); {remedy}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); {remedy}") from error
 
 
 def csv_text(rows: list, columns=None) -> str:
@@ -229,11 +227,9 @@ def parse_json(text: str, path, remedy: str):
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except ValueError as error:  # JSONDecodeError, a repeated key, a whole number of thousands of digits
-        what = "an empty file" if not text.strip() else f"not JSON ({error})"
-        raise UserError(f"{path}: {one_line(what)}; {remedy}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: brackets nested too deeply to be read; {remedy}") from error
+    except (ValueError, RecursionError) as error:   # the first also for a number of thousands of digits
+        what = "brackets nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
+        raise UserError(f"{path}: {one_line(what) if text.strip() else 'an empty file'}; {remedy}") from error
 
 
 def load_classes(folder) -> ClassTable:

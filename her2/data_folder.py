@@ -5,7 +5,7 @@ business of `data_regions` and `data_patches`. Runs that are compared must share
 on a seed of its own and is written into every run folder (`write_split`).
 
 A synthetic dataset is the same kind of folder with `manifest.jsonl`, one JSON object per image, in which
-`check_synthetic` reads that no synthetic image was made from a validation or test slide:
+`load_synthetic` reads that no synthetic image was made from a validation or test slide:
 
     {"image": "images/00001.png", "source_image": "images/a.png", "source_slide": "A", "x": .., "y": .., ...}
 
@@ -62,27 +62,22 @@ def inspect_dataset(root, seed: int = 0, require=(), split=None) -> tuple[Datase
     rois, problems, notes = read_slides(root)
     classes = load_classes(root)
     if not problems and not any(roi.split for roi in rois):
-        table = _split_table(root, {roi.slide: roi.score for roi in rois}, seed, split, notes)
-        rois = [replace(roi, split=table[roi.slide]) for roi in rois]
+        scores, path = {roi.slide: roi.score for roi in rois}, root / "slides.csv"
+        if split is not None:
+            if unknown := sorted(scores.keys() - split):
+                raise UserError(f"{path}: slide {unknown[0]!r} is not in the split of the other run, so the "
+                                "data have changed; train again, or add a split column")
+        elif (root / "manifest.jsonl").exists():
+            split = dict.fromkeys(scores, "train")      # synthetic images are made for training
+        elif len(scores) < 3:
+            raise UserError(f"{path}: a split needs 3 slides, found {len(scores)}; add more patients' slides")
+        else:
+            notes.append(f"{path}: no split column: {len(scores)} slides are split 60/20/20 from seed {seed}")
+            split = assign_splits(scores, seed)
+        rois = [replace(roi, split=split[roi.slide]) for roi in rois]
     leaks, doubles = double_slides(root, rois) if not problems else ([], [])
     dataset = Dataset(root, classes, rois, notes + doubles)
     return dataset, (problems + leaks) or empty_splits(dataset, require)
-
-
-def _split_table(root, scores, seed, split, notes) -> dict:
-    """{slide: split} for a dataset without a split column; `notes` are appended to."""
-    path = root / "slides.csv"
-    if split is not None:
-        if unknown := sorted(scores.keys() - split):
-            raise UserError(f"{path}: slide {unknown[0]!r} is not in the split of the other run, so the data "
-                            "have changed; train again, or add a split column")
-        return split
-    if (root / "manifest.jsonl").exists():
-        return dict.fromkeys(scores, "train")  # synthetic images are made for training
-    if len(scores) < 3:
-        raise UserError(f"{path}: a split needs 3 slides, found {len(scores)}; add slides of other patients")
-    notes.append(f"{path}: no split column, so {len(scores)} slides are split 60/20/20 from seed {seed}")
-    return assign_splits(scores, seed)
 
 
 def plain_name(slide: str) -> str:
@@ -165,29 +160,25 @@ def read_split(path) -> dict:
     return table
 
 
-def load_synthetic(folder) -> Dataset:
-    """A folder made by generate.py: a dataset whose images are all for training."""
-    dataset = load_dataset(folder, require=("train",))
-    if not (dataset.root / "manifest.jsonl").is_file():
-        raise UserError(f"{dataset.root / 'manifest.jsonl'}: no such file, so nothing tells which slides the "
-                        "images come from; use a folder that generate.py has completed")
-    if set(dataset.slides().values()) != {"train"}:
-        raise UserError(f"{dataset.root / 'slides.csv'}: images in the split val or test; synthetic images "
-                        "are for training only, remove the split column")
-    return dataset
-
-
-def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True) -> dict:
-    """The manifest of `synthetic`, {image: its line}. UserError when an image, or (split.json in the folder)
-    the network that made it, has seen a slide that is not a training slide of `real`.
+def load_synthetic(folder, real: Dataset, same_classes: bool = True) -> tuple[Dataset, dict]:
+    """A folder made by generate.py: (dataset whose images are all for training, its manifest {image: line}).
+    UserError when an image, or (split.json in the folder) the network that made it, has seen a slide that is
+    not a training slide of `real`.
 
     same_classes  whether another class table is refused too"""
+    synthetic = load_dataset(folder, require=("train",))
+    path, entries, keys = synthetic.root / "manifest.jsonl", {}, ("image", "source_image", "source_slide")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so nothing tells which slides the images come from; use a "
+                        "folder that generate.py has completed")
+    if set(synthetic.slides().values()) != {"train"}:
+        raise UserError(f"{synthetic.root / 'slides.csv'}: images in the split val or test; synthetic images "
+                        "are for training only, remove the split column")
     again = generating_command(synthetic.root, "--data", real.root) or "with generate.py"
     remedy = f"delete {synthetic.root} and make the images again: {again}"
     if same_classes and synthetic.classes != real.classes:
         raise UserError(f"{synthetic.root}: has another class table than {real.root}, so its masks mean "
                         f"something else; restore that table, or train the network again, then {remedy}")
-    path, entries, keys = synthetic.root / "manifest.jsonl", {}, ("image", "source_image", "source_slide")
     for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
         if line.strip():
             entry = parse_json(line, f"{path}: line {number}", remedy)
@@ -210,4 +201,4 @@ def check_synthetic(synthetic: Dataset, real: Dataset, same_classes: bool = True
         if split == "train" and slides.get(slide, "train") != "train":
             raise UserError(f"{path}: the generating network was trained on slide {slide}, a "
                             f"{slides[slide]} slide of {real.root}; train it again with the same split")
-    return entries
+    return synthetic, entries

@@ -101,16 +101,13 @@ def _open(path, endings, remedy="save it as an 8-bit RGB PNG, JPEG or TIFF"):
                             f"{MAX_PIXELS // 10**6} million pixels; cut it into regions")
         if kind != wanted:
             raise UserError(f"{path}: a {kind} file that is named {path.suffix}; give it the right ending")
-        if frames != 1 and not (kind == "TIFF" and _is_pyramid(picture)):
+        if kind == "TIFF":      # a page smaller than the first does not count: a pyramid's level, its label
+            (width, height), *others = [page.size for page in ImageSequence.Iterator(picture)]
+            frames = 1 + sum(w >= width or h >= height for w, h in others)
+            picture.seek(0)
+        if frames != 1:
             raise UserError(f"{path}: {frames} frames or pages in one file; save the one that is meant alone")
         yield picture
-
-
-def _is_pyramid(picture) -> bool:
-    """Whether the first page of a TIFF is the image, all others smaller: its levels, label, overview."""
-    (width, height), *others = [page.size for page in ImageSequence.Iterator(picture)]
-    picture.seek(0)
-    return all(w < width and h < height for w, h in others)
 
 
 def _check_upright(path, picture):

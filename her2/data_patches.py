@@ -63,11 +63,6 @@ def dihedral(tensor: torch.Tensor, k: int) -> torch.Tensor:
     return tensor.flip(-1) if k >= 4 else tensor
 
 
-def patches_that_tile(rois, patch: int) -> int:
-    # PAPER: the size that + 50 % ... + 400 % refer to is not defined; ours: as many as cover all pixels once.
-    return sum(math.ceil(roi.height / patch) * math.ceil(roi.width / patch) for roi in rois)
-
-
 class Sampler:
     """What gives random samples: `draw`, `seed`, `flips`, `stain`. A map-style dataset for a DataLoader."""
 
@@ -119,18 +114,14 @@ class PatchSampler(Sampler):
         for problem in empty_splits(dataset, [split]):
             raise UserError(problem)
         self.use(dataset, dataset.split(split), patch, cache)
-        self.num_patches = patches_that_tile(self.rois, patch)
+        # PAPER: the size that + 50 % ... + 400 % refer to is not defined; ours: as many as cover all once.
+        self.num_patches = sum(math.ceil(r.height / patch) * math.ceil(r.width / patch) for r in self.rois)
         # (regions, K): how many pixels of each class; those to be ignored are of none
         counts = np.stack([open_region(file).row_counts.sum(axis=1, dtype=np.int64) for file in self.files])
-        tumor = dataset.classes.tumor_ids
-        self.present = [c for c in tumor if counts[:, c].any()]
+        self.present = [c for c in dataset.classes.tumor_ids if counts[:, c].any()]
         if sampling != "uniform" and not self.present:
             raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
                             f"left out and why: {check_line(dataset.root)})")
-        absent = [dataset.classes.names[c] for c in tumor if c not in self.present]
-        if sampling == "subtype" and absent:
-            print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other tumor "
-                  "classes are sampled uniformly", file=sys.stderr)
         # Groups of classes whose pixels are drawn from alike, and the running sum of these over regions.
         # PAPER: "uniformly across all tumor subtypes": ours are all five tumor classes, LCIS/DCIS among them.
         self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]
@@ -176,8 +167,8 @@ class PatchSampler(Sampler):
 class MixedSampler(Sampler):
     """Patches of `real` and images of `synthetic` (`load_synthetic`), the latter `ratio` times as many.
     `ratio` inf: all images of `synthetic`, and no real patch (section 5 of the paper asks what that gives).
-    Call `check_synthetic` first. Augmentation, patch size and seed are those of `real`. Where `synthetic` has
-    other classes (`cluster`), only tumor or not is kept: its tumor gets the id of the first tumor class."""
+    Augmentation, patch size and seed are those of `real`. Where `synthetic` has other classes (`cluster`),
+    only tumor or not is kept: its tumor gets the id of the first tumor class."""
 
     def __init__(self, real: PatchSampler, synthetic: Dataset, ratio: float, cache="cache"):
         assert ratio > 0, f"ratio is {ratio}, it must be positive; without synthetic images use PatchSampler"

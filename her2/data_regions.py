@@ -28,7 +28,6 @@ from her2.polygons import connected_components, paint
 from her2.data_slides import ROI
 from her2.data_mapped import VERSION, MappedRegion, classes_of, open_region, write_region
 
-
 OUTSIDE = "outside the image"       # why a polygon of a slide is left out in a crop of it
 
 
@@ -171,9 +170,3 @@ def region_files(rois: list[ROI], classes: ClassTable, cache="cache") -> list[Pa
 def open_roi(roi: ROI, classes: ClassTable, cache="cache") -> MappedRegion:
     """The memory-mapped region; decoded only on first use."""
     return open_region(region_file(roi, classes, cache))
-
-
-def class_pixels(rois: list[ROI], classes: ClassTable, cache="cache") -> dict:
-    """{class id: pixels} over all of `rois`."""
-    counts = [open_region(path).row_counts.sum(axis=1) for path in region_files(rois, classes, cache)]
-    return dict(enumerate(sum(counts, np.zeros(len(classes), np.int64)).tolist()))

@@ -170,23 +170,17 @@ def _path_inside(root, text, column) -> Path:
     parts, cell = PurePosixPath(text), f"{column} {text[:200]!r}"
     if parts.is_absolute() or PureWindowsPath(text).drive or ".." in parts.parts:
         raise UserError(f"{cell} is not a path inside the dataset folder; write it relative to slides.csv")
-    path = _spelled_as_on_disk(root, parts)
+    path = root
+    for name in parts.parts:    # names that differ in their Unicode form alone are the same: macOS writes NFD
+        there = os.listdir(path) if os.path.isdir(path) and not os.path.exists(path / name) else []
+        same = [child for child in there if normalize("NFC", child) == normalize("NFC", name)]
+        path /= same[0] if len(same) == 1 else name
     if not os.path.isfile(path):
         raise UserError(f"{cell}: no such file in {root}; correct the path or remove the line")
     # Users link to their own images; a table from elsewhere must not reach what is not in their own tree.
     real, base, home = (Path(os.path.realpath(one)) for one in (path, root, Path.home()))
     if not (real.is_relative_to(base.parent) or real.is_relative_to(home)):
         raise UserError(f"{cell} is a link that leads out of your own files, to {real}; put the file there")
-    return path
-
-
-def _spelled_as_on_disk(root, parts) -> Path:
-    """root/parts, or if there is none, names that differ in their Unicode form alone (macOS writes NFD)."""
-    path = root
-    for name in parts.parts:
-        there = os.listdir(path) if os.path.isdir(path) and not os.path.exists(path / name) else []
-        same = [child for child in there if normalize("NFC", child) == normalize("NFC", name)]
-        path /= same[0] if len(same) == 1 else name
     return path
 
 

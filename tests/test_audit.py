@@ -256,7 +256,7 @@ def test_copies_are_called_near_and_fresh_tissue_is_not(tissue, folder, capsys, 
 
 
 @pytest.mark.parametrize("line, spoil, words", [
-    (["none"], None, ["none", "no such folder"]),
+    (["none"], None, ["none", "No such file"]),
     (["set", "--count", "-1"], None, ["--count"]),
     (["set"], lambda: Path("set/manifest.jsonl").unlink(), ["manifest.jsonl", "no such file"]),
     (["set"], lambda: Path("set/split.json").unlink(), ["split.json"]),

@@ -13,7 +13,7 @@ import generate
 from data_factory import save, write_csv, write_dataset, write_manifest
 from her2 import cluster
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, ClassTable, load_classes
-from her2.data_folder import check_synthetic, load_dataset, load_synthetic
+from her2.data_folder import load_dataset, load_synthetic
 from her2.data_patches import MixedSampler, PatchSampler
 from her2.data_regions import open_roi, read_roi
 from her2.run_errors import UserError
@@ -235,10 +235,10 @@ def test_a_set_with_other_classes_trains_the_segmentation_as_tumor_or_not(tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "synth/manifest.jsonl").read_text().splitlines()]
     asked = [new for line in lines for _, new in line["instances"].values()]
     assert set(asked) == {1, 2}
-    real, synthetic = load_dataset("data"), load_synthetic("synth")
-    check_synthetic(synthetic, real, same_classes=False)
+    real = load_dataset("data")
+    synthetic, _ = load_synthetic("synth", real, same_classes=False)
     with pytest.raises(UserError, match="another class table"):
-        check_synthetic(synthetic, real)
+        load_synthetic("synth", real)
     sampler = MixedSampler(PatchSampler(real, "train", 32), synthetic, math.inf)
     assert "only tumor or not is used" in capsys.readouterr().err
     for k in range(12):
@@ -247,4 +247,4 @@ def test_a_set_with_other_classes_trains_the_segmentation_as_tumor_or_not(tmp_pa
         assert (label == (mask > 0)).all() and label.shape == (32, 32)
     write_manifest("synth", [(line["image"], line["source_image"], "s3") for line in lines])
     with pytest.raises(UserError, match="s3"):
-        check_synthetic(load_synthetic("synth"), real, same_classes=False)
+        load_synthetic("synth", real, same_classes=False)

@@ -367,8 +367,8 @@ def test_coco_details(read):
 
 @pytest.mark.parametrize("content, what", [
     (b"", "empty file"), (b"\n \r\n", "empty file"), (b"\xef\xbb\xbf", "empty file"),
-    (b"\xff\xfe{\x00", "not UTF-8"), (b"caf\xe9|2+|{}", "not UTF-8"),
-    (b"\x89PNG\r\n\x1a\n\x00", "not UTF-8"), (b"hello", "no known format"),
+    (b"\xff\xfe{\x00", "'utf-8' codec"), (b"caf\xe9|2+|{}", "'utf-8' codec"),
+    (b"\x89PNG\r\n\x1a\n\x00", "'utf-8' codec"), (b"hello", "no known format"),
     (b"slide,class,x,y\n", "no known format"), (b"s|2+\n", "line 1 is"), (b"s|2+|\n", "line 1 is"), (b's|a|b|{"x1":1}\n', "line 1 is"),
     (b's|2+|{"x1":1,"y1":2,"x2', "line 1 is damaged"), (b"[" * 200_000, "too deep"), (b"{}", "no known format"),
     (b'{"a":' * 200_000, "too deep"), (b'{"type": "Polygon", "coordinates": []}', "no known format"),

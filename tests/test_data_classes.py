@@ -118,7 +118,7 @@ def test_a_broken_table_names_file_and_remedy(obj, what, tmp_path):
 
 @pytest.mark.parametrize("content, what", [
     (b"", "empty"), (b" \r\n", "empty"), (b"[{", "not JSON"), (b'[{"id": 0, "id": 1}]', "twice"),
-    (b"\xff\xfe[\x00]\x00", "not UTF-8"), (b"[" * 100_000, "deep"), (b"9" * 5000, "not JSON"),
+    (b"\xff\xfe[\x00]\x00", "'utf-8' codec"), (b"[" * 100_000, "deep"), (b"9" * 5000, "not JSON"),
 ])
 def test_a_file_that_is_no_json(content, what, tmp_path):
     (tmp_path / "classes.json").write_bytes(content)

@@ -12,11 +12,11 @@ import torch
 from data_factory import memory_dataset, rectangles, save, write_csv, write_dataset, write_manifest
 from her2 import data_regions, data_mapped
 from her2.data_classes import DEFAULT_CLASSES
-from her2.data_folder import (check_synthetic, empty_splits, inspect_dataset, load_dataset, load_synthetic,
+from her2.data_folder import (empty_splits, inspect_dataset, load_dataset, load_synthetic,
                           read_split, write_split)
 from her2.run_errors import UserError
 from her2.data_images import read_image
-from her2.data_regions import class_pixels, open_roi, read_roi, region_file
+from her2.data_regions import open_roi, read_roi, region_file
 from her2.data_patches import SAMPLINGS, MixedSampler, PatchSampler, iterate_rois
 from her2.data_slides import SPLITS, assign_splits
 
@@ -191,7 +191,7 @@ def test_random_damage_to_the_text_files_is_one_line_or_harmless(tmp_path):
     write_split(folder / "split.json", real)
 
     def use_synthetic():
-        check_synthetic(load_synthetic(folder), real)
+        load_synthetic(folder, real)
 
     rng, refused = np.random.default_rng(3), Counter()
     for path, use in ((tmp_path / "real/slides.csv", lambda: load_dataset(tmp_path / "real")),
@@ -237,8 +237,8 @@ def test_polygons_land_where_x_y_and_downsample_say(tmp_path):
     expected[5:25, 10:30], expected[10:15, 15:20], expected[5:30, 40:50] = 3, 0, 5
     assert np.array_equal(label, expected)
     assert np.array_equal(instance, (expected == 3) * 1 + (expected == 5) * 3)
-    assert class_pixels(dataset.rois, dataset.classes, tmp_path / "cache") == {
-        0: 1500 - 375 - 250, 1: 0, 2: 0, 3: 375, 4: 0, 5: 250}
+    counts = open_roi(dataset.rois[0], dataset.classes, tmp_path / "cache").row_counts.sum(axis=1)
+    assert counts.tolist() == [1500 - 375 - 250, 0, 0, 375, 0, 250]
 
 
 def test_masks_with_and_without_instances(tmp_path):
@@ -391,14 +391,15 @@ def test_synthetic_images_must_come_from_training_slides(tmp_path):
     write_dataset(tmp_path / "real", slides=8)              # s0, s1, s4, s5 train; s2, s6 val; s3, s7 test
     real = load_dataset(tmp_path / "real")
     good = ("images/roi0.png", "s0")
-    synthetic = load_synthetic(synthetic_folder(tmp_path, [good, ("images/roi5.png", "s5")]))
+    folder = synthetic_folder(tmp_path, [good, ("images/roi5.png", "s5")])
+    synthetic, entries = load_synthetic(folder, real)
     assert {roi.split for roi in synthetic.rois} == {"train"}
-    check_synthetic(synthetic, real)
+    assert entries.keys() == {roi.name for roi in synthetic.rois}
     for bad, words in ((("images/roi2.png", "s2"), r"slide s2, no training slide of .* \(val\)"),
                        (("images/roi7.png", "s7"), r"\(test\)"),
                        (("images/roi7.png", "s0"), "not in it"), (("images/other.png", "s0"), "not in it")):
         with pytest.raises(UserError, match=words):
-            check_synthetic(load_synthetic(synthetic_folder(tmp_path, [good, good, bad])), real)
+            load_synthetic(synthetic_folder(tmp_path, [good, good, bad]), real)
 
     folder = synthetic_folder(tmp_path, [good])
     lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
@@ -407,10 +408,10 @@ def test_synthetic_images_must_come_from_training_slides(tmp_path):
                         ("\n".join([*lines[:2], '{"image": "images/roi2.png"}', lines[3]]), "line 3 has no")):
         (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=words):
-            check_synthetic(load_synthetic(folder), real)
+            load_synthetic(folder, real)
     (folder / "manifest.jsonl").unlink()
     with pytest.raises(UserError, match="manifest.jsonl"):
-        load_synthetic(folder)
+        load_synthetic(folder, real)
 
 
 def test_the_generating_network_must_not_have_seen_held_out_slides(tmp_path):
@@ -419,18 +420,19 @@ def test_the_generating_network_must_not_have_seen_held_out_slides(tmp_path):
     real = load_dataset(tmp_path / "real")
     folder = synthetic_folder(tmp_path, [("images/roi0.png", "s0")])
     write_split(folder / "split.json", real)
-    check_synthetic(load_synthetic(folder), real)
+    load_synthetic(folder, real)
     (folder / "split.json").write_text(json.dumps({"slides": {**real.slides(), "s3": "train"}}),
                                        encoding="utf-8")
     with pytest.raises(UserError, match="trained on slide s3, a test slide"):
-        check_synthetic(load_synthetic(folder), real)
+        load_synthetic(folder, real)
 
 
 def test_a_synthetic_folder_with_held_out_images_is_refused(tmp_path):
+    write_dataset(tmp_path / "real", slides=8)
     folder = synthetic_folder(tmp_path, [("images/roi0.png", "s0")])
     write_dataset(folder, slides=4)                             # with a split column that has val and test
     with pytest.raises(UserError, match="synthetic images are for training only"):
-        load_synthetic(folder)
+        load_synthetic(folder, load_dataset(tmp_path / "real"))
 
 
 def test_no_pixel_of_a_held_out_slide_reaches_training(tmp_path):
@@ -443,12 +445,12 @@ def test_no_pixel_of_a_held_out_slide_reaches_training(tmp_path):
         save(tmp_path / row["mask"], rectangles(40, 60, (5,) if tainted else (1, 2, 3, 4)))
     dataset = load_dataset(tmp_path)
     folder = synthetic_folder(tmp_path, [("images/roi0.png", "s0")], count=40)
-    for roi in load_synthetic(folder).rois:
+    for roi in load_synthetic(folder, dataset)[0].rois:
         save(roi.image, rng.integers(0, 200, (40, 60, 3)).astype(np.uint8))
         save(roi.mask, rectangles(40, 60, (1, 2, 3, 4)))
     for sampling in SAMPLINGS:
         real = PatchSampler(dataset, "train", 24, sampling, cache=tmp_path / "cache")
-        mixed = MixedSampler(real, load_synthetic(folder), 1.0, cache=tmp_path / "cache")
+        mixed = MixedSampler(real, load_synthetic(folder, dataset)[0], 1.0, cache=tmp_path / "cache")
         for sampler in (real, mixed):
             for step in range(20):
                 batch = sampler.batch(step, 16)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import generate
 from her2 import phantom, report_staining, study_controls
-from her2.data_folder import check_synthetic, load_dataset, load_synthetic
+from her2.data_folder import load_dataset, load_synthetic
 from her2.data_patches import PatchSampler
 from her2.data_regions import read_roi
 from her2.phantom_microscope import render, window
@@ -91,7 +91,7 @@ def test_oracle_and_restain_have_the_labels_of_a_generator(folder):
     assert same == [{key: line[key] for key in same[0]} for line in second]
     assert all((a == b).all() for a, b in zip(oracle["masks"], restain["masks"]))
     dataset = load_dataset(folder / "phantom")
-    check_synthetic(load_synthetic(folder / "oracle"), dataset)
+    load_synthetic(folder / "oracle", dataset)
     for line, image, mask in zip(second, restain["images"], restain["masks"]):
         source = np.array(Image.open(folder / "phantom" / line["source_image"]))
         patch = source[line["y"]:line["y"] + 64, line["x"]:line["x"] + 64]
@@ -158,7 +158,7 @@ def test_fresh_tissue_has_its_label_where_its_tumor_is(folder):
 def test_fresh_tissue_is_of_slides_that_no_folder_has(folder):
     out, lines, read = make(folder, "fresh")
     dataset = load_dataset(folder / "phantom")
-    check_synthetic(load_synthetic(out), dataset)
+    load_synthetic(out, dataset)
     assert {line["source_slide"] for line in lines}.isdisjoint(dataset.slides())
     assert any((mask > 0).any() for mask in read["masks"])
     for mask, instance in zip(read["masks"], read["instances"]):
@@ -166,7 +166,7 @@ def test_fresh_tissue_is_of_slides_that_no_folder_has(folder):
     (folder / "phantom" / "phantom.json").rename(folder / "hidden.json")
     try:
         with pytest.raises(UserError, match="new tissue"):
-            check_synthetic(load_synthetic(out), load_dataset(folder / "phantom"))
+            load_synthetic(out, load_dataset(folder / "phantom"))
         with pytest.raises(UserError, match="is no phantom"):
             make(folder, "oracle", "--seed", "3")
     finally:
@@ -181,7 +181,8 @@ def test_a_control_without_a_network_takes_no_model(folder):
 def test_densities_by_old_and_new_subtype(folder, monkeypatch):
     """Every instance of the manifest that is large enough, in the cell of its two subtypes, by a plain loop."""
     out, lines, read = make(folder, "restain", "--seed", "2")
-    dataset, synthetic = load_dataset(folder / "phantom"), load_synthetic(out)
+    dataset = load_dataset(folder / "phantom")
+    synthetic, _ = load_synthetic(out, dataset)
     entries = {line["image"]: line for line in lines}
     white = report_staining.median_white(dataset.split("train"), dataset.classes, folder / "cache")
     records = report_staining.measure({"restained": synthetic.rois}, dataset.classes, white, folder / "cache")
