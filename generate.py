@@ -165,7 +165,7 @@ def main(argv):
         for i in missing:
             k, name = i - first, f"{i:06d}.png"
             draw.save_png(folder / "images" / name, draw.to_uint8(painted[k]))
-            draw.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8), classes.palette())
+            draw.save_png(folder / "masks" / name, label[k].numpy().astype(np.uint8), classes.colors)
             draw.save_png(folder / "instances" / name, instance[k].numpy().astype(np.uint16))
 
     # ---- 6 what makes a dataset of these files -------------------------------------------------------------

@@ -234,7 +234,7 @@ def write_dataset(folder, dataset, table, files, class_of) -> None:
             raise UserError(f"{roi.image}: {instance.max()} instances, too many for a 16-bit PNG; cut it up")
         mask, numbers = (f"{kind}/{roi.name.removesuffix('.png')}.png" for kind in ("masks", "instances"))
         atomic_write(folder / roi.name, roi.image.read_bytes())
-        draw.save_png(folder / mask, new[instance], palette=table.palette())
+        draw.save_png(folder / mask, new[instance], palette=table.colors)
         draw.save_png(folder / numbers, instance)
         rows.append({"image": roi.name, "mask": mask, "instances": numbers, "slide": roi.slide,
                      "score": roi.score, "split": roi.split})

@@ -41,8 +41,8 @@ class Survey:
     """One region, decoded: what it holds, how it looks, and its picture. UserError as `read_roi`."""
 
     def __init__(self, roi: ROI, classes):
-        image, label, instance = read_roi(roi, classes)
-        polygons, class_ids, left_out = read_polygons(roi, classes)
+        polygons, class_ids, left_out = annotations = read_polygons(roi, classes)
+        image, label, instance = read_roi(roi, classes, annotations)
         count, sizes = len(classes), np.bincount(instance.reshape(-1))
         ids = np.flatnonzero(sizes[1:]) + 1
         self.roi, self.content = roi, content_key(image)

@@ -77,12 +77,10 @@ class ClassTable:
             raise ValueError('no class is tumor; at least one must have "tumor": true')
         if len(set(c.color for c in self.classes)) < len(ids):
             raise ValueError("two classes have the same color; give each its own")
+        if odd := [c.name for c in self.classes if c.variance and not c.tumor]:
+            raise ValueError(f'class {odd[0]!r} has "variance": true but is no tumor')
         colors = [c.color for c in self.classes] + [IGNORE_COLOR] * (256 - len(ids))
         self.colors = np.array(colors, np.uint8)
-
-        for c in self.classes:
-            if c.variance and not c.tumor:
-                raise ValueError(f'class {c.id} ({c.name!r}) has "variance": true but is no tumor')
         self.aliases, self._ids = dict(aliases), {}                     # _ids: normal form of a name -> id
         for name, class_id in [*zip(self.names, ids), *aliases]:
             if not normal_form(name) or class_id not in (*ids, IGNORE):
@@ -98,10 +96,6 @@ class ClassTable:
 
     def __eq__(self, other) -> bool:
         return isinstance(other, ClassTable) and self._meaning == other._meaning
-
-    def palette(self) -> list[int]:
-        """The colors as one flat list, for a Pillow image of mode 'P' (`image.putpalette`)."""
-        return self.colors.reshape(-1).tolist()                         # Pillow asks for 768 numbers
 
     def id_of(self, name: str) -> int:
         """The id of the class of this name or alias, or IGNORE. KeyError when there is none."""

@@ -13,6 +13,7 @@ and what is refused. Source: the files that these programs write; the paper (sec
 
 import re
 from collections import Counter
+from functools import lru_cache
 from xml.etree import ElementTree
 
 import numpy as np
@@ -27,6 +28,8 @@ DETECTED = "(not an annotation)"
 GEOJSON_OTHERS = (None, "Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
 ASAP_POLYGONS = ("Polygon", "Spline", "Rectangle")   # a spline's control points are taken as corners
 ASAP_OTHERS = ("Dot", "PointSet", "Measurement", "None")
+# One file may be that of many images (COCO): it is parsed for the first of them alone.
+parse_once = lru_cache(maxsize=1)(parse_json)
 DECIMAL = re.compile(r"\s*[+-]?[0-9]+([.,][0-9]*)?([eE][+-]?[0-9]+)?\s*")   # a comma in some locales
 
 
@@ -36,7 +39,7 @@ def read_file(path, image=None) -> Found:
     cross themselves, lie partly outside the image and have any number of points."""
     found, text = Found(path), read_text(path, REMEDY)
     start = text.lstrip().partition("\n")[0]
-    obj = parse_json(text, path, REMEDY) if start.startswith(("{", "[")) else None
+    obj = parse_once(text, path, REMEDY) if start.startswith(("{", "[")) else None
     first = obj[0] if isinstance(obj, list) and obj else obj
     keys = first if isinstance(first, dict) else {}
     with found.part("the file"):

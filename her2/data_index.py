@@ -8,6 +8,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +29,15 @@ ANNOTATIONS = [".geojson", ".json", ".xml", ".txt", ".csv"]
 ADDED = re.compile(r"[ ._-]+(masks?|labels?|labelmap|seg(mentation)?|gt|annotations?|instances?)$", re.I)
 
 
-def stem(name: str) -> str:
-    """A file name without its endings, double ones too (.geojson.gz, .ome.tif, .png.json); Unicode form C."""
-    known = "|".join(ending[1:] for ending in [*ENDINGS, *ANNOTATIONS, ".gz", ".ome"])
-    return re.sub(rf"(\.({known}))+$", "", unicodedata.normalize("NFC", name), flags=re.I)
-
-
 def files_by_stem(folder, endings, images=None) -> dict:
-    """{stem: [files]} of one folder, {} if there is none, without hidden files and other endings. A stem that
+    """{stem: [files]} of one folder, {} if there is none, without hidden files and other endings. A stem is a
+    name without its endings, double ones too (.geojson.gz, .ome.tif, .png.json), in Unicode form C; one that
     is none of `images` loses what programs add to it ("a_mask" belongs to "a")."""
+    known = "|".join(ending[1:] for ending in [*ENDINGS, *ANNOTATIONS, ".gz", ".ome"])
     found = defaultdict(list)
     for path in sorted(folder.glob("[!.]*")):
         if path.is_file() and path.name.lower().removesuffix(".gz").endswith(tuple(endings)):
-            name = stem(path.name)
+            name = re.sub(rf"(\.({known}))+$", "", unicodedata.normalize("NFC", path.name), flags=re.I)
             found[name if images is None or name in images else ADDED.sub("", name)].append(path)
     return dict(found)
 
@@ -62,9 +59,13 @@ def index(root, slide_pattern: str) -> int:
              "instances": files_by_stem(root / "instances", LOSSLESS, images)}
     if len(files["annotations"]) == 1 and not files["annotations"].keys() & images:     # one file for all?
         [[path, *_]] = files["annotations"].values()
-        shared = {name: [path] for name in images if names_image(path, images[name][0])}
+        shared = {}
+        for name in images:     # those that the file says it is of, alone or among others (COCO, text)
+            with suppress(UserError):
+                if read_file(path, images[name][0]).about[0] is not None:
+                    shared[name] = [path]
         files["annotations"] = shared or files["annotations"]
-    problems, rows = [], []
+    problems, rows = [], {}
     for name in images:
         row = {column: found[name] for column, found in files.items() if name in found}
         match = pattern.search(name)
@@ -77,21 +78,20 @@ def index(root, slide_pattern: str) -> int:
             ("annotations" in row and "mask" in row, f"{name} has a mask and annotations; keep one of them"),
             (not slide, f"--slide-pattern {slide_pattern!r} finds no slide in {name!r}; give one that does, "
              "or rename the file")) if wrong]
-        rows.append({column: paths[0].relative_to(root).as_posix() for column, paths in row.items()})
-        rows[-1]["slide"] = slide
+        rows[name] = {column: paths[0].relative_to(root).as_posix() for column, paths in row.items()}
+        rows[name]["slide"] = slide
     if not rows:
         problems = [f"{root}: no image has a partner of the same stem in masks/ or annotations/; rename them"]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    atomic_write(table_path, csv_text(rows, [*files, "slide"]))
-    used = {root / cell for row in rows for cell in row.values()}
-    lonely = [path for found in files.values() for paths in found.values() for path in paths
-              if path not in used]
+    atomic_write(table_path, csv_text(rows.values(), [*files, "slide"]))
+    lonely = [path for found in files.values() for name, paths in found.items() if name not in rows
+              for path in paths]
     for path in lonely:
         print(f"no partner: {path}")
-    slides = sorted({row["slide"] for row in rows})
+    slides = sorted({row["slide"] for row in rows.values()})
     print(f"{table_path}: {len(rows)} images of {len(slides)} slides ({', '.join(slides[:6])}"
           f"{', ...' * (len(slides) > 6)}), {len(lonely)} files without a partner left out")
     print("Are these the slides? The split rests on them; if not, remove the file and give --slide-pattern. "
@@ -103,14 +103,6 @@ def refuse_existing(path) -> None:
     if path.exists():
         raise UserError(f"{path}: exists already and is never overwritten; rename it, and copy into the new "
                         "one what was right")
-
-
-def names_image(path, image) -> bool:
-    """Whether an annotation file says that it is of this image, alone or among others (COCO, EXACT text)."""
-    try:
-        return read_file(path, image).about[0] is not None
-    except UserError:
-        return False
 
 
 def draft_classes(root) -> None:

@@ -31,15 +31,16 @@ from her2.data_mapped import VERSION, MappedRegion, classes_of, open_region, wri
 OUTSIDE = "outside the image"       # why a polygon of a slide is left out in a crop of it
 
 
-def read_roi(roi: ROI, classes: ClassTable):
-    """Decode one region: image (H, W, 3) uint8, label (H, W) uint8, instance (H, W) int32."""
+def read_roi(roi: ROI, classes: ClassTable, annotations=None):
+    """Decode one region: image (H, W, 3) uint8, label (H, W) uint8, instance (H, W) int32. `annotations`:
+    what `read_polygons` gave for it, where that was asked already."""
     image = read_image(roi.image)
     if image.shape[:2] != (roi.height, roi.width):
         raise UserError(f"{roi.image}: changed while it was used; start again")
     if roi.mask is not None:
         label, instance = _read_mask_and_instances(roi, classes)
     else:
-        polygons, class_ids, _ = read_polygons(roi, classes)
+        polygons, class_ids, _ = annotations or read_polygons(roi, classes)
         label, instance = paint([p.rings for p in polygons], class_ids, roi.height, roi.width)
     return image, label, instance
 

@@ -122,7 +122,7 @@ class Canvas:
 
 def save_png(path, image: np.ndarray, palette=None) -> None:
     """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W), as PNG: whole or not at all.
-    `palette`, a flat list r, g, b, r, g, b, ..., shows a uint8 label map in colour while the stored values
+    `palette`, (256, 3) uint8 as ClassTable.colors, shows a uint8 label map in colour while the stored values
     stay the class ids. Instance ids go to 16 bit; above 65535 is an error."""
     if image.dtype in (np.int32, np.int64):
         assert 0 <= image.min() and image.max() <= 65535, f"ids {image.min()}..{image.max()}: not 16 bit"
@@ -130,7 +130,7 @@ def save_png(path, image: np.ndarray, palette=None) -> None:
     assert image.dtype in (np.uint8, np.uint16), f"a PNG holds uint8 or uint16, found {image.dtype}"
     picture = Image.fromarray(image)
     if palette is not None:
-        picture.putpalette(palette)
+        picture.putpalette(palette.tobytes())
     atomic_write(path, lambda file: picture.save(file, format="PNG"))
 
 

@@ -139,7 +139,7 @@ def predict(image, paths, network, config, precision, device) -> dict:
                 for outer, *holes in outlines(prob >= config.threshold, corners=False)]
     polygons = [rings for rings in polygons if polygon_area(rings) >= config.min_area]
     label, instance = paint(polygons, [1] * len(polygons), height, width)               # (H, W) each
-    draw.save_png(paths["masks"], label, TISSUE.palette())
+    draw.save_png(paths["masks"], label, TISSUE.colors)
     small = draw.fit(pixels, min(OVERLAY, max(height, width)))
     few = Image.fromarray(label).resize(small.shape[1::-1], Image.Resampling.NEAREST)   # ids are not averaged
     draw.save_png(paths["overlays"], draw.outline(small, np.array(few), TISSUE, width=2))

@@ -19,7 +19,8 @@ def test_the_default_is_the_papers():
     assert table.tumor_ids == [1, 2, 3, 4, 5] and table.variance_ids == [1, 2, 3, 4]
     assert [c.id for c in table.classes] == list(range(6))
     assert table.colors.shape == (256, 3) and table.colors.dtype == np.uint8
-    assert table.palette()[:18] == [v for c in table.classes for v in c.color] and len(table.palette()) == 768
+    assert [tuple(color) for color in table.colors[:6].tolist()] == [c.color for c in table.classes]
+    assert table.colors.shape == (256, 3)
 
 
 @pytest.mark.parametrize("class_id, names", [

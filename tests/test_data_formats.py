@@ -18,7 +18,7 @@ from her2 import data, data_images, data_regions
 from her2.data_classes import DEFAULT_CLASSES, IGNORE, load_classes
 from her2.data_folder import inspect_dataset, load_dataset
 from her2.data_formats import read_file
-from her2.data_index import stem
+from her2.data_index import ANNOTATIONS, ENDINGS, files_by_stem
 from her2.data_regions import in_threads, read_roi, region_files
 from her2.data_slides import read_slides
 from her2.run_errors import UserError, command
@@ -215,8 +215,9 @@ def test_names_that_differ_in_their_unicode_form_alone(tmp_path):
     ("a.png", "a"), ("a.ome.tif", "a"), ("a.geojson.gz", "a"), ("a.png.json", "a"), ("a.b.xml", "a.b"),
     ("a.JPG", "a"), (unicodedata.normalize("NFD", "ü.png"), "ü"), ("a 2.5x.png", "a 2.5x"),
 ])
-def test_the_stem_has_no_ending(name, expected):
-    assert stem(name) == expected
+def test_the_stem_has_no_ending(name, expected, tmp_path):
+    (tmp_path / name).touch()
+    assert [*files_by_stem(tmp_path, [*ENDINGS, *ANNOTATIONS])] == [expected]
 
 
 @pytest.mark.parametrize("added", ["", "_mask", "-labels", "_Mask", ".mask", " masks", "-labelmap", "_gt",

@@ -207,7 +207,7 @@ def test_relabelling_and_inpainting_leave_it_alone():
 
 def test_masks_with_it_are_written_shown_and_read_again(tmp_path):
     label = half_ignored()
-    draw.save_png(tmp_path / "mask.png", label, palette=DEFAULT_CLASSES.palette())
+    draw.save_png(tmp_path / "mask.png", label, palette=DEFAULT_CLASSES.colors)
     with Image.open(tmp_path / "mask.png") as picture:
         assert np.array_equal(np.array(picture), label)
         shown = np.array(picture.convert("RGB"))

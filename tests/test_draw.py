@@ -44,7 +44,7 @@ def test_png_gives_back_what_was_saved(tmp_path, array, mode):
 
 def test_a_label_map_keeps_its_ids_under_the_palette(tmp_path):
     label = np.array([[0, 1, 2], [3, 4, 5]], np.uint8)
-    draw.save_png(tmp_path / "mask.png", label, palette=DEFAULT_CLASSES.palette())
+    draw.save_png(tmp_path / "mask.png", label, palette=DEFAULT_CLASSES.colors)
     with Image.open(tmp_path / "mask.png") as image:
         assert image.mode == "P" and np.array_equal(np.array(image), label)
         assert np.array_equal(np.array(image.convert("RGB")), DEFAULT_CLASSES.colors[label])

@@ -519,7 +519,7 @@ ODD = {
 def save_palette(path):
     picture = Image.open(path)
     picture.load()
-    picture.putpalette(DEFAULT_CLASSES.palette())
+    picture.putpalette(DEFAULT_CLASSES.colors.tobytes())
     picture.save(path)
 
 
