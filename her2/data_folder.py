@@ -70,7 +70,8 @@ def inspect_dataset(root, seed: int = 0, require=(), split=None) -> tuple[Datase
         elif (root / "manifest.jsonl").exists():
             split = dict.fromkeys(scores, "train")      # synthetic images are made for training
         elif len(scores) < 3:
-            raise UserError(f"{path}: a split needs 3 slides, found {len(scores)}; add more patients' slides")
+            raise UserError(f"{path}: a split needs 3 slides, found {len(scores)}; add slides of other "
+                            "patients")
         else:
             notes.append(f"{path}: no split column: {len(scores)} slides are split 60/20/20 from seed {seed}")
             split = assign_splits(scores, seed)
