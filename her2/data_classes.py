@@ -198,7 +198,7 @@ def read_text(path, remedy: str) -> str:
         return content.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:    # EOF, zlib: damaged gzip
         why = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{path}: cannot be read ({why}); {remedy}") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({why}); {remedy}") from error
 
 
 def csv_text(rows: list, columns=None) -> str:

@@ -225,7 +225,7 @@ BAD = {   # name: (what is done to a valid dataset, the file and the words that 
     "polygon without class": (polygons([polygon("")]), "a.json", "unknown class"),
     "polygon outside": (polygons([polygon(dx=500)]), "a.json", "outside"),
     "annotation file is a PNG": (lambda root, rows: (rows[0].update(annotations=rows[0]["mask"], mask=""),
-                                                     write_csv(root, rows)), "masks/roi0.png", "'utf-8' codec"),
+                                                     write_csv(root, rows)), "masks/roi0.png", "UTF-8"),
     "no tumor in train": (no_tumor, "", "no tumor pixel in the split 'train'"),
     "classes.json is no JSON": (classes("{"), "classes.json", "JSON"),
     "classes.json is empty": (classes(""), "classes.json", "empty"),
