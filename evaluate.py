@@ -109,8 +109,8 @@ def main(argv):
         "over seeds, brackets are 95 % intervals of the paired difference. Variance is that of the recalls "
         f"of the HER2 subtypes: lower is better. Equal FPR is that of `{report.BASELINE}` of the same seed: "
         "a gain that is not there was a shift of the operating point. n/a: nothing to compute it from.",
-        *(f"- **Note:** {note}" for note in notes), *report.tables(study, report.compare(study)),
-        *report.gallery(results, pictures)]) + "\n")
+        *(f"- **Note:** {note}" for note in notes),
+        *report.sections(study, report.compare(study), results, pictures)]) + "\n")
 
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)

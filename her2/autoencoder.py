@@ -161,8 +161,7 @@ class VQAutoencoder(nn.Module):
         embed_dim = embed_dim or z_channels                             # D
         ch_mult, attention_levels = tuple(ch_mult), tuple(attention_levels)
         if factor != 2 ** (len(ch_mult) - 1):
-            raise ValueError(f"factor {factor} does not fit the {len(ch_mult)} levels of ch_mult {ch_mult}: "
-                             f"they make a factor of {2 ** (len(ch_mult) - 1)}")
+            raise ValueError(f"factor {factor} does not fit the {len(ch_mult)} levels of ch_mult {ch_mult}")
         self.config = dict(factor=factor, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, beta=beta,
                            z_channels=z_channels, num_codes=num_codes, attention_levels=attention_levels,
                            embed_dim=embed_dim, groups=groups)

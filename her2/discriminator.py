@@ -86,8 +86,7 @@ def discriminate(discriminator: MultiscaleDiscriminator, onehot, fake: torch.Ten
 
 
 class PatchGAN(nn.Module):
-    """image (B, 3, H, W) -> logits (B, 1, h, w); num_layers stride-2 convolutions with batch normalisation.
-    Initialise with init_weights(..., kind="normal"), as pix2pix does."""
+    """image (B, 3, H, W) -> logits (B, 1, h, w): num_layers stride-2 convolutions, with batch norm."""
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, num_layers: int = 3):
         super().__init__()

@@ -121,9 +121,8 @@ class Canvas:
 
 
 def save_png(path, image: np.ndarray, palette=None) -> None:
-    """Write a picture (H, W, 3) or (H, W) of uint8, or an instance map (H, W), as PNG: whole or not at all.
-    `palette`, (256, 3) uint8 as ClassTable.colors, shows a uint8 label map in colour while the stored values
-    stay the class ids. Instance ids go to 16 bit; above 65535 is an error."""
+    """Write a picture (H, W, 3) or (H, W) of uint8, or instance ids (H, W) in 16 bit: a whole PNG or none.
+    `palette`, (256, 3) uint8 as ClassTable.colors, shows a label map in colour; its values stay class ids."""
     if image.dtype in (np.int32, np.int64):
         assert 0 <= image.min() and image.max() <= 65535, f"ids {image.min()}..{image.max()}: not 16 bit"
         image = image.astype(np.uint16)
@@ -150,9 +149,8 @@ def colorize(label, classes) -> np.ndarray:
 
 
 def outline(image, label, classes, instance=None, width=3) -> np.ndarray:
-    """`image` (H, W, 3) uint8 with the rim of every tissue instance in the colour of its class. The rim lies
-    inside, so that touching instances both keep theirs; a thin dark line within it separates light class
-    colours from light tissue. Background has no rim."""
+    """`image` (H, W, 3) uint8 with a rim in every tissue instance, in the colour of its class: touching ones
+    both keep theirs. A thin dark line within it separates light class colours from light tissue."""
     label, instance = np.asarray(label), np.asarray(label if instance is None else instance)
     assert image.shape == (*label.shape, 3) and instance.shape == label.shape, \
         f"image {image.shape}, label {label.shape}, instance {instance.shape}"
@@ -226,12 +224,12 @@ def class_legend(classes, tumor_only=False) -> list:
 
 
 # ---- overlay sheets: regions as a person would check them, 24 to a sheet; no number replaces looking ---
-def overlay(image, label, instance, classes, left_out) -> np.ndarray:
-    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near CELL pixels; ignored pixels
+def overlay(image, label, instance, classes, left_out=(), side=CELL) -> np.ndarray:
+    """(h, w, 3) uint8: image (H, W, 3) with its outlines, the longer side near `side` pixels; ignored pixels
     are hatched. `left_out`: outlines drawn thin and grey, lists of (n, 2) rings in pixels of the image."""
-    small = fit(image, CELL)
-    near = np.ix_(*(((np.arange(side) + 0.5) * whole // side).astype(int)
-                    for side, whole in zip(small.shape, label.shape)))
+    small = fit(image, side)
+    near = np.ix_(*(((np.arange(few) + 0.5) * whole // few).astype(int)
+                    for few, whole in zip(small.shape, label.shape)))
     few, scale = label[near], small.shape[1] / label.shape[1]
     drawn = outline(small, few, classes, instance[near], width=2)
     drawn[(few == IGNORE) & (np.add(*np.indices(few.shape)) % 8 < 2)] = classes.colors[IGNORE]

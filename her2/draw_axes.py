@@ -172,11 +172,9 @@ def curves_png(path, records, panels, size=(620, 330)) -> None:
     columns. What has no record is left out: a series, a panel, the picture."""
     drawn = []
     for title, keys, reference, log in panels:
-        curves, note = {}, None
-        for key in keys.split():
-            x, y = column(records, key, log)
-            if len(y):
-                curves[key.replace("_", " ")] = x, moving_median(y, min(len(y) // 30, 301))
+        found, note = {key: column(records, key, log) for key in keys.split()}, None
+        curves = {key.replace("_", " "): (x, moving_median(y, min(len(y) // 30, 301)))
+                  for key, (x, y) in found.items() if len(y)}
         if not curves:
             continue
         if reference:

@@ -110,9 +110,8 @@ def intervals(panels, names, width=830, row=22) -> np.ndarray:
         low, high = widened(min(ends), max(ends))
         x = Axes(canvas, start, top, start + room, bottom, (low, high), (0, 1)).x
         canvas.text(start + room / 2, 8, title, 14, anchor="ma")
-        ticks, last = nice_ticks(low, high), -math.inf
-        if ratio:
-            ticks = map(math.log, log_ticks(math.exp(low), math.exp(high)))
+        ticks = map(math.log, log_ticks(math.exp(low), math.exp(high))) if ratio else nice_ticks(low, high)
+        last = -math.inf
         for tick in sorted(tick for tick in {*ticks, 0.0} if low <= tick <= high):
             color, thickness = (tint(GREY, 0.35), 1) if tick else (INK, 1.4)
             canvas.line([(x(tick), top), (x(tick), bottom)], color, thickness)

@@ -49,12 +49,10 @@ class ProbabilityHistogram:
         shape = len(classes), BINS
         self.classes, self.counts = classes, np.array(np.zeros(shape, np.int64) if counts is None else counts)
         if self.counts.shape != shape or self.counts.dtype != np.int64 or (self.counts < 0).any():
-            raise ValueError(f"counts are {shape} integers, not negative; "
-                             f"found {self.counts.shape} of {self.counts.dtype}")
+            raise ValueError(f"counts {self.counts.shape} {self.counts.dtype}, should be {shape} int64, none < 0")
 
     def add(self, prob, label) -> "ProbabilityHistogram":
-        """Count pixels: tumor probability and true class id (0..K-1, or IGNORE: not counted), equal shapes,
-        array or CPU tensor."""
+        """Count pixels: tumor probability and class id (0..K-1, IGNORE: left out), arrays or CPU tensors."""
         if prob.shape != label.shape:
             raise ValueError(f"prob has shape {tuple(prob.shape)}, label {tuple(label.shape)}")
         prob, label = np.asarray(prob).reshape(-1), np.asarray(label).reshape(-1)           # (pixels,) each
@@ -119,8 +117,7 @@ class ProbabilityHistogram:
 
 
 def least(cost) -> float:
-    """The threshold of least cost (BINS - 1,). Of equals the one nearest to 0.5: a network matched to itself
-    stays at 0.5."""
+    """The threshold of least cost (BINS - 1,), of equals the nearest to 0.5: matched to itself is 0.5."""
     return float(THRESHOLDS[np.lexsort([np.abs(THRESHOLDS - 0.5), cost])[0]])
 
 

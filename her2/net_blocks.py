@@ -60,9 +60,8 @@ def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.
     "normal": normal with standard deviation `gain`: the PatchGAN of the VQ autoencoder, as in pix2pix."""
     assert kind in ("xavier", "normal"), f"kind is 'xavier' or 'normal', found {kind!r}"
     for layer in module.modules():
-        spectral = isinstance(layer, SpectralConv2d)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) or spectral:
-            weight, mean, deviation = layer.weight_orig if spectral else layer.weight, 0.0, gain
+        if isinstance(layer, (nn.Conv2d, nn.Linear, SpectralConv2d)):
+            weight, mean, deviation = getattr(layer, "weight_orig", layer.weight), 0.0, gain
             if kind == "xavier":
                 deviation = gain * (2 / (weight[0].numel() + weight[:, 0].numel())) ** 0.5   # fan in, fan out
         elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)) and layer.weight is not None:
@@ -72,7 +71,7 @@ def init_weights(module: nn.Module, generator: torch.Generator, gain: float = 0.
         weight.copy_(torch.randn(weight.shape, generator=generator) * deviation + mean)
         if layer.bias is not None:
             layer.bias.zero_()
-        if spectral:
+        if isinstance(layer, SpectralConv2d):
             layer.power_iteration(steps=5)
 
 

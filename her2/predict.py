@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from her2 import draw, run, run_config as configuration, run_training
@@ -140,9 +139,8 @@ def predict(image, paths, network, config, precision, device) -> dict:
     polygons = [rings for rings in polygons if polygon_area(rings) >= config.min_area]
     label, instance = paint(polygons, [1] * len(polygons), height, width)               # (H, W) each
     draw.save_png(paths["masks"], label, TISSUE.colors)
-    small = draw.fit(pixels, min(OVERLAY, max(height, width)))
-    few = Image.fromarray(label).resize(small.shape[1::-1], Image.Resampling.NEAREST)   # ids are not averaged
-    draw.save_png(paths["overlays"], draw.outline(small, np.array(few), TISSUE, width=2))
+    side = min(OVERLAY, max(height, width))
+    draw.save_png(paths["overlays"], draw.overlay(pixels, label, label, TISSUE, side=side))
 
     # ---- 3 what is in each polygon
     step = max(1, min(height, width) // GRID)

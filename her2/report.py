@@ -6,9 +6,8 @@ run brings a histogram of probabilities per slide (`metrics.ProbabilityHistogram
     figures   = sum(test).report(0.5)                                          Dice, recalls, variance, ...
     matched   = sum(test).report(t),   t: fpr of sum(val) at t = fpr of the baseline's sum(val) at 0.5
 
-These go to results.json; the tables come from `report_statistics`. `matched` answers whether a gain is more
-than a shift of the operating point: synthetic images make a network call more pixels tumor, which alone
-raises recalls and lowers their variance. None: null in results.json, "n/a" in the tables.
+These go to results.json (None: null there, "n/a" in tables); the tables come from `report_statistics`. Why
+`matched`: synthetic images make a network call more pixels tumor, which alone lowers variance (`metrics`).
 """
 
 import math
@@ -93,8 +92,7 @@ def check_comparable(runs) -> list:
         if len(same) > 1:
             name, run.name = run.name, f"{run.name} ({len(same)})"
             notes.append(f"{same[0]} and {run.folder} are both configuration {name!r} with seed {run.seed}; "
-                         f"the second one is called {run.name!r} here, --name of train_seg.py gives it a "
-                         "better name")
+                         f"the second one is called {run.name!r} here, --name of train_seg.py renames it")
     for key in sorted({key for run in runs for key in run.fields} - FREE):
         found = sorted({repr(run.fields.get(key)) for run in runs})
         if len(found) > 1:
@@ -191,16 +189,11 @@ def markdown(rows) -> str:
     return "\n".join([*lines[:1], "|" + " --- |" * len(rows[0]), *lines[1:]]) if rows else "n/a"
 
 
-def tables(study, found) -> list:
-    """Paragraphs of report.md."""
-    return ["## Arms", markdown(arm_table(study)),
-            "## Comparisons", markdown(difference_table(found, study))]
-
-
-def gallery(results: dict, pictures, over: str = "") -> list:
-    """Paragraphs of report.md: what was measured of the images (`over`: over what the numbers are means), and
-    pictures [(file name, caption), ...]."""
-    parts = []
+def sections(study, found, results: dict, pictures, over: str = "") -> list:
+    """Paragraphs of report.md: the tables, what was measured of the images (`over`: over what the numbers are
+    means), and pictures [(file name, caption), ...]; `found` of `compare`."""
+    parts = ["## Arms", markdown(arm_table(study)),
+             "## Comparisons", markdown(difference_table(found, study))]
     if results.get("staining"):
         parts += ["## Is the staining what was asked for?", f"{over}Median DAB optical density of the "
                   "instances by the subtype asked for (real: annotated), and in brackets their number.",

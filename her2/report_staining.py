@@ -31,8 +31,7 @@ def instance_densities(image, instance, count: int, white, pixel_area: int = 1) 
 
 
 def median_white(rois, classes, cache="cache") -> np.ndarray:
-    """(3,) the median over regions of their white points, 0..255: one ruler for real and generated images, as
-    a patch full of tumor holds no glass on which to measure its own."""
+    """(3,) median of the white points of regions, 0..255: a patch full of tumor has no glass of its own."""
     return np.median([white_point(open_roi(roi, classes, cache).image[::8, ::8]) for roi in rois], axis=0)
 
 

@@ -48,8 +48,7 @@ class Outcome:
 
 
 def outcome(val, test, scores, classes, baseline_fpr=None) -> Outcome:
-    """Counts (S, K, BINS) of val and of test -> Outcome. `baseline_fpr`: None for the baseline itself, NaN
-    without one."""
+    """Counts (S, K, BINS) of val, test -> Outcome. baseline_fpr: None for the baseline, NaN without one."""
     assert len(test) == len(scores), f"{len(test)} test slides, {len(scores)} scores"
     whole = ProbabilityHistogram(classes, np.sum(test, axis=0))
     target = whole.report()["fpr"] if baseline_fpr is None else baseline_fpr

@@ -150,7 +150,7 @@ def write_report(files, out) -> dict:
              "stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
              "intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
-             *report.tables(study, found), *report.gallery(results, pictures, "Means over seeds. "),
+             *report.sections(study, found, results, pictures, "Means over seeds. "),
              "## Cost", f"Minutes per stage, mean over seeds ({'; '.join(machines)}).",
              report.markdown([{"stage": stage, "minutes": f"{np.mean(some):.1f}"}
                               for stage, some in minutes.items()])]
@@ -166,7 +166,6 @@ def main(argv):
     args = parser.parse_args(argv)
     write_report(args.files, args.out)
     print(f"done: {Path(args.out) / 'report.md'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -71,10 +71,8 @@ def log_snr_timesteps(schedule, S: int) -> list:
     T, levels = schedule.T, half_log_snr(schedule)                      # (T,) falling: later hold less
     if not 1 <= S <= T:
         raise ValueError(f"the number of steps should be 1 to {T}, found {S}")
-    if S == 1:
-        return [T - 1]                                                  # from pure noise at once
     seen = max(1, int((schedule.alpha_bar >= LOWEST).sum()))            # levels 0 .. seen - 1
-    jump = [T - 1] if seen < T else []
+    jump = [T - 1] if seen < T or S == 1 else []                        # S = 1: from pure noise at once
     wanted = torch.linspace(float(levels[0]), float(levels[seen - 1]), S - len(jump), dtype=torch.float64)
     steps = (levels[:seen] - wanted[:, None]).abs().argmin(1).tolist() + jump    # (S,) the nearest levels
     # Levels near 0 lie far apart in lambda: where the spacing is finer than that, each of them is visited.
@@ -84,18 +82,15 @@ def log_snr_timesteps(schedule, S: int) -> list:
 
 
 def ddim_tables(schedule, timesteps, eta: float, final_alpha_bar: float = 1.0):
-    """-> now, after, sigma of the step from each timestep, float64, (S,) each, ascending as `timesteps`."""
+    """-> now, after, sigma and, 0 where no line can be continued, h / (2 h_before) of the step from each
+    timestep, float64, (S,) each, ascending as `timesteps`."""
     now = schedule.alpha_bar.cpu()[torch.tensor(timesteps)]             # (S,)
     after = torch.cat([now.new_tensor([final_alpha_bar]), now[:-1]])    # (S,) the level that a step leads to
+    # In float64: 1 - now / after loses digits near 0.
     sigma = eta * ((1 - after) / (1 - now)).sqrt() * (1 - now / after).clamp(min=0).sqrt()
-    return now, after, sigma                        # in float64: 1 - now / after loses digits near 0
-
-
-def extrapolation(schedule, timesteps) -> torch.Tensor:
-    """h / (2 h_before) of the step from each timestep, (S,) ascending; 0 where no line can be continued."""
     h = -half_log_snr(schedule)[torch.tensor(timesteps)].diff()         # (S - 1,) h[k]: from k + 1 to k
     middle = h[:-1] / (2 * h[1:])                   # 0 after the step from pure noise, whose h is infinite
-    return torch.cat([h.new_zeros(1), middle, h.new_zeros(1)])[:len(timesteps)]
+    return now, after, sigma, torch.cat([h.new_zeros(1), middle, h.new_zeros(1)])[:len(timesteps)]
 
 
 def image_noise(seeds, shape, device="cpu"):
@@ -129,8 +124,8 @@ def trajectory(predict, schedule, noise, timesteps, eta: float = 1.0, known=None
         eps = noise("start", 0) if multistep else noise("known", i)
         return torch.where(repaint, xt, schedule.q_sample(known, t, eps))
 
-    _, after, sigma = (table.tolist() for table in ddim_tables(schedule, timesteps, eta, final_alpha_bar))
-    middle, guess = extrapolation(schedule, timesteps).tolist(), None
+    _, after, sigma, middle = (x.tolist() for x in ddim_tables(schedule, timesteps, eta, final_alpha_bar))
+    guess = None
     for i, k in enumerate(reversed(range(len(timesteps)))):             # i: number of the step
         t = torch.full((len(xt),), timesteps[k], dtype=torch.int64, device=xt.device)           # (B,)
         if known is not None and blend == "before":

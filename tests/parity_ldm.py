@@ -261,7 +261,7 @@ def run_ddim(meta, sd, inp, out):
         noise = replay(inp["x_T"], inp["noise"], inp["qnoise"])
         x, pred_x0 = states(predict=toy_network, schedule=s, timesteps=timesteps, eta=float(eta), noise=noise,
                             final_alpha_bar=last, **region)
-        now, before, sigma = ddim_tables(s, timesteps, float(eta), last)
+        now, before, sigma, _ = ddim_tables(s, timesteps, float(eta), last)
         ours.update({f"{case}/x": x, f"{case}/pred_x0": pred_x0, f"{case}/alphas": now,
                      f"{case}/timesteps": np.array(timesteps[::-1]),
                      f"{case}/alphas_prev": before, f"{case}/sigmas": sigma,

@@ -584,7 +584,7 @@ def test_a_name_may_hold_any_words():
 
     dataset = SimpleNamespace(rois=[SimpleNamespace(slide="s", score=None)], classes=DEFAULT_CLASSES)
     study = report.study_of([run_of(name) for name in ("subtype", "mine against | yours")], dataset)
-    page = "\n".join(report.tables(study, report.compare(study)))
+    page = "\n".join(report.sections(study, report.compare(study), {}, []))
     assert "| mine against \\| yours against subtype | +0.000 |" in page
 
 
