@@ -111,9 +111,8 @@ class Encoder(nn.Module):
         super().__init__()
         finest, coarsest = widths[0][0], widths[-1][1]                  # channels at both ends
         self.conv_in = nn.Conv2d(3, finest, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(*width, num_res_blocks, i in attention_levels, groups, coarser=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+        self.down = nn.ModuleList(Level(*width, num_res_blocks, i in attention_levels, groups,
+                                        coarser=i < len(widths) - 1) for i, width in enumerate(widths))
         self.mid = middle(coarsest, groups)
         self.norm_out = group_norm(coarsest, groups)
         self.conv_out = nn.Conv2d(coarsest, z_channels, 3, padding=1)
@@ -135,9 +134,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(z_channels, outs[-1], 3, padding=1)
         self.mid = middle(outs[-1], groups)
         arriving = [*outs[1:], outs[-1]]                           # from the coarser level, or the middle
-        self.up = nn.ModuleList(
-            Level(arriving[i], out, num_res_blocks + 1, i in attention_levels, groups, finer=i > 0)
-            for i, out in enumerate(outs))
+        self.up = nn.ModuleList(Level(arriving[i], out, num_res_blocks + 1, i in attention_levels, groups,
+                                      finer=i > 0) for i, out in enumerate(outs))
         self.norm_out = group_norm(outs[0], groups)
         self.conv_out = nn.Conv2d(outs[0], 3, 3, padding=1)
 

@@ -91,8 +91,7 @@ def merged(classes, text: str):
         ids = {classes.id_of(old) if classes.knows(old) else None for old in olds.split(",")}
         if ids & target.keys() or ids - set(classes.tumor_ids):
             known = ", ".join(repr(classes.names[k]) for k in classes.tumor_ids)
-            raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD where each OLD stands once, "
-                            f"of {known}")
+            raise UserError(f"--merge: found {part.strip()!r}; give NEW=OLD,OLD, each OLD once, of {known}")
         target |= dict.fromkeys(ids, new)
     groups = {}             # {new name, or the id of a class that stays: old classes}, in their order
     for c in classes.classes:
@@ -177,8 +176,7 @@ def fit(x, K: int, rng):
             share = np.exp(joint - evidence[:, None])
             total, gain = evidence.sum(), evidence.sum() - total
         fits.append((size.min() > x.shape[1], float(total), mixture))
-    # On D instances or fewer a cluster shrinks to a likelihood without bound: a mixture with such a one is
-    # taken only where every start led to one.
+    # On D instances or fewer a cluster shrinks to a likelihood without bound: such a mixture comes last.
     return max(fits, key=lambda one: one[:2])[1:]
 
 

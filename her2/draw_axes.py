@@ -2,8 +2,7 @@
 
 A log holds thousands of noisy losses. `curves_png` shows the moving median of each: noise is smoothed, and a
 single spike does not flatten everything else. Numbers alone say little, so a panel takes a reference, drawn
-as a dashed line with its name in the right margin ("predicts nothing 0.69"): a curve that does not leave it
-has learned nothing.
+as a dashed line named in the margin ("predicts nothing 0.69"): a curve that stays on it has learned nothing.
 """
 
 import math
@@ -31,8 +30,7 @@ def nice_ticks(low, high, count=5) -> list:
 
 
 def log_ticks(low, high) -> list:
-    """Ticks of a logarithmic axis around [low, high]: powers of ten, and 2 and 5 times them over few decades.
-    The first and last enclose the range."""
+    """Logarithmic ticks that enclose [low, high]: powers of ten, over few decades 2 and 5 times them too."""
     assert 0 < low <= high, f"a logarithmic axis from {low} to {high}"
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     steps = (1, 2, 5) if last - first <= 3 else (1,)
@@ -51,8 +49,7 @@ def tick_texts(ticks) -> list:
 
 
 class Axes:
-    """A frame on a canvas with data coordinates. `x_range`, `y_range` are (low, high) of the data, `log`
-    names the logarithmic axes: "", "x", "y" or "xy"."""
+    """A frame on a canvas. `x_range`, `y_range`: (low, high) of the data; `log`: "", "x", "y" or "xy"."""
 
     def __init__(self, canvas, left, top, right, bottom, x_range, y_range, log=""):
         assert left < right and top < bottom, f"no room: {left}..{right}, {top}..{bottom}"

@@ -97,8 +97,7 @@ def box_plots(panels, colors) -> np.ndarray:
 
 def intervals(panels, names, width=830, row=22) -> np.ndarray:
     """One row per name, one column per panel: a mean with its interval, beside a line at "no difference".
-    panels   [(title, [(mean, low, high) or None per name], ratio)]; low and high may be None; ratio: whether
-             these are logarithms of ratios"""
+    panels   [(title, [(mean, low or None, high or None) or None per name], are these logs of ratios?)]"""
     left, gap, top = max(text_width(name, 13) for name in names) + 22, 40, 34
     room, bottom = (width - left - gap * len(panels)) / len(panels), top + row * len(names)
     canvas = Canvas(width, bottom + 34)

@@ -4,9 +4,8 @@
     kernel distance    unbiased MMD^2 with k(x, y) = (x.y / D + 1)^3           (Binkowski et al., 2018: "KID")
 
 The first assumes Gaussians and is biased upwards for few samples; the second has no bias, so that it scatters
-around 0, below it too, for two samples of one law. The features are the caller's choice. PAPER: the paper
-reports no such distance, and the usual Inception features, learned from photographs, are of doubtful meaning
-for stained tissue.
+around 0, below it too, for two samples of one law. The features are the caller's choice. PAPER: it reports no
+such distance; the usual Inception features, learned from photographs, mean little for stained tissue.
 
 Differs from the official code (pytorch-fid: scipy's sqrtm of C1 C2, which is not symmetric, with a retry when
 it is singular): tr((C1 C2)^1/2) is the sum of the square roots of the eigenvalues of the symmetric C1^1/2 C2

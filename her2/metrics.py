@@ -14,8 +14,7 @@ and TP, FN (tumor rows), FP, TN (other rows) are its sums. Ratios are formed at 
     recall[k] = confusion[k, 1] / confusion[k].sum()       subtype_variance = var(recall[k], k in HER2 rows)
 
 Tables of disjoint sets of pixels add up, so the metric of a union is the metric of the sum, and a mean over
-images of different content never appears. Source: paper, section 2.4; Fig. 6 is `confusion`, rows divided by
-their sums.
+images of different content never appears. Source: paper, section 2.4; Fig. 6 is `confusion`, as shares.
 
 PAPER: which recalls enter the variance, and whether it is divided by n or n - 1, is not said. Here: the
 classes with `variance` set (the four HER2 scores, LCIS/DCIS left out), divided by n, from one matrix over the
@@ -49,7 +48,8 @@ class ProbabilityHistogram:
         shape = len(classes), BINS
         self.classes, self.counts = classes, np.array(np.zeros(shape, np.int64) if counts is None else counts)
         if self.counts.shape != shape or self.counts.dtype != np.int64 or (self.counts < 0).any():
-            raise ValueError(f"counts {self.counts.shape} {self.counts.dtype}, should be {shape} int64, none < 0")
+            raise ValueError(f"counts should be {shape} int64, none below 0; "
+                             f"found {self.counts.shape} of {self.counts.dtype}")
 
     def add(self, prob, label) -> "ProbabilityHistogram":
         """Count pixels: tumor probability and class id (0..K-1, IGNORE: left out), arrays or CPU tensors."""

@@ -33,8 +33,7 @@ LPIPS_MEAN, LPIPS_DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class FrozenVGG(nn.Module):
-    """The convolutions of a VGG network, `counts` per stage, up to the last of the layers `taps` that are
-    looked at, in torchvision's numbering; no gradients."""
+    """The convolutions of a VGG, `counts` per stage, up to the last of the layers `taps` (torchvision's)."""
 
     def __init__(self):
         super().__init__()

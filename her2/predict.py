@@ -170,9 +170,8 @@ def predict(image, paths, network, config, precision, device) -> dict:
 
 
 def simplify(ring, tolerance: float) -> np.ndarray:
-    """A ring (n, 2) with fewer points: all left out lie within `tolerance` pixels of the line that stays. A
-    ring that would lose its area stays as it is. Source: Douglas and Peucker, Cartographica 10 (1973), with
-    the distance to the segment, not to its line."""
+    """A ring (n, 2) with fewer points, all left out within `tolerance` pixels of the segments that stay; one
+    that would lose its area stays as it is. Source: Douglas and Peucker, Cartographica 10 (1973)."""
     points = np.vstack([ring, ring[:1]]).astype(np.float64)                   # closed: (n + 1, 2)
     # The method is for open lines: a ring is two, between its first point and the one farthest from that.
     far = int(np.hypot(*(points - points[0]).T).argmax())

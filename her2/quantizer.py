@@ -93,12 +93,11 @@ class CodeUsage:
     def step(self, step: int, codebook: Codebook, indices, z, generator, optimizer) -> None:
         """Count the `indices` of the batch of `step` (from 1 on); restart the codes that no latent used."""
         self.counts += count_codes(indices, len(self.counts))
-        whole, first = step % self.window == 0, step == self.window // 5
-        if whole:
+        if step % self.window == 0:
             self.used = int((self.counts > 0).sum())
-        if (first or whole) and step <= self.last:                 # later ones would disturb what has settled
-            restart_dead_codes(codebook, self.counts, z, generator, optimizer)
-        if first or whole:
+        if step % self.window == 0 or step == self.window // 5:
+            if step <= self.last:                                  # later ones would disturb what has settled
+                restart_dead_codes(codebook, self.counts, z, generator, optimizer)
             self.counts.zero_()                                         # a new window
 
     def state_dict(self) -> dict:

@@ -221,9 +221,8 @@ def figures(out, configs, classes) -> list:
             colors[series] = COLORS[series]
             groups.setdefault(group, []).append((series, known[name]))
         base, oracle = known.get(BASELINE), known.get(ORACLE)
-        reference = (np.mean(base), f"{BASELINE} {np.mean(base):.{digits}f}") if base else None
-        if base and oracle:
-            reference += (min(oracle), max(oracle), PURPLE)
+        band = (min(oracle), max(oracle), PURPLE) if oracle else ()
+        reference = (np.mean(base), f"{BASELINE} {np.mean(base):.{digits}f}", *band) if base else None
         panels.append((label, list(groups.items()), reference))
     save_png(out / "fig5.png", draw_charts.box_plots(panels, colors))
     rows = sorted(range(len(classes)), key=lambda k: k not in classes.tumor_ids)    # background comes last

@@ -39,8 +39,8 @@ def measure(sources: dict, classes, white, cache="cache") -> dict:
     """{source: [(name of the image, instance id, class id, density), ...]}: tumor in {source: [ROI, ...]}."""
     records = {source: [] for source in sources}
     for source, rois in sources.items():
-        for roi in tqdm(rois[::-(-len(rois) // MOST_IMAGES)], desc=f"staining, {source}", leave=False,
-                        disable=None):
+        some = rois[::-(-len(rois) // MOST_IMAGES)]
+        for roi in tqdm(some, f"staining, {source}", leave=False, disable=None):
             region = open_roi(roi, classes, cache)
             step = max(1, min(region.height, region.width) // GRID)
             image, instance = region.image[::step, ::step], np.array(region.instance[::step, ::step])
