@@ -118,10 +118,15 @@ class PatchSampler(Sampler):
         self.num_patches = sum(math.ceil(r.height / patch) * math.ceil(r.width / patch) for r in self.rois)
         # (regions, K): how many pixels of each class; those to be ignored are of none
         counts = np.stack([open_region(file).row_counts.sum(axis=1, dtype=np.int64) for file in self.files])
-        self.present = [c for c in dataset.classes.tumor_ids if counts[:, c].any()]
+        tumor = dataset.classes.tumor_ids
+        self.present = [c for c in tumor if counts[:, c].any()]
         if sampling != "uniform" and not self.present:
             raise UserError(f"{dataset.root}: no tumor in the split {split!r}; annotate its images (what is "
                             f"left out and why: {check_line(dataset.root)})")
+        if sampling == "subtype" and (absent := [dataset.classes.names[c] for c in tumor
+                                                 if c not in self.present]):
+            print(f"note: {dataset.root}: no {', '.join(absent)} in the split {split!r}; the other tumor "
+                  "classes are sampled uniformly", file=sys.stderr)
         # Groups of classes whose pixels are drawn from alike, and the running sum of these over regions.
         # PAPER: "uniformly across all tumor subtypes": ours are all five tumor classes, LCIS/DCIS among them.
         self.groups = [(c,) for c in self.present] if sampling == "subtype" else [tuple(self.present)]

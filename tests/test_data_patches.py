@@ -243,9 +243,13 @@ def test_too_few_or_too_small_synthetic_images_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- limits
 
-def test_absent_subtypes_are_left_out_and_no_tumor_is_an_error(tmp_path):
+def test_absent_subtypes_are_said_once_and_no_tumor_is_an_error(tmp_path, capsys):
     dataset, _ = two_regions(tmp_path)
-    assert PatchSampler(dataset, "train", 12, "subtype", cache=tmp_path).present == [1, 3, 4, 5]
+    sampler = PatchSampler(dataset, "train", 12, "subtype", cache=tmp_path)
+    sampler.batch(0, 4)
+    sampler.batch(1, 4)
+    err = capsys.readouterr().err
+    assert err.count("no 1+ in the split 'train'") == 1 and sampler.present == [1, 3, 4, 5]
     empty = memory_dataset(tmp_path / "empty", [(noise(20, 20), np.zeros((20, 20), np.uint8))],
                            DEFAULT_CLASSES)
     for sampling in ("tumor", "subtype"):
