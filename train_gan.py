@@ -35,8 +35,7 @@ def main(argv) -> None:
     dataset, sampler = run_setup.training_data(config)
     num_classes = len(dataset.classes)
     net, encoder, disc = run_setup.spade_gan(config, num_classes, device)
-    perceptual = net_perceptual.VGG19Loss().to(device) if config.vgg else None
-    run_training.load_official(perceptual, config.vgg)
+    perceptual = run_training.frozen_loss(net_perceptual.VGG19Loss, config.vgg, device)
     # Two rates (TTUR, Heusel et al. 2017): the gradient of G is only as good as a D that knows what G paints
     # now. With the larger steps D keeps up with a G that moves slowly, at one step of each per iteration.
     optimizer = torch.optim.Adam([*net.parameters(), *encoder.parameters()], lr=config.lr, betas=(0.0, 0.9))

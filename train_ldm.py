@@ -38,8 +38,7 @@ def train_autoencoder(config, argv) -> None:
     device, precision = run_training.pick_device(config.device, config.amp)
     model, disc = run_setup.autoencoder_gan(config, device)
     dataset, sampler = run_setup.training_data(config)
-    perceptual = net_perceptual.LPIPS().to(device) if config.lpips else None
-    run_training.load_official(perceptual, config.lpips)
+    perceptual = run_training.frozen_loss(net_perceptual.LPIPS, config.lpips, device)
     last_layer = model.decoder.conv_out.weight      # where the pulls of both losses are compared
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.5, 0.9))
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=config.lr, betas=(0.5, 0.9))

@@ -131,6 +131,15 @@ def refuse_leak(content: dict, dataset, path) -> None:
                         "validation or test; train it on this dataset with this --split-seed")
 
 
+def frozen_loss(cls, path: str, device):
+    """The perceptual loss `cls` with the weights in `path`; None for no path, UserError when they misfit."""
+    if not path:
+        return None
+    network = cls()                     # on the meta device: its weights come with the file
+    load_official(network, path)
+    return network.to(device)
+
+
 def to_device(image: torch.Tensor, device) -> torch.Tensor:
     """Images (B, C, H, W) to `device`, channels last; from pinned memory without waiting for the copy."""
     return image.to(device, memory_format=torch.channels_last, non_blocking=True)

@@ -379,7 +379,7 @@ def test_a_model_alone_needs_data(trained):
     line = ["generate.py", "--method", "gan", "--model", "alone", "--patch", "32", "--count", "1", "--out",
             "s"]
     status, _, err = run_line(line)
-    assert status == 2 and "alone" in err and "with --data" in err
+    assert status == 2 and "alone" in err and "give --data" in err
     succeed(*line, "--data", DATA)
     with pytest.raises(UserError, match="no such run"):
         generate.run.load_model("nowhere", "gan")
