@@ -45,6 +45,9 @@ Changes   2026-11-25, before a generator of a final seed was trained: 3000 steps
           `subtype` are the real patches themselves, as augmented, at the places and steps that are real.
           2026-11-28: inpainted tumor that fills less than an eighth of its patch (3.4 % of the patches of
           seed 10) got too little of the sensor's noise in seeds 10 to 14 and 77; mended for later ones.
+          2026-11-29, after seed 77: networks trained on 64 px are judged on tiles of 256 px, to which not
+          every one extrapolates: `fresh-100` had a Dice of .65 on val so, and .93 on tiles of 64 px. Both
+          evaluations of seed 77 are reported; those of seeds 10 to 14 cannot be made again.
 
 Every stage is a command that is printed first and can be run by hand; what it says is kept in OUT/logs. What
 is complete is not run again; what was interrupted goes on; seeds and arms can be added. A seed leaves
