@@ -19,7 +19,7 @@ from her2 import run_config as configuration         # first: it makes Ctrl-C on
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -132,8 +132,8 @@ def main(argv):
         return patch, label, mapping
 
     # A decoder gives smooth pixels: without the sensor's noise a segmenter learns who painted, not what.
-    levels = ({roi.name: noise_in(roi, classes, config.cache) for roi in sampler.rois}
-              if config.grain and content else {})
+    regions = {roi.name: roi for roi in sampler.rois}
+    level = lru_cache(maxsize=None)(lambda name: noise_in(regions[name], classes, config.cache))
     batches = range(0, count, config.batch)[run_distributed.rank()::run_distributed.world()]
     for first in tqdm(batches, desc=config.method, leave=False, disable=None):
         # A batch is computed whole even when part of it is there: rounding in a convolution may depend on the
@@ -154,9 +154,9 @@ def main(argv):
                 "image": image, "label": label, "instance": instance, "seeds": seeds, "sources": patches,
                 "onehot": run_training.one_hot(label, len(classes), device), "mappings": mappings,
                 "repaint": repaint}).float().cpu()
-        if levels:
-            level = torch.stack([levels[patch["name"]] for patch in patches])           # (B,)
-            painted = inpainting.add_grain(painted, level, seeds)
+        if config.grain and content:
+            levels = torch.stack([level(patch["name"]) for patch in patches])           # (B,)
+            painted = inpainting.add_grain(painted, levels, seeds)
         if config.method == "inpaint":
             # Decoding moved every pixel a little; those of the background are the photograph's again.
             painted = inpainting.paste(image, painted, repaint)

@@ -169,8 +169,6 @@ def main(argv):
     config, name = configuration.parse(Config, {}, argv, __doc__, "python -m her2.audit", {
         "synthetic": dict(metavar="SYNTH", help="folder made by generate.py")})
     folder = Path(name)
-    if not (folder / "manifest.jsonl").is_file():
-        raise UserError(f"{folder}: no set that generate.py has completed; give the folder of one")
     fields, split = read_record(folder)["fields"], read_split(folder / "split.json")
     dataset = load_dataset(config.data or trained_with(folder, config)["data"], split=split)
     synthetic, _ = load_synthetic(folder, dataset)

@@ -153,7 +153,7 @@ def write_split(path, dataset: Dataset) -> None:
 
 def read_split(path) -> dict:
     """{slide: split} as `write_split` wrote it."""
-    remedy = "make the run that it belongs to again"
+    remedy = "give the folder of a finished run or synthetic set, or make it again"
     content = parse_json(read_text(path, remedy), path, remedy)
     table = content.get("slides") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not all(split in SPLITS for split in table.values()):

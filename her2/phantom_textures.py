@@ -40,7 +40,7 @@ def stretched(grid, y, x, scale_y: float, scale_x: float) -> np.ndarray:
 
 
 def bilinear(grid, y, x) -> np.ndarray:
-    """Values of a periodic grid at any points, in units of its spacing."""
+    """Values of a periodic grid at any points, in units of its spacing; of others, not at the border."""
     i, j = np.floor(y).astype(np.int32), np.floor(x).astype(np.int32)
     fy, fx = (y - i).astype(np.float32), (x - j).astype(np.float32)     # shares of the next row and column
     (i0, i1), (j0, j1) = ((k % n, (k + 1) % n) for k, n in zip((i, j), grid.shape))

@@ -74,7 +74,7 @@ def write_seed(config, seed: int, seconds: dict) -> None:
         "configs": results["configs"],
         **{key: results.get(key, {}) for key in ("images", "staining", "old and new")},
         "seconds": seconds, "commit": made["git"], "versions": made["versions"],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor}"})
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor}"}, indent=None)
 
 
 def read_seeds(files) -> list:

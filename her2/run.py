@@ -45,9 +45,9 @@ def read_json(path):
     return parse_json(read_text(path, REMEDY), path, REMEDY)
 
 
-def write_json(path, value) -> None:
-    """Indented UTF-8 JSON, written atomically; NaN and infinity are refused (they are not JSON)."""
-    atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path, value, indent=1) -> None:
+    """UTF-8 JSON, written atomically; NaN and infinity are refused (they are not JSON)."""
+    atomic_write(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def open_run(script: str, config, device, command, inputs=None, free=("out", "workers", "cache"),
