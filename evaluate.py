@@ -34,7 +34,7 @@ from her2.metrics import ProbabilityHistogram
 from her2.run_provenance import changed_since, data_hashes, file_hash, locate, read_record, trained_with
 from her2.data_mapped import open_region
 from her2.data_regions import open_roi, region_files
-from her2.segmenter import UNet, check_tiles, predict_roi
+from her2.segmenter import UNet, choose_tiles, predict_roi
 
 
 @dataclass
@@ -47,9 +47,10 @@ class Config(configuration.Tiles):  # device, preset, size and number of the til
     cache: str = "cache"            # folder for the decoded images
 
 
-PRESETS = {"tiny": {}, "small": {}, "paper": dict(tile=1024, overlap=256)}
+PRESETS = {"tiny": {}, "small": {}, "paper": dict(batch=4)}
 # Fields of a run that are read here, and what they must be.
-NEEDED = {"data": str, "seed": int, "steps": int, "sampling": str, "synthetic": str, "ratio": (int, float)}
+NEEDED = {"data": str, "seed": int, "steps": int, "patch": int, "sampling": str, "synthetic": str,
+          "ratio": (int, float)}
 WORST, CELL = 4, 320        # ROIs in worst.png, and pixels a side there
 
 
@@ -60,7 +61,6 @@ def main(argv):
                          help="run folders of train_seg.py [runs/seg]"),
             "--synthetic": dict(nargs="+", default=[], metavar="DIR",
                                 help="folders made by generate.py, for Fig. 4 and their staining")})
-    check_tiles(config.tile, config.overlap)
     each = {path.resolve(): path for path in configuration.named_paths(names)}
     folders = list(each.values())
     device, precision = run_training.pick_device(config.device, config.amp)
@@ -74,13 +74,13 @@ def main(argv):
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- 2 predict: counts per subtype and probability, from which every figure follows --------------------
+    tiles = [choose_tiles(config.tile, config.overlap, one.fields["patch"]) for one in runs]
     hashes = json.dumps(data_hashes(dataset, config.cache, ("val", "test"))).encode()
-    key = {"data": hashlib.sha256(hashes).hexdigest(), "tile": config.tile, "overlap": config.overlap,
-           "precision": str(precision)}                     # all that the counts depend on, but the network
-    for one in runs:
-        key["model"] = file_hash(Path(one.folder) / "model.pt")
+    key = {"data": hashlib.sha256(hashes).hexdigest(), "precision": str(precision)}
+    for one, (tile, overlap) in zip(runs, tiles):           # all that the counts depend on
+        key |= {"model": file_hash(Path(one.folder) / "model.pt"), "tile": tile, "overlap": overlap}
         if not read_metrics(one, key, dataset):             # prediction is what takes the time
-            predict(one, dataset, config, device, precision)
+            predict(one, dataset, config, (tile, overlap), device, precision)
             run_distributed.rank() or write_metrics(one, key)
         if one.whole("test").report()["dice"] < 0.05:       # a failed run among good ones ruins every mean
             notes.append(f"{one.folder} finds hardly any tumor: its training failed or was too short, see "
@@ -183,7 +183,7 @@ def read_synthetic(folders, dataset) -> dict:
 
 
 # ---- prediction --------------------------------------------------------------------------------------------
-def predict(one, dataset, config, device, precision) -> None:
+def predict(one, dataset, config, tiles, device, precision) -> None:
     """Fill one.slides, over the whole ROIs, and one.rois. Under torchrun each process predicts some ROIs, and
     gets the counts of all."""
     content = run.load_model(one.folder, "segmenter")
@@ -201,8 +201,8 @@ def predict(one, dataset, config, device, precision) -> None:
         image, label, _ = open_roi(roi, dataset.classes, config.cache).whole()      # (H, W, 3), (H, W) uint8
         # Tiles overlap and only their centres count: at a border a network with padding sees less.
         with precision.autocast():
-            prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), config.tile, config.overlap,
-                               config.batch, device)                                # (H, W)
+            prob = predict_roi(network, torch.from_numpy(image).permute(2, 0, 1), *tiles, config.batch,
+                               device)                                              # (H, W)
         # Counts, for one matrix of the whole split: in a mean of Dice an almost empty ROI weighs in full.
         counts.append((k, ProbabilityHistogram(dataset.classes).add(prob, label).counts))
         if roi.split == "test":

@@ -27,7 +27,7 @@ from her2.losses import constant_prediction_loss, dice_cross_entropy
 from her2.net_blocks import kept_buffers
 from her2.metrics import ProbabilityHistogram
 from her2.data_patches import MixedSampler, iterate_rois
-from her2.segmenter import predict_roi
+from her2.segmenter import choose_tiles, predict_roi
 
 
 def main(argv) -> None:
@@ -71,7 +71,7 @@ def main(argv) -> None:
         draw.samples_png(folder, step, dataset.classes, image=image, label=label, probability=prob.cpu())
         draw_axes.curves_png(folder / "curves.png", log.records(), draw_axes.TRAINING["segmenter"])
         run.save_model(folder, "segmenter", network.config, ema.module.state_dict(), step=step,
-                       **dataset.origin())
+                       patch=config.patch, **dataset.origin())
 
     steps = run_training.Steps("segmentation", config, sampler, step, device, losses)
     for batch in steps:
@@ -126,7 +126,7 @@ def validate(network, dataset, config, precision, device) -> dict:
     histogram = ProbabilityHistogram(dataset.classes)
     for _, image, label, _ in iterate_rois(dataset, "val", cache=config.cache):
         with precision.autocast():
-            prob = predict_roi(network, image[0], tile=max(256, config.patch), overlap=64, device=device)
+            prob = predict_roi(network, image[0], *choose_tiles(0, 0, config.patch), device=device)
         histogram.add(prob, label[0])
     return histogram.report()
 

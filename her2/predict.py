@@ -36,7 +36,7 @@ from her2.data_slides import read_slides
 from her2.polygons import outlines, paint, polygon_area
 from her2.run_errors import UserError, atomic_write, command
 from her2.run_provenance import file_hash
-from her2.segmenter import UNet, check_tiles, predict_roi
+from her2.segmenter import UNet, choose_tiles, predict_roi
 from her2.stains import deconvolve, white_point
 
 OVERLAY = 2048      # longest side of an overlay picture
@@ -57,7 +57,7 @@ class Config(configuration.Tiles):  # device, preset, size and number of the til
     simplify: float = 0.0           # pixels by which an outline may move to save points
 
 
-PRESETS = {"tiny": {}, "small": dict(tile=512, overlap=128), "paper": dict(tile=1024, overlap=256)}
+PRESETS = {"tiny": {}, "small": {}, "paper": dict(batch=4)}
 # name: where it lies in the folder that was given.
 Input = namedtuple("Input", "name path x y downsample", defaults=(0.0, 0.0, 1.0))
 
@@ -66,11 +66,14 @@ def main(argv):
     config, names = configuration.parse(
         Config, PRESETS, argv, __doc__, "python -m her2.predict",
         {"images": dict(nargs="+", metavar="IMAGES", help="images, or folders that hold them")})
-    check_tiles(config.tile, config.overlap)
     images = find_images(names, config.out)
 
     device, precision = run_training.pick_device(config.device, config.amp)
     content, model = run.load_model(config.model, "segmenter"), run.model_file(config.model)
+    if not config.tile and not content.get("patch"):
+        raise UserError(f"{model}: of an older version, the size of its patches is not in it; give --tile, "
+                        "the field patch in the config.json of its run")
+    tiles = choose_tiles(config.tile, config.overlap, content.get("patch"))
     network = run.build_model(UNet, content, config.model, device)
     out = run.open_run("her2.predict", config, device, ["-m", "her2.predict", *argv],
                        {"model": {model.name: file_hash(model)}})
@@ -86,7 +89,7 @@ def main(argv):
         # Done: the same content at the same place has its row, and the row is written after all files.
         done = row.items() <= rows.get(image.name, {}).items()
         if not done or not all(map(Path.is_file, files.values())):
-            rows[image.name] = {**row, **predict(image, files, network, config, precision, device)}
+            rows[image.name] = {**row, **predict(image, files, network, config, tiles, precision, device)}
             atomic_write(path, csv_text([rows[name] for name in sorted(rows)], COLUMNS))
     print(f"done: {path}, {len(images)} images; polygons for QuPath: {out / 'polygons'}")
 
@@ -118,7 +121,7 @@ def find_images(names, out) -> list:
     return images
 
 
-def predict(image, paths, network, config, precision, device) -> dict:
+def predict(image, paths, network, config, tiles, precision, device) -> dict:
     """Predict one image and write its four files; returns its figures for predictions.csv. dab_density is the
     mean amount of DAB (optical density) of the predicted tumor's pixels against the image's own white point:
     where an image shows no glass, it is too low. area is in pixels of the slide."""
@@ -126,8 +129,8 @@ def predict(image, paths, network, config, precision, device) -> dict:
     pixels = read_image(image.path)                                                     # (H, W, 3) uint8
     height, width, _ = pixels.shape
     with precision.autocast():
-        prob = predict_roi(network, torch.from_numpy(pixels).permute(2, 0, 1), config.tile, config.overlap,
-                           config.batch, device).numpy()                                # (H, W)
+        prob = predict_roi(network, torch.from_numpy(pixels).permute(2, 0, 1), *tiles, config.batch,
+                           device).numpy()                                              # (H, W)
     if not np.isfinite(prob).all():
         raise UserError(f"{config.model}: predicts NaN for {image.path}; its training failed, train it again")
     draw.save_png(paths["probability"], np.rint(prob * 255).astype(np.uint8))

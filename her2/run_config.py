@@ -122,10 +122,12 @@ class Machine:
 @dataclasses.dataclass
 class Tiles(Machine):
     """The fields of what predicts whole images, tile by tile."""
-    preset: Literal["tiny", "small", "paper"] = "tiny"  # size of the tiles
-    batch: int = 4                  # tiles at a time; changes nothing but speed and memory
-    tile: int = 256                 # side of the tiles in which an image is predicted, divisible by 32
-    overlap: int = 64               # pixels that neighbouring tiles share; only their centres are kept
+    preset: Literal["tiny", "small", "paper"] = "tiny"  # of the network: decides the tiles at a time
+    batch: int = 16                 # tiles at a time; changes nothing but speed and memory
+    tile: int = 0                   # side of the tiles in which an image is predicted, divisible by 32;
+                                    # 0: that of the patches on which the network was trained
+    overlap: int = 0                # pixels that neighbouring tiles share; only their centres are kept;
+                                    # 0: a quarter of the tile, at least 32
 
 
 @dataclasses.dataclass

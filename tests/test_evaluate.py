@@ -27,7 +27,7 @@ from her2.segmenter import UNet
 from her2.stains import compose, deconvolve
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = {"seed": 0, "steps": 10, "sampling": "subtype", "synthetic": "", "ratio": 1.0,
+FIELDS = {"seed": 0, "steps": 10, "patch": 96, "sampling": "subtype", "synthetic": "", "ratio": 1.0,
           "lr": 0.1}
 
 
@@ -41,7 +41,7 @@ def make_run(folder, data, step=10, **fields):
     run.write_json(folder / "config.json", {"script": "train_seg.py", "fields": fields, "git": "0123abc",
                                             "versions": {}})
     run.save_model(folder, "segmenter", network.config, network.state_dict(), step=step,
-                   classes=dataset.classes.to_json())
+                   patch=fields["patch"], classes=dataset.classes.to_json())
     write_split(folder / "split.json", dataset)
     return folder
 
