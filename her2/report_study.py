@@ -29,6 +29,7 @@ from her2.run_config import Parser
 from her2.run_errors import UserError, atomic_write, command
 
 FORMAT = 1              # of the file of a seed
+TILE = 256              # on which the networks were judged of whose seeds the file does not say it
 # From the most that can be had to the paper's methods, and what stands beside them.
 LADDER = ("fresh-100", "oracle-100", "restain-100", "reconstruct-100", "ldm-100-same", "ldm-100",
           "inpaint-100", "gan-100", "subtype-2x", "tumor")
@@ -68,7 +69,8 @@ def write_seed(config, seed: int, seconds: dict) -> None:
     run.write_json(root.parent / "seeds" / f"seed{seed}.json", {
         "format": FORMAT, "seed": seed, "preset": config.preset,
         # What decides the figures.
-        "settings": {key: getattr(config, key) for key in ("data", "split_seed", "device", "amp", "trial")},
+        "settings": {"tile": metrics["key"]["tile"], **{
+            key: getattr(config, key) for key in ("data", "split_seed", "device", "amp", "trial")}},
         "classes": dataset.classes.to_json(), "slides": slides,
         "arms": {name: to_json(together(list(one.values()))) for name, one in study.arms.items()},
         "configs": results["configs"],
@@ -87,12 +89,13 @@ def read_seeds(files) -> list:
         if content["seed"] in found:
             raise UserError(f"{file}: seed {content['seed']} was given before; leave one of them out")
         found[content["seed"]], settings = content, content.get("settings", {})
-        # Where the data lie differs between machines. The first files came before `settings`: all phantoms.
+        # Where the data lie differs between machines. The first files came before `settings`: all phantoms,
+        # judged on tiles of 256 px.
         kinds.append((content["preset"], content["classes"], bool(settings.get("data")),
-                      settings.get("trial", 0)))
+                      settings.get("trial", 0), settings.get("tile", TILE)))
         if kinds[-1] != kinds[0]:
-            raise UserError(f"{files[0]} and {file}: of other presets, class tables, kinds of data or "
-                            "--trial; report them apart")
+            raise UserError(f"{files[0]} and {file}: of other presets, class tables, kinds of data, sizes of "
+                            "tiles or --trial; report them apart")
     return [found[seed] for seed in sorted(found)]
 
 
@@ -146,7 +149,8 @@ def write_report(files, out) -> dict:
         minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
-             f"and segmenters ({' or '.join(map(str, repeats))} per arm). The plan that was fixed before "
+             f"and segmenters ({' or '.join(map(str, repeats))} per arm), judged on tiles of "
+             f"{seeds[0].get('settings', {}).get('tile', TILE)} px. The plan that was fixed before "
              "stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
              "intervals of the paired difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),

@@ -4,6 +4,7 @@ The networks here are untrained: what is tested is the counting, not the learnin
 """
 
 import csv
+import itertools
 import json
 import shutil
 import subprocess
@@ -219,6 +220,25 @@ def test_tiles_do_not_change_the_figures_much_and_never_the_counts(place):
     tiled = results()["configs"][0]["runs"][0]
     assert np.array_equal(np.sum(whole["confusion"], axis=1), np.sum(tiled["confusion"], axis=1))
     assert sum(np.sum(part["confusion"]) for part in tiled["slides"].values()) == np.sum(tiled["confusion"])
+
+
+def test_each_network_sees_tiles_of_its_own_patches(place):
+    """Patches of 32 px: tiles of 32 px, which share nothing: each is a forward pass of its own."""
+    make_run("runs/few", "data", seed=3, patch=32)
+    evaluate.main(["runs/few", "runs/subtype0"])
+    few = next(one for one in by_name(results())["subtype"]["runs"] if one["seed"] == 3)
+    network = run.build_model(UNet, run.load_model("runs/few", "segmenter"), "runs/few")
+    probs, labels = [], []
+    for roi in load_dataset("data").split("test"):
+        image, label = np.array(Image.open(roi.image)), np.array(Image.open(roi.mask))
+        for y, x in itertools.product(range(0, 64, 32), range(0, 96, 32)):
+            part = torch.from_numpy(image[y:y + 32, x:x + 32].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+            with torch.no_grad():
+                probs.append(network(part).softmax(1)[0, 1].numpy().ravel())
+            labels.append(label[y:y + 32, x:x + 32].ravel())
+    check(few, slow_figures(np.concatenate(probs), np.concatenate(labels), 0.5))
+    whole = run.read_json("runs/subtype0/metrics.json")["key"]
+    assert (whole["tile"], whole["overlap"]) == (96, 32)
 
 
 def test_report_names_its_figures_and_prints_the_table(place, capsys):

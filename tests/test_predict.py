@@ -1,6 +1,7 @@
 """Prediction without labels: every file against slow computations, the way into QuPath and back, resuming."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -133,6 +134,21 @@ def without_specks(mask, smallest):
 def back(name, place=(0, 0, 1)):
     """The exported polygons of an image, read as QuPath's, in pixels of the image."""
     return transform_polygons(read_annotations(f"new/polygons/{name}.geojson")[0], *place)
+
+
+@torch.no_grad()
+def test_tiles_are_of_the_patches_size(place):
+    """A network of patches of 32 px: every tile of the first image is a forward pass of its own."""
+    content = run.load_model("runs/seg", "segmenter")
+    torch.save({**content, "patch": 32}, "runs/seg/model.pt")
+    network = run.build_model(UNet, content, "runs/seg")
+    assert call("in") == 0
+    image, grey = np.array(Image.open("in/0.png")), np.array(Image.open("new/probability/0.png"))
+    for y, x in itertools.product(*(range(0, side // 32 * 32, 32) for side in grey.shape)):
+        part = torch.from_numpy(image[y:y + 32, x:x + 32].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        prob = network(part).softmax(1)[0, 1].numpy()
+        assert np.abs(grey[y:y + 32, x:x + 32] - prob * 255.0).max() < 0.51
+    assert x, "more than one tile"
 
 
 @pytest.mark.parametrize("smallest", [0, 12])
@@ -281,6 +297,12 @@ def nan_weights():
     torch.save(content, "runs/seg/model.pt")
 
 
+def old_weights():
+    content = run.load_model("runs/seg", "segmenter")
+    del content["patch"]
+    torch.save(content, "runs/seg/model.pt")
+
+
 BAD = {
     "no such file": (["nothing.png"], ["nothing.png", "no image there"], None),
     "a folder without images": (["runs"], ["runs", "no image there"], None),
@@ -297,6 +319,7 @@ BAD = {
     "no run": (["in", "--model", "runs/none"], ["runs/none", "train_seg.py"], None),
     "a folder that is no run": (["in", "--model", "in"], ["in", "model.pt"], None),
     "a network that predicts NaN": (["in"], ["runs/seg", "not finite"], nan_weights),
+    "a network that does not say its patches": (["in"], ["model.pt", "older version", "--tile"], old_weights),
     "tiles": (["in", "--tile", "48"], ["--tile 48", "multiple of 32"], None),
     "overlap": (["in", "--tile", "64", "--overlap", "64"], ["--overlap 64"], None),
     "threshold": (["in", "--threshold", "1.5"], ["--threshold", "1.5"], None),

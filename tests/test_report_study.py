@@ -120,8 +120,8 @@ def test_wrong_files_are_refused(files, tmp_path):
         report_study.write_report([*files, files[1]], tmp_path)
     with pytest.raises(UserError, match="other presets"):
         report_study.write_report([*files, seed_file(tmp_path, 13, "tiny")], tmp_path / "out")
-    for settings in ({"trial": 2}, {"data": "my_data"}):
-        with pytest.raises(UserError, match="kinds of data or --trial"):
+    for settings in ({"trial": 2}, {"data": "my_data"}, {"tile": 64}):     # a file without: 256
+        with pytest.raises(UserError, match="kinds of data, sizes of tiles or --trial"):
             report_study.write_report([*files, seed_file(tmp_path, 13, settings=settings)], tmp_path / "out")
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match="not the file of a seed"):

@@ -242,6 +242,13 @@ def test_a_loss_that_is_scaled_for_fp16_trains_alike(root, name, monkeypatch):
     assert run.load_file(root / f"{name}-scaledTrue" / "last.pt")["scaler"]["scale"] == 65536
 
 
+def test_a_segmenter_says_how_large_its_patches_were(root):
+    """Whole images are predicted in tiles of that size."""
+    name = next(one for one in LOOPS if "seg" in one)
+    assert in_process([*command_line(name, root, "patches"), "--patch", "32", "--steps", "1"]) == 0
+    assert run.load_model(root / "patches", "segmenter")["patch"] == 32
+
+
 def test_what_is_saved_for_others_is_the_average(root):
     for name, key, kind in (("segmentation", "network", "segmenter"), ("diffusion", "denoiser", "diffusion"),
                             ("GAN", "generator", "gan")):

@@ -12,7 +12,7 @@ from torch import nn
 from her2 import segmenter
 from her2.run_errors import UserError
 from her2.losses import constant_prediction_loss, dice_cross_entropy
-from her2.segmenter import UNet, encoder_weights, predict_roi, tile_spans
+from her2.segmenter import UNet, choose_tiles, encoder_weights, predict_roi, tile_spans
 
 # Names and shapes as in torchvision's file, at a reduced width: the encoder's own plus the classifier.
 WIDTH = 8
@@ -301,6 +301,13 @@ def test_more_classes_and_half_precision():
 def test_impossible_tilings_are_refused(tile, overlap):
     with pytest.raises(UserError, match="tile"):
         predict_roi(Pointwise().eval(), torch.zeros(3, 100, 100), tile, overlap)
+
+
+@pytest.mark.parametrize("given, patch, chosen", [
+    ((0, 0), 64, (64, 32)), ((0, 0), 32, (32, 0)), ((0, 0), 512, (512, 128)), ((0, 64), 96, (96, 64)),
+    ((256, 0), 64, (256, 64)), ((256, 96), 64, (256, 96)), ((64, 0), 0, (64, 32))])
+def test_tiles_are_of_the_patches_size_unless_told(given, patch, chosen):
+    assert choose_tiles(*given, patch) == chosen
 
 
 def test_training_mode_and_wrong_shapes_are_refused():
