@@ -229,7 +229,7 @@ def measure(config, folder, device):
         yield "DPM-Solver++, 15 steps", "images", images("diffusion", 3, steps=15, sampler="dpm")
         yield "GAN", "images", images("gan", 5, method="gan")
         yield "region inference", "megapixels", rate(roi[0, 0].numel() / 1e6, lambda: segmenter.predict_roi(
-            network, roi[0], max(256, side), 64, device=device), 3)
+            network, roi[0], *segmenter.choose_tiles(0, 0, side), device=device), 3)
 
 
 def main(argv):
@@ -254,8 +254,8 @@ def main(argv):
                 text = f"  {name:26} {speed:9.4g} {unit}/s"
                 for key, word in (("steps_per_s", "steps/s"), ("memory_mib", "MiB at most")):
                     text += f"   {figures[key]:.3g} {word}" if figures.get(key) else ""
-                if name in earlier["rows"]:
-                    text += f"   {speed / earlier['rows'][name]['samples_per_s']:.2f} times the earlier rate"
+                if before := (earlier["rows"].get(name) or {}).get("samples_per_s"):
+                    text += f"   {speed / before:.2f} times the earlier rate"
                 print(text, flush=True)
     counted = count_table(config.preset, config.batch)
     if config.out:

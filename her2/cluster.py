@@ -60,6 +60,8 @@ class Config:
 def main(argv):
     config, folder = configuration.parse(Config, {}, argv, __doc__, "python -m her2.cluster", {
         "folder": dict(nargs="?", metavar="DIR", help="dataset folder")})
+    if folder and config.data and folder != config.data:
+        raise UserError(f"{folder} and --data {config.data}: two folders; give one of them")
     config.data = folder or config.data
     config.out = config.out or config.data.rstrip("/\\") + ("-merged" if config.merge else "-clusters")
     dataset = load_dataset(config.data, seed=config.split_seed)

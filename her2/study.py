@@ -202,8 +202,8 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
                                               "--seed", JUDGE_SEED, *UNIFORM, *short], "seg", other, **place)
     shown = [stage.folder for name, stage in images.items() if "-" not in name]
     looks = ["--synthetic", *shown, "--judge", judge.folder] if shown else []
-    # The tiles are those of the patches anyway. Named, they make this another command than that of older code,
-    # which took 256 px: its seeds are judged again, and can stand beside new ones.
+    # The tiles are those of the patches anyway. Named, they make this another command than that of older
+    # code, which took 256 px: its seeds are judged again, and can stand beside new ones.
     add("evaluation", "evaluation", ["evaluate.py", *(one.folder for one in runs), *looks, *sizes, *machine,
                                      "--tile", 0, "--seed", seed], "report", *runs, *images.values(), judge)
     return plan

@@ -67,7 +67,7 @@ def test_parameters_at_the_papers_size_are_the_official_numbers():
 
 
 def test_the_table_is_written_and_compared_with_an_earlier_one(tmp_path, monkeypatch, capsys):
-    speeds = iter([2.0, 3.0])
+    speeds = iter([2.0, 3.0, 4.0])
     monkeypatch.setattr(benchmark, "measure", lambda *rest: iter(
         [("gan training", "patches", {"samples_per_s": next(speeds), "steps_per_s": 1.0, "memory_mib": None})]))
     monkeypatch.setattr(benchmark, "count_table", lambda preset, batch: {})
@@ -77,6 +77,9 @@ def test_the_table_is_written_and_compared_with_an_earlier_one(tmp_path, monkeyp
     assert "1.50 times the earlier rate" in capsys.readouterr().out
     content = json.loads(second.read_text(encoding="utf-8"))
     assert content["rows"]["gan training"]["samples_per_s"] == 3.0 and content["settings"]["preset"] == "tiny"
+    first.write_text('{"rows": {"gan training": {}}}', encoding="utf-8")     # cut by hand: nothing to compare
+    benchmark.main(["--against", str(first)])
+    assert "times the earlier" not in capsys.readouterr().out
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match="not written by her2.benchmark"):
         benchmark.main(["--against", str(tmp_path / "list.json")])

@@ -219,6 +219,8 @@ def test_too_few_instances_and_foreign_folders_are_one_line(tmp_path, monkeypatc
     write_dataset(tmp_path / "data", slides=3, split=False)
     with pytest.raises(UserError, match="5 tumor instances .* too few for 2 clusters"):
         run("data")
+    with pytest.raises(UserError, match="two folders"):
+        run("data", "--data", "other")
     with pytest.raises(UserError, match="not a run folder"):
         run("data", "--merge", MERGE, "--out", "data")
     assert not (tmp_path / "data-clusters").exists()
