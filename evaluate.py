@@ -67,6 +67,7 @@ def main(argv):
 
     # ---- 1 runs and data: may these be compared at all? ----------------------------------------------------
     runs = [read_run(folder) for folder in folders]
+    tiles = [choose_tiles(config.tile, config.overlap, one.fields["patch"]) for one in runs]
     dataset = shared_dataset(runs, folders, config)         # one split: nobody is tested on what it learned
     notes = report.check_comparable(runs)                   # other steps or patches: said, not refused
     for folder in folders:
@@ -74,7 +75,6 @@ def main(argv):
     synthetic = read_synthetic(synthetic_folders, dataset)
 
     # ---- 2 predict: counts per subtype and probability, from which every figure follows --------------------
-    tiles = [choose_tiles(config.tile, config.overlap, one.fields["patch"]) for one in runs]
     hashes = json.dumps(data_hashes(dataset, config.cache, ("val", "test"))).encode()
     key = {"data": hashlib.sha256(hashes).hexdigest(), "precision": str(precision)}
     for one, (tile, overlap) in zip(runs, tiles):           # all that the counts depend on

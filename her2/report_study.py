@@ -29,7 +29,7 @@ from her2.run_config import Parser
 from her2.run_errors import UserError, atomic_write, command
 
 FORMAT = 1              # of the file of a seed
-TILE = 256              # on which the networks were judged of whose seeds the file does not say it
+BEFORE = {"data": "", "trial": 0, "tile": 256}      # settings of seeds whose file does not name them
 # From the most that can be had to the paper's methods, and what stands beside them.
 LADDER = ("fresh-100", "oracle-100", "restain-100", "reconstruct-100", "ldm-100-same", "ldm-100",
           "inpaint-100", "gan-100", "subtype-2x", "tumor")
@@ -88,11 +88,11 @@ def read_seeds(files) -> list:
             raise UserError(f"{file}: not the file of a seed of the study; give files seeds/seedN.json")
         if content["seed"] in found:
             raise UserError(f"{file}: seed {content['seed']} was given before; leave one of them out")
-        found[content["seed"]], settings = content, content.get("settings", {})
-        # Where the data lie differs between machines. The first files came before `settings`: all phantoms,
-        # judged on tiles of 256 px.
-        kinds.append((content["preset"], content["classes"], bool(settings.get("data")),
-                      settings.get("trial", 0), settings.get("tile", TILE)))
+        # The first files came before these settings. Where the data lie differs between machines.
+        settings = content["settings"] = {**BEFORE, **content.get("settings", {})}
+        found[content["seed"]] = content
+        kinds.append((content["preset"], content["classes"], bool(settings["data"]), settings["trial"],
+                      settings["tile"]))
         if kinds[-1] != kinds[0]:
             raise UserError(f"{files[0]} and {file}: of other presets, class tables, kinds of data, sizes of "
                             "tiles or --trial; report them apart")
@@ -150,9 +150,9 @@ def write_report(files, out) -> dict:
     parts = ["# What the paper's method does on this tissue",
              f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
              f"and segmenters ({' or '.join(map(str, repeats))} per arm), judged on tiles of "
-             f"{seeds[0].get('settings', {}).get('tile', TILE)} px. The plan that was fixed before "
-             "stands in her2/study.py. \u00b1 is the standard deviation over seeds, brackets are 95 % "
-             "intervals of the paired difference.",
+             f"{seeds[0]['settings']['tile']} px. The plan that was fixed before stands in her2/study.py. "
+             "\u00b1 is the standard deviation over seeds, brackets are 95 % intervals of the paired "
+             "difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
              *report.sections(study, found, results, pictures, "Means over seeds. "),
              "## Cost", f"Minutes per stage, mean over seeds ({'; '.join(machines)}).",

@@ -126,6 +126,17 @@ def slow_pixels(folder, split, rois=None):
     return np.concatenate(probs), np.concatenate(labels)
 
 
+@torch.no_grad()
+def by_tiles(folder, image, side):
+    """(H, W) probabilities of an image, (H, W, 3) uint8: every tile, of `side` pixels, a pass of its own."""
+    network = run.build_model(UNet, run.load_model(folder, "segmenter"), folder)
+    prob = np.empty(image.shape[:2], np.float32)
+    for y, x in itertools.product(*(range(0, length, side) for length in prob.shape)):
+        part = torch.from_numpy(image[y:y + side, x:x + side].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        prob[y:y + side, x:x + side] = network(part).softmax(1)[0, 1].numpy()
+    return prob
+
+
 def slow_figures(prob, label, threshold):
     called, tumor = prob >= threshold, label > 0
     both = (called & tumor).sum()
@@ -227,15 +238,9 @@ def test_each_network_sees_tiles_of_its_own_patches(place):
     make_run("runs/few", "data", seed=3, patch=32)
     evaluate.main(["runs/few", "runs/subtype0"])
     few = next(one for one in by_name(results())["subtype"]["runs"] if one["seed"] == 3)
-    network = run.build_model(UNet, run.load_model("runs/few", "segmenter"), "runs/few")
-    probs, labels = [], []
-    for roi in load_dataset("data").split("test"):
-        image, label = np.array(Image.open(roi.image)), np.array(Image.open(roi.mask))
-        for y, x in itertools.product(range(0, 64, 32), range(0, 96, 32)):
-            part = torch.from_numpy(image[y:y + 32, x:x + 32].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-            with torch.no_grad():
-                probs.append(network(part).softmax(1)[0, 1].numpy().ravel())
-            labels.append(label[y:y + 32, x:x + 32].ravel())
+    rois = load_dataset("data").split("test")
+    probs = [by_tiles("runs/few", np.array(Image.open(roi.image)), 32).ravel() for roi in rois]
+    labels = [np.array(Image.open(roi.mask)).ravel() for roi in rois]
     check(few, slow_figures(np.concatenate(probs), np.concatenate(labels), 0.5))
     whole = run.read_json("runs/subtype0/metrics.json")["key"]
     assert (whole["tile"], whole["overlap"]) == (96, 32)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / ".github" / "study"
 # The section of the README, and the folder whose seeds it tells.
 PUBLISHED = {"What came out": STUDY, "The second study": STUDY / "second"}
+Published = namedtuple("Published", "results page section folder")
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def report(request, tmp_path_factory):
-    """(results, report.md) made again from the files of the seeds, section of the README, folder."""
+    """Results and report.md made again from the files of the seeds; section of the README; their folder."""
     out, folder = tmp_path_factory.mktemp("report"), PUBLISHED[request.param]
     results = report_study.write_report(sorted(folder.glob("seed*.json")), out)
     text = (ROOT / "README.md").read_text(encoding="utf-8").split(f"## {request.param}")[1].split("\n## ")[0]
-    return results, (out / "report.md").read_text("utf-8"), text, folder
+    return Published(results, (out / "report.md").read_text("utf-8"), text, folder)
 
 
 def tables(text) -> list:
@@ -47,26 +49,26 @@ def same(one, other) -> bool:
 
 
 def test_the_published_results_follow_from_the_seeds(report):
-    published = json.loads((report[3] / "results.json").read_text(encoding="utf-8"))
-    assert same(published, json.loads(json.dumps(report[0])))
-    changed = json.loads(json.dumps(report[0]))
+    published = json.loads((report.folder / "results.json").read_text(encoding="utf-8"))
+    assert same(published, json.loads(json.dumps(report.results)))
+    changed = json.loads(json.dumps(report.results))
     changed["verdicts"][0]["mean"] += 1e-4
     assert not same(published, changed)
 
 
 def test_every_verdict_stands_in_the_readme_word_by_word(report):
-    for claim in report[0]["verdicts"]:
-        assert claim["sentence"] in report[2]
+    for claim in report.results["verdicts"]:
+        assert claim["sentence"] in report.section
 
 
 def test_every_cell_is_the_one_of_the_report(report):
     """The tables of the README are rows and columns of those in report.md, named by their first cell."""
     known = {}
-    for table in tables(report[1]):
+    for table in tables(report.page):
         for row in table:
             first = next(iter(row))
             known.setdefault((first, row[first]), {}).update(row)
-    shown = tables(report[2])
+    shown = tables(report.section)
     assert shown and all(shown)
     for row in (row for table in shown for row in table):
         first = next(iter(row))
@@ -75,7 +77,7 @@ def test_every_cell_is_the_one_of_the_report(report):
 
 def test_no_number_comes_from_elsewhere(report):
     """Every number with a decimal point in the prose stands in the report too, or in a command beside it."""
-    prose, known = re.sub(r"```.*?```", "", report[2], flags=re.S), set(re.findall(r"\d*\.\d+", report[1]))
+    prose, known = re.sub(r"```.*?```", "", report.section, flags=re.S), set(re.findall(r"\d*\.\d+", report.page))
     for number in re.findall(r"\d*\.\d+", prose):
         assert number in known, number
 
@@ -97,7 +99,7 @@ def test_the_seed_with_all_arms_is_reported_as_its_files_say(tmp_path):
 def test_the_published_page_is_that_of_the_seeds(report):
     """Word by word, and the numbers but for a rounding at their last digit."""
     published, made = (re.split(r"(\d+\.\d+)", text) for text in (
-        (report[3] / "report.md").read_text(encoding="utf-8"), report[1]))
+        (report.folder / "report.md").read_text(encoding="utf-8"), report.page))
     assert published[::2] == made[::2]
     for one, other in zip(published[1::2], made[1::2]):
         assert abs(float(one) - float(other)) < 1.5 * 10.0 ** -len(one.split(".")[1])

@@ -244,8 +244,7 @@ def test_a_loss_that_is_scaled_for_fp16_trains_alike(root, name, monkeypatch):
 
 def test_a_segmenter_says_how_large_its_patches_were(root):
     """Whole images are predicted in tiles of that size."""
-    name = next(one for one in LOOPS if "seg" in one)
-    assert in_process([*command_line(name, root, "patches"), "--patch", "32", "--steps", "1"]) == 0
+    assert in_process([*command_line("segmentation", root, "patches"), "--patch", "32", "--steps", "1"]) == 0
     assert run.load_model(root / "patches", "segmenter")["patch"] == 32
 
 
