@@ -34,14 +34,14 @@ from her2.metrics import ProbabilityHistogram
 from her2.run_provenance import changed_since, data_hashes, file_hash, locate, read_record, trained_with
 from her2.data_mapped import open_region
 from her2.data_regions import open_roi, region_files
-from her2.segmenter import UNet, choose_tiles, predict_roi
+from her2.segmenter import STRIDE, UNet, choose_tiles, predict_roi
 
 
 @dataclass
 class Config(configuration.Tiles):  # device, preset, size and number of the tiles, as in her2.predict
     data: str = ""                  # dataset folder; empty: the one that the runs were trained on
     out: str = "runs/report"        # folder of the report
-    seed: int = 0                   # which examples Fig. 4 shows
+    seed: int = 0                   # which examples Fig. 4 shows, and which real patches the judge sees
     judge: str = ""                 # run of train_seg.py on other tissue, which looks at --synthetic: do the
                                     # images obey their masks, how far are they from real patches?
     cache: str = "cache"            # folder for the decoded images
@@ -73,12 +73,18 @@ def main(argv):
     for folder in folders:
         notes += changed_since(folder, dataset, config.cache)
     synthetic = read_synthetic(synthetic_folders, dataset)
+    for images, _ in synthetic.values() if config.judge else ():
+        rois = images.rois
+        if len(rois) < 2 or any(roi.height % STRIDE or roi.width % STRIDE for roi in rois):
+            raise UserError(f"{images.root}: --judge needs two images at least, with sides that are "
+                            f"multiples of {STRIDE}; make others with generate.py, or leave --judge out")
 
     # ---- 2 predict: counts per subtype and probability, from which every figure follows --------------------
     hashes = json.dumps(data_hashes(dataset, config.cache, ("val", "test"))).encode()
     key = {"data": hashlib.sha256(hashes).hexdigest(), "precision": str(precision)}
     for one, (tile, overlap) in zip(runs, tiles):           # all that the counts depend on
-        key |= {"model": file_hash(Path(one.folder) / "model.pt"), "tile": tile, "overlap": overlap}
+        key |= {"model": file_hash(Path(one.folder) / "model.pt"), "tile": tile, "overlap": overlap,
+                "steps": one.fields["steps"]}           # another number asked for: `predict` looks again
         if not read_metrics(one, key, dataset):             # prediction is what takes the time
             predict(one, dataset, config, (tile, overlap), device, precision)
             run_distributed.rank() or write_metrics(one, key)
@@ -173,7 +179,7 @@ def shared_dataset(runs, folders, config):
 def read_synthetic(folders, dataset) -> dict:
     """{method: (synthetic Dataset, {image name: line of its manifest})}, one folder per method."""
     found = {}
-    for folder in folders:
+    for folder in configuration.named_paths(folders):
         method = synthetic_method(folder).split("-")[0]
         if method in found:
             raise UserError(f"{found[method][0].root} and {folder}: both are made by --method {method}; give "

@@ -106,7 +106,8 @@ def find_images(names, out) -> list:
             continue
         # An output folder among the images would be predicted again by the next start.
         files = [path] if path.is_file() else [
-            file for file in sorted(path.rglob("[!.]*")) if file.suffix.lower() in ENDINGS
+            file for file in sorted(path.rglob("*")) if file.suffix.lower() in ENDINGS
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
             and not file.resolve().is_relative_to(Path(out).resolve())]
         if not files:
             raise UserError(f"{path}: no image there ({', '.join(ENDINGS)}); give images or their folders")

@@ -162,7 +162,7 @@ def difference_table(found: dict, study) -> list:
     rows = []
     for (new, old), one in found.items():
         drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
-        if old == BASELINE and ORACLE in study.arms and len(study.arms[new]) > 1:
+        if old == BASELINE:
             share = study.efficiency(new, old, ORACLE, "best", "dice")
         rows.append({
             "comparison": f"{new} against {old}",
@@ -199,9 +199,10 @@ def sections(study, found, results: dict, pictures, over: str = "") -> list:
                   "instances by the subtype asked for (real: annotated), and in brackets their number.",
                   markdown(report_staining.table(results["staining"]))]
     if results.get("images"):
-        parts += ["## Do generated images obey their masks?", f"{over}A segmenter trained on other tissue "
-                  "looks at them: Dice and recalls against the masks asked for. Sharpness is a share of real "
-                  "patches; distances are to real training patches.",
+        parts += ["## Do generated images obey their masks?", f"{over}A segmenter trained on real patches, "
+                  "of other tissue where there is a phantom to make it, looks at them: Dice and recalls "
+                  "against the masks asked for. Sharpness is a share of real patches; distances are to real "
+                  "training patches.",
                   markdown(report_images.table(results["images"]))]
     return [*parts, "## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures)]
 

@@ -197,10 +197,11 @@ class Study:
         return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(), "bootstrap": drawn}
 
     def efficiency(self, arm, baseline, oracle, point, figure):
-        """[share of the oracle's gain that the arm reaches, low, high]; None where that gain may be 0."""
+        """[share of the oracle's gain that the arm reaches, low, high]; None where that gain may be 0, and
+        of one seed."""
         names = (arm, baseline, oracle)
         seeds, table = self.values(names, point, figure)
-        if not seeds:
+        if len(seeds) < 2:
             return None
         a, b, c = (self.replicated(name, seeds, point, figure) for name in names)
         low, high = percentiles(c - b, len(seeds))

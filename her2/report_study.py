@@ -25,7 +25,7 @@ from her2.data_classes import ClassTable
 from her2.data_folder import load_dataset, read_split
 from her2.metrics import ProbabilityHistogram
 from her2.report_statistics import Outcome, Study, averaged, together
-from her2.run_config import Parser
+from her2.run_config import Parser, named_paths
 from her2.run_errors import UserError, atomic_write, command
 
 FORMAT = 1              # of the file of a seed
@@ -147,10 +147,13 @@ def write_report(files, out) -> dict:
     minutes = {}
     for stage, seconds in (one for seed in seeds for one in seed["seconds"].items()):
         minutes.setdefault(stage.split(": ")[-1], []).append(seconds / 60)
+    settings = seeds[0]["settings"]
+    own, same = ("", "All share one split of the same slides: intervals hold for these, not for other "
+                 "patients. ") if settings["data"] else ("tissue, ", "")
     parts = ["# What the paper's method does on this tissue",
-             f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own tissue, generators "
+             f"Seeds {', '.join(map(str, numbers))}, preset `{preset}`; each is its own {own}generators "
              f"and segmenters ({' or '.join(map(str, repeats))} per arm), judged on tiles of "
-             f"{seeds[0]['settings']['tile']} px. The plan that was fixed before stands in her2/study.py. "
+             f"{settings['tile']} px. {same}The plan that was fixed before stands in her2/study.py. "
              "\u00b1 is the standard deviation over seeds, brackets are 95 % intervals of the paired "
              "difference.",
              "## Verdicts", *(f"- {claim['sentence']}" for claim in claims),
@@ -168,7 +171,7 @@ def main(argv):
     parser.add_argument("files", nargs="+", metavar="FILE", help="seeds/seedN.json of one or more studies")
     parser.add_argument("--out", default="runs/study-report", help="folder of the report [%(default)s]")
     args = parser.parse_args(argv)
-    write_report(args.files, args.out)
+    write_report(named_paths(args.files), args.out)
     print(f"done: {Path(args.out) / 'report.md'}")
 
 

@@ -77,6 +77,8 @@ def data_hashes(dataset: Dataset, cache="cache", splits=("train",)) -> dict:
                 row[column] = path.relative_to(root).as_posix()
                 files[row[column]] = path
     said = {"slides.csv": rows, "classes.json": dataset.classes.to_json()}
+    if dataset.classes.masks:                           # how masks are read; most tables do not say it
+        said["classes.json"] = [said["classes.json"], dataset.classes.masks]
     return {**{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in said.items()},
             **dict(zip(files, file_hashes(files.values(), cache)))}
 

@@ -82,7 +82,7 @@ REGROUPED = {"clusters": ["--classes", 4], "stained": ["--merge", "non-stained=0
 NEEDS_PHANTOM = {"oracle", "fresh"}                     # sets that real data cannot have
 # What the 2x arm needs to know: the optimiser steps of train_seg.py's presets.
 STEPS = {"tiny": 240, "small": 2400, "paper": 100_000}
-JUDGE_SEED = 0                  # of the tissue on which the judge of images is trained
+JUDGE_SEED = 0                  # of the tissue on which the judge of images is trained; 1 for seed 0 itself
 # Seconds per stage of `small`, one thread of an AMD EPYC at 2.6 GHz, for the first guess of the time left.
 COST = {"phantom": 50, "autoencoder": 600, "diffusion": 900, "GAN": 600, "images": 150,
         "segmentation": 240, "evaluation": 120}
@@ -127,6 +127,8 @@ def chosen_arms(config) -> dict:
         elif not (config.data and method in NEEDS_PHANTOM):
             ratio = math.inf if percent == "only" else int(percent) / 100
             found[arm] = "-".join(filter(None, [method, *variant])), ratio
+        elif config.arms not in ("all", PRESETS["tiny"]["arms"]):       # named by the user
+            raise UserError(f"--arms: {arm!r} is painted by the phantom, --data has none; leave it out")
     return found
 
 
@@ -165,7 +167,9 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
         if method in ("ldm", "inpaint", "reconstruct"):
             network = vq = vq or train_ldm("autoencoder", common, "vq", tissue)
         if kind in REGROUPED:                           # the same tissue in other classes, its own diffusion
-            split = ["--split-seed", config.split_seed, "--cache", config.cache] if config.data else []
+            split = ["--split-seed", config.split_seed] if config.data else []
+            if config.data or config.cache != Config.cache:
+                split += ["--cache", config.cache]
             source = add("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind], *split],
                          kind, tissue)
             flags = [source.folder if one is data else one for one in common]
@@ -195,11 +199,13 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
     # generated, so it likes neither. Real data have no other tissue: their own baseline has to do.
     judge = runs[0]
     if not config.data:
-        place = dict(root=Path(config.out) / "judge", owner="")
-        other = add("phantom", "judge's phantom", ["-m", "her2.phantom", *sizes, "--seed", JUDGE_SEED],
+        number = JUDGE_SEED + (seed == JUDGE_SEED)
+        name = f"judge{number or ''}"
+        place = dict(root=Path(config.out) / name, owner="")
+        other = add("phantom", f"{name}'s phantom", ["-m", "her2.phantom", *sizes, "--seed", number],
                     "phantom", **place)
-        judge = add("segmentation", "judge", ["train_seg.py", *sizes, "--data", other.folder, *machine,
-                                              "--seed", JUDGE_SEED, *UNIFORM, *short], "seg", other, **place)
+        judge = add("segmentation", name, ["train_seg.py", *sizes, "--data", other.folder, *machine,
+                                           "--seed", number, *UNIFORM, *short], "seg", other, **place)
     shown = [stage.folder for name, stage in images.items() if "-" not in name]
     looks = ["--synthetic", *shown, "--judge", judge.folder] if shown else []
     # The tiles are those of the patches anyway. Named, they make this another command than that of older
@@ -225,7 +231,7 @@ def main(argv):
         if stage.kind == "evaluation":                  # at once, so that a finished seed is never lost
             owner = stage.name.split(":")[0]            # such as "seed 10"
             report_study.write_seed(config, int(owner.split()[1]), {
-                name: one["seconds"] for name, one in record.done.items()
+                name: seconds for name, seconds in record.seconds.items()
                 if name.startswith((f"{owner}:", "judge"))})
 
     failed = run_stages(plan, config.jobs, record, out / "logs", COST, finished)

@@ -26,6 +26,7 @@ import torch
 
 from her2 import phantom, report_staining, run, run_training
 from her2.autoencoder import VQAutoencoder
+from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import NEW_TISSUE
 from her2.phantom_cells import hollow, site_cells
 from her2.phantom_microscope import cell_of, window
@@ -72,6 +73,9 @@ class OraclePainter:
         if not isinstance(found, dict) or found.get("recipe") != phantom.RECIPE:
             raise UserError(f"{dataset.root}: is no phantom of this version (phantom.json), so nothing can "
                             "render it again; use a folder made by her2.phantom, or another --method")
+        if dataset.classes.classes != DEFAULT_CLASSES.classes:          # ids mean what the phantom meant
+            raise UserError(f"{dataset.root}: the phantom paints the classes of the paper, classes.json has "
+                            "others; use the folder as her2.phantom made it, or another --method")
         self.preset = phantom.Preset(*(found[name] for name in ("um_per_px", "size", "rois", "slides")))
         self.scene = lru_cache(maxsize=64)(partial(phantom.scene_of, self.preset, found["seed"]))
 

@@ -47,29 +47,32 @@ class Stage:
 
 
 class Record:
-    """stages.json: {stage: {"key", "command", "seconds"}} of what is complete."""
+    """stages.json: {stage: {"key", "command"}} of what began, with "seconds" where it is complete."""
 
     def __init__(self, path):
         self.path = Path(path)
-        self.done = run.read_json(path) if self.path.exists() else {}
+        self.known = run.read_json(path) if self.path.exists() else {}
+
+    @property
+    def seconds(self) -> dict:              # of what is complete
+        return {name: one["seconds"] for name, one in self.known.items() if "seconds" in one}
 
     def complete(self, stage) -> bool:
-        return self.done.get(stage.name, {}).get("key") == stage.key and stage.folder.exists()
+        one = self.known.get(stage.name, {})
+        return "seconds" in one and one["key"] == stage.key and stage.folder.exists()
 
-    def add(self, stage, seconds: float) -> None:
-        # Of a stage that went on from a checkpoint, the seconds are those since then.
-        self.done[stage.name] = {"key": stage.key, "command": stage.command, "seconds": round(seconds, 1)}
-        run.write_json(self.path, self.done)
+    def write(self, stage, **seconds) -> None:
+        self.known[stage.name] = {"key": stage.key, "command": stage.command, **seconds}
+        run.write_json(self.path, self.known)
 
-    def set_aside(self, stage) -> None:
-        """A folder completed from other inputs makes room: its script would refuse to go on in it."""
-        if stage.name in self.done and stage.folder.exists():
+    def begin(self, stage) -> None:
+        """A folder begun from other inputs makes room: its script would refuse to go on in it."""
+        if self.known.get(stage.name, {}).get("key", stage.key) != stage.key and stage.folder.exists():
             old = stage.folder.with_name(stage.folder.name + ".stale")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(stage.folder, old)
             print(f"{stage.name}: its inputs or its command changed; the old folder is now {old}", flush=True)
-            del self.done[stage.name]
-            run.write_json(self.path, self.done)
+        self.write(stage)
 
 
 def seconds_left(waiting, running, done, cost: dict, jobs: int) -> float:
@@ -97,8 +100,9 @@ class Job:
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path}
         if jobs > 1:
             environment["OMP_NUM_THREADS"] = "1"
-            if torch.cuda.device_count() > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+            if (count := torch.cuda.device_count()) > 1:        # of those that the user left visible
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+                environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % count]
         # A session of its own: Ctrl-C comes from `run_stages`, and not a second time from the terminal.
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen([sys.executable, *line], env=environment, stdout=output,
@@ -145,7 +149,7 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
                 if stage is None:
                     break
                 waiting.remove(stage)
-                record.set_aside(stage)
+                record.begin(stage)
                 number = len(ready) + len(running) + 1
                 say(f"\n[{number}/{len(stages)}] {stage.name}\n$ {stage.command}")
                 running[slot] = Job(stage, jobs, slot, logs)
@@ -162,7 +166,8 @@ def run_stages(stages, jobs: int, record: Record, logs, cost: dict, finished) ->
                                   f"{job.last_line('error')}")
                     say(f"FAILED: {failed[-1]}")
                     continue
-                record.add(stage, job.seconds)
+                # Of a stage that went on from a checkpoint, the seconds are those since then.
+                record.write(stage, seconds=round(job.seconds, 1))
                 times.setdefault(stage.kind, []).append(job.seconds)
                 ready.add(stage.name)
                 finished(stage)

@@ -364,6 +364,24 @@ def moved_window():
     path.write_text(path.read_text(encoding="utf-8").replace('"y": 4', '"y": 40'), encoding="utf-8")
 
 
+def more_steps():
+    """The run was evaluated, then its command asked for more, and was interrupted."""
+    evaluate.main([*RUNS, "--out", "runs/before"])
+    edit("runs/tumor0/config.json", steps=20)
+
+
+def one_image():
+    rows = Path("synth/ldm/slides.csv").read_text(encoding="utf-8").splitlines()
+    Path("synth/ldm/slides.csv").write_text("\n".join(rows[:2]), encoding="utf-8")
+    path = Path("synth/ldm/manifest.jsonl")
+    path.write_text(path.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
+
+
+def odd_size():
+    for path in Path("synth/ldm").rglob("*.png"):
+        save(path, np.array(Image.open(path))[:, :24])
+
+
 def test_slide_source():
     path = Path("synth/ldm/manifest.jsonl")
     text = path.read_text(encoding="utf-8").replace("roi0", "roi3").replace('"s0"', '"s3"')
@@ -399,6 +417,11 @@ BAD = {
     "synthetic without manifest": (lambda: Path("synth/ldm/manifest.jsonl").unlink(),
                                    [*RUNS, "--synthetic", "synth/ldm"], ["manifest.jsonl"]),
     "synthetic from a test slide": (test_slide_source, [*RUNS, "--synthetic", "synth/ldm"], ["s3", "test"]),
+    "more steps asked for": (more_steps, RUNS, ["tumor0", "step 10 of 20"]),
+    "one image for the judge": (one_image, [*RUNS, "--synthetic", "synth/ldm", "--judge", "runs/tumor0"],
+                                ["synth/ldm", "two images"]),
+    "an odd size for the judge": (odd_size, [*RUNS, "--synthetic", "synth/ldm", "--judge", "runs/tumor0"],
+                                  ["synth/ldm", "multiples of 32"]),
     "window outside its image": (moved_window, [*RUNS, "--synthetic", "synth/ldm"], ["y 40", "roi0"]),
     "tile": (lambda: None, [*RUNS, "--tile", "50"], ["--tile 50"]),
     "overlap": (lambda: None, [*RUNS, "--tile", "64", "--overlap", "64"], ["--overlap 64"]),

@@ -272,6 +272,12 @@ def test_an_interrupted_call_goes_on_and_a_changed_image_is_predicted_again(plac
     assert call("in", "--threshold", 0.6) == 2, "another threshold belongs into another folder"
 
 
+def test_hidden_files_and_folders_are_no_images_of_a_user(place):
+    for name in ("in/.ipynb_checkpoints/0-checkpoint.png", "in/deeper/._2.png"):
+        save(name, blobs(32, 32, 9))
+    assert call("in") == 0 and sorted(table()) == ["0.png", "1.png", "3.png", "deeper/2.png"]
+
+
 def test_a_name_with_brackets_is_that_file_and_no_pattern(place):
     save("odd/scan[1].png", np.zeros((32, 32, 3), np.uint8))
     save("odd/scan1.png", np.zeros((32, 32, 3), np.uint8))

@@ -104,6 +104,22 @@ def test_the_ladder_has_whatever_arms_there_are(tmp_path, monkeypatch, names, ro
             assert end == (one and (one["mean"], one["low"], one["high"]))
 
 
+def test_seeds_of_real_patients_share_them_and_say_so(files, tmp_path):
+    mine = [seed_file(tmp_path, seed, settings={"data": "my_data"}) for seed in (1, 2)]
+    for seeds, own in ((mine, False), (files, True)):
+        report_study.write_report(seeds, tmp_path / "out")
+        page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+        assert ("its own tissue" in page) == own and ("not for other patients" in page) == (not own)
+
+
+def test_a_share_of_the_oracles_gain_needs_two_seeds_with_all_three(tmp_path):
+    seeds = [seed_file(tmp_path, 10), seed_file(tmp_path, 11, names=ARMS[:3])]
+    report_study.write_report(seeds, tmp_path / "out")
+    line = next(line for line in (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()
+                if line.startswith("| ldm-100 against subtype"))
+    assert line.endswith("| n/a |")
+
+
 def test_a_seed_survives_its_file(files):
     content = report_study.read_seeds(files)[0]
     for arm in ARMS:

@@ -298,6 +298,8 @@ def test_another_row_of_a_training_slide_is_a_change(place, spoil, words):
 def test_another_class_table_is_a_change(trained):
     Path(DATA, "classes.json").write_text('{"aliases": {"x": "3+"}}', encoding="utf-8")
     assert stale("gan") == ["data: classes.json changed"]
+    Path(DATA, "classes.json").write_text('{"masks": "ids"}', encoding="utf-8")
+    assert stale("gan") == ["data: classes.json changed"], "the same classes, but masks are read in another way"
 
 
 def test_what_only_moved_is_accepted_finished_or_half_done(trained):

@@ -14,8 +14,9 @@ from data_factory import rectangles, save, write_csv
 from PIL import Image
 
 import train_seg
-from her2 import study
+from her2 import study, study_jobs
 from her2.data_classes import DEFAULT_CLASSES
+from her2.run_errors import UserError
 from her2.study_jobs import Record, Stage, run_stages, seconds_left
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,11 +109,20 @@ def test_changed_data_make_again_what_read_them(finished, tmp_path):
     assert other.key != after.key
     (tmp_path / "a").mkdir()
     record = Record(tmp_path / "stages.json")
-    record.add(one, 3.0)
+    record.begin(one)
+    record = Record(tmp_path / "stages.json")
+    record.begin(one)
+    assert (tmp_path / "a").exists() and not record.complete(one), "begun, interrupted, goes on"
+    (tmp_path / "b").mkdir()
+    record.begin(other)
+    record = Record(tmp_path / "stages.json")
+    record.begin(after)
+    assert not (tmp_path / "b").exists() and (tmp_path / "b.stale").is_dir(), "begun, then its data changed"
+    record.write(one, seconds=3.0)
     assert record.complete(one) and not record.complete(other)
     record = Record(tmp_path / "stages.json")
-    assert not record.complete(changed)
-    record.set_aside(changed)
+    assert not record.complete(changed) and record.seconds == {"a": 3.0}
+    record.begin(changed)
     assert not (tmp_path / "a").exists() and (tmp_path / "a.stale").is_dir()
 
 
@@ -147,9 +157,22 @@ def test_a_failing_stage_names_itself_and_the_rest_goes_on(tmp_path, capfd):
     plan += [stage("five", "pass", plan[3], plan[1])]
     seen, record = [], Record(tmp_path / "stages.json")
     failed = run_stages(plan, 2, record, tmp_path / "logs", {"x": 1}, lambda s: seen.append(s.name))
-    assert seen == ["three", "four"] and set(record.done) == {"three", "four"}
+    assert seen == ["three", "four"] and set(record.seconds) == {"three", "four"}
     assert len(failed) == 1 and "'one'" in failed[0]
     assert not (tmp_path / "two").exists() and not (tmp_path / "five").exists()
+
+
+@pytest.mark.parametrize("visible, expected", [(None, "0101"), ("2,3", "2323"), ("GPU-a,GPU-b", "abab")])
+def test_jobs_share_the_gpus_that_the_user_left_them(tmp_path, monkeypatch, visible, expected):
+    given = []
+    monkeypatch.setattr(study_jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(study_jobs.subprocess, "Popen", lambda line, env, **_: given.append(env))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for slot in range(4):
+        study_jobs.Job(Stage("a", "x", ("a.py",), tmp_path), 4, slot, tmp_path)
+    assert "".join(env["CUDA_VISIBLE_DEVICES"][-1] for env in given) == expected
 
 
 def test_time_left_follows_the_pace_of_this_machine():
@@ -262,5 +285,21 @@ def test_the_protocol_has_its_arms():
     with_data = study.stages(study.Config(data="data", arms="ldm-100-clusters", split_seed=3, cache="c"), 0)
     line = next(stage for stage in with_data if stage.name.endswith("classes clusters")).line
     assert line[line.index("--split-seed") + 1] == "3" and line[line.index("--cache") + 1] == "c"
-    with_data = study.stages(study.Config(data="data", arms="all"), 0)
-    assert not any("oracle" in stage.name or "fresh" in stage.name for stage in with_data)
+    for arms in ("all", study.PRESETS["tiny"]["arms"]):
+        with_data = study.stages(study.Config(data="data", arms=arms), 0)
+        assert not any("oracle" in stage.name or "fresh" in stage.name for stage in with_data)
+    with pytest.raises(UserError, match="'fresh-100' is painted by the phantom"):
+        study.stages(study.Config(data="data", arms="tumor,fresh-100"), 0)
+    line = next(stage for stage in study.stages(study.Config(arms="ldm-100-clusters", cache="c"), 10)
+                if stage.name.endswith("classes clusters")).line
+    assert line[line.index("--cache") + 1] == "c"
+
+
+def test_the_judge_never_saw_a_slide_of_its_seed():
+    for plan in (study.stages(study.Config(arms="restain-100"), seed) for seed in (0, 1, 10)):
+        stages = {stage.name.split(": ")[-1]: stage for stage in plan}
+        tissue = stages["phantom"].line[:-2]                            # all but --out
+        other = next(stage for name, stage in stages.items() if name.endswith("'s phantom"))
+        line = stages["evaluation"].line
+        assert other.line[:-2] != tissue and other.line[:4] == tissue[:4]
+        assert line[line.index("--judge") + 1] == str(other.folder.parent / "seg")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import generate
 from her2 import phantom, report_staining, study_controls
+from her2.data_classes import DEFAULT_CLASSES
 from her2.data_folder import load_dataset, load_synthetic
 from her2.data_patches import PatchSampler
 from her2.data_regions import read_roi
@@ -171,6 +173,17 @@ def test_fresh_tissue_is_of_slides_that_no_folder_has(folder):
             make(folder, "oracle", "--seed", "3")
     finally:
         (folder / "hidden.json").rename(folder / "phantom" / "phantom.json")
+
+
+@pytest.mark.parametrize("method", ["oracle", "fresh"])
+def test_the_phantom_paints_no_classes_but_its_own(folder, tmp_path, method):
+    shutil.copytree(folder / "phantom", tmp_path / "phantom")
+    table = DEFAULT_CLASSES.to_json()
+    table[1]["name"], table[2]["name"], table[1]["aliases"], table[2]["aliases"] = "1+", "0", [], []
+    (tmp_path / "phantom" / "classes.json").write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(UserError, match="classes.json has others"):
+        make(tmp_path, method)
+    assert not list(tmp_path.glob(f"{method}*"))
 
 
 def test_a_control_without_a_network_takes_no_model(folder):
