@@ -61,6 +61,7 @@ seeds/seedN.json, of which `report_study` makes the report: seeds may come from 
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,7 +77,8 @@ METHODS = tuple(report.METHODS)
 RATIOS = (50, 100, 200, 400)                            # per cent; paper, section 3
 PAPER_ARMS = ["tumor", "subtype", *(f"{method}-{ratio}" for ratio in RATIOS for method in METHODS)]
 CONTROLS = ["oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same", "subtype-2x"]
-# Not among "all", to be named in --arms: no real patch at all; other classes to balance (`her2.cluster`).
+# Not among "all", to be named in --arms: no real patch at all (ldm-only-32: 32 images); other classes to
+# balance (`her2.cluster`).
 EXPLORATORY = ["ldm-only", "gan-only", "oracle-only", "ldm-100-clusters", "ldm-100-stained"]
 REGROUPED = {"clusters": ["--classes", 4], "stained": ["--merge", "non-stained=0; stained=1+,2+,3+"]}
 NEEDS_PHANTOM = {"oracle", "fresh"}                     # sets that real data cannot have
@@ -119,7 +121,7 @@ def chosen_arms(config) -> dict:
     every, known = PAPER_ARMS + CONTROLS, PAPER_ARMS + CONTROLS + EXPLORATORY
     found = {"subtype": ("", 0.0)}
     for arm in every if config.arms == "all" else filter(None, map(str.strip, config.arms.split(","))):
-        if arm not in known:
+        if re.sub(r"(?<=-only)-[1-9]\d*$", "", arm) not in known:
             raise UserError(f"--arms: {arm!r} is unknown; known are {', '.join(known)}, and all")
         method, percent, *variant = [*arm.split("-"), ""]
         if method in ("tumor", "subtype"):                                              # or subtype-2x
@@ -184,7 +186,8 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
         keep = ["--no-relabel"] if kind == "same" else []
         images[name] = add("images", f"images {name}", [
             "generate.py", "--method", method, *model, *keep, *flags, "--sampling", "subtype", *UNIFORM,
-            "--ratio", amount[name]], f"synth-{name}", source, network)
+            *(["--count", kind] if kind.isdigit() else ["--ratio", amount[name]])], f"synth-{name}", source,
+            network)
     runs = []
     for arm, (name, ratio) in arms.items():
         steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short

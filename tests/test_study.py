@@ -278,6 +278,16 @@ def test_the_protocol_has_its_arms():
     more = study.stages(study.Config(preset="small", arms="ldm-only,ldm-100-stained,ldm-100-clusters"), 10)
     by_name = {stage.name.split(": ")[-1]: stage for stage in more}
     assert by_name["segmentation ldm-only"].line[-5:-2] == ("inf", "--name", "ldm-only")
+    numbered = study.stages(study.Config(preset="small", arms="ldm-only-32,oracle-only-512,ldm-only"), 10)
+    counts = {flag(stage, "--out").split("-")[-1]: (flag(stage, "--count"), flag(stage, "--ratio"))
+              for stage in numbered if stage.kind == "images"}
+    assert counts == {"32": ("32", None), "512": ("512", None), "ldm": (None, "4.0")}
+    sets = {flag(stage, "--name"): Path(flag(stage, "--synthetic") or "").name for stage in numbered
+            if stage.kind == "segmentation" and flag(stage, "--ratio") == "inf"}
+    assert sets == {"ldm-only-32": "synth-ldm-32", "oracle-only-512": "synth-oracle-512", "ldm-only": "synth-ldm"}
+    for arm in ("ldm-only-0", "ldm-100-32", "tumor-32"):
+        with pytest.raises(UserError, match=f"'{arm}' is unknown"):
+            study.stages(study.Config(arms=arm), 10)
     for kind in ("stained", "clusters"):
         folder = str(by_name[f"classes {kind}"].folder)
         assert folder in by_name[f"diffusion {kind}"].line and folder in by_name[f"images ldm-{kind}"].line
