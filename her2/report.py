@@ -33,7 +33,8 @@ FREE = {"out", "seed", "sampling", "synthetic", "ratio", "name", "workers", "cac
 
 # Pairs that are compared beside every arm against the baseline.
 SECONDARY = (("ldm-100", "gan-100"), ("ldm-100", "inpaint-100"), ("gan-100", "inpaint-100"),
-             ("ldm-100", "restain-100"), ("ldm-100", "ldm-100-same"))
+             ("ldm-100", "restain-100"), ("ldm-100", "ldm-100-same"), ("ldm-100-clusters", "ldm-100"),
+             ("ldm-100-stained", "ldm-100"))
 FIGURES = {"dice val-best threshold": ("dice", "best", 3), "dice at 0.5": ("dice", "half", 3),
            "dice at equal FPR": ("dice", "matched", 3),
            "average precision at 0.5": ("average_precision", "half", 3),

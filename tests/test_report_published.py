@@ -96,6 +96,21 @@ def test_the_seed_with_all_arms_is_reported_as_its_files_say(tmp_path):
             assert found["fresh-100"]["dice val-best threshold"] == "0.806" and found["fresh-100"]["recall 0"] == "0.197"
 
 
+def test_what_is_said_beyond_the_paper_stands_in_the_exploratory_reports(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("Beyond the paper")[1].split("\n## ")[0]
+    known = set()
+    for folder in (STUDY / "exploratory", STUDY / "exploratory" / "tiles-64"):
+        report_study.write_report(sorted(folder.glob("seed*.json")), tmp_path)
+        page = (tmp_path / "report.md").read_text("utf-8")
+        assert page == (folder / "report.md").read_text("utf-8")
+        known |= set(map(float, re.findall(r"\d*\.\d+", page)))
+    for question in ("| Can clusters", "| Synthetic images alone"):
+        row = next(line for line in text.splitlines() if line.startswith(question))
+        said = row.split("|")[3].split("adjusted Rand")[0]              # which her2.cluster prints
+        numbers = set(map(float, re.findall(r"\d*\.\d+", re.sub(r"\(\[.*?\)", "", said))))
+        assert len(numbers) > 2 and numbers <= known, numbers - known
+
+
 def test_the_published_page_is_that_of_the_seeds(report):
     """Word by word, and the numbers but for a rounding at their last digit."""
     published, made = (re.split(r"(\d+\.\d+)", text) for text in (
