@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from her2 import draw, draw_charts, report, report_images, report_staining, run, run_distributed, run_training
-from her2.data_classes import ClassTable, csv_text
+from her2.data_classes import csv_text
 from her2.data_folder import load_dataset, load_synthetic, read_split
 from her2.run_errors import UserError, atomic_write, command
 from her2.metrics import ProbabilityHistogram
@@ -55,12 +55,11 @@ WORST, CELL = 4, 320        # ROIs in worst.png, and pixels a side there
 
 
 def main(argv):
-    config, names, synthetic_folders = configuration.parse(
-        Config, PRESETS, argv, __doc__, "evaluate.py", {
-            "runs": dict(nargs="*", default=["runs/seg"], metavar="RUN",
-                         help="run folders of train_seg.py [runs/seg]"),
-            "--synthetic": dict(nargs="+", default=[], metavar="DIR",
-                                help="folders made by generate.py, for Fig. 4 and their staining")})
+    config, names, synthetic_folders = configuration.parse(Config, PRESETS, argv, __doc__, "evaluate.py", {
+        "runs": dict(nargs="*", default=["runs/seg"], metavar="RUN",
+                     help="run folders of train_seg.py [runs/seg]"),
+        "--synthetic": dict(nargs="+", default=[], metavar="DIR",
+                            help="folders made by generate.py, for Fig. 4 and their staining")})
     each = {path.resolve(): path for path in configuration.named_paths(names)}
     folders = list(each.values())
     device, precision = run_training.pick_device(config.device, config.amp)
@@ -74,8 +73,7 @@ def main(argv):
         notes += changed_since(folder, dataset, config.cache)
     synthetic = read_synthetic(synthetic_folders, dataset)
     for images, _ in synthetic.values() if config.judge else ():
-        rois = images.rois
-        if len(rois) < 2 or any(roi.height % STRIDE or roi.width % STRIDE for roi in rois):
+        if len(images.rois) < 2 or any(roi.height % STRIDE or roi.width % STRIDE for roi in images.rois):
             raise UserError(f"{images.root}: --judge needs two images at least, with sides that are "
                             f"multiples of {STRIDE}; make others with generate.py, or leave --judge out")
 
@@ -197,9 +195,7 @@ def predict(one, dataset, config, tiles, device, precision) -> None:
     if content.get("step", 0) < one.fields["steps"]:
         raise UserError(f"{one.folder}: stopped at step {content.get('step', 0)} of {one.fields['steps']}; "
                         "give its command again to finish it (it stands in its config.json), or leave it out")
-    if ClassTable.from_json(content.get("classes"), one.folder) != dataset.classes:
-        raise UserError(f"{one.folder}: was trained with another class table than that of {dataset.root}; "
-                        "use the dataset that it was trained on")
+    run_training.refuse_other_classes(content, dataset, one.folder)
     network = run.build_model(UNet, content, one.folder, device)
     rois = [*dataset.split("val"), *dataset.split("test")]
     mine, counts, worst = list(enumerate(rois))[run_distributed.rank()::run_distributed.world()], [], []

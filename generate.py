@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from her2 import (autoencoder, data_folder, data_regions, denoiser, diffusion, draw, inpainting, run,
                   run_distributed, run_setup, run_training, spade, study_controls)
-from her2.data_classes import ClassTable, csv_text
+from her2.data_classes import csv_text
 from her2.data_patches import to_tensors
 from her2.relabel import relabel, renumber, repaint_mask
 from her2.run_errors import UserError, atomic_write, command
@@ -88,9 +88,8 @@ def main(argv):
     classes = dataset.classes
     for part in filter(None, (content, content.get("autoencoder"))):
         run_training.refuse_leak(part, dataset, config.model)       # it would paint what it is tested on
-    if content and ClassTable.from_json(content.get("classes"), config.model) != classes:
-        raise UserError(f"{config.model}: was trained with another class table than that of {config.data}; "
-                        "use the dataset that it was trained on")
+    if content:
+        run_training.refuse_other_classes(content, dataset, config.model)
     painter = make_painter(config, content, dataset, device)
     source = partial(painter.fresh_patch if config.method == "fresh" else draw_patch, sampler)
     allowed = relabel_ids(config.relabel_classes, classes, sampler.present)

@@ -170,10 +170,9 @@ class Config(configuration.Training):               # data, seed, patch, device 
 
 # PAPER: learning rate 1e-6 with batch 16 are the printed numbers, for ImageNet weights and (unprinted) many
 # steps; from random weights they learn nothing in the steps of `tiny` and `small`, whose rates are measured.
-PRESETS = {
-    "tiny": {}, "small": dict(steps=2400, warmup=100, save_every=1200, log_every=50),
-    "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000,
-                  save_every=2000, log_every=100, encoder_weights="imagenet", workers=8)}
+PRESETS = {"tiny": {}, "small": dict(steps=2400, warmup=100, save_every=1200, log_every=50),
+           "paper": dict(steps=100_000, patch=512, width=64, lr=1e-6, schedule="constant", warmup=1000,
+                         save_every=2000, log_every=100, encoder_weights="imagenet", workers=8)}
 
 
 if __name__ == "__main__":

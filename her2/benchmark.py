@@ -243,8 +243,7 @@ def main(argv):
     settings = {"machine": torch.cuda.get_device_name() if on_gpu
                 else torch.cpu.get_capabilities().get("cpu_name", "CPU"),
                 "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(device),
-                "precision": str(precision), "preset": config.preset,
-                "git": made["git"], **made["versions"]}
+                "precision": str(precision), "preset": config.preset, "git": made["git"], **made["versions"]}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     rows = {}
     if config.preset != "paper" or on_gpu:          # a CPU would need days for it

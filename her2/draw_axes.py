@@ -201,5 +201,4 @@ TRAINING = {
                     ("adversarial: discriminator, generator", "d_loss g_loss", "", ""),
                     ("codes used over 1000 patches", "codes_used", "", "")],
     "diffusion": [("loss", "loss", "zero_output", ""),
-                  ("loss by quarter of t", "loss_q1 loss_q2 loss_q3 loss_q4", "", "")],
-}
+                  ("loss by quarter of t", "loss_q1 loss_q2 loss_q3 loss_q4", "", "")]}

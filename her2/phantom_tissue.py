@@ -56,8 +56,7 @@ def draw_style(rng: np.random.Generator) -> SimpleNamespace:
         breath=float(np.clip(0.065 + 0.035 * normal(), 0.005, 0.16)),   # unspecific DAB of all epithelium
         stroma=0.115 * np.exp(0.22 * normal()),             # haematoxylin of the fibres
         cytoplasm=0.075 * np.exp(0.22 * normal()),
-        nucleus_size=np.exp(0.05 * normal()),
-        nucleus_stain=0.41 * np.exp(0.11 * normal()),
+        nucleus_size=np.exp(0.05 * normal()), nucleus_stain=0.41 * np.exp(0.11 * normal()),
         fibre=np.exp(0.25 * normal()),                      # contrast of the fibres
         loose=uniform(-0.4, 0.7),                           # how much glass shows between them
         fat=uniform(0, 1), lymph=uniform(0, 1),

@@ -63,9 +63,8 @@ Input = namedtuple("Input", "name path x y downsample", defaults=(0.0, 0.0, 1.0)
 
 
 def main(argv):
-    config, names = configuration.parse(
-        Config, PRESETS, argv, __doc__, "python -m her2.predict",
-        {"images": dict(nargs="+", metavar="IMAGES", help="images, or folders that hold them")})
+    config, names = configuration.parse(Config, PRESETS, argv, __doc__, "python -m her2.predict", {
+        "images": dict(nargs="+", metavar="IMAGES", help="images, or folders that hold them")})
     images = find_images(names, config.out)
 
     device, precision = run_training.pick_device(config.device, config.amp)

@@ -162,9 +162,8 @@ def difference_table(found: dict, study) -> list:
     """Rows {column: text}: paired differences with their intervals; `found` of `compare`."""
     rows = []
     for (new, old), one in found.items():
-        drawn, share = one["log_variance matched"] and one["log_variance matched"]["bootstrap"], None
-        if old == BASELINE:
-            share = study.efficiency(new, old, ORACLE, "best", "dice")
+        drawn = one["log_variance matched"] and one["log_variance matched"]["bootstrap"]
+        share = study.efficiency(new, old, ORACLE, "best", "dice") if old == BASELINE else None
         rows.append({
             "comparison": f"{new} against {old}",
             **{title: interval_text(one[f"{figure} {point}"], figure == "log_variance")
@@ -203,8 +202,7 @@ def sections(study, found, results: dict, pictures, over: str = "") -> list:
         parts += ["## Do generated images obey their masks?", f"{over}A segmenter trained on real patches, "
                   "of other tissue where there is a phantom to make it, looks at them: Dice and recalls "
                   "against the masks asked for. Sharpness is a share of real patches; distances are to real "
-                  "training patches.",
-                  markdown(report_images.table(results["images"]))]
+                  "training patches.", markdown(report_images.table(results["images"]))]
     return [*parts, "## Figures", *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures)]
 
 

@@ -197,8 +197,7 @@ class Study:
         return {**t_interval(a - b), "seeds": seeds, "values": (a - b).tolist(), "bootstrap": drawn}
 
     def efficiency(self, arm, baseline, oracle, point, figure):
-        """[share of the oracle's gain that the arm reaches, low, high]; None where that gain may be 0, and
-        of one seed."""
+        """[share of the oracle's gain that the arm reaches, low, high]; None of one seed, or a gain of 0."""
         names = (arm, baseline, oracle)
         seeds, table = self.values(names, point, figure)
         if len(seeds) < 2:

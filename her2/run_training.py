@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from her2 import run, run_distributed
-from her2.data_classes import IGNORE
+from her2.data_classes import IGNORE, ClassTable
 from her2.data_patches import loader
 from her2.run_errors import Stopped, UserError, asked_to_stop, one_line
 
@@ -129,6 +129,13 @@ def refuse_leak(content: dict, dataset, path) -> None:
     if leaked:
         raise UserError(f"{path}: was trained on {', '.join(leaked[:5])}, which {dataset.root} holds for "
                         "validation or test; train it on this dataset with this --split-seed")
+
+
+def refuse_other_classes(content: dict, dataset, path) -> None:
+    """UserError when the model in `content` learned other classes than those of `dataset`."""
+    if ClassTable.from_json(content.get("classes"), path) != dataset.classes:
+        raise UserError(f"{path}: was trained with another class table than that of {dataset.root}; "
+                        "use the dataset that it was trained on")
 
 
 def frozen_loss(cls, path: str, device):

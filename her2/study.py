@@ -77,8 +77,7 @@ METHODS = tuple(report.METHODS)
 RATIOS = (50, 100, 200, 400)                            # per cent; paper, section 3
 PAPER_ARMS = ["tumor", "subtype", *(f"{method}-{ratio}" for ratio in RATIOS for method in METHODS)]
 CONTROLS = ["oracle-100", "fresh-100", "restain-100", "reconstruct-100", "ldm-100-same", "subtype-2x"]
-# Not among "all", to be named in --arms: no real patch at all (ldm-only-32: 32 images); other classes to
-# balance (`her2.cluster`).
+# Not among "all", to be named: no real patch (ldm-only-32: 32 images); other classes (`her2.cluster`).
 EXPLORATORY = ["ldm-only", "gan-only", "oracle-only", "ldm-100-clusters", "ldm-100-stained"]
 REGROUPED = {"clusters": ["--classes", 4], "stained": ["--merge", "non-stained=0; stained=1+,2+,3+"]}
 NEEDS_PHANTOM = {"oracle", "fresh"}                     # sets that real data cannot have
@@ -169,10 +168,9 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
         if method in ("ldm", "inpaint", "reconstruct"):
             network = vq = vq or train_ldm("autoencoder", common, "vq", tissue)
         if kind in REGROUPED:                           # the same tissue in other classes, its own diffusion
-            split = ["--split-seed", config.split_seed] if config.data else []
-            if config.data or config.cache != Config.cache:
-                split += ["--cache", config.cache]
-            source = add("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind], *split],
+            other = config.data or config.cache != Config.cache         # than the defaults of her2.cluster
+            where = ["--split-seed", config.split_seed, "--cache", config.cache] if other else []
+            source = add("phantom", f"classes {kind}", ["-m", "her2.cluster", data, *REGROUPED[kind], *where],
                          kind, tissue)
             flags = [source.folder if one is data else one for one in common]
             network = train_ldm(f"diffusion {kind}", ["--autoencoder", vq.folder, *flags], f"ldm-{kind}",
@@ -184,10 +182,10 @@ def stages(config, seed: int, keys: tuple = ("", "")) -> list:
             network = add("GAN", "GAN", ["train_gan.py", *common, *UNIFORM, *short], "gan", tissue)
         model = ["--model", network.folder] if network else []
         keep = ["--no-relabel"] if kind == "same" else []
+        number = ["--count", kind] if kind.isdigit() else ["--ratio", amount[name]]
         images[name] = add("images", f"images {name}", [
             "generate.py", "--method", method, *model, *keep, *flags, "--sampling", "subtype", *UNIFORM,
-            *(["--count", kind] if kind.isdigit() else ["--ratio", amount[name]])], f"synth-{name}", source,
-            network)
+            *number], f"synth-{name}", source, network)
     runs = []
     for arm, (name, ratio) in arms.items():
         steps = ["--steps", 2 * (config.trial or STEPS[config.preset])] if arm.endswith("-2x") else short
