@@ -133,7 +133,7 @@ def refuse_leak(content: dict, dataset, path) -> None:
 
 def refuse_other_classes(content: dict, dataset, path) -> None:
     """UserError when the model in `content` learned other classes than those of `dataset`."""
-    if ClassTable.from_json(content.get("classes"), path) != dataset.classes:
+    if not content.get("classes") or ClassTable.from_json(content["classes"], path) != dataset.classes:
         raise UserError(f"{path}: was trained with another class table than that of {dataset.root}; "
                         "use the dataset that it was trained on")
 
